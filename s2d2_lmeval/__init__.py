@@ -1,0 +1,32 @@
+"""Block-diffusion language models, decoded fast and measured honestly, as an lm-evaluation-harness plugin.
+
+The package imports neither torch nor lm_eval before something of it is used: ``import torch`` itself imports it (see
+:mod:`s2d2_lmeval._autoload`).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "load": "s2d2_lmeval.model",
+    "BlockDiffusionModel": "s2d2_lmeval.model",
+    "DecodingConfig": "s2d2_lmeval.decoding.config",
+    "Generation": "s2d2_lmeval.decoding.generation",
+}
+
+if TYPE_CHECKING:
+    from s2d2_lmeval.decoding.config import DecodingConfig
+    from s2d2_lmeval.decoding.generation import Generation
+    from s2d2_lmeval.model import BlockDiffusionModel, load
+
+__all__ = ["BlockDiffusionModel", "DecodingConfig", "Generation", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,49 @@
+"""Speculative acceptance: which drafted tokens the verifier lets stand, and what replaces the first it does not.
+
+Speculative sampling (Leviathan et al., 2023; Chen et al., 2023): accept token x with probability min(1, q(x) / p(x));
+replace the first rejected one by a draw from (q - p)+ normalised. The result follows the verifier q exactly when x was
+sampled from p.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verifier's word on spans: R rows of L places.
+
+    ``accepted`` (R, L) the accepted prefix of each span; ``rejected`` (R,) the place of the first rejection, L where
+    there is none.
+    """
+
+    accepted: torch.Tensor
+    rejected: torch.Tensor
+
+    @property
+    def any_rejected(self) -> torch.Tensor:
+        """(R,) rows with a rejection."""
+        return self.rejected < self.accepted.shape[-1]
+
+
+def acceptance_ratio(verifier: torch.Tensor, draft: torch.Tensor, tempering: float) -> torch.Tensor:
+    """min(1, (q / p) ** tempering) from the verifier's and the draft's probability of the drafted token."""
+    return (verifier / draft.clamp_min(1e-12)).pow(tempering).clamp_max(1)
+
+
+def judge(agrees: torch.Tensor, span: torch.Tensor) -> Verdict:
+    """The accepted prefix of ``span`` (R, L) where ``agrees`` (R, L) says which tokens pass on their own."""
+    standing = (agrees | ~span).long().cumprod(-1).bool()
+    first = (standing.sum(-1)).masked_fill(standing.all(-1), span.shape[-1])
+    return Verdict(accepted=standing & span, rejected=first)
+
+
+def residual(verifier: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+    """(q - p)+ normalised, rows (K, V); q itself where nothing is left of it."""
+    excess = (verifier - draft).clamp_min(0)
+    mass = excess.sum(-1, keepdim=True)
+    usable = (mass > 0) & mass.isfinite()
+    return torch.where(usable, excess / mass.clamp_min(torch.finfo(mass.dtype).tiny), verifier)

@@ -1,0 +1,126 @@
+"""The batch loop: all requests of a run through one decoder and one model, with as many rows in flight as fit."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.denoising import BlockDenoiser
+from s2d2_lmeval.decoding.generation import Generation, Progress, Request
+from s2d2_lmeval.decoding.rows import KIND_OF_PHASE, Rows
+from s2d2_lmeval.decoding.s2d2 import S2D2
+from s2d2_lmeval.runtime.runner import Runner
+from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
+
+DECODER_CLASSES: dict[str, type[BlockDenoiser]] = {"s2d2": S2D2}
+"""Decoders that are more than block denoising."""
+
+PREFILL_CHUNK = 512
+"""Most prompt tokens that one row brings to a forward."""
+
+
+class Engine:
+    """Decodes requests: admit, plan, forward, advance, retire."""
+
+    def __init__(
+        self, runner: Runner, mask_token_id: int, config: DecodingConfig, trace: Trace, max_batch: int
+    ) -> None:
+        self.runner = runner
+        self.mask_token_id = mask_token_id
+        self.config = config
+        self.trace = trace
+        self.max_batch = max_batch
+
+    @torch.inference_mode()
+    def run(
+        self, requests: Sequence[Request], on_finished: Callable[[int, Generation], None] | None = None
+    ) -> list[Generation]:
+        """Answer every request, in order. ``on_finished`` is told of each as it completes."""
+        answers: list[Generation | None] = [None] * len(requests)
+        waiting = deque(index for index, request in enumerate(requests) if request.max_new_tokens > 0)
+        for index, request in enumerate(requests):
+            if request.max_new_tokens == 0:
+                answers[index] = self._nothing_to_do(request)
+        if waiting:
+            self._prepare([requests[index] for index in waiting])
+        seated: dict[int, int] = {}
+        while waiting or seated:
+            self._admit(requests, waiting, seated)
+            self._step()
+            for slot in [slot for slot in seated if self.rows.complete[slot]]:
+                index = seated.pop(slot)
+                answers[index] = answer = self._answer(slot)
+                self.rows.retire(slot)
+                if on_finished is not None:
+                    on_finished(index, answer)
+        return [answer for answer in answers if answer is not None]
+
+    def _prepare(self, requests: Sequence[Request]) -> None:
+        """Seats for the run: rows, their decoder and room in the cache for the longest request."""
+        # The published draw order of a sequential source exists for one row only.
+        alone = self.config.random_source not in ("keyed", "fixed")
+        slots = 1 if alone else min(self.max_batch, len(requests))
+        block = self.config.block_length
+        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        self.rows = Rows(slots, longest, block, self.mask_token_id, self.runner.device)
+        decoder = DECODER_CLASSES.get(self.config.decoder, BlockDenoiser)
+        self.decoder = decoder(self.config, self.rows, PREFILL_CHUNK)
+        self.runner.reserve(slots, self.rows.length + decoder.margin(block))
+
+    def _admit(self, requests: Sequence[Request], waiting: deque[int], seated: dict[int, int]) -> None:
+        """Fill free seats with waiting requests."""
+        for slot in self.rows.free().tolist():
+            if not waiting:
+                return
+            seated[slot] = waiting.popleft()
+            self.runner.cache.reset(slot)
+            self.rows.admit(slot, requests[seated[slot]])
+            self.decoder.admitted(slot)
+
+    def _step(self) -> None:
+        """One engine step: plan, forward, advance; and its record in the trace."""
+        started, model_seconds = time.perf_counter(), self.runner.model_seconds
+        plan = self.decoder.plan()
+        logits = self.runner.forward(plan.request)
+        outcome = self.decoder.advance(logits)
+        self.trace.records.append(
+            ForwardRecord(
+                kinds=tuple(KIND_OF_PHASE[phase] for phase in plan.phases),
+                widths=plan.request.layout.widths,
+                wanted=plan.wanted_counts,
+                kept=plan.request.keep,
+                committed=outcome.committed,
+                drafted=outcome.drafted,
+                accepted=outcome.accepted,
+                routed=outcome.routed,
+                seconds=time.perf_counter() - started,
+                model_seconds=self.runner.model_seconds - model_seconds,
+            )
+        )
+
+    def _answer(self, slot: int) -> Generation:
+        """What a complete row has to say."""
+        rows, config = self.rows, self.config
+        request, progress, canvas = rows.requests[slot], rows.progress[slot], rows.tokens[slot]
+        assert request is not None
+        new = canvas[len(request.prompt) :]
+        kept, reason = rows.kept[slot] or (len(new), "length")
+        if reason == "stop":
+            # The stop token was decoded too: it counts, whether or not it is shown.
+            counted, kept = kept + 1, kept + (not config.trim_stop_tokens)
+        else:
+            counted = kept
+        if counted > request.max_new_tokens:
+            counted = kept = request.max_new_tokens
+            reason = "length"
+        self.trace.finished(counted)
+        return Generation(new[:kept], reason, progress.stats(counted), progress.decoding_order, progress.steps, canvas)
+
+    def _nothing_to_do(self, request: Request) -> Generation:
+        """The answer to a request for no tokens."""
+        self.trace.finished(0)
+        return Generation([], "length", Progress().stats(0), [], [], list(request.prompt))

@@ -1,0 +1,90 @@
+"""What goes into the batch loop and what comes out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+NOTHING, ACCEPTED, RESAMPLED, RATIO, HIGH_CONFIDENCE, DENOISED, KEPT = range(7)
+"""How a place was decided in a step: the marks of :class:`Step`."""
+
+MARK_NAMES = ("", "accepted", "resampled", "ratio", "high confidence", "denoised", "kept")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue.
+
+    ``key`` names the request's randomness. ``stop`` is asked after each finished block with every new token so far, and
+    answers how many of them to keep (decoding stops there) or None.
+    """
+
+    prompt: list[int]
+    max_new_tokens: int
+    key: int = 0
+    stop: Callable[[list[int]], int | None] | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One draft or verification of one request.
+
+    ``start`` is the block's first position; ``before``, ``draft`` and ``tokens`` are the block's ids before the step,
+    with every mask drafted, and after the step; ``marks`` says how each place was decided in it (:data:`MARK_NAMES`; 0
+    where it was not).
+    """
+
+    kind: str
+    start: int
+    before: list[int]
+    draft: list[int]
+    tokens: list[int]
+    marks: list[int]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answer to a request.
+
+    ``token_ids`` are the new tokens up to the stop or the limit; ``finish_reason`` is ``stop`` (a stop token),
+    ``stop_string`` (the request's own rule) or ``length``; ``canvas`` holds the prompt and every decided block
+    untrimmed.
+    """
+
+    token_ids: list[int]
+    finish_reason: str
+    stats: dict[str, float]
+    decoding_order: list[list[int | float | str]]
+    steps: list[Step]
+    canvas: list[int]
+
+
+@dataclass
+class Progress:
+    """A request on its way: counters, steps and the published decoding order, filled in as forwards come back."""
+
+    forwards: dict[str, int] = field(default_factory=lambda: {"prefill": 0, "draft": 0, "verify": 0, "commit": 0})
+    drafted: int = 0
+    accepted: int = 0
+    blocks: int = 0
+    begun: float = field(default_factory=time.perf_counter)
+    steps: list[Step] = field(default_factory=list)
+    decoding_order: list[list[int | float | str]] = field(default_factory=list)
+
+    def stats(self, new_tokens: int) -> dict[str, float]:
+        """The request's statistics. ``nfe`` counts every forward that it took part in."""
+        nfe = sum(self.forwards.values())
+        drafts, verifies = self.forwards["draft"], self.forwards["verify"]
+        return {
+            "nfe": nfe,
+            "new_tokens": new_tokens,
+            "tokens_per_forward": new_tokens / nfe if nfe else 0.0,
+            **{f"{kind}_forwards": count for kind, count in self.forwards.items()},
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "acceptance": self.accepted / self.drafted if self.drafted else 0.0,
+            "routed": verifies / drafts if drafts else 0.0,
+            "blocks": self.blocks,
+            "seconds": time.perf_counter() - self.begun,
+        }

@@ -1,0 +1,146 @@
+"""Where random numbers come from.
+
+``keyed``  The default. Every number is a pure function of (seed, request, purpose, position, draw): what a request
+samples does not depend on what it was batched with, on the schedule, or on the order of calls.
+``fixed``  Every uniform is 0.5 and every categorical draw the arg-max.
+``torch``  The global generator of torch, drawn in the order of the published code. One row at a time.
+an object  With ``uniform(n)`` and ``categorical(probabilities)``, in the same order as ``torch``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+DRAFT, ACCEPT, RESAMPLE = 1, 2, 3
+"""What a number is drawn for."""
+
+
+def _signed(word: int) -> int:
+    """The low 64 bits of ``word`` as torch's int64 holds them."""
+    return (word + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
+
+
+@dataclass(frozen=True)
+class Key:
+    """Names draws: ``request``, ``position`` and ``draw`` (how often the position was drawn before) of one broadcast
+    shape, int64.
+    """
+
+    purpose: int
+    request: torch.Tensor
+    position: torch.Tensor
+    draw: torch.Tensor
+
+    def take(self, index: tuple[torch.Tensor, ...]) -> Key:
+        """The key at ``index`` of its broadcast shape."""
+        request, position, draw = torch.broadcast_tensors(self.request, self.position, self.draw)
+        return Key(self.purpose, request[index], position[index], draw[index])
+
+
+class RandomSource(Protocol):
+    """What decoders draw from."""
+
+    sequential: bool
+    """Whether the order of calls matters.
+
+    Then one row is decoded at a time, drawing exactly as the published code does.
+    """
+
+    def uniform(self, key: Key, needed: torch.Tensor) -> torch.Tensor:
+        """Numbers in [0, 1) where ``needed`` (bool, the key's shape) is set; elsewhere anything."""
+
+    def categorical(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
+        """A token (M,) from each row of ``probabilities`` (M, V)."""
+
+
+def source_of(name_or_object: Any, seed: int) -> RandomSource:
+    """The source that the option ``random_source`` names."""
+    if name_or_object == "keyed":
+        return KeyedSource(seed)
+    if name_or_object == "fixed":
+        return FixedSource()
+    return SequentialSource(_TorchDraws() if name_or_object == "torch" else name_or_object)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014) on int64 with wrapping arithmetic."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MULTIPLIERS[0]
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MULTIPLIERS[1]
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def _unit(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The upper 32 of 64 random bits as a number in (0, 1), small values at full relative precision."""
+    return (((bits >> 32) & 0xFFFFFFFF).to(dtype) + 0.5) * 2.0**-32
+
+
+class KeyedSource:
+    """Counter-based: hashes the key, so any draw can be made at any time, in any batch, on any device."""
+
+    sequential = False
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def _hash(self, key: Key) -> torch.Tensor:
+        state = torch.full_like(key.position, _signed((2 * self.seed + 1) * 0x2545F4914F6CDD1D))
+        for word in (key.request, key.position, key.draw):
+            state = _mix(state + (word + 1) * _GOLDEN)
+        return _mix(state ^ _signed(key.purpose * 0x632BE59BD9B4E019))
+
+    def uniform(self, key: Key, needed: torch.Tensor) -> torch.Tensor:
+        # 24 bits: a float32 below one. (0.5 + 32 bits would round up to one.)
+        return ((self._hash(key) >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+    def categorical(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
+        """The exponential race (the Gumbel trick): token v wins with probability p_v, by noise that is keyed by
+        position and token.
+        """
+        tokens = torch.arange(1, probabilities.shape[-1] + 1, device=probabilities.device)
+        bits = _mix(self._hash(key).unsqueeze(-1) + tokens * _GOLDEN)
+        return (probabilities / -torch.log1p(-_unit(bits, probabilities.dtype))).argmax(-1)
+
+
+class FixedSource:
+    """Deterministic: 0.5 and the arg-max."""
+
+    sequential = False
+
+    def uniform(self, key: Key, needed: torch.Tensor) -> torch.Tensor:
+        return torch.full(needed.shape, 0.5, device=needed.device)
+
+    def categorical(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
+        return probabilities.argmax(-1)
+
+
+class _TorchDraws:
+    def uniform(self, n: int) -> torch.Tensor:
+        return torch.rand(n)
+
+    def categorical(self, probabilities: torch.Tensor) -> torch.Tensor:
+        return torch.multinomial(probabilities, 1).squeeze(-1)
+
+
+class SequentialSource:
+    """Draws only what is needed, in the order of the published code; reads the device to know how much that is."""
+
+    sequential = True
+
+    def __init__(self, draws: Any) -> None:
+        self.draws = draws
+
+    def uniform(self, key: Key, needed: torch.Tensor) -> torch.Tensor:
+        values = torch.as_tensor(self.draws.uniform(int(needed.sum())))
+        drawn = torch.zeros(needed.shape, dtype=values.dtype, device=needed.device)
+        drawn[needed] = values.to(needed.device)
+        return drawn
+
+    def categorical(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
+        return torch.as_tensor(self.draws.categorical(probabilities)).to(probabilities.device)

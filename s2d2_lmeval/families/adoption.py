@@ -1,0 +1,162 @@
+"""Taking over a model that is already loaded: the same memory under the native class."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.families.facts import Facts, Family
+from s2d2_lmeval.families.registry import FAMILIES, FAMILY_FIELD, family_named, identify, mark
+
+_adopted: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
+
+
+def adopt(
+    hf_model: PreTrainedModel,
+    *,
+    family: str | None = None,
+    mask_token_id: int | None = None,
+    block_length: int | None = None,
+) -> tuple[PreTrainedModel, Facts]:
+    """A model of the native class that shares the weights of a loaded one.
+
+    The given model and its configuration stay as they are and may be used on; a change of a weight in place is seen by
+    both. The same model always gets the same answer, for as long as it lives and keeps its weights.
+
+    Args:
+        hf_model: a model of a known family, of its native class or under the published weight names (a class of
+            remote code).
+        family: which family, where the class alone does not say (Qwen2: fast_dllm_v2 or dream).
+        mask_token_id, block_length: override the model's configuration, or say what it lacks.
+
+    Raises:
+        CheckpointError: a model of no known family, or one whose weights cannot be shared.
+    """
+    if not isinstance(hf_model, PreTrainedModel):
+        base = getattr(hf_model, "get_base_model", None)
+        hint = " Merge the adapter first: model.merge_and_unload()." if base is not None else ""
+        raise CheckpointError(f"a {type(hf_model).__name__} is not a transformers model.{hint}")
+    config = hf_model.config.to_dict()
+    chosen = _family_of(config, family)
+    is_native = type(hf_model).__module__.startswith("transformers.") and (
+        type(hf_model).__name__ == chosen.native_class
+    )
+    native = hf_model.config if is_native else chosen.config_map(config)
+    generation = getattr(hf_model, "generation_config", None)
+    facts = chosen.facts(
+        config,
+        native,
+        generation.to_dict() if generation is not None else {},
+        source=hf_model.name_or_path or type(hf_model).__name__,
+        mask_token_id=mask_token_id,
+        block_length=block_length,
+    )
+    held = _adopted.get(hf_model)
+    if held is None or not _same_memory(hf_model, held, chosen):
+        held = _clone(hf_model) if is_native else _rebuild(hf_model, chosen, native)
+        mark(held.config, facts)
+        _adopted[hf_model] = held
+    return held, facts
+
+
+def _family_of(config: Mapping[str, Any], name: str | None) -> Family:
+    if name is not None:
+        return family_named(name)
+    if config.get(FAMILY_FIELD) is None:
+        native = [family for family in FAMILIES.values() if config.get("model_type") in family.native_types]
+        if len(native) == 1:
+            return native[0]
+        if native:
+            raise CheckpointError(
+                f"a model of type {config.get('model_type')!r} may be of several families; say which with family=…: "
+                f"{' or '.join(family.name for family in native)}."
+            )
+    return identify(config)
+
+
+def _clone(hf_model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules and the configuration around the very same parameters and buffers."""
+    tensors = [*hf_model.parameters(), *hf_model.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        raise CheckpointError("parts of this model are offloaded; load it by its path instead, with device_map=….")
+    try:
+        return copy.deepcopy(hf_model, {id(tensor): tensor for tensor in tensors}).eval()
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"this {type(hf_model).__name__} cannot be shared ({error}); load it by its path instead."
+        ) from None
+
+
+def _rebuild(hf_model: PreTrainedModel, family: Family, native: Any) -> PreTrainedModel:
+    """The native class around the weights of a class that names them as published."""
+    if getattr(hf_model, "hf_quantizer", None) is not None or getattr(hf_model, "is_quantized", False):
+        raise CheckpointError(
+            f"a quantized {type(hf_model).__name__} cannot be shared with {family.native_class}; load it by its path "
+            "instead, with the same quantization_config=…."
+        )
+    if not family.shares_weights:
+        raise CheckpointError(
+            f"{type(hf_model).__name__} holds its weights in another shape than {family.native_class}, so they cannot "
+            "be shared; load it by its path instead."
+        )
+    weights = dict(_renamed(hf_model, family))
+    places = {tensor.device for tensor in weights.values()}
+    if len(places) > 1 or any(place.type == "meta" for place in places):
+        raise CheckpointError(
+            "this model is spread over several devices or offloaded; load it by its path instead, with device_map=…."
+        )
+    with torch.device("meta"):
+        model = getattr(transformers, family.native_class)._from_config(native, dtype=hf_model.dtype)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if native.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+        expected.pop("lm_head.weight", None)
+    given = {name: tensor.shape for name, tensor in weights.items()}
+    if given != expected:
+        name = min(name for name, _ in set(given.items()) ^ set(expected.items()))
+        has, needs = (list(shapes[name]) if name in shapes else "no such weight" for shapes in (given, expected))
+        raise CheckpointError(
+            f"{type(hf_model).__name__} does not hold the weights of {family.native_class}: {name} has {has}, needs "
+            f"{needs}. Load it by its path instead."
+        )
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    _restore_buffers(model, places.pop())
+    return model.eval()
+
+
+def _renamed(hf_model: PreTrainedModel, family: Family) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in hf_model.state_dict().items():
+        for pattern, replacement in family.key_mapping.items():
+            name = re.sub(pattern, replacement, name, count=1)
+        yield name, tensor
+
+
+def _restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Computes what no checkpoint holds, the rotary frequencies: modules with such buffers are built anew."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            parent, _, child = name.rpartition(".")
+            with torch.device(device):
+                setattr(model.get_submodule(parent), child, type(module)(config=model.config))
+
+
+def _same_memory(hf_model: PreTrainedModel, held: PreTrainedModel, family: Family) -> bool:
+    if type(held) is type(hf_model):
+        return _pointers(held) == _pointers(hf_model)
+    given = {name: tensor.data_ptr() for name, tensor in _renamed(hf_model, family)}
+    return all(given.get(name) == tensor.data_ptr() for name, tensor in held.named_parameters())
+
+
+def _pointers(model: nn.Module) -> dict[str, int]:
+    # Buffers too: a model that was moved takes its parameters along, but leaves shared buffers behind.
+    return {name: tensor.data_ptr() for name, tensor in (*model.named_parameters(), *model.named_buffers())}

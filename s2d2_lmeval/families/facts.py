@@ -1,0 +1,201 @@
+"""What is known about a checkpoint: :class:`Facts` of one checkpoint, :class:`Family` of all that share a layout.
+
+Nothing above this package asks which family a model is of: it reads the facts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from s2d2_lmeval.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_MASK_FIELDS = ("mask_token_id", "mask_id")
+_BLOCK_FIELDS = ("block_length", "block_size", "bd_size")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decoding has to know about one checkpoint.
+
+    Attributes:
+        family: name of the family, such as ``"sdar"``.
+        native_class: the transformers class that runs it, such as ``"Qwen3ForCausalLM"``.
+        mask_token_id: id of the mask token, inside the vocabulary.
+        block_length: tokens per block that the checkpoint was trained for.
+        vocab_size: width of a logits row (the padded vocabulary, not the tokenizer's).
+        token_shift: True where the logits of row t-1 predict token t, False where those of row t do.
+        block_alignment: ``"absolute"`` where blocks start at multiples of the block length, ``"prompt"`` where the
+            first block starts right after the prompt.
+        stop_token_ids: ids that end a generation (of generation_config.json, then of config.json).
+        max_context: positions that the checkpoint can address, prompt and answer together.
+        decoders: names of the decoders that fit the family, the default one first.
+        defaults: the family's published setting for this block length, as decoding options.
+    """
+
+    family: str
+    native_class: str
+    mask_token_id: int
+    block_length: int
+    vocab_size: int
+    token_shift: bool
+    block_alignment: str
+    stop_token_ids: tuple[int, ...]
+    max_context: int
+    decoders: tuple[str, ...]
+    defaults: Mapping[str, Any] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything that checkpoints of one layout have in common.
+
+    Attributes:
+        name: the name that facts, presets and messages use.
+        model_types: published ``model_type`` values of config.json.
+        native_class: name of the transformers class with the same arithmetic.
+        config_class: that class's configuration.
+        config_map: maps a published config.json to it, or refuses it.
+        token_shift, block_alignment, decoders: as in :class:`Facts`.
+        defaults: block length -> the published setting as decoding options.
+        presets: name -> decoding options of a published configuration.
+        key_mapping: regular expression of a published weight name -> native name (``from_pretrained(key_mapping=)``).
+        published_mask_ids: vocabulary size of a published checkpoint -> its mask id, where config.json may lack it.
+        published_block_length: block length where config.json lacks it. Applied to the vocabulary sizes above only,
+            unless ``fixed_block_length``: then there never was another one.
+        shares_weights: False where the published weights are split or stacked to fit the native class, so that a model
+            under published names cannot be adopted without a copy.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    native_class: str
+    config_class: type[PreTrainedConfig]
+    config_map: Callable[[Mapping[str, Any]], PreTrainedConfig]
+    token_shift: bool
+    block_alignment: str
+    decoders: tuple[str, ...]
+    defaults: Callable[[int], Mapping[str, Any]]
+    presets: Mapping[str, Mapping[str, Any]] = field(hash=False)
+    published_mask_ids: Mapping[int, int] = field(hash=False)
+    published_block_length: int
+    fixed_block_length: bool = False
+    key_mapping: Mapping[str, str] = field(default_factory=dict, hash=False)
+    shares_weights: bool = True
+
+    @property
+    def native_types(self) -> tuple[str, ...]:
+        """``model_type`` values under which transformers itself knows the native class."""
+        types = (getattr(base, "model_type", "") for base in self.config_class.__mro__)
+        return tuple(dict.fromkeys(name for name in types if name))
+
+    def native_config(self, config: Mapping[str, Any]) -> PreTrainedConfig:
+        """The configuration of the native class, from a config.json as published or as transformers saves it.
+
+        Raises:
+            CheckpointError: a configuration that the native class cannot honour.
+        """
+        if config.get("model_type") not in self.native_types:
+            return self.config_map(config)
+        try:
+            return self.config_class.from_dict(dict(config))
+        except (TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"config.json does not describe a {self.native_class}: {error}") from None
+
+    def facts(
+        self,
+        config: Mapping[str, Any],
+        native: PreTrainedConfig,
+        generation: Mapping[str, Any],
+        *,
+        source: str,
+        mask_token_id: int | None = None,
+        block_length: int | None = None,
+    ) -> Facts:
+        """Collects the facts of one checkpoint.
+
+        ``config`` and ``generation`` are its config.json and generation_config.json ({} if it has none), ``source``
+        its name in messages; ``mask_token_id`` and ``block_length`` override the files.
+
+        Raises:
+            CheckpointError: a fact that is missing or out of range.
+        """
+        vocab = int(native.vocab_size)
+        length = self._block_length(config, vocab, source, block_length)
+        mask = self._mask_token_id(config, vocab, source, mask_token_id)
+        stops = _stop_ids(generation.get("eos_token_id"), config.get("eos_token_id"))
+        for stop in stops:
+            if not 0 <= stop < vocab or stop == mask:
+                raise CheckpointError(
+                    f"{source}: the stop token id {stop} (eos_token_id) is not a token of a vocabulary of {vocab} "
+                    f"whose mask token is {mask}. Correct eos_token_id in generation_config.json or config.json."
+                )
+        context = int(native.max_position_embeddings)
+        if length > context:
+            raise CheckpointError(f"{source}: a block of {length} tokens does not fit its {context} positions.")
+        return Facts(
+            family=self.name,
+            native_class=self.native_class,
+            mask_token_id=mask,
+            block_length=length,
+            vocab_size=vocab,
+            token_shift=self.token_shift,
+            block_alignment=self.block_alignment,
+            stop_token_ids=stops,
+            max_context=context,
+            decoders=self.decoders,
+            defaults=dict(self.defaults(length)),
+        )
+
+    def _mask_token_id(self, config: Mapping[str, Any], vocab: int, source: str, given: int | None) -> int:
+        mask = given if given is not None else _first(config, _MASK_FIELDS)
+        if mask is None:
+            mask = self.published_mask_ids.get(vocab)
+        if mask is None:
+            raise CheckpointError(
+                f"{source}: config.json names no mask token. Give its id as mask_token_id=…, or add "
+                '"mask_token_id" to config.json.'
+            )
+        if not _is_int(mask) or not 0 <= mask < vocab:
+            raise CheckpointError(
+                f"{source}: mask token id {mask!r} is not in the vocabulary (ids 0 to {vocab - 1}). "
+                "Give the right one as mask_token_id=…."
+            )
+        return int(mask)
+
+    def _block_length(self, config: Mapping[str, Any], vocab: int, source: str, given: int | None) -> int:
+        length = given if given is not None else _first(config, _BLOCK_FIELDS)
+        if length is None and (self.fixed_block_length or vocab in self.published_mask_ids):
+            # Variants for other block lengths are published as <name>-b<length>.
+            suffix = re.search(r"-b(\d+)/?$", source)
+            length = int(suffix[1]) if suffix and not self.fixed_block_length else self.published_block_length
+        if length is None:
+            raise CheckpointError(
+                f"{source}: config.json names no block length. Give it as block_length=…, or add "
+                '"block_size" to config.json.'
+            )
+        if not _is_int(length) or length < 1:
+            raise CheckpointError(f"{source}: block length {length!r} is not a positive integer.")
+        return int(length)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _first(config: Mapping[str, Any], names: Iterable[str]) -> Any:
+    return next((config[name] for name in names if config.get(name) is not None), None)
+
+
+def _stop_ids(*values: int | list[int] | None) -> tuple[int, ...]:
+    ids: dict[int, None] = {}
+    for value in values:
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            if one is not None:
+                ids[int(one)] = None
+    return tuple(ids)

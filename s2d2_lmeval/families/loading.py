@@ -1,0 +1,174 @@
+"""One way to load every family: transformers' own ``from_pretrained`` of the native class.
+
+Sharding, dtype, device placement and quantization are therefore transformers'. What is added here: the native
+configuration, the published weight names, and a refusal of every checkpoint that does not fit its class exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.families.facts import Facts, Family
+from s2d2_lmeval.families.files import HUB_OPTIONS, read_config, read_json, resolve, weight_files
+from s2d2_lmeval.families.registry import identify, mark
+
+_SHOWN = 4  # weights that a message names
+
+
+def load_checkpoint(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    quantization_config: Any = None,
+    mask_token_id: int | None = None,
+    block_length: int | None = None,
+    **from_pretrained: Any,
+) -> tuple[PreTrainedModel, Facts]:
+    """Loads a published checkpoint into the native class of its family, in evaluation mode.
+
+    Args:
+        source: folder, hub id, or ``"toy"`` (the embedded checkpoint).
+        dtype: a torch dtype or its name. ``"auto"`` is the checkpoint's own, but float32 on a CPU: there bfloat16 is
+            both slower and less exact. Ask for ``"bfloat16"`` to have it anyway.
+        device: where all of it goes; by default a GPU if there is one. Not together with ``device_map``.
+        revision: of a hub id.
+        device_map, quantization_config: as in ``from_pretrained``.
+        mask_token_id, block_length: override config.json, or say what it lacks.
+        from_pretrained: more arguments of ``from_pretrained``. No remote code is ever run: ``trust_remote_code`` is
+            accepted, since commands carry it, and makes no difference.
+
+    Returns:
+        The model, with a configuration object of its own, and its facts.
+
+    Raises:
+        CheckpointError: everything that makes a checkpoint unusable, in one sentence.
+    """
+    source = resolve(source)
+    from_pretrained = {**from_pretrained, "trust_remote_code": False}
+    hub = {name: from_pretrained[name] for name in HUB_OPTIONS if name in from_pretrained}
+    config = read_config(source, revision, **hub)
+    family = identify(config)
+    native = family.native_config(config)
+    generation = read_json(source, "generation_config.json", revision=revision, **hub) or {}
+    facts = family.facts(
+        config, native, generation, source=source, mask_token_id=mask_token_id, block_length=block_length
+    )
+    mark(native, facts)
+    weight_files(source, from_pretrained.get("variant"), revision=revision, **hub)
+    if device is not None and device_map is not None:
+        raise CheckpointError("device and device_map both say where the model goes; give one of them.")
+    if device_map is None:
+        placed = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        device_map = None if placed.type == "cpu" else {"": placed}
+    arguments = {
+        **from_pretrained,
+        "config": native,
+        "dtype": _dtype(dtype, device_map),
+        "device_map": device_map,
+        "quantization_config": quantization_config,
+    }
+    if revision is not None:
+        arguments["revision"] = revision
+    return _load(family, source, arguments), facts
+
+
+def _dtype(dtype: str | torch.dtype, device_map: Any) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if _on_cpu(device_map) else "auto"
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(f"dtype {dtype!r} is no floating point type; try auto, float32, bfloat16 or float16.")
+    return found
+
+
+def _on_cpu(device_map: Any) -> bool:
+    if device_map is None:
+        return True
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return not torch.cuda.is_available()
+    places = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
+    return all(str(place) in ("cpu", "disk") for place in places)
+
+
+def _load(family: Family, source: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
+    native_class = getattr(transformers, family.native_class)
+    with _report() as conversions:
+        try:
+            model, info = native_class.from_pretrained(
+                source,
+                key_mapping=dict(family.key_mapping) or None,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **arguments,
+            )
+        except SafetensorError as error:
+            raise CheckpointError(f"{source}: a safetensors file cannot be read ({error}); fetch it again.") from None
+        except RuntimeError:
+            if not conversions:
+                raise
+            raise CheckpointError(
+                f"{source} does not fit {family.native_class}: {_some('weights of the wrong shape', conversions)}."
+            ) from None
+    _check_fit(family, source, info)
+    return model.eval()
+
+
+def _check_fit(family: Family, source: str, info: Mapping[str, Any]) -> None:
+    wrong = [f"{name} (has {list(has)}, needs {list(needs)})" for name, has, needs in sorted(info["mismatched_keys"])]
+    complaints = [
+        _some(kind, names)
+        for kind, names in (
+            ("missing weights", sorted(info["missing_keys"])),
+            ("weights it has no place for", sorted(info["unexpected_keys"])),
+            ("weights of the wrong shape", wrong),
+        )
+        if names
+    ]
+    if complaints:
+        raise CheckpointError(f"{source} does not fit {family.native_class}: {'; '.join(complaints)}.")
+
+
+def _some(kind: str, names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{kind}: {', '.join(names[:_SHOWN])}{more}"
+
+
+@contextmanager
+def _report() -> Iterator[list[str]]:
+    """Keeps transformers' table of ill-fitting weights off the terminal: the error says it in one line.
+
+    Yields the list that receives the weights whose conversion failed, which only that table names.
+    """
+    failed: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        text = re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())
+        if "LOAD REPORT" not in text:
+            return True
+        failed.extend(re.findall(r"^(\S+)\s*\|\s*CONVERSION", text, re.MULTILINE))
+        return False
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield failed
+    finally:
+        logger.removeFilter(keep)

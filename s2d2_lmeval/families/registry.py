@@ -1,0 +1,68 @@
+"""The families that are known, and which of them a configuration is of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.families.dream import DREAM
+from s2d2_lmeval.families.facts import Facts, Family
+from s2d2_lmeval.families.fast_dllm_v2 import FAST_DLLM_V2
+from s2d2_lmeval.families.llada import LLADA
+from s2d2_lmeval.families.llada2 import LLADA2
+from s2d2_lmeval.families.sdar import SDAR, SDAR_MOE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+FAMILIES: Mapping[str, Family] = {
+    family.name: family for family in (SDAR, SDAR_MOE, FAST_DLLM_V2, LLADA2, LLADA, DREAM)
+}
+
+# Written into the configuration of every model that is loaded here, since several families share a native class.
+FAMILY_FIELD = "block_diffusion_family"
+
+# Diffusion models that transformers runs by itself, and whose decoding is theirs alone.
+_SELF_CONTAINED = ("diffusion_gemma",)
+
+
+def mark(native: PreTrainedConfig, facts: Facts) -> None:
+    """Writes into a native configuration what only the published one said."""
+    setattr(native, FAMILY_FIELD, facts.family)
+    native.mask_token_id = facts.mask_token_id
+    native.block_length = facts.block_length
+
+
+def family_named(name: str) -> Family:
+    """The family of that name; CheckpointError names the known ones."""
+    if name not in FAMILIES:
+        raise CheckpointError(f"no family is called {name!r}. Known families: {', '.join(FAMILIES)}.")
+    return FAMILIES[name]
+
+
+def identify(config: Mapping[str, Any]) -> Family:
+    """The family of a published config.json.
+
+    Raises:
+        CheckpointError: a ``model_type`` of no known family; the message names the known ones.
+    """
+    if config.get(FAMILY_FIELD):
+        return family_named(config[FAMILY_FIELD])
+    model_type = config.get("model_type")
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(f"{family.name} ({'/'.join(family.model_types)})" for family in FAMILIES.values())
+    if str(model_type).startswith(_SELF_CONTAINED):
+        raise CheckpointError(
+            f"model_type {model_type!r} is a diffusion model that transformers decodes by itself, with another kind of "
+            f"denoising: evaluate it with `lm_eval --model hf`. Families decoded here: {known}."
+        )
+    natives = sorted({native for family in FAMILIES.values() for native in family.native_types})
+    if model_type in natives:
+        raise CheckpointError(
+            f"model_type {model_type!r} is an autoregressive model, or a block-diffusion model under its native name. "
+            f'In the latter case say which in config.json ("{FAMILY_FIELD}": one of {", ".join(FAMILIES)}).'
+        )
+    raise CheckpointError(f"model_type {model_type!r} is of no known family. Known families (model_type): {known}.")

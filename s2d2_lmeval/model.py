@@ -1,0 +1,171 @@
+"""The front door of the Python interface: load a checkpoint, decode prompts, score text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.engine import Engine
+from s2d2_lmeval.decoding.generation import Generation, Request
+from s2d2_lmeval.decoding.scoring import Scorer
+from s2d2_lmeval.errors import ConfigError, RequestError
+from s2d2_lmeval.families import Facts, adopt, load_checkpoint
+from s2d2_lmeval.runtime.runner import Runner
+from s2d2_lmeval.runtime.trace import Trace
+
+
+def load(
+    source: str | Path | PreTrainedModel,
+    *,
+    attention: str = "auto",
+    max_batch: int = 8,
+    max_context: int | None = None,
+    **options: Any,
+) -> BlockDiffusionModel:
+    """Load a block-diffusion checkpoint onto native transformers classes.
+
+    :param source: a folder, a hub id, ``"toy"`` (the embedded model), or a loaded transformers model of a known family,
+        whose weights are then shared.
+    :param attention: ``auto`` or an attention back end.
+    :param max_batch: rows in flight at most.
+    :param max_context: positions that prompt and answer may take together; the checkpoint's own limit if not given.
+    :param options: ``dtype``, ``device``, ``revision``, ``device_map``, ``quantization_config`` and what else
+        :func:`s2d2_lmeval.families.load_checkpoint` takes.
+    :raises CheckpointError: when the checkpoint is not what it says it is.
+    """
+    if isinstance(source, torch.nn.Module):
+        model, facts = adopt(source, **options)
+    else:
+        model, facts = load_checkpoint(source, **options)
+    return BlockDiffusionModel(model, facts, attention=attention, max_batch=max_batch, max_context=max_context)
+
+
+class BlockDiffusionModel:
+    """A loaded checkpoint with its cache: what :func:`load` returns."""
+
+    def __init__(
+        self,
+        hf_model: PreTrainedModel,
+        facts: Facts,
+        *,
+        attention: str = "auto",
+        max_batch: int = 8,
+        max_context: int | None = None,
+    ) -> None:
+        if max_batch < 1:
+            raise ConfigError(f"max_batch={max_batch}: at least one row must be in flight.")
+        if max_context is not None and not 1 <= max_context <= facts.max_context:
+            raise ConfigError(f"max_context={max_context}: this checkpoint takes 1 to {facts.max_context} positions.")
+        self.hf_model = hf_model
+        self.facts = facts
+        self.max_batch = max_batch
+        self.max_context = max_context or facts.max_context
+        self.trace = Trace()
+        self._runner = Runner(hf_model, attention)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go in."""
+        return self._runner.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.hf_model.dtype
+
+    @property
+    def attention(self) -> str:
+        """The attention back end in use."""
+        return self._runner.attention
+
+    def config(self, options: DecodingConfig | Mapping[str, Any] | None = None) -> DecodingConfig:
+        """``options`` over the family's paper setting; a complete configuration is passed through."""
+        if isinstance(options, DecodingConfig):
+            return options
+        return DecodingConfig.from_options(options or {}, self.facts)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: DecodingConfig | Mapping[str, Any] | None = None,
+        *,
+        max_new_tokens: int | Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
+        stop: Callable[[int, list[int]], int | None] | None = None,
+        on_finished: Callable[[int, Generation], None] | None = None,
+    ) -> list[Generation]:
+        """Continue every prompt (token ids). All are queued at once; ``max_batch`` rows are in flight.
+
+        :param max_new_tokens: for all or for each; the configuration's if not given.
+        :param seeds: names each request's randomness (int64); its index if not given. A request samples the same
+            whatever it is batched with.
+        :param stop: ``stop(i, new_token_ids)`` is asked after each finished block of request i and answers how many of
+            its new tokens to keep, or None to go on.
+        :param on_finished: told of each request as it completes.
+        :raises RequestError: for a prompt that cannot be decoded.
+        """
+        resolved = self.config(config)
+        shared_budget = resolved.max_new_tokens if max_new_tokens is None else max_new_tokens
+        budgets = list(shared_budget) if isinstance(shared_budget, Sequence) else [shared_budget] * len(prompts)
+        keys = list(range(len(prompts))) if seeds is None else list(seeds)
+        if not len(prompts) == len(budgets) == len(keys):
+            raise RequestError(
+                f"{len(prompts)} prompts, {len(budgets)} budgets, {len(keys)} seeds: give one of each per prompt."
+            )
+        requests = []
+        for index, (prompt, budget, key) in enumerate(zip(prompts, budgets, keys, strict=True)):
+            ids = [int(token) for token in prompt]
+            self._check(index, ids, budget)
+            requests.append(Request(ids, budget, key, None if stop is None else _bound(stop, index)))
+        engine = Engine(self._runner, self.facts.mask_token_id, resolved, self.trace, self.max_batch)
+        return engine.run(requests, on_finished)
+
+    def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
+        """log p(continuation | context) in the model's autoregressive mode, and whether greedy decoding would write the
+        continuation.
+
+        :param requests: (context, continuation) pairs of token ids; the context may be empty.
+        :raises RequestError: for a pair that does not fit the context or holds the mask token.
+        """
+        for index, (context, continuation) in enumerate(requests):
+            if not len(continuation):
+                raise RequestError(f"Request {index}: the continuation is empty; there is nothing to score.")
+            self._check(index, [*context, *continuation], 0)
+        return Scorer(self._runner, self.facts.mask_token_id, self.trace, self.max_batch).run(requests)
+
+    def release(self) -> None:
+        """Give the cache's memory back; the next call takes what it needs."""
+        self._runner.release()
+
+    def _check(self, index: int, prompt: list[int], budget: int) -> None:
+        if not prompt:
+            raise RequestError(
+                f"Prompt {index} is empty; a block-diffusion model needs at least one token to start from."
+            )
+        if budget < 0:
+            raise RequestError(f"Prompt {index}: max_new_tokens={budget} is negative.")
+        if self.facts.mask_token_id in prompt:
+            raise RequestError(
+                f"Prompt {index} contains the mask token (id {self.facts.mask_token_id}), which the model "
+                "would fill in. Remove it."
+            )
+        outside = [token for token in prompt if not 0 <= token < self.facts.vocab_size]
+        if outside:
+            raise RequestError(
+                f"Prompt {index} holds token id {outside[0]}, outside the vocabulary of {self.facts.vocab_size}."
+            )
+        if len(prompt) + budget > self.max_context:
+            raise RequestError(
+                f"Prompt {index} has {len(prompt)} tokens and asks for {budget} more, but the context holds "
+                f"{self.max_context}. Shorten it, lower max_new_tokens, or raise max_context up to what the checkpoint "
+                "allows."
+            )
+
+
+def _bound(stop: Callable[[int, list[int]], int | None], index: int) -> Callable[[list[int]], int | None]:
+    return lambda tokens: stop(index, tokens)

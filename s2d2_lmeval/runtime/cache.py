@@ -1,0 +1,69 @@
+"""The key-value cache: static slots, one prefix length per slot, nothing ever concatenated.
+
+A forward writes the keys and values of its queries behind the prefix of their slot. Whether they stay is decided by
+advancing the prefix length, or not. Slots of different lengths need no padding: what lies behind a prefix is never
+visible.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+class SlotCache:
+    """Keys and values of ``slots`` sequences of up to ``capacity`` positions, in one tensor per layer.
+
+    It answers the part of transformers' cache interface that the native models call while they run
+    (:meth:`update`, :meth:`get_seq_length`).
+    """
+
+    is_compileable = True
+
+    def __init__(self, slots: int, capacity: int) -> None:
+        self.slots = slots
+        self.capacity = capacity
+        self.lengths = np.zeros(slots, dtype=np.int64)
+        self._keys: dict[int, torch.Tensor] = {}
+        self._values: dict[int, torch.Tensor] = {}
+        self._destinations: torch.Tensor | None = None
+
+    def write_to(self, destinations: torch.Tensor) -> None:
+        """Where the next forward's queries go: ``destinations`` (N,) as slot * capacity + position."""
+        self._destinations = destinations
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the packed ``keys`` and ``values`` (1, heads, N, dim).
+
+        Return the storage (slots, capacity, heads, dim).
+        """
+        if layer not in self._keys:
+            # Allocated where the layer lives: a model may be spread over several devices.
+            heads, dim = keys.shape[1], keys.shape[3]
+            self._keys[layer] = keys.new_zeros(self.slots, self.capacity, heads, dim)
+            self._values[layer] = values.new_zeros(self.slots, self.capacity, heads, values.shape[3])
+        assert self._destinations is not None
+        destinations = self._destinations.to(keys.device)
+        for storage, fresh in ((self._keys[layer], keys), (self._values[layer], values)):
+            storage.view(-1, *storage.shape[2:]).index_copy_(0, destinations, fresh[0].transpose(0, 1))
+        return self._keys[layer], self._values[layer]
+
+    def commit(self, slots: np.ndarray, keep: np.ndarray) -> None:
+        """Let the first ``keep`` queries of the last forward become prefix."""
+        self.lengths[slots] += keep
+
+    def reset(self, slot: int) -> None:
+        """Empty a slot for another sequence."""
+        self.lengths[slot] = 0
+
+    def get_seq_length(self, *_: object) -> int:
+        """Asked by models that were given no positions; ours always are."""
+        return 0
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, in bytes."""
+        tensors = [*self._keys.values(), *self._values.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)

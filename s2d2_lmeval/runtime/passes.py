@@ -1,0 +1,74 @@
+"""The pass: what a decoder asks of the model in one forward.
+
+Each row of the batch brings some query tokens. Every query sees the row's whole committed prefix and those of its
+fellow queries that
+:attr:`Pass.visible` names; logits are wanted at some of the queries; afterwards the leading :attr:`Pass.keep` queries
+    become prefix.
+
+Queries of all rows are packed one after the other (no padding), so a prefill chunk, a draft and a verifier of different
+widths share one forward and cost what their tokens cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each row's queries lie in the packed sequence of one forward. All of it is known on the host.
+
+    ``slots`` (R,) cache slot of each row; ``widths`` (R,) number of queries of each row (positive).
+    """
+
+    slots: np.ndarray
+    widths: np.ndarray
+    offsets: np.ndarray = field(init=False)
+    """(R,) index of each row's first query."""
+    row_of: np.ndarray = field(init=False)
+    """(N,) row of each query, as an index into ``slots``."""
+    local: np.ndarray = field(init=False)
+    """(N,) index of each query inside its row."""
+
+    def __post_init__(self) -> None:
+        offsets = np.cumsum(self.widths) - self.widths
+        row_of = np.repeat(np.arange(len(self.slots)), self.widths)
+        object.__setattr__(self, "offsets", offsets)
+        object.__setattr__(self, "row_of", row_of)
+        object.__setattr__(self, "local", np.arange(len(row_of)) - offsets[row_of])
+
+    @property
+    def queries(self) -> int:
+        """N, the number of queries of the forward."""
+        return len(self.row_of)
+
+    @property
+    def widest(self) -> int:
+        """W, the number of queries of the widest row."""
+        return int(self.widths.max())
+
+    def padded(self, values: np.ndarray, fill: int) -> np.ndarray:
+        """Spread packed ``values`` (N,) over a table (R, W); unused places hold ``fill``."""
+        table = np.full((len(self.slots), self.widest), fill, dtype=np.int64)
+        table[self.row_of, self.local] = values
+        return table
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward over R rows with N packed queries, W in the widest row. Tensors lie on the model's device."""
+
+    layout: Layout
+    tokens: torch.Tensor
+    """(N,) token ids."""
+    positions: torch.Tensor
+    """(N,) RoPE positions; verifier copies and tree siblings repeat positions."""
+    visible: torch.Tensor
+    """(R, W, W) bool: ``visible[r, i, j]`` when query i of row r sees query j of the same row."""
+    wanted: torch.Tensor
+    """(M,) packed indices of the queries whose logits are read, in the order in which they are wanted."""
+    keep: np.ndarray
+    """(R,) number of leading queries of each row that become prefix after this forward."""

@@ -1,0 +1,61 @@
+"""Runs passes on a native transformers model."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import PreTrainedModel
+
+from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend
+from s2d2_lmeval.runtime.cache import SlotCache
+from s2d2_lmeval.runtime.passes import Pass
+
+
+class Runner:
+    """A model, its cache and its attention back end.
+
+    The model's config object is taken over (``_attn_implementation`` lives on it): give each runner a model of its own.
+    """
+
+    def __init__(self, model: PreTrainedModel, attention: str = "auto") -> None:
+        self.attention = choose_backend(attention)
+        model.config._attn_implementation = NAME
+        self.model = model.eval()
+        self.backbone = model.get_decoder()
+        self.head = model.get_output_embeddings()
+        self.device = model.get_input_embeddings().weight.device
+        self.cache = SlotCache(0, 0)
+        self.model_seconds = 0.0
+
+    def reserve(self, slots: int, capacity: int) -> None:
+        """Make room for ``slots`` sequences of ``capacity`` positions and empty all slots.
+
+        Room already there is used again.
+        """
+        if slots > self.cache.slots or capacity > self.cache.capacity:
+            self.cache = SlotCache(slots, capacity)
+        self.cache.lengths[:] = 0
+
+    def release(self) -> None:
+        """Give the cache's memory back."""
+        self.cache = SlotCache(0, 0)
+
+    @torch.inference_mode()
+    def forward(self, request: Pass) -> torch.Tensor:
+        """Run one pass; return the wanted logits (M, V), at least in float32. The kept queries become prefix."""
+        started = time.perf_counter()
+        layout = request.layout
+        destinations = layout.slots * self.cache.capacity + self.cache.lengths[layout.slots]
+        self.cache.write_to(torch.from_numpy(destinations[layout.row_of] + layout.local).to(self.device))
+        hidden = self.backbone(
+            input_ids=request.tokens.unsqueeze(0),
+            position_ids=request.positions.unsqueeze(0),
+            past_key_values=self.cache,
+            use_cache=True,
+            pass_context=AttentionContext.build(request, self.cache),
+        ).last_hidden_state
+        self.cache.commit(layout.slots, request.keep)
+        logits = self.head(hidden[0].index_select(0, request.wanted.to(hidden.device)))
+        self.model_seconds += time.perf_counter() - started
+        return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
