@@ -79,10 +79,8 @@ class Readback:
             progress.drafted += int(rows.span[slot].sum())
             progress.accepted += int((marks == ACCEPTED).sum())
         if (marks != NOTHING).any():
-            progress.decoding_order.append(
-                (["|"] if rows.step[slot] == 0 else [])
-                + published_order(marks, self.order[slot], start, negate_denoised)
-            )
+            entries = published_order(marks, self.order[slot], start, negate_denoised)
+            progress.decoding_order.append(["|", *entries] if rows.step[slot] == 0 else entries)
 
 
 def published_order(marks: np.ndarray, order: np.ndarray, start: int, negate_denoised: bool) -> list[int | float | str]:
