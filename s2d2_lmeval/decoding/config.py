@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.families import family_named
 
 if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
@@ -80,8 +81,9 @@ class DecodingConfig:
     decoder: str = option("s2d2", "which decoder", choices=DECODERS)
     schedule: str = option(
         "fused",
-        "reference: a forward per draft, verification and commit, as published; fused: commits ride in the next draft",
-        choices=("reference", "fused"),
+        "reference: a forward per draft, verification and commit, as published; fused: commits ride in the next draft; "
+        "lookahead: verifications also commit what they accept and draft the next block (AR-like caching only)",
+        choices=("reference", "fused", "lookahead"),
     )
     max_new_tokens: int = option(256, "new tokens at most", low=0)
     block_length: int = option(4, "tokens per block", decoders=DENOISERS, low=1)
@@ -183,8 +185,9 @@ class DecodingConfig:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         if self.decoder == "ar":
-            object.__setattr__(self, "block_length", 1)
-            object.__setattr__(self, "denoising_steps", 1)
+            # At block size one there is nothing but token-causal attention.
+            for name, value in {"block_length": 1, "denoising_steps": 1, "cache_ver": True, "draft_ver": True}.items():
+                object.__setattr__(self, name, value)
         steps = self.denoising_steps
         if steps is None:
             object.__setattr__(self, "denoising_steps", self.block_length)
@@ -204,6 +207,11 @@ class DecodingConfig:
             raise ConfigError(
                 f"score_hysteresis needs hysteresis_threshold_on ({self.hysteresis_threshold_on}) above "
                 f"hysteresis_threshold_off ({self.hysteresis_threshold_off})."
+            )
+        if self.schedule == "lookahead" and not (self.cache_ver and self.draft_ver):
+            raise ConfigError(
+                "schedule=lookahead keeps what the verifier computed, which is right only under AR-like caching: "
+                "set cache_ver=true and draft_ver=true, or use schedule=fused."
             )
         if isinstance(self.random_source, str) and self.random_source not in ("keyed", "fixed", "torch"):
             raise ConfigError(
@@ -246,16 +254,18 @@ class DecodingConfig:
         given = _normalised(options)
         decoder = given.get("decoder", "s2d2")
         _refuse_foreign(decoder, given)
-        below = dict(facts.defaults) if facts is not None else {}
+        below: dict[str, Any] = {}
         if facts is not None:
-            below.setdefault("stop_token_ids", facts.stop_token_ids)
             if "decoder" in given and decoder in DECODERS and decoder not in facts.decoders:
                 raise ConfigError(
                     f"decoder={decoder} does not fit {facts.family} checkpoints; use one of: "
                     f"{', '.join(facts.decoders)}."
                 )
-        if "block_length" in given and "denoising_steps" not in given:
-            below.pop("denoising_steps", None)
+            # The published setting depends on the block length, which may be another than the checkpoint's own.
+            below = {"stop_token_ids": facts.stop_token_ids, **facts.defaults}
+            length = given.get("block_length")
+            if isinstance(length, int) and length != facts.block_length:
+                below |= family_named(facts.family).defaults(length)
         return cls(**{**_own(decoder, below), **given})
 
     def replace(self, **options: Any) -> DecodingConfig:

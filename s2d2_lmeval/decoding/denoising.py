@@ -6,31 +6,57 @@ takes the logits. A step of a row:
 1. draft   tokens and their confidence at every mask of the block
 2. choose  by the remasking strategy which masks to decide
 3. decide  write them into the block; a finished block is committed and the next begins
+
+The device part works on all rows at once (:class:`Stage`, :class:`Decisions`). It never waits; the host learns what
+happened from one read at the end and moves every row to its next phase.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.generation import DENOISED, NOTHING
+from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, NOTHING
 from s2d2_lmeval.decoding.planning import BlockPlan, plan_blocks
-from s2d2_lmeval.decoding.readback import Outcome, Readback
+from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, read_back, record_step
 from s2d2_lmeval.decoding.remasking import choose
 from s2d2_lmeval.decoding.rows import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Rows
 from s2d2_lmeval.decoding.sampling import draft_tokens
 from s2d2_lmeval.errors import NumericalError
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Where every row stands, on the device.
+
+    ``block`` (rows, B) tokens; ``index`` (rows, B) their places in the flattened store; ``position`` (rows, B);
+    ``step`` (rows, 1) of the block; ``count`` (rows,) tokens that the schedule asks of it; ``given`` (rows,) prompt
+    tokens in the block; ``key`` (rows, 1) names the request's randomness.
+    """
+
+    block: torch.Tensor
+    index: torch.Tensor
+    position: torch.Tensor
+    step: torch.Tensor
+    count: torch.Tensor
+    given: torch.Tensor
+    key: torch.Tensor
+
+    def draws(self, purpose: int) -> random.Key:
+        """Names draws at every place: a place is drawn at most once per purpose and step."""
+        return random.Key(purpose, self.key, self.position, self.step)
+
+
 @dataclass
 class Draft:
-    """The latest draft of every row (rows, B): tokens, their confidence, and the entropy (nats) of their distribution
-    if it is needed.
+    """The latest draft of every row (rows, B).
 
-    ``sound`` is false once logits were no numbers.
+    Tokens, their confidence, and the entropy (nats) of their distribution if it is needed. ``sound`` is false once
+    logits were no numbers.
     """
 
     tokens: torch.Tensor
@@ -45,28 +71,13 @@ class Draft:
         return cls(zeros.long(), zeros, zeros, torch.ones((), dtype=torch.bool, device=device))
 
 
-@dataclass
 class Decisions:
-    """What one step decides, (rows, B): ``block`` and ``masks`` after it, ``marks`` and the ``order`` within equal
-    marks.
+    """What one step decides: ``block``, ``masks``, ``marks`` and the ``order`` within equal marks, all (rows, B)."""
 
-    ``finished`` (rows,) rows whose step is complete; ``verify`` (rows, B) the span that goes on to the verifier
-    instead.
-    """
-
-    block: torch.Tensor
-    masks: torch.Tensor
-    marks: torch.Tensor
-    order: torch.Tensor
-    verify: torch.Tensor
-    finished: torch.Tensor
-
-    @classmethod
-    def begin(cls, block: torch.Tensor, mask_token_id: int, finished: torch.Tensor) -> Decisions:
-        """Nothing decided yet in ``block``."""
-        masks = block == mask_token_id
-        nothing = torch.full_like(block, NOTHING)
-        return cls(block, masks, nothing, nothing, torch.zeros_like(masks), finished)
+    def __init__(self, block: torch.Tensor, mask_token_id: int) -> None:
+        self.block = self.before = block
+        self.masks = self.masked_before = block == mask_token_id
+        self.marks = self.order = torch.full_like(block, NOTHING)
 
     def decide(self, places: torch.Tensor, tokens: torch.Tensor, mark: int, order: torch.Tensor | None = None) -> None:
         """Write ``tokens`` at ``places``."""
@@ -75,6 +86,16 @@ class Decisions:
         self.marks = self.marks.masked_fill(places, mark)
         if order is not None:
             self.order = torch.where(places, order, self.order)
+
+    @property
+    def count(self) -> torch.Tensor:
+        """(rows,) tokens decided so far."""
+        return (self.masked_before & ~self.masks).sum(-1)
+
+    def tables(self, draft: torch.Tensor) -> StepTables[torch.Tensor]:
+        """For the host; ``draft`` (rows, B) are the drafted tokens."""
+        drafted = torch.where(self.masked_before, draft, self.before)
+        return StepTables(self.before, drafted, self.block, self.marks, self.order)
 
 
 class BlockDenoiser:
@@ -89,8 +110,7 @@ class BlockDenoiser:
         self.prefill_chunk = prefill_chunk
         self.source = random.source_of(config.random_source, config.seed)
         self.draft = Draft.empty((rows.count, rows.block_length), rows.device)
-        # The published code draws for every place of the block, decided ones too; its collapsed entropy sums over all
-        # of them.
+        # The published code draws for every place of the block, decided ones too; its collapsed entropy sums over all.
         self.read_whole_block = (self.source.sequential and config.sampled) or config.collapse_entropy
         self.verify_all_masks = False
 
@@ -114,45 +134,59 @@ class BlockDenoiser:
 
         :raises NumericalError: when the logits are not numbers.
         """
-        plan, rows = self._plan, self.rows
+        rows, facts = self.rows, self._plan.facts
         if self.config.suppress_mask_token:
             logits[:, rows.mask_token_id] = -torch.inf
-        before = rows.store.view(-1)[plan.facts["block"]]
+        block = rows.store.view(-1)[facts["block"]]
+        position, step, given = facts["position"], facts["step"], facts["given"]
+        stage = Stage(block, facts["block"], position, step, facts["count"], given, facts["key"])
+        return self._settle(self._decide(stage, logits))
+
+    def _decide(self, stage: Stage, logits: torch.Tensor) -> Readback:
+        """The device part of a step: here, of rows that drafted."""
+        plan = self._plan
+        nobody = torch.zeros_like(plan.draft_rows)
+        drafted, span = None, torch.zeros_like(stage.block, dtype=torch.bool)
         if plan.drafts:
-            self._observe(logits[: plan.drafts], plan)
-        step = Decisions.begin(before, rows.mask_token_id, finished=plan.draft_rows | plan.verify_rows)
-        self._step(step, logits, plan)
-        filled = torch.where(step.masks, self.draft.tokens, step.block)
-        drafted = torch.where(before == rows.mask_token_id, self.draft.tokens, before)
-        rows.store.view(-1)[plan.facts["block"]] = step.block
-        rows.store[:, rows.length : -1] = filled
-        tables = [before, drafted, step.block, step.marks, step.order, step.verify]
-        return self._settle(Readback.read(tables, self.draft.sound))
+            self._observe(stage, logits, plan.draft_at)
+            decisions = Decisions(stage.block, self.rows.mask_token_id)
+            self._denoise(decisions, stage.count, plan.draft_rows)
+            self._write(stage, decisions)
+            drafted = decisions.tables(self.draft.tokens)
+        return read_back(None, drafted, span, nobody, self.draft.sound)
 
-    def _observe(self, logits: torch.Tensor, plan: BlockPlan) -> None:
-        """Draft a token at every wanted place."""
+    def _observe(
+        self,
+        stage: Stage,
+        logits: torch.Tensor,
+        at: tuple[torch.Tensor, ...],
+        valid: torch.Tensor | None = None,
+    ) -> None:
+        """Draft a token at the places ``at`` from their ``logits``.
+
+        Where ``valid`` (M,) is false, leave things alone.
+        """
         draft = self.draft
-        key = self._key(random.DRAFT, plan).take(plan.draft_at)
-        tokens, confidence = draft_tokens(logits, self.config, self.source, key)
-        draft.tokens = draft.tokens.index_put(plan.draft_at, tokens)
-        draft.confidence = draft.confidence.to(confidence.dtype).index_put(plan.draft_at, confidence)
-        draft.sound = ~confidence.isnan().any()
+
+        def put(table: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            table = table.to(values.dtype)
+            return table.index_put(at, values if valid is None else torch.where(valid, values, table[at]))
+
+        tokens, confidence = draft_tokens(logits, self.config, self.source, stage.draws(random.DRAFT).take(at))
+        draft.tokens = put(draft.tokens, tokens)
+        draft.confidence = put(draft.confidence, confidence)
+        draft.sound = draft.sound & ~confidence.isnan().any()
         if self.config.strategy == "entropy_bounded" and not self.config.collapse_entropy:
-            log_p = logits.log_softmax(-1)
-            entropy = -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1)
-            draft.entropy = draft.entropy.to(entropy.dtype).index_put(plan.draft_at, entropy)
+            p = logits.softmax(-1)
+            draft.entropy = put(draft.entropy, -torch.special.xlogy(p, p).sum(-1))
 
-    def _step(self, step: Decisions, logits: torch.Tensor, plan: BlockPlan) -> None:
-        """Decide tokens in every drafting row."""
-        self._denoise(step, plan.facts["count"], plan)
-
-    def _denoise(self, step: Decisions, count: torch.Tensor, plan: BlockPlan) -> None:
-        """Decide by the remasking strategy ``count`` (rows,) tokens or more."""
+    def _denoise(self, decisions: Decisions, count: torch.Tensor, among: torch.Tensor) -> None:
+        """Decide by the remasking strategy ``count`` (rows,) tokens or more in the rows ``among`` (rows,)."""
         config = self.config
         chosen, order = choose(
             config.strategy,
-            step.masks,
-            count * step.finished,
+            decisions.masks,
+            count * among,
             self.draft.confidence,
             self.draft.entropy,
             config.confidence_threshold,
@@ -160,11 +194,15 @@ class BlockDenoiser:
             collapse_entropy=config.collapse_entropy,
             at_most_count=self.verifies,
         )
-        step.decide(chosen, self.draft.tokens, DENOISED, order)
+        decisions.decide(chosen, self.draft.tokens, DENOISED, order)
 
-    def _key(self, purpose: int, plan: BlockPlan) -> random.Key:
-        """Names draws at every place (rows, B): a place is drawn at most once per purpose and step."""
-        return random.Key(purpose, plan.facts["key"], plan.facts["position"], plan.facts["step"])
+    def _write(self, stage: Stage, decisions: Decisions) -> None:
+        """Put the block where passes read it: into the canvas, and with every mask drafted behind it."""
+        rows = self.rows
+        rows.store.view(-1)[stage.index] = decisions.block
+        rows.store[:, rows.length : -1] = torch.where(decisions.masks, self.draft.tokens, decisions.block)
+
+    # ---- host ----
 
     def _settle(self, read: Readback) -> Outcome:
         """Bring the host's mirror up to date and move every active row to its next phase."""
@@ -174,29 +212,66 @@ class BlockDenoiser:
                 "The model answered with logits that are not numbers (NaN or infinite). "
                 "Check the checkpoint, or load it with dtype=float32."
             )
-        outcome = read.outcome(rows, slots)
         rows.cached[slots] += self._plan.request.keep
-        for slot in slots.tolist():
+        outcome = Outcome.zeros(len(slots))
+        for row, slot in enumerate(slots.tolist()):
             phase = rows.phase[slot]
             rows.progress[slot].forwards[KIND_OF_PHASE[phase]] += 1
             if phase == PREFILL:
                 self._enter_draft(slot)
             elif phase == COMMIT:
                 self._next_block(slot)
+            elif phase == VERIFY:
+                self._after_verify(row, slot, read, outcome)
             else:
-                read.record(rows, slot, negate_denoised=self.verifies)
-                rows.block[slot] = read.after[slot]
-                self._after_step(slot, read)
+                self._after_draft(row, slot, read, outcome)
         return outcome
 
-    def _after_step(self, slot: int, read: Readback) -> None:
-        """A draft or a verification of row ``slot`` is over."""
+    def _after_draft(self, row: int, slot: int, read: Readback, outcome: Outcome) -> None:
+        """A draft of row ``slot`` has come in: verify it, or its step is over."""
         rows = self.rows
+        assert read.drafted is not None
+        self._record(row, slot, read.drafted, "draft", outcome)
+        rows.progress[slot].drafts += 1
         if read.span[slot].any():
             rows.phase[slot] = VERIFY
             rows.span[slot] = read.span[slot]
             rows.wanted[slot] = rows.masks[slot] if self.verify_all_masks else read.span[slot]
-            return
+            outcome.routed[row] = 1
+        else:
+            self._after_step(slot)
+
+    def _after_verify(self, row: int, slot: int, read: Readback, outcome: Outcome) -> None:
+        """A verification of row ``slot`` has come in: its step is over."""
+        rows, length = self.rows, self.rows.block_length
+        assert read.verified is not None
+        fed, progress = read.verified.draft[slot], rows.progress[slot]
+        self._record(row, slot, read.verified, "verify", outcome)
+        outcome.drafted[row] = rows.span[slot].sum()
+        outcome.accepted[row] = (read.verified.marks[slot] == ACCEPTED).sum()
+        progress.drafted += int(outcome.drafted[row])
+        progress.accepted += int(outcome.accepted[row])
+        if self.config.schedule == "lookahead":
+            # What was fed token-causally and stands is prefix, up to the first place that turned out otherwise.
+            standing = int(np.append(rows.block[slot] == fed, False).argmin())
+            end = min(rows.start[slot] + min(standing, length), rows.cached[slot] + self._plan.heads[row])
+            outcome.kept[row] = max(end - rows.cached[slot], 0)
+            rows.cached[slot] += outcome.kept[row]
+        self._after_step(slot)
+        if read.moved[slot] and not rows.complete[slot]:
+            outcome.carried[row] = 1
+            self._after_draft(row, slot, read, outcome)
+
+    def _record(self, row: int, slot: int, step: StepTables[np.ndarray], kind: str, outcome: Outcome) -> None:
+        rows = self.rows
+        first, start = bool(rows.step[slot] == 0), int(rows.start[slot])
+        record_step(rows.progress[slot], step, slot, kind, start, first, self.verifies)
+        rows.block[slot] = step.after[slot]
+        outcome.committed[row] += (step.marks[slot] != NOTHING).sum()
+
+    def _after_step(self, slot: int) -> None:
+        """A denoising step of row ``slot`` is over: go on in the block, or with the next."""
+        rows = self.rows
         rows.step[slot] += 1
         if rows.masks[slot].any():
             self._enter_draft(slot)
@@ -220,8 +295,21 @@ class BlockDenoiser:
         """Draft next, or first run what has to be in the cache and cannot ride along."""
         rows = self.rows
         waiting = rows.start[slot] - rows.cached[slot]
-        rides = waiting == 0 or (
-            self.config.schedule == "fused" and waiting <= max(self.prefill_chunk, rows.block_length)
-        )
-        rows.phase[slot] = DRAFT if rides else PREFILL
+        most = 0 if self.config.schedule == "reference" else max(self.prefill_chunk, rows.block_length)
+        rows.phase[slot] = DRAFT if waiting <= most else PREFILL
         rows.wanted[slot] = True if self.read_whole_block else rows.masks[slot]
+
+
+def turn(stage: Stage, moved: torch.Tensor, mask_token_id: int, first_count: int) -> Stage:
+    """The stage with the rows ``moved`` (rows,) at the beginning of their next block."""
+    across = moved.unsqueeze(1)
+    length = stage.block.shape[1]
+    return replace(
+        stage,
+        block=stage.block.masked_fill(across, mask_token_id),
+        index=stage.index + across * length,
+        position=stage.position + across * length,
+        step=stage.step.masked_fill(across, 0),
+        count=stage.count.masked_fill(moved, first_count),
+        given=stage.given.masked_fill(moved, 0),
+    )

@@ -87,16 +87,18 @@ class Engine:
         plan = self.decoder.plan()
         logits = self.runner.forward(plan.request)
         outcome = self.decoder.advance(logits)
+        self.runner.cache.commit(plan.request.layout.slots, outcome.kept)
         self.trace.records.append(
             ForwardRecord(
                 kinds=tuple(KIND_OF_PHASE[phase] for phase in plan.phases),
                 widths=plan.request.layout.widths,
                 wanted=plan.wanted_counts,
-                kept=plan.request.keep,
+                kept=plan.request.keep + outcome.kept,
                 committed=outcome.committed,
                 drafted=outcome.drafted,
                 accepted=outcome.accepted,
                 routed=outcome.routed,
+                carried=outcome.carried,
                 seconds=time.perf_counter() - started,
                 model_seconds=self.runner.model_seconds - model_seconds,
             )

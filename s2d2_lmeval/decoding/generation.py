@@ -65,6 +65,7 @@ class Progress:
     """A request on its way: counters, steps and the published decoding order, filled in as forwards come back."""
 
     forwards: dict[str, int] = field(default_factory=lambda: {"prefill": 0, "draft": 0, "verify": 0, "commit": 0})
+    drafts: int = 0
     drafted: int = 0
     accepted: int = 0
     blocks: int = 0
@@ -75,7 +76,6 @@ class Progress:
     def stats(self, new_tokens: int) -> dict[str, float]:
         """The request's statistics. ``nfe`` counts every forward that it took part in."""
         nfe = sum(self.forwards.values())
-        drafts, verifies = self.forwards["draft"], self.forwards["verify"]
         return {
             "nfe": nfe,
             "new_tokens": new_tokens,
@@ -84,7 +84,7 @@ class Progress:
             "drafted": self.drafted,
             "accepted": self.accepted,
             "acceptance": self.accepted / self.drafted if self.drafted else 0.0,
-            "routed": verifies / drafts if drafts else 0.0,
+            "routed": self.forwards["verify"] / self.drafts if self.drafts else 0.0,
             "blocks": self.blocks,
             "seconds": time.perf_counter() - self.begun,
         }

@@ -37,36 +37,37 @@ class Upload:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """A pass and how to read its logits: first those of drafts, then those of verifiers, each in row-major order.
+    """A pass and how to read its logits: those of verifiers, of drafts, of next blocks' drafts, each in row-major
+    order.
 
-    ``draft_at`` and ``verify_at`` are (rows, places) of these logits; ``draft_rows`` and ``verify_rows`` (rows,) bool
-    on the device;
-    ``facts`` holds per-row numbers on the device: ``block`` (rows, B) store index of the current block, ``position``
-    (rows, B),
-    ``step``, ``count`` (tokens the schedule asks for), ``key``, ``given`` (prompt tokens in the block), all (rows, 1).
+    ``verify_at`` and ``fresh_at`` (drafts, then next blocks' drafts) are (rows, places) of these logits;
+    ``verify_rows``,
+    ``draft_rows`` and ``ahead_rows`` (rows,) bool on the device; ``heads`` (R,) leading queries of each active row that
+    stand for the row's own text; ``facts`` holds what :func:`_send` tells the device of every row.
     """
 
     request: Pass
     phases: np.ndarray
+    heads: np.ndarray
     wanted_counts: np.ndarray
-    draft_at: tuple[torch.Tensor, torch.Tensor]
+    verifies: int
+    drafts: int
+    aheads: int
     verify_at: tuple[torch.Tensor, torch.Tensor]
-    draft_rows: torch.Tensor
+    fresh_at: tuple[torch.Tensor, torch.Tensor]
     verify_rows: torch.Tensor
+    draft_rows: torch.Tensor
+    ahead_rows: torch.Tensor
     facts: dict[str, torch.Tensor]
 
     @property
-    def drafts(self) -> int:
-        """Number of draft logits."""
-        return len(self.draft_at[0])
-
-    @property
-    def verifies(self) -> int:
-        """Number of verifier logits."""
-        return len(self.verify_at[0])
+    def draft_at(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, places) of the draft logits."""
+        rows, places = self.fresh_at
+        return rows[: self.drafts], places[: self.drafts]
 
 
-def scheduled_count(step: np.ndarray, config: DecodingConfig) -> np.ndarray:
+def scheduled_count(step: np.ndarray | int, config: DecodingConfig) -> np.ndarray:
     """Tokens that step ``step`` of a block must decide: the block spread over the steps, the remainder to the first
     ones.
     """
@@ -84,53 +85,64 @@ def prefill_end(rows: Rows, slots: np.ndarray, chunk: int) -> np.ndarray:
 
 
 def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> BlockPlan:
-    """Lay out the next forward of all active rows.
+    """Lay out the next forward of all active rows. A row brings up to three groups of queries, in this order:
 
-    A row that prefills, drafts or commits brings the canvas from its first position without keys up to the end of the
-    chunk or block; a finished part in front of a draft rides along and is kept. A row that verifies brings the drafted
-    block up to its last wanted place and a mask for every wanted place (S2D2's 2L pass, without the places that nobody
-    reads).
+    head    its own text from the first position without keys: a prefill chunk, a block to commit, the block being
+            drafted (a finished part in front rides along and is kept), or the drafted block under verification
+    copies  verification: a mask for every wanted place, seeing the head before that place (S2D2's 2L pass, without the
+            rows that nobody reads)
+    ahead   lookahead: if the verification may finish the block, the masks of the next one, seeing the head
     """
     slots, length = rows.active(), rows.block_length
     phase, cached, start = rows.phase[slots], rows.cached[slots], rows.start[slots]
-    wanted, verifying = rows.wanted[slots], phase == VERIFY
+    wanted, masks, verifying, drafting = rows.wanted[slots], rows.masks[slots], phase == VERIFY, phase == DRAFT
+    lookahead = config.schedule == "lookahead"
+    may_finish = verifying & lookahead & (wanted == masks).all(1)
+    carries = may_finish & (start + length < rows.total[slots])
+
     last_wanted = length - 1 - wanted[:, ::-1].argmax(1)
     end = np.where(phase == PREFILL, prefill_end(rows, slots, chunk), start + length)
-    head = np.where(verifying, last_wanted, end - cached)
-    layout = Layout(slots, head + np.where(verifying, wanted.sum(1), 0))
+    end = np.where(verifying & ~may_finish, start + last_wanted + lookahead, end)
+    heads = end - cached
+    copies = np.where(verifying, wanted.sum(1), 0)
+    layout = Layout(slots, heads + copies + carries * length)
 
     r, local = layout.row_of, layout.local
-    copies = local >= head[r]  # the verifier's masks
+    copy, ahead = local >= heads[r], local >= (heads + copies)[r]
+    copy &= ~ahead
     copy_row, copy_place = np.nonzero(wanted & verifying[:, None])
     positions = cached[r] + local
-    positions[copies] = start[copy_row] + copy_place
-    source = slots[r] * rows.stride + positions + np.where(verifying, rows.length - start, 0)[r]
-    source[copies] = slots[copy_row] * rows.stride + rows.length + length
+    positions[copy] = start[copy_row] + copy_place
+    positions[ahead] -= copies[r][ahead]
+    source = positions + np.where(verifying, rows.length - start, 0)[r]
+    source[copy | ahead] = rows.length + length
 
-    in_block = (positions >= start[r]) & (phase == DRAFT)[r]
-    first_mask = rows.masks[slots].argmax(1)
-    decided_prefix = in_block & config.draft_ver & (positions < (start + first_mask)[r])
-    causal = decided_prefix | (verifying[r] & ~copies) | (~in_block & config.token_causal)
-    reach = np.where(causal, positions, block_end(positions, length))
-    reach[copies] = positions[copies] - 1
-    rank = np.where(copies, NOBODY, positions)
+    first_mask = start + masks.argmax(1)
+    drafted = drafting[r] & (positions >= start[r])
+    causal = np.where(drafted, config.draft_ver & (positions < first_mask[r]), config.token_causal | verifying[r])
+    reach = np.where(causal & ~ahead, positions, block_end(positions, length))
+    reach[copy] -= 1
+    rank = np.where(copy, NOBODY, positions)
 
-    draft_row, draft_place = np.nonzero(wanted & (phase == DRAFT)[:, None])
-    read = np.concatenate([(layout.offsets + start - cached)[draft_row] + draft_place, np.flatnonzero(copies)])
+    draft_row, draft_place = np.nonzero(wanted & drafting[:, None])
+    draft_query = (layout.offsets + start - cached)[draft_row] + draft_place
+    ahead_row, ahead_place = np.nonzero(np.repeat(carries[:, None], length, axis=1))
     sent = _send(
         rows,
         config,
-        source=source,
+        source=slots[r] * rows.stride + source,
         positions=positions,
         rank=layout.padded(rank, NOBODY),
         reach=layout.padded(reach, NOTHING),
-        read=read,
-        draft_row=slots[draft_row],
-        draft_place=draft_place,
+        read=np.concatenate([np.flatnonzero(copy), draft_query, np.flatnonzero(ahead)]),
         verify_row=slots[copy_row],
         verify_place=copy_place,
+        fresh_row=slots[np.concatenate([draft_row, ahead_row])],
+        fresh_place=np.concatenate([draft_place, ahead_place]),
+        carrying=np.isin(np.arange(rows.count), slots[carries]),
     )
-    keep = np.where(verifying, 0, np.where(phase == DRAFT, start, end) - cached)
+    # Under lookahead the decided prefix of the block is token-causal in the draft already: it stays.
+    settled = np.where(lookahead, first_mask, start)
     return BlockPlan(
         request=Pass(
             layout=layout,
@@ -138,20 +150,30 @@ def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> BlockPlan:
             positions=sent["positions"],
             visible=by_reach(sent["rank"], sent["reach"]),
             wanted=sent["read"],
-            keep=keep,
+            keep=np.where(verifying, 0, np.where(drafting, settled - cached, heads)),
         ),
         phases=phase,
-        wanted_counts=np.where((phase == DRAFT) | verifying, wanted.sum(1), 0),
-        draft_at=(sent["draft_row"], sent["draft_place"]),
+        heads=heads,
+        wanted_counts=np.where(drafting | verifying, wanted.sum(1), 0) + carries * length,
+        verifies=len(copy_row),
+        drafts=len(draft_row),
+        aheads=len(ahead_row),
         verify_at=(sent["verify_row"], sent["verify_place"]),
-        draft_rows=sent["drafting"].bool(),
+        fresh_at=(sent["fresh_row"], sent["fresh_place"]),
         verify_rows=sent["verifying"].bool(),
+        draft_rows=sent["drafting"].bool(),
+        ahead_rows=sent["carrying"].bool(),
         facts=sent,
     )
 
 
 def _send(rows: Rows, config: DecodingConfig, **arrays: np.ndarray) -> dict[str, torch.Tensor]:
-    """Upload ``arrays`` and what the decoder needs to know of every row (active or not)."""
+    """Upload ``arrays`` and what decoders need to know of every row, active or not.
+
+    ``block`` (rows, B) store index of the current block, ``position`` (rows, B), ``step`` (rows, 1), ``key`` (rows, 1),
+    ``count`` (rows,) tokens the schedule asks for, ``given`` (rows,) prompt tokens in the block, ``drafting`` and
+    ``verifying`` (rows,), ``verify_slots`` the rows that verify.
+    """
     upload = Upload()
     for name, values in arrays.items():
         upload.add(name, values)
@@ -160,9 +182,9 @@ def _send(rows: Rows, config: DecodingConfig, **arrays: np.ndarray) -> dict[str,
     upload.add("block", np.arange(rows.count)[:, None] * rows.stride + position)
     upload.add("drafting", rows.phase == DRAFT)
     upload.add("verifying", rows.phase == VERIFY)
+    upload.add("verify_slots", np.flatnonzero(rows.phase == VERIFY))
     upload.add("step", rows.step[:, None])
     upload.add("count", scheduled_count(rows.step, config))
     upload.add("key", rows.key[:, None])
     upload.add("given", (rows.prompt - rows.start).clip(0, rows.block_length))
-    upload.add("verify_slots", np.flatnonzero(rows.phase == VERIFY))
     return upload.send(rows.device)

@@ -2,92 +2,134 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, HIGH_CONFIDENCE, KEPT, NOTHING, RATIO, RESAMPLED, Step
-from s2d2_lmeval.decoding.rows import KIND_OF_PHASE, VERIFY, Rows
+from s2d2_lmeval.decoding.generation import (
+    ACCEPTED,
+    DENOISED,
+    HIGH_CONFIDENCE,
+    KEPT,
+    NOTHING,
+    RATIO,
+    RESAMPLED,
+    Progress,
+    Step,
+)
+
+Table = TypeVar("Table", torch.Tensor, np.ndarray)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
-    """What one engine step did to each active row (R,), for the trace: tokens decided, put before the verifier,
-    accepted; 1 if routed.
+    """What one engine step did to each active row (R,), for the cache and the trace.
+
+    ``kept`` leading queries that became prefix only now, by being accepted; ``committed`` tokens decided; ``drafted``
+    tokens put before the verifier; ``accepted`` of these accepted; ``routed`` 1 where a draft goes on to the verifier;
+    ``carried`` 1 where a verification carried the next block's draft along and that came to use.
     """
 
+    kept: np.ndarray
     committed: np.ndarray
     drafted: np.ndarray
     accepted: np.ndarray
     routed: np.ndarray
+    carried: np.ndarray
+
+    @classmethod
+    def zeros(cls, rows: int) -> Outcome:
+        """Nothing yet, for R rows."""
+        return cls(*(np.zeros(rows, dtype=np.int64) for _ in fields(cls)))
+
+
+@dataclass(frozen=True)
+class StepTables(Generic[Table]):
+    """One denoising step of every row, tables (rows, B), on the device or on the host.
+
+    ``before`` the block, ``draft`` the same with every mask drafted, ``after`` what the step made of it; ``marks`` how
+    each place was decided and the ``order`` within equal marks.
+    """
+
+    before: Table
+    draft: Table
+    after: Table
+    marks: Table
+    order: Table
+
+    def all(self) -> tuple[Table, ...]:
+        """The tables in order."""
+        return self.before, self.draft, self.after, self.marks, self.order
 
 
 @dataclass(frozen=True)
 class Readback:
-    """Tables (rows, B) of one step: the block ``before``, with every mask drafted (``draft``), and ``after``; ``marks``
-    and the ``order`` within equal marks; the ``span`` that goes on to the verifier (empty where none). ``sound`` is
-    false where logits were no numbers.
+    """What came back: the steps that ended with a verification, those that began with a draft, and where drafts go.
+
+    ``span`` (rows, B) is what goes on to the verifier (empty where nothing does); ``moved`` (rows,) rows whose
+    verification finished the block exactly as drafted, so that the draft it carried for the next block holds;
+    ``sound`` is false where logits were no numbers.
     """
 
-    before: np.ndarray
-    draft: np.ndarray
-    after: np.ndarray
-    marks: np.ndarray
-    order: np.ndarray
+    verified: StepTables[np.ndarray] | None
+    drafted: StepTables[np.ndarray] | None
     span: np.ndarray
+    moved: np.ndarray
     sound: bool
 
-    @classmethod
-    def read(cls, tables: list[torch.Tensor], sound: torch.Tensor) -> Readback:
-        """Fetch six tables (rows, B) and a flag in one transfer. This is where the host waits for the device."""
-        rows = tables[0].shape[0]
-        packed = (
-            torch.cat([*(table.long() for table in tables), sound.long().expand(rows).unsqueeze(1)], dim=1)
-            .cpu()
-            .numpy()
+
+def read_back(
+    verified: StepTables[torch.Tensor] | None,
+    drafted: StepTables[torch.Tensor] | None,
+    span: torch.Tensor,
+    moved: torch.Tensor,
+    sound: torch.Tensor,
+) -> Readback:
+    """Fetch everything in one transfer. This is where the host waits for the device."""
+    steps = [step for step in (verified, drafted) if step is not None]
+    flags = torch.stack([moved, sound.expand_as(moved)], dim=1)
+    columns = [span, *(table for step in steps for table in step.all()), flags]
+    packed = torch.cat([column.long() for column in columns], dim=1).cpu().numpy()
+    tables = np.split(packed[:, :-2], len(columns) - 1, axis=1)
+    host = [StepTables(*tables[first : first + 5]) for first in range(1, len(tables), 5)]
+    return Readback(
+        verified=host[0] if verified is not None else None,
+        drafted=host[-1] if drafted is not None else None,
+        span=tables[0].astype(bool),
+        moved=packed[:, -2].astype(bool),
+        sound=bool(packed[:, -1].all()),
+    )
+
+
+def record_step(
+    progress: Progress, step: StepTables[np.ndarray], slot: int, kind: str, start: int, first: bool, verifies: bool
+) -> None:
+    """Add the step of row ``slot``, whose block begins at ``start``, to its request's record."""
+    marks = step.marks[slot]
+    progress.steps.append(
+        Step(
+            kind=kind,
+            start=start,
+            before=step.before[slot].tolist(),
+            draft=step.draft[slot].tolist(),
+            tokens=step.after[slot].tolist(),
+            marks=marks.tolist(),
         )
-        before, draft, after, marks, order, span = np.split(packed[:, :-1], len(tables), axis=1)
-        return cls(before, draft, after, marks, order, span.astype(bool), bool(packed[:, -1].all()))
-
-    def outcome(self, rows: Rows, slots: np.ndarray) -> Outcome:
-        """The figures of the active rows ``slots``."""
-        verifying = rows.phase[slots] == VERIFY
-        accepted = (self.marks[slots] == ACCEPTED).sum(1)
-        return Outcome(
-            committed=(self.marks[slots] != NOTHING).sum(1),
-            drafted=np.where(verifying, rows.span[slots].sum(1), 0),
-            accepted=accepted,
-            routed=self.span[slots].any(1).astype(np.int64),
-        )
-
-    def record(self, rows: Rows, slot: int, negate_denoised: bool) -> None:
-        """Add the step of row ``slot`` to its request's record."""
-        progress, start = rows.progress[slot], int(rows.start[slot])
-        marks = self.marks[slot]
-        progress.steps.append(
-            Step(
-                kind=KIND_OF_PHASE[rows.phase[slot]],
-                start=start,
-                before=self.before[slot].tolist(),
-                draft=self.draft[slot].tolist(),
-                tokens=self.after[slot].tolist(),
-                marks=marks.tolist(),
-            )
-        )
-        if rows.phase[slot] == VERIFY:
-            progress.drafted += int(rows.span[slot].sum())
-            progress.accepted += int((marks == ACCEPTED).sum())
-        if (marks != NOTHING).any():
-            entries = published_order(marks, self.order[slot], start, negate_denoised)
-            progress.decoding_order.append(["|", *entries] if rows.step[slot] == 0 else entries)
+    )
+    if (marks != NOTHING).any():
+        entries = published_order(marks, step.order[slot], start, verifies)
+        progress.decoding_order.append(["|", *entries] if first else entries)
 
 
-def published_order(marks: np.ndarray, order: np.ndarray, start: int, negate_denoised: bool) -> list[int | float | str]:
-    """Positions decided in a step in the published notation: p accepted or kept without resampling, p + 0.5 resampled,
-    p + 0.2 by ratio, -p - 0.4 by high confidence, and -p (plain p without a verifier) by the remasking strategy.
+def published_order(marks: np.ndarray, order: np.ndarray, start: int, verifies: bool) -> list[int | float | str]:
+    """Positions decided in a step in the published notation.
+
+    p accepted or kept without resampling, p + 0.5 resampled, p + 0.2 by ratio, -p - 0.4 by high confidence, and -p
+    (plain p in a decoder without a verifier) by the remasking strategy.
     """
-    sign = -1 if negate_denoised else 1
+    sign = -1 if verifies else 1
     shown = {
         ACCEPTED: lambda p: p,
         KEPT: lambda p: p,

@@ -5,21 +5,28 @@ A denoising step of a row, with the verification as a second forward:
 1. draft    tokens and their confidence at every mask of the block
 2. route    decide whether the first run of masks (the span) is worth verifying
 3. verify   score the drafted span left to right in the model's block-size-one mode; accept a prefix, replace the first
-rejected token 4. extend   optionally decide further places by ratio or by confidence 5. top up   by the remasking
-strategy, if the schedule asks for more tokens than were decided
+            rejected token
+4. extend   optionally decide further places by ratio or by confidence
+5. top up   by the remasking strategy, if the schedule asks for more tokens than were decided
+
+Under the lookahead schedule a verification also carries the next block's masks. Where it finishes the block exactly as
+drafted, the next block's draft is there already and goes through steps 2, 4 and 5 at once.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
 from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.acceptance import acceptance_ratio, judge, residual
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.denoising import BlockDenoiser, Decisions
+from s2d2_lmeval.decoding.denoising import BlockDenoiser, Decisions, Stage, turn
 from s2d2_lmeval.decoding.estimators import acceptance_estimate, normalised_entropy
 from s2d2_lmeval.decoding.generation import ACCEPTED, HIGH_CONFIDENCE, KEPT, RATIO, RESAMPLED
-from s2d2_lmeval.decoding.planning import BlockPlan
+from s2d2_lmeval.decoding.planning import BlockPlan, scheduled_count
+from s2d2_lmeval.decoding.readback import Readback, StepTables, read_back
 from s2d2_lmeval.decoding.remasking import ranks
 from s2d2_lmeval.decoding.routing import DraftView, policy_of
 from s2d2_lmeval.decoding.rows import Rows
@@ -39,8 +46,7 @@ class S2D2(BlockDenoiser):
         self.watches_entropy = config.do_verify_policy == "contextual_bandit_ucb"
         self.estimate = torch.zeros((rows.count, rows.block_length), device=rows.device)
         self.entropy = torch.zeros_like(self.estimate)
-        # Draft logits wait here for the verification that follows at once; ``slot`` says which of them belongs to a
-        # place.
+        # Draft logits wait here for the verification that follows at once; ``slot`` says which of them is of a place.
         self.draft_logits = torch.empty(0, device=rows.device)
         self.draft_slot = torch.zeros((rows.count, rows.block_length), dtype=torch.long, device=rows.device)
 
@@ -52,24 +58,55 @@ class S2D2(BlockDenoiser):
         super().admitted(slot)
         self.policy.reset(slot)
 
-    def _step(self, step: Decisions, logits: torch.Tensor, plan: BlockPlan) -> None:
-        draft, config, masks = self.draft, self.config, step.masks
-        span = first_run(masks)
+    def _decide(self, stage: Stage, logits: torch.Tensor) -> Readback:
+        plan, draft = self._plan, self.draft
+        verified = drafted = None
+        moved = torch.zeros_like(plan.draft_rows)
+        span = torch.zeros_like(stage.block, dtype=torch.bool)
         if plan.verifies:
-            self._verify(step, span, logits[plan.drafts :], plan)
-        if plan.drafts:
-            step.verify = self._route(masks, span, logits[: plan.drafts], plan)
-            step.finished = step.finished & ~step.verify.any(-1)
-        if config.always_check_high_confidence:
-            confident = step.masks & (draft.confidence > config.confidence_threshold) & step.finished.unsqueeze(1)
-            step.decide(confident, draft.tokens, HIGH_CONFIDENCE, ranks(draft.confidence, confident))
-        due = torch.minimum(plan.facts["count"], masks.sum(-1))
-        self._denoise(step, (due - (masks & ~step.masks).sum(-1)).clamp_min(0), plan)
-        self.policy.reward(step.finished, plan.verify_rows, (masks & ~step.masks).sum(-1))
+            decisions = Decisions(stage.block, self.rows.mask_token_id)
+            self._verify(decisions, stage, logits[: plan.verifies], plan)
+            self._finish_step(decisions, stage, plan.verify_rows, plan.verify_rows)
+            self._write(stage, decisions)
+            verified = decisions.tables(draft.tokens)
+            stage = replace(stage, block=decisions.block)
+            if plan.aheads:
+                as_drafted = (decisions.block == verified.draft).all(-1)
+                moved = plan.ahead_rows & as_drafted & ~decisions.masks.any(-1)
+                stage = turn(stage, moved, self.rows.mask_token_id, int(scheduled_count(0, self.config)))
+        aheads = plan.aheads
+        if aheads and self.source.sequential and not bool(moved.any()):
+            aheads = 0  # drawn in the published order: nothing is drawn for a draft that nobody needs
+        if plan.drafts or aheads:
+            fresh = logits[plan.verifies : plan.verifies + plan.drafts + aheads]
+            span, drafted = self._draft(stage, fresh, moved)
+        return read_back(verified, drafted, span, moved, draft.sound)
 
-    def _route(self, masks: torch.Tensor, span: torch.Tensor, logits: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
+    def _draft(
+        self, stage: Stage, logits: torch.Tensor, moved: torch.Tensor
+    ) -> tuple[torch.Tensor, StepTables[torch.Tensor]]:
+        """Take in fresh drafts, of rows that drafted and of those that ``moved``; route or finish their step."""
+        plan = self._plan
+        drafting = plan.draft_rows | moved
+        at = tuple(index[: len(logits)] for index in plan.fresh_at)
+        self._observe(stage, logits, at, drafting[at[0]])
+        decisions = Decisions(stage.block, self.rows.mask_token_id)
+        span = self._route(decisions.masks, stage, logits, at, drafting)
+        finished = drafting & ~span.any(-1)
+        self._finish_step(decisions, stage, finished, torch.zeros_like(finished))
+        self._write(stage, decisions)
+        return span, decisions.tables(self.draft.tokens)
+
+    def _route(
+        self,
+        masks: torch.Tensor,
+        stage: Stage,
+        logits: torch.Tensor,
+        at: tuple[torch.Tensor, ...],
+        drafting: torch.Tensor,
+    ) -> torch.Tensor:
         """The span (rows, B) of every drafting row that is to be verified; empty elsewhere."""
-        at, config = plan.draft_at, self.config
+        config = self.config
         if self.scores or self.watches_entropy:
             distribution = probabilities(logits, config.temperature, config.top_k, config.top_p)
             if self.scores:
@@ -80,63 +117,68 @@ class S2D2(BlockDenoiser):
                 self.entropy = self.entropy.to(entropy.dtype).index_put(at, entropy)
         self.draft_logits = logits
         self.draft_slot = torch.zeros_like(self.draft_slot).index_put(
-            at, torch.arange(plan.drafts, device=logits.device)
+            at, torch.arange(len(logits), device=logits.device)
         )
-        decided = (~masks).sum(-1) - plan.facts["given"]
-        view = DraftView(plan.draft_rows, masks, span, self.draft.confidence, self.estimate, self.entropy, decided)
-        return span & (self.policy.decide(view) & plan.draft_rows).unsqueeze(1)
+        span = first_run(masks)
+        decided = (~masks).sum(-1) - stage.given
+        view = DraftView(drafting, masks, span, self.draft.confidence, self.estimate, self.entropy, decided)
+        return span & (self.policy.decide(view) & drafting).unsqueeze(1)
 
-    def _verify(self, step: Decisions, span: torch.Tensor, logits: torch.Tensor, plan: BlockPlan) -> None:
+    def _finish_step(self, decisions: Decisions, stage: Stage, finished: torch.Tensor, verified: torch.Tensor) -> None:
+        """Extend and top up in the rows whose step is ``finished``; tell the policy how it went."""
+        config, draft = self.config, self.draft
+        if config.always_check_high_confidence:
+            confident = decisions.masks & (draft.confidence > config.confidence_threshold) & finished.unsqueeze(1)
+            decisions.decide(confident, draft.tokens, HIGH_CONFIDENCE, ranks(draft.confidence, confident))
+        due = torch.minimum(stage.count, decisions.masked_before.sum(-1))
+        self._denoise(decisions, (due - decisions.count).clamp_min(0), finished)
+        self.policy.reward(finished, verified, decisions.count)
+
+    def _verify(self, decisions: Decisions, stage: Stage, logits: torch.Tensor, plan: BlockPlan) -> None:
         """Decide the accepted prefix of each verified span and the token after it, from the verifier's ``logits``."""
         config, draft, at = self.config, self.draft, plan.verify_at
-        masks = step.masks & plan.verify_rows.unsqueeze(1)
-        span = span & plan.verify_rows.unsqueeze(1)
+        masks = decisions.masks & plan.verify_rows.unsqueeze(1)
+        span = first_run(masks)
         verifier = probabilities(logits, config.temperature, config.top_k, config.top_p)
-        drafted = draft.tokens[at]
-        q = verifier.gather(-1, drafted.unsqueeze(-1)).squeeze(-1)
+        q = verifier.gather(-1, draft.tokens[at].unsqueeze(-1)).squeeze(-1)
         draft.sound = draft.sound & ~q.isnan().any()
         ratio = torch.zeros_like(draft.confidence).index_put(
             at, acceptance_ratio(q, draft.confidence[at], config.ssd_ratio_tempering_factor)
         )
         resamples = config.allow_resample or config.acceptance == "greedy"
         if config.acceptance == "greedy":
-            best = torch.zeros_like(draft.tokens).index_put(at, logits.argmax(-1))
-            verdict = judge(best == draft.tokens, span)
-            replacement = best
+            replacement = torch.zeros_like(draft.tokens).index_put(at, logits.argmax(-1))
+            verdict = judge(replacement == draft.tokens, span)
         else:
-            drawn = self.source.uniform(self._key(random.ACCEPT, plan), span).to(ratio.dtype)
+            drawn = self.source.uniform(stage.draws(random.ACCEPT), span).to(ratio.dtype)
             verdict = judge(drawn < ratio, span)
-            replacement = draft.tokens
-            if resamples:
-                replacement = self._resample(verifier, verdict.rejected, plan)
+            replacement = self._resample(verifier, verdict.rejected, stage) if resamples else draft.tokens
         place = torch.arange(masks.shape[1], device=masks.device)
         rejected = masks & (place == verdict.rejected.unsqueeze(1))
-        step.decide(verdict.accepted, draft.tokens, ACCEPTED)
-        step.decide(rejected, replacement, RESAMPLED if resamples else KEPT)
+        decisions.decide(verdict.accepted, draft.tokens, ACCEPTED)
+        decisions.decide(rejected, replacement, RESAMPLED if resamples else KEPT)
         if config.ssd_ratio_threshold >= 0:
             scope = masks if config.ssd_threshold_all_spans else span
-            step.decide(scope & step.masks & (ratio >= config.ssd_ratio_threshold), draft.tokens, RATIO)
+            extra = scope & decisions.masks & (ratio >= config.ssd_ratio_threshold)
+            decisions.decide(extra, draft.tokens, RATIO)
 
-    def _resample(self, verifier: torch.Tensor, rejected: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
+    def _resample(self, verifier: torch.Tensor, rejected: torch.Tensor, stage: Stage) -> torch.Tensor:
         """A token from the residual at the first rejected place of every verified row, in a table (rows, B)."""
-        length = self.rows.block_length
+        plan, config, length = self._plan, self.config, self.rows.block_length
         rows = plan.facts["verify_slots"]
         if self.source.sequential:
-            # Published code draws only where something was rejected; one row at a time, so this read is the order
-            # itself.
-            rows = rows[(rejected[rows] < length)]
+            # Published code draws only where something was rejected; one row at a time, so reading it here is no loss.
+            rows = rows[rejected[rows] < length]
             if not len(rows):
                 return self.draft.tokens
         places = rejected[rows].clamp_max(length - 1)
         slot_of = torch.zeros_like(self.draft.tokens).index_put(
             plan.verify_at, torch.arange(plan.verifies, device=verifier.device)
         )
-        config = self.config
-        draft = probabilities(
-            self.draft_logits[self.draft_slot[rows, places]], config.temperature, config.top_k, config.top_p
-        )
+        drafted = self.draft_logits[self.draft_slot[rows, places]]
+        draft = probabilities(drafted, config.temperature, config.top_k, config.top_p)
         leftover = residual(verifier[slot_of[rows, places]], draft)
-        tokens = self.source.categorical(leftover, self._key(random.RESAMPLE, plan).take((rows, places)))
+        tokens = self.source.categorical(leftover, stage.draws(random.RESAMPLE).take((rows, places)))
         return self.draft.tokens.index_put((rows, places), tokens)
 
 

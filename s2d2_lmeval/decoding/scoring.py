@@ -119,6 +119,7 @@ class Scorer:
                 drafted=zeros,
                 accepted=zeros,
                 routed=zeros,
+                carried=zeros,
                 seconds=time.perf_counter() - started,
                 model_seconds=self.runner.model_seconds - model_seconds,
             )

@@ -118,8 +118,10 @@ def _rebuild(hf_model: PreTrainedModel, family: Family, native: Any) -> PreTrain
         model = getattr(transformers, family.native_class)._from_config(native, dtype=hf_model.dtype)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if native.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-        expected.pop("lm_head.weight", None)
+        expected.pop("lm_head.weight")
+        head = weights.pop("lm_head.weight", None)
+        if head is not None and head.data_ptr() != weights["model.embed_tokens.weight"].data_ptr():
+            raise CheckpointError("this model's configuration says that the head is the embedding, but it is not.")
     given = {name: tensor.shape for name, tensor in weights.items()}
     if given != expected:
         name = min(name for name, _ in set(given.items()) ^ set(expected.items()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from s2d2_lmeval.errors import CheckpointError
@@ -66,10 +67,16 @@ def translate(
         fields["dtype"] = dtype
     fields.update(tie_word_embeddings=bool(config.get(tied, False)), rope_parameters=_rope(config), **fixed)
     _check_heads(fields)
+    return configured(native, fields)
+
+
+def configured(native: type[Config], fields: Mapping[str, Any]) -> Config:
+    """A native configuration of fields under native names; CheckpointError where transformers refuses one of them."""
     try:
-        return native(**fields)
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"config.json does not describe a {native.__name__}: {error}") from None
+        return native.from_dict(dict(fields))
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"config.json does not describe a {native.__name__}: {reason}") from None
 
 
 def _positive(config: Mapping[str, Any], name: str) -> int | float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.families.config_map import configured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -102,10 +103,7 @@ class Family:
         """
         if config.get("model_type") not in self.native_types:
             return self.config_map(config)
-        try:
-            return self.config_class.from_dict(dict(config))
-        except (TypeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"config.json does not describe a {self.native_class}: {error}") from None
+        return configured(self.config_class, config)
 
     def facts(
         self,
@@ -126,8 +124,8 @@ class Family:
             CheckpointError: a fact that is missing or out of range.
         """
         vocab = int(native.vocab_size)
-        length = self._block_length(config, vocab, source, block_length)
         mask = self._mask_token_id(config, vocab, source, mask_token_id)
+        length = self._block_length(config, vocab, source, block_length)
         stops = _stop_ids(generation.get("eos_token_id"), config.get("eos_token_id"))
         for stop in stops:
             if not 0 <= stop < vocab or stop == mask:

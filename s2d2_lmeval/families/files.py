@@ -49,7 +49,9 @@ def read_config(source: str | Path, revision: str | None = None, **hub: Any) -> 
         adapter = " It holds a LoRA adapter: merge it into its base model first."
         is_adapter = (Path(source) / "adapter_config.json").exists()
         raise CheckpointError(f"{source} holds no config.json.{adapter if is_adapter else ''}")
-    raise CheckpointError(f"{source} on the hub holds no config.json.")
+    raise CheckpointError(
+        f"{source} is neither a folder nor a model with a config.json on the hub (or, offline, in its cache)."
+    )
 
 
 def read_json(source: str, name: str, **hub: Any) -> dict[str, Any] | None:

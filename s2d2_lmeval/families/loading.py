@@ -127,6 +127,7 @@ def _load(family: Family, source: str, arguments: Mapping[str, Any]) -> PreTrain
                 f"{source} does not fit {family.native_class}: {_some('weights of the wrong shape', conversions)}."
             ) from None
     _check_fit(family, source, info)
+    _check_head(source, model)
     return model.eval()
 
 
@@ -143,6 +144,16 @@ def _check_fit(family: Family, source: str, info: Mapping[str, Any]) -> None:
     ]
     if complaints:
         raise CheckpointError(f"{source} does not fit {family.native_class}: {'; '.join(complaints)}.")
+
+
+def _check_head(source: str, model: PreTrainedModel) -> None:
+    """transformers keeps a head of its own that contradicts the configuration; older releases dropped it."""
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and head is not embedding and not (head.is_meta or embedding.is_meta):
+        raise CheckpointError(
+            f"{source}: config.json says that the head is the embedding, but lm_head.weight is another matrix. Set "
+            "tie_word_embeddings to false in config.json, or remove that weight."
+        )
 
 
 def _some(kind: str, names: Iterable[str]) -> str:

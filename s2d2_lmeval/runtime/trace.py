@@ -18,7 +18,8 @@ class ForwardRecord:
     read;
     ``kept`` (R,) queries that became prefix; ``committed`` (R,) tokens decided; ``drafted`` (R,) tokens put before the
     verifier;
-    ``accepted`` (R,) of these accepted; ``routed`` (R,) 1 where the draft goes on to the verifier.
+    ``accepted`` (R,) of these accepted; ``routed`` (R,) 1 where a draft goes on to the verifier;
+    ``carried`` (R,) 1 where a verification brought the next block's draft along and it came to use.
     ``seconds`` is the whole engine step, ``model_seconds`` the part inside the model.
     """
 
@@ -30,6 +31,7 @@ class ForwardRecord:
     drafted: np.ndarray
     accepted: np.ndarray
     routed: np.ndarray
+    carried: np.ndarray
     seconds: float
     model_seconds: float
 
@@ -74,7 +76,7 @@ class Trace:
 
         seconds = sum(record.seconds for record in self.records)
         nfe = sum(kinds.values())
-        drafted = total("drafted")
+        drafted, drafts = total("drafted"), kinds["draft"] + total("carried")
         return {
             "requests": self.requests,
             "new_tokens": self.new_tokens,
@@ -85,7 +87,7 @@ class Trace:
             "drafted": drafted,
             "accepted": total("accepted"),
             "acceptance": total("accepted") / drafted if drafted else 0.0,
-            "routed": total("routed") / kinds["draft"] if kinds["draft"] else 0.0,
+            "routed": total("routed") / drafts if drafts else 0.0,
             "rows_per_forward": nfe / len(self.records) if self.records else 0.0,
             "queries": total("widths"),
             "seconds": seconds,
