@@ -97,7 +97,9 @@ class DecodingConfig:
     temperature: float = option(1.0, "softmax temperature of draft and verifier", low=0.0)
     top_k: int = option(0, "keep the k most probable tokens; 0: all", low=0)
     top_p: float = option(1.0, "keep the smallest set of tokens with this probability", low=0.0, high=1.0)
-    suppress_mask_token: bool = option(True, "never predict the mask token (published code may)")
+    suppress_mask_token: bool = option(
+        True, "never predict the mask token (published code may; then a block's last steps forbid it)"
+    )
 
     stop_token_ids: tuple[int, ...] = option((), "token ids that end the answer")
     trim_stop_tokens: bool = option(True, "cut the answer before the first stop token")
@@ -113,7 +115,7 @@ class DecodingConfig:
     )
     eb_threshold: float | None = option(
         None,
-        "entropy_bounded: sum of entropies (nats) that a step may decide",
+        "entropy_bounded: sum of entropies (nats, of the unfiltered softmax) that a step may decide",
         decoders=("entropy_bounded", "s2d2"),
         low=0.0,
     )

@@ -135,12 +135,24 @@ class BlockDenoiser:
         :raises NumericalError: when the logits are not numbers.
         """
         rows, facts = self.rows, self._plan.facts
-        if self.config.suppress_mask_token:
-            logits[:, rows.mask_token_id] = -torch.inf
+        self._suppress_mask_token(logits)
         block = rows.store.view(-1)[facts["block"]]
         position, step, given = facts["position"], facts["step"], facts["given"]
         stage = Stage(block, facts["block"], position, step, facts["count"], given, facts["key"])
         return self._settle(self._decide(stage, logits))
+
+    def _suppress_mask_token(self, logits: torch.Tensor) -> None:
+        """Never predict the mask token; where the options allow it, do not from the end of a block's schedule on.
+
+        Without that end a model that keeps predicting the mask would be asked for ever.
+        """
+        plan, masked = self._plan, logits[:, self.rows.mask_token_id]
+        if self.config.suppress_mask_token:
+            masked.fill_(-torch.inf)
+        else:
+            rows = torch.cat([plan.verify_at[0], plan.fresh_at[0]])
+            overdue = plan.facts["step"][rows, 0] >= self.config.denoising_steps
+            masked.masked_fill_(overdue, -torch.inf)
 
     def _decide(self, stage: Stage, logits: torch.Tensor) -> Readback:
         """The device part of a step: here, of rows that drafted."""

@@ -68,7 +68,9 @@ class Engine:
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         self.rows = Rows(slots, longest, block, self.mask_token_id, self.runner.device)
         decoder = DECODER_CLASSES.get(self.config.decoder, BlockDenoiser)
-        self.decoder = decoder(self.config, self.rows, PREFILL_CHUNK)
+        # Published code prefills a prompt in one forward.
+        chunk = longest if self.config.schedule == "reference" else PREFILL_CHUNK
+        self.decoder = decoder(self.config, self.rows, chunk)
         self.runner.reserve(slots, self.rows.length + decoder.margin(block))
 
     def _admit(self, requests: Sequence[Request], waiting: deque[int], seated: dict[int, int]) -> None:
