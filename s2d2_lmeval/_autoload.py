@@ -1,14 +1,16 @@
 """Makes ``lm_eval --model s2d2`` work on lm_eval 0.4.10 to 0.4.13, which do not discover installed model classes.
 
-Later releases of the harness read the ``lm_eval.models`` and ``lm_eval.filters`` entry points of ``setup.cfg``; there this
-module does nothing. On the releases before, the one hook that every run passes is ``import torch``, which calls each entry point
-of the group ``torch.backends`` when it has finished. :func:`install` is such an entry point. It puts a finder on
-``sys.meta_path`` that waits for ``lm_eval.models`` and ``lm_eval.filters`` to be imported and then adds two names to the
-harness's registries. It imports neither torch nor lm_eval, and it never raises: an exception here would break ``import torch``.
+Later releases of the harness read the ``lm_eval.models`` and ``lm_eval.filters`` entry points of ``setup.cfg``; there
+this module does nothing. On the releases before, the one hook that every run passes is ``import torch``, which calls
+each entry point of the group ``torch.backends`` when it has finished. :func:`install` is such an entry point. It puts
+a finder on ``sys.meta_path`` that waits for ``lm_eval.models`` and ``lm_eval.filters`` to be imported and then adds
+two names to the harness's registries. It imports neither torch nor lm_eval, and it never raises: an exception here
+would break ``import torch``.
 
 What it does not reach:
 
-* ``lm_eval --seed None``, or any seed list without a torch seed: the harness then looks the model up before torch is imported.
+* ``lm_eval --seed None``, or any seed list without a torch seed: the harness then looks the model up before torch is
+  imported.
 * ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``, by which torch skips every such entry point.
 
 ``s2d2-lmeval eval …`` takes the same arguments as ``lm_eval …``, registers directly and works in both cases.
@@ -40,13 +42,15 @@ def register_filter() -> None:
     _register("filter_registry", FILTER_NAME, FILTER_CLASS)
 
 
-# The model registry must not be touched before `lm_eval.models` has filled it: `get_model` imports that module only while the
-# registry is empty, so an early name of ours would hide every built-in model.
+# The model registry must not be touched before `lm_eval.models` has filled it: `get_model` imports that module only
+# while the registry is empty, so an early name of ours would hide every built-in model.
 _TARGETS: dict[str, Callable[[], None]] = {"lm_eval.models": register_model, "lm_eval.filters": register_filter}
 
 
 def install() -> None:
-    """Register now if the harness is loaded, or as soon as it is; called by ``import torch``, idempotent, never raises."""
+    """Register now if the harness is loaded, or as soon as it is; called by ``import torch``, idempotent, never
+    raises.
+    """
     if os.environ.get("S2D2_LMEVAL_NO_AUTOLOAD", "0").lower() not in ("", "0", "false", "no"):
         return
     waiting = set()
@@ -76,13 +80,15 @@ def _never_raising(register: Callable[[], None]) -> None:
     except Exception as error:
         with contextlib.suppress(Exception):
             warnings.warn(
-                f"s2d2-lmeval could not register itself with lm_eval ({error!r}); run `s2d2-lmeval eval` in place of `lm_eval`.",
+                f"s2d2-lmeval could not register itself with lm_eval ({error!r}); run `s2d2-lmeval eval` instead.",
                 stacklevel=2,
             )
 
 
 class _PostImportFinder:
-    """A meta-path finder that finds nothing itself: it has the waited-for modules found by the others and runs a callback after."""
+    """A meta-path finder that finds nothing itself: it has the waited-for modules found by the others and runs a
+    callback after.
+    """
 
     def __init__(self, waiting: set[str]) -> None:
         self._waiting = waiting
@@ -93,7 +99,7 @@ class _PostImportFinder:
         self._waiting.discard(fullname)  # before the search below, which comes through here again
         if not self._waiting:
             with contextlib.suppress(ValueError):
-                sys.meta_path.remove(self)  # type: ignore[arg-type]
+                sys.meta_path.remove(self)
         try:
             spec = find_spec(fullname)
             if spec is not None and spec.loader is not None:

@@ -222,6 +222,11 @@ class DecodingConfig:
             )
 
     @property
+    def steps(self) -> int:
+        """Steps in which a block must be finished."""
+        return self.denoising_steps or self.block_length
+
+    @property
     def strategy(self) -> str:
         """The remasking strategy in force."""
         return STRATEGY_OF_DECODER.get(self.decoder, "sequential" if self.decoder == "ar" else self.remasking_strategy)

@@ -151,7 +151,7 @@ class BlockDenoiser:
             masked.fill_(-torch.inf)
         else:
             rows = torch.cat([plan.verify_at[0], plan.fresh_at[0]])
-            overdue = plan.facts["step"][rows, 0] >= self.config.denoising_steps
+            overdue = plan.facts["step"][rows, 0] >= self.config.steps
             masked.masked_fill_(overdue, -torch.inf)
 
     def _decide(self, stage: Stage, logits: torch.Tensor) -> Readback:

@@ -71,8 +71,7 @@ def scheduled_count(step: np.ndarray | int, config: DecodingConfig) -> np.ndarra
     """Tokens that step ``step`` of a block must decide: the block spread over the steps, the remainder to the first
     ones.
     """
-    steps = config.denoising_steps
-    assert steps is not None
+    steps = config.steps
     whole, rest = divmod(config.block_length, steps)
     # Behind the schedule (possible only if the model keeps predicting the mask itself) one token a step is asked for.
     return np.where(step < steps, whole + (step < rest), 1)

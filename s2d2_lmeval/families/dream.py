@@ -37,6 +37,7 @@ DREAM = Family(
     config_map=_qwen2,
     token_shift=True,
     block_alignment="prompt",
+    scheme="pipelined",
     decoders=d2f.DECODERS,
     defaults=defaults,
     presets={"d2f-dream": defaults(d2f.BLOCK_LENGTH)},

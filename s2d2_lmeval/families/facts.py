@@ -35,6 +35,9 @@ class Facts:
             first block starts right after the prompt.
         stop_token_ids: ids that end a generation (of generation_config.json, then of config.json).
         max_context: positions that the checkpoint can address, prompt and answer together.
+        scheme: how a generation is laid out: ``"block"`` (one block after the other), ``"editing"`` (blocks whose
+            decided tokens may change), ``"subblock"`` (blocks in parts, and a token between them), ``"pipelined"``
+            (several blocks at once).
         decoders: names of the decoders that fit the family, the default one first.
         defaults: the family's published setting for this block length, as decoding options.
     """
@@ -50,6 +53,7 @@ class Facts:
     max_context: int
     decoders: tuple[str, ...]
     defaults: Mapping[str, Any] = field(hash=False)
+    scheme: str = "block"
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Family:
         native_class: name of the transformers class with the same arithmetic.
         config_class: that class's configuration.
         config_map: maps a published config.json to it, or refuses it.
-        token_shift, block_alignment, decoders: as in :class:`Facts`.
+        token_shift, block_alignment, scheme, decoders: as in :class:`Facts`.
         defaults: block length -> the published setting as decoding options.
         presets: name -> decoding options of a published configuration.
         key_mapping: regular expression of a published weight name -> native name (``from_pretrained(key_mapping=)``).
@@ -85,6 +89,7 @@ class Family:
     presets: Mapping[str, Mapping[str, Any]] = field(hash=False)
     published_mask_ids: Mapping[int, int] = field(hash=False)
     published_block_length: int
+    scheme: str = "block"
     fixed_block_length: bool = False
     key_mapping: Mapping[str, str] = field(default_factory=dict, hash=False)
     shares_weights: bool = True
@@ -148,6 +153,7 @@ class Family:
             max_context=context,
             decoders=self.decoders,
             defaults=dict(self.defaults(length)),
+            scheme=self.scheme,
         )
 
     def _mask_token_id(self, config: Mapping[str, Any], vocab: int, source: str, given: int | None) -> int:
