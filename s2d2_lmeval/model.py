@@ -122,7 +122,7 @@ class BlockDiffusionModel:
             ids = [int(token) for token in prompt]
             self._check(index, ids, budget)
             requests.append(Request(ids, budget, key, None if stop is None else _bound(stop, index)))
-        engine = Engine(self._runner, self.facts.mask_token_id, resolved, self.trace, self.max_batch)
+        engine = Engine(self._runner, self.facts, resolved, self.trace, self.max_batch)
         return engine.run(requests, on_finished)
 
     def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:

@@ -13,20 +13,27 @@ happened from one read at the end and moves every row to its next phase.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, NOTHING
+from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, NOTHING, Request
 from s2d2_lmeval.decoding.planning import BlockPlan, plan_blocks
 from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, read_back, record_step
 from s2d2_lmeval.decoding.remasking import choose
 from s2d2_lmeval.decoding.rows import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Rows
 from s2d2_lmeval.decoding.sampling import draft_tokens
 from s2d2_lmeval.errors import NumericalError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from s2d2_lmeval.families import Facts
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,25 @@ class BlockDenoiser:
         # The published code draws for every place of the block, decided ones too; its collapsed entropy sums over all.
         self.read_whole_block = (self.source.sequential and config.sampled) or config.collapse_entropy
         self.verify_all_masks = False
+
+    @classmethod
+    def seat(
+        cls,
+        config: DecodingConfig,
+        facts: Facts,
+        requests: Sequence[Request],
+        slots: int,
+        device: torch.device,
+        prefill_chunk: int,
+    ) -> Self:
+        """A decoder with ``slots`` rows, each with room for any of ``requests``."""
+        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        return cls(config, Rows(slots, longest, config.block_length, facts.mask_token_id, device), prefill_chunk)
+
+    @property
+    def capacity(self) -> int:
+        """Positions that a row may write to in the cache."""
+        return self.rows.length + self.margin(self.rows.block_length)
 
     @staticmethod
     def margin(block_length: int) -> int:

@@ -8,16 +8,21 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.config import STRATEGY_OF_DECODER, DecodingConfig
 from s2d2_lmeval.decoding.denoising import BlockDenoiser
 from s2d2_lmeval.decoding.generation import Generation, Progress, Request
-from s2d2_lmeval.decoding.rows import KIND_OF_PHASE, Rows
+from s2d2_lmeval.decoding.rows import KIND_OF_PHASE
 from s2d2_lmeval.decoding.s2d2 import S2D2
+from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.families import Facts
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
 
-DECODER_CLASSES: dict[str, type[BlockDenoiser]] = {"s2d2": S2D2}
-"""Decoders that are more than block denoising."""
+DECODER_CLASSES: dict[tuple[str, str], type[BlockDenoiser]] = {
+    **{("block", decoder): BlockDenoiser for decoder in ("ar", *STRATEGY_OF_DECODER)},
+    ("block", "s2d2"): S2D2,
+}
+"""(scheme of the family, decoder) -> what decodes."""
 
 PREFILL_CHUNK = 512
 """Most prompt tokens that one row brings to a forward."""
@@ -26,11 +31,9 @@ PREFILL_CHUNK = 512
 class Engine:
     """Decodes requests: admit, plan, forward, advance, retire."""
 
-    def __init__(
-        self, runner: Runner, mask_token_id: int, config: DecodingConfig, trace: Trace, max_batch: int
-    ) -> None:
+    def __init__(self, runner: Runner, facts: Facts, config: DecodingConfig, trace: Trace, max_batch: int) -> None:
         self.runner = runner
-        self.mask_token_id = mask_token_id
+        self.facts = facts
         self.config = config
         self.trace = trace
         self.max_batch = max_batch
@@ -64,14 +67,18 @@ class Engine:
         # The published draw order of a sequential source exists for one row only.
         alone = self.config.random_source not in ("keyed", "fixed")
         slots = 1 if alone else min(self.max_batch, len(requests))
-        block = self.config.block_length
-        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        self.rows = Rows(slots, longest, block, self.mask_token_id, self.runner.device)
-        decoder = DECODER_CLASSES.get(self.config.decoder, BlockDenoiser)
+        decoder = DECODER_CLASSES.get((self.facts.scheme, self.config.decoder))
+        if decoder is None:
+            raise ConfigError(
+                f"decoder={self.config.decoder} does not fit {self.facts.family} checkpoints; use one of: "
+                f"{', '.join(self.facts.decoders)}."
+            )
         # Published code prefills a prompt in one forward.
+        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         chunk = longest if self.config.schedule == "reference" else PREFILL_CHUNK
-        self.decoder = decoder(self.config, self.rows, chunk)
-        self.runner.reserve(slots, self.rows.length + decoder.margin(block))
+        self.decoder = decoder.seat(self.config, self.facts, requests, slots, self.runner.device, chunk)
+        self.rows = self.decoder.rows
+        self.runner.reserve(slots, self.decoder.capacity)
 
     def _admit(self, requests: Sequence[Request], waiting: deque[int], seated: dict[int, int]) -> None:
         """Fill free seats with waiting requests."""

@@ -1,0 +1,81 @@
+"""Who sits where: the requests in flight and what is known of each on the host, whatever decodes them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from s2d2_lmeval.decoding.generation import Progress, Request
+
+IDLE, PREFILL, DRAFT, VERIFY, COMMIT = range(5)
+"""Phases of a row: what its next forward does."""
+
+KIND_OF_PHASE = ("idle", "prefill", "draft", "verify", "commit")
+
+
+class Seats:
+    """``count`` seats for requests."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.phase = np.full(count, IDLE)
+        self.cached = np.zeros(count, dtype=np.int64)
+        """Positions that have keys and values."""
+        self.prompt = np.zeros(count, dtype=np.int64)
+        """Prompt lengths."""
+        self.key = np.zeros(count, dtype=np.int64)
+        """Names of the requests' randomness."""
+        self.ended = np.zeros(count, dtype=bool)
+        """No further token is to be decoded."""
+        self.complete = np.zeros(count, dtype=bool)
+        """Nothing left to run."""
+        self.requests: list[Request | None] = [None] * count
+        self.progress: list[Progress] = [Progress() for _ in range(count)]
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        """Prompt and decided tokens."""
+        self.kept: list[tuple[int, str] | None] = [None] * count
+        """How many new tokens a stop rule keeps, and which rule, once one has struck."""
+
+    def free(self) -> np.ndarray:
+        """Seats without a request."""
+        return np.flatnonzero(self.phase == IDLE)
+
+    def active(self) -> np.ndarray:
+        """Seats with a request."""
+        return np.flatnonzero(self.phase != IDLE)
+
+    def admit(self, slot: int, request: Request) -> None:
+        """Seat a request; it starts with nothing in the cache."""
+        self.phase[slot] = PREFILL
+        self.cached[slot] = 0
+        self.prompt[slot] = len(request.prompt)
+        self.key[slot] = request.key
+        self.ended[slot] = self.complete[slot] = False
+        self.requests[slot] = request
+        self.progress[slot] = Progress()
+        self.kept[slot] = None
+
+    def retire(self, slot: int) -> None:
+        """Free a seat."""
+        self.phase[slot] = IDLE
+        self.requests[slot] = None
+
+    def extend(self, slot: int, fresh: list[int], stop_token_ids: tuple[int, ...]) -> bool:
+        """Take decided tokens over and ask the stop rules; True once one has struck.
+
+        Prompt tokens among ``fresh`` (a first block holds some) cannot stop anything.
+        """
+        request, tokens, prompt = self.requests[slot], self.tokens[slot], int(self.prompt[slot])
+        assert request is not None
+        start = len(tokens)
+        tokens += fresh
+        struck = [
+            (start + place - prompt, "stop")
+            for place, token in enumerate(fresh)
+            if token in stop_token_ids and start + place >= prompt
+        ][:1]
+        kept = request.stop(tokens[prompt:]) if request.stop is not None else None
+        if kept is not None:
+            struck.append((kept, "stop_string"))
+        if struck:
+            self.kept[slot] = min(struck)
+        return bool(struck)
