@@ -56,6 +56,7 @@ class BlockDiffusionModel:
         attention: str = "auto",
         max_batch: int = 8,
         max_context: int | None = None,
+        runner: Runner | None = None,
     ) -> None:
         if max_batch < 1:
             raise ConfigError(f"max_batch={max_batch}: at least one row must be in flight.")
@@ -66,7 +67,7 @@ class BlockDiffusionModel:
         self.max_batch = max_batch
         self.max_context = max_context or facts.max_context
         self.trace = Trace()
-        self._runner = Runner(hf_model, attention)
+        self._runner = runner or Runner(hf_model, attention)
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+ROUNDING = 1e-6
+"""Mass that the difference of two equal distributions may have."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -42,8 +45,8 @@ def judge(agrees: torch.Tensor, span: torch.Tensor) -> Verdict:
 
 
 def residual(verifier: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
-    """(q - p)+ normalised, rows (K, V); q itself where nothing is left of it."""
+    """(q - p)+ normalised, rows (K, V); q itself where nothing is left of it but rounding."""
     excess = (verifier - draft).clamp_min(0)
     mass = excess.sum(-1, keepdim=True)
-    usable = (mass > 0) & mass.isfinite()
+    usable = (mass > ROUNDING) & mass.isfinite()
     return torch.where(usable, excess / mass.clamp_min(torch.finfo(mass.dtype).tiny), verifier)

@@ -3,62 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from s2d2_lmeval.decoding.editing_options import EditingOptions
+from s2d2_lmeval.decoding.options import (
+    DECODERS,
+    DENOISERS,
+    PROMISES,
+    STRATEGY_OF_DECODER,
+    SYNONYMS,
+    checked,
+    option,
+)
+from s2d2_lmeval.decoding.pipelined_options import PipelinedOptions
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.families import family_named
 
 if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
 
-STRATEGY_OF_DECODER = {
-    "sequential": "sequential",
-    "static": "low_confidence_static",
-    "dynamic": "low_confidence_dynamic",
-    "entropy_bounded": "entropy_bounded",
-}
-DENOISERS = (*STRATEGY_OF_DECODER, "s2d2")
-DECODERS = ("ar", *DENOISERS)
-
-PROMISES = {
-    "ar": "the model's own autoregressive law: one token at a time at block size one",
-    "sequential": "the definition of sequential block denoising",
-    "static": "the definition of static low-confidence remasking",
-    "dynamic": "the definition of dynamic (confidence-threshold) remasking",
-    "entropy_bounded": "the definition of entropy-bounded remasking",
-    "s2d2": "the published S2D2 algorithm; the AR law exactly when every draft is sampled and verified under "
-    "AR-like caching, otherwise neither the AR nor the diffusion law",
-}
-
-SYNONYMS = {
-    "block_size": "block_length",
-    "threshold": "confidence_threshold",
-    "gen_length": "max_new_tokens",
-    "max_gen_toks": "max_new_tokens",
-    "stopping_criteria_idx": "stop_token_ids",
-    "stop_token": "stop_token_ids",
-    "eos_id": "stop_token_ids",
-}
-
-
-def option(
-    default: Any,
-    meaning: str,
-    *,
-    decoders: tuple[str, ...] = DECODERS,
-    choices: tuple[Any, ...] | None = None,
-    low: float | None = None,
-    high: float | None = None,
-) -> Any:
-    """A field of :class:`DecodingConfig` with what is needed to check and to explain it."""
-    metadata = {"meaning": meaning, "decoders": decoders, "choices": choices, "low": low, "high": high}
-    return dataclasses.field(default=default, metadata=metadata)
-
+__all__ = ["DECODERS", "STRATEGY_OF_DECODER", "SYNONYMS", "DecodingConfig"]
 
 _S2D2 = ("s2d2",)
+_UNDIVIDED = ("block",)
+_UNEDITED = ("block", "subblock", "pipelined")
+_IN_TURN = ("block", "subblock")
+_BLOCKWISE = ("block", "editing", "subblock")
 _POLICIES = ("mask_span_length", "score_threshold", "score_hysteresis", "contextual_bandit_ucb")
 _ESTIMATORS = (
     "hard_margin_threshold",
@@ -71,7 +44,7 @@ _ESTIMATORS = (
 
 
 @dataclass(frozen=True)
-class DecodingConfig:
+class DecodingConfig(EditingOptions, PipelinedOptions):
     """How to decode. Defaults are those of the published functions; :meth:`from_options` lays a family's paper setting
     under them.
 
@@ -86,9 +59,27 @@ class DecodingConfig:
         choices=("reference", "fused", "lookahead"),
     )
     max_new_tokens: int = option(256, "new tokens at most", low=0)
-    block_length: int = option(4, "tokens per block", decoders=DENOISERS, low=1)
+    block_length: int = option(4, "tokens per block", decoders=(*DENOISERS, "pipelined"), low=1)
     denoising_steps: int | None = option(
-        None, "steps in which a block must be finished; none: as many as the block is long", decoders=DENOISERS, low=1
+        None,
+        "steps in which a block must be finished; none: as many as the block is long",
+        decoders=DENOISERS,
+        schemes=_UNDIVIDED,
+        low=1,
+    )
+    small_block_size: int | None = option(
+        None,
+        "tokens per sub-block, which are decided before the next one's; none: a block is one sub-block",
+        decoders=("dynamic", "s2d2"),
+        schemes=("subblock",),
+        low=1,
+    )
+    use_block_cache: bool = option(
+        False,
+        "inside a sub-block, draft against the rest of the block as it was in the last whole forward: cheaper, and "
+        "other tokens",
+        decoders=("dynamic", "s2d2"),
+        schemes=("subblock",),
     )
 
     random_source: object = option("keyed", "keyed (by request and position), fixed, torch, or an object of your own")
@@ -97,6 +88,12 @@ class DecodingConfig:
     temperature: float = option(1.0, "softmax temperature of draft and verifier", low=0.0)
     top_k: int = option(0, "keep the k most probable tokens; 0: all", low=0)
     top_p: float = option(1.0, "keep the smallest set of tokens with this probability", low=0.0, high=1.0)
+    sample_first_token: bool = option(
+        False,
+        "with do_sample, sample a block's first token too, which published code takes as the arg-max",
+        decoders=("dynamic", "s2d2"),
+        schemes=("subblock",),
+    )
     suppress_mask_token: bool = option(
         True, "never predict the mask token (published code may; then a block's last steps forbid it)"
     )
@@ -104,30 +101,45 @@ class DecodingConfig:
     stop_token_ids: tuple[int, ...] = option((), "token ids that end the answer")
     trim_stop_tokens: bool = option(True, "cut the answer before the first stop token")
 
+    window: int = option(16, "positions that a draft looks ahead", decoders=("sliding",), low=2)
+    row_budget: int = option(64, "queries per row and forward", decoders=("sliding",), low=3)
+    draft: str = option("tree", "what is drafted from a window", decoders=("sliding",), choices=("chain", "tree"))
+
     remasking_strategy: str = option(
         "low_confidence_dynamic",
         "which masks a step without (or after a short) verification decides",
         decoders=_S2D2,
+        schemes=_UNDIVIDED,
         choices=tuple(STRATEGY_OF_DECODER.values()),
     )
     confidence_threshold: float = option(
-        0.85, "dynamic: decide every mask above this probability", decoders=("dynamic", "s2d2"), low=0.0
+        0.85,
+        "dynamic, editing, pipelined: decide every mask above this probability",
+        decoders=("dynamic", "editing", "s2d2", "pipelined"),
+        low=0.0,
     )
     eb_threshold: float | None = option(
         None,
         "entropy_bounded: sum of entropies (nats, of the unfiltered softmax) that a step may decide",
         decoders=("entropy_bounded", "s2d2"),
+        schemes=_UNDIVIDED,
         low=0.0,
     )
     collapse_entropy: bool = option(
         False,
         "entropy_bounded with one entropy for the whole block, as published",
         decoders=("entropy_bounded", "s2d2"),
+        schemes=_UNDIVIDED,
     )
 
-    cache_ver: bool = option(False, "commit with token-causal attention (AR-like caching)", decoders=DENOISERS)
+    cache_ver: bool = option(
+        False, "commit with token-causal attention (AR-like caching)", decoders=DENOISERS, schemes=_IN_TURN
+    )
     draft_ver: bool = option(
-        False, "decided prefix of the block drafts with token-causal attention", decoders=DENOISERS
+        False,
+        "decided prefix of the block drafts with token-causal attention",
+        decoders=DENOISERS,
+        schemes=_IN_TURN,
     )
 
     acceptance: str = option(
@@ -137,17 +149,26 @@ class DecodingConfig:
         choices=("stochastic", "greedy"),
     )
     allow_resample: bool = option(
-        True, "resample a rejected token from the residual; otherwise the draft stays", decoders=_S2D2
+        True,
+        "resample a rejected token from the residual; otherwise the draft stays (sub-blocks, pipelines: the mask)",
+        decoders=_S2D2,
+        schemes=_UNEDITED,
     )
     ssd_ratio_tempering_factor: float = option(1.0, "exponent of the acceptance ratio", decoders=_S2D2, low=0.0)
     ssd_ratio_threshold: float = option(
-        -1.0, "also accept behind a rejection where the ratio reaches this; negative: off", decoders=_S2D2
+        -1.0,
+        "also accept behind a rejection where the ratio reaches this; negative: off",
+        decoders=_S2D2,
+        schemes=_UNDIVIDED,
     )
     ssd_threshold_all_spans: bool = option(
-        False, "ssd_ratio_threshold looks at every mask of the block", decoders=_S2D2
+        False, "ssd_ratio_threshold looks at every mask of the block", decoders=_S2D2, schemes=_UNDIVIDED
     )
     always_check_high_confidence: bool = option(
-        False, "also decide every mask above confidence_threshold in each step", decoders=_S2D2
+        False,
+        "also decide every mask above confidence_threshold in each step",
+        decoders=_S2D2,
+        schemes=_UNDIVIDED,
     )
 
     do_verify_policy: str = option("mask_span_length", "when to verify", decoders=_S2D2, choices=_POLICIES)
@@ -175,51 +196,80 @@ class DecodingConfig:
     ssd_confidence_power: float = option(1.0, "of soft_confidence_power", decoders=_S2D2, low=0.0)
     ssd_confidence_margin_coef: float = option(1.0, "of soft_clipped_linear_margin", decoders=_S2D2, low=0.0)
     ssd_entropy_temperature: float = option(1.0, "of soft_entropy_negexp", decoders=_S2D2, low=0.0)
-    ucb_beta: float = option(1.0, "bandit: weight of the exploration bonus", decoders=_S2D2, low=0.0)
-    ucb_span_length_bins: int = option(2, "bandit: buckets of span length", decoders=_S2D2, low=1)
-    ucb_block_progress_bins: int = option(2, "bandit: buckets of decoded share of the block", decoders=_S2D2, low=1)
-    ucb_entropy_bins: int = option(2, "bandit: buckets of mean normalised entropy", decoders=_S2D2, low=1)
+    ucb_beta: float = option(
+        1.0, "bandit: weight of the exploration bonus", decoders=_S2D2, schemes=_BLOCKWISE, low=0.0
+    )
+    ucb_span_length_bins: int = option(2, "bandit: buckets of span length", decoders=_S2D2, schemes=_BLOCKWISE, low=1)
+    ucb_block_progress_bins: int = option(
+        2, "bandit: buckets of decoded share of the block", decoders=_S2D2, schemes=_BLOCKWISE, low=1
+    )
+    ucb_entropy_bins: int = option(
+        2, "bandit: buckets of mean normalised entropy", decoders=_S2D2, schemes=_BLOCKWISE, low=1
+    )
     ucb_entropy_source: str = option(
-        "span", "bandit: entropy over the span or over all masks", decoders=_S2D2, choices=("span", "masked")
+        "span",
+        "bandit: entropy over the span or over all masks",
+        decoders=_S2D2,
+        schemes=_BLOCKWISE,
+        choices=("span", "masked"),
     )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+            object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
         if self.decoder == "ar":
             # At block size one there is nothing but token-causal attention.
             for name, value in {"block_length": 1, "denoising_steps": 1, "cache_ver": True, "draft_ver": True}.items():
                 object.__setattr__(self, name, value)
-        steps = self.denoising_steps
-        if steps is None:
+        if self.denoising_steps is None:
             object.__setattr__(self, "denoising_steps", self.block_length)
-        elif steps > self.block_length:
-            raise ConfigError(
-                f"denoising_steps={steps} exceeds block_length={self.block_length}: a step decides at least one token. "
-                f"Use denoising_steps={self.block_length} or less."
+        for message in (*self._contradictions(), *self._unmet_needs()):
+            raise ConfigError(message)
+
+    def _contradictions(self) -> Iterator[str]:
+        """What is wrong between options: numbers that do not go together."""
+        if self.steps > self.block_length:
+            yield (
+                f"denoising_steps={self.steps} exceeds block_length={self.block_length}: a step decides at least one "
+                f"token. Use denoising_steps={self.block_length} or less."
             )
-        if self.strategy == "entropy_bounded" and self.eb_threshold is None:
-            raise ConfigError(
-                "entropy_bounded needs eb_threshold, the entropy in nats that a step may decide, e.g. 0.35."
+        on, off = self.hysteresis_threshold_on, self.hysteresis_threshold_off
+        if self.do_verify_policy == "score_hysteresis" and on <= off:
+            yield f"score_hysteresis needs hysteresis_threshold_on ({on}) above hysteresis_threshold_off ({off})."
+        for name in ("small_block_size", "target_block_size"):
+            part = getattr(self, name)
+            if part is not None and self.block_length % part:
+                yield f"{name}={part} does not divide block_length={self.block_length}; use one that does."
+        if self.decoder == "sliding" and self.row_budget <= self.window:
+            yield (
+                f"row_budget={self.row_budget} leaves no room for a window of {self.window}: a round without a draft "
+                f"takes {self.window + 1} rows. Raise row_budget or lower window."
             )
-        if (
-            self.do_verify_policy == "score_hysteresis"
-            and self.hysteresis_threshold_on <= self.hysteresis_threshold_off
-        ):
-            raise ConfigError(
-                f"score_hysteresis needs hysteresis_threshold_on ({self.hysteresis_threshold_on}) above "
-                f"hysteresis_threshold_off ({self.hysteresis_threshold_off})."
-            )
-        if self.schedule == "lookahead" and not (self.cache_ver and self.draft_ver):
-            raise ConfigError(
-                "schedule=lookahead keeps what the verifier computed, which is right only under AR-like caching: "
-                "set cache_ver=true and draft_ver=true, or use schedule=fused."
-            )
-        if isinstance(self.random_source, str) and self.random_source not in ("keyed", "fixed", "torch"):
-            raise ConfigError(
+
+    def _unmet_needs(self) -> Iterator[str]:
+        """What is wrong between options: one that needs another."""
+        keyed = self.random_source in ("keyed", "fixed")
+        if not keyed and self.random_source != "torch" and isinstance(self.random_source, str):
+            yield (
                 f"random_source={self.random_source!r}: use keyed, fixed, torch, or an object with uniform(n) and "
                 "categorical(probabilities)."
             )
+        if self.strategy == "entropy_bounded" and self.eb_threshold is None:
+            yield "entropy_bounded needs eb_threshold, the entropy in nats that a step may decide, e.g. 0.35."
+        if self.use_block_cache and self.draft_ver:
+            yield "use_block_cache keeps keys that draft_ver would have changed meanwhile; switch one of them off."
+        if self.schedule == "lookahead" and not (self.cache_ver and self.draft_ver):
+            yield (
+                "schedule=lookahead keeps what the verifier computed, which is right only under AR-like caching: "
+                "set cache_ver=true and draft_ver=true, or use schedule=fused."
+            )
+        if self.schedule == "lookahead" and not keyed:
+            yield (
+                "schedule=lookahead drafts before it is known whether the draft is needed, so draws in the order of "
+                "calls would differ: use random_source=keyed, or schedule=fused."
+            )
+        if self.decoder == "sliding" and not keyed:
+            yield "sliding equals ar only under randomness keyed by position: use random_source=keyed."
 
     @property
     def steps(self) -> int:
@@ -229,6 +279,8 @@ class DecodingConfig:
     @property
     def strategy(self) -> str:
         """The remasking strategy in force."""
+        if self.decoder == "editing":
+            return "low_confidence_dynamic"
         return STRATEGY_OF_DECODER.get(self.decoder, "sequential" if self.decoder == "ar" else self.remasking_strategy)
 
     @property
@@ -263,6 +315,7 @@ class DecodingConfig:
         _refuse_foreign(decoder, given)
         below: dict[str, Any] = {}
         if facts is not None:
+            _refuse_other_schemes(given, facts)
             if "decoder" in given and decoder in DECODERS and decoder not in facts.decoders:
                 raise ConfigError(
                     f"decoder={decoder} does not fit {facts.family} checkpoints; use one of: "
@@ -284,6 +337,16 @@ class DecodingConfig:
         if own["denoising_steps"] == own["block_length"]:
             own["denoising_steps"] = None
         return type(self)(**{**_own(decoder, own), **given})
+
+    def check_fits(self, facts: Facts) -> None:
+        """Refuse options that mean nothing to checkpoints of ``facts``, where they differ from their default.
+
+        :raises ConfigError: naming the option.
+        """
+        values = {name: getattr(self, name) for name in _fields_of(self.decoder)}
+        if self.denoising_steps == self.block_length:
+            values.pop("denoising_steps", None)
+        _refuse_other_schemes(values, facts)
 
     def to_dict(self) -> dict[str, Any]:
         """The options that the decoder in force knows, as plain values."""
@@ -331,54 +394,8 @@ def _refuse_foreign(decoder: str, given: Mapping[str, Any]) -> None:
             )
 
 
-def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
-    """``value`` in the type of ``field``, within its choices and range."""
-    name, meta = field.name, field.metadata
-    kind = str(field.type).removesuffix(" | None")
-    if value is None and str(field.type).endswith("None"):
-        return None
-    value = _converted(name, kind, value)
-    if meta["choices"] is not None and value not in meta["choices"]:
-        near = get_close_matches(str(value), [str(choice) for choice in meta["choices"]], n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{name}={value!r} is not one of: {', '.join(map(str, meta['choices']))}.{hint}")
-    if meta["low"] is not None and value < meta["low"]:
-        raise ConfigError(f"{name}={value} is too small; it must be at least {meta['low']:g}.")
-    if meta["high"] is not None and value > meta["high"]:
-        raise ConfigError(f"{name}={value} is too large; it must be at most {meta['high']:g}.")
-    return value
-
-
-def _converted(name: str, kind: str, value: Any) -> Any:
-    if kind == "bool":
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        if isinstance(value, bool):
-            return value
-    elif kind == "int":
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-    elif kind == "float":
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
-            return float(value)
-    elif kind == "str":
-        if isinstance(value, str):
-            return value
-    elif kind == "tuple[int, ...]":
-        values = (value,) if isinstance(value, int) else value
-        if isinstance(values, (list, tuple, set, frozenset)) and all(isinstance(item, int) for item in values):
-            return tuple(values)
-    else:
-        return value
-    raise ConfigError(f"{name}={value!r} is not of the right type; it takes {_KINDS[kind]}.")
-
-
-_KINDS = {
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-    "str": "a name",
-    "tuple[int, ...]": "a list of token ids",
-}
+def _refuse_other_schemes(given: Mapping[str, Any], facts: Facts) -> None:
+    for field in dataclasses.fields(DecodingConfig):
+        changed = given.get(field.name, field.default) != field.default
+        if changed and facts.scheme not in field.metadata["schemes"]:
+            raise ConfigError(f"{field.name} is no option of {facts.family} checkpoints; drop it.")

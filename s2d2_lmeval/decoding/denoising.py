@@ -110,6 +110,8 @@ class BlockDenoiser:
 
     verifies = False
     """Whether a verifier may look at a draft before it is decided."""
+    commits_last_block = True
+    """Whether the reference schedule commits a block even if none follows, as most published code does."""
 
     def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
         self.config = config
@@ -161,14 +163,14 @@ class BlockDenoiser:
         :raises NumericalError: when the logits are not numbers.
         """
         rows, facts = self.rows, self._plan.facts
-        self._suppress_mask_token(logits)
         block = rows.store.view(-1)[facts["block"]]
+        self._suppress_mask_token(logits, block)
         position, step, given = facts["position"], facts["step"], facts["given"]
         stage = Stage(block, facts["block"], position, step, facts["count"], given, facts["key"])
         return self._settle(self._decide(stage, logits))
 
-    def _suppress_mask_token(self, logits: torch.Tensor) -> None:
-        """Never predict the mask token; where the options allow it, do not from the end of a block's schedule on.
+    def _suppress_mask_token(self, logits: torch.Tensor, block: torch.Tensor) -> None:
+        """Never predict the mask token; where the options allow it, not for masks behind the end of their schedule.
 
         Without that end a model that keeps predicting the mask would be asked for ever.
         """
@@ -176,9 +178,10 @@ class BlockDenoiser:
         if self.config.suppress_mask_token:
             masked.fill_(-torch.inf)
         else:
-            rows = torch.cat([plan.verify_at[0], plan.fresh_at[0]])
-            overdue = plan.facts["step"][rows, 0] >= self.config.steps
-            masked.masked_fill_(overdue, -torch.inf)
+            overdue = ((plan.facts["step"] >= self.config.steps) & (block == self.rows.mask_token_id)).any(-1)
+            # The next block's draft, behind the others, is at its first step.
+            current = torch.cat([overdue[plan.verify_at[0]], overdue[plan.draft_at[0]]])
+            masked[: len(current)].masked_fill_(current, -torch.inf)
 
     def _decide(self, stage: Stage, logits: torch.Tensor) -> Readback:
         """The device part of a step: here, of rows that drafted."""
@@ -188,10 +191,21 @@ class BlockDenoiser:
         if plan.drafts:
             self._observe(stage, logits, plan.draft_at)
             decisions = Decisions(stage.block, self.rows.mask_token_id)
+            self._revise(decisions, stage, plan.draft_rows)
             self._denoise(decisions, stage.count, plan.draft_rows)
             self._write(stage, decisions)
             drafted = decisions.tables(self.draft.tokens)
-        return read_back(None, drafted, span, nobody, self.draft.sound)
+        return self._read(None, drafted, span, nobody)
+
+    def _read(
+        self,
+        verified: StepTables[torch.Tensor] | None,
+        drafted: StepTables[torch.Tensor] | None,
+        span: torch.Tensor,
+        moved: torch.Tensor,
+    ) -> Readback:
+        """The engine step's one read of the device."""
+        return read_back(verified, drafted, span, moved, self.draft.sound)
 
     def _observe(
         self,
@@ -217,6 +231,9 @@ class BlockDenoiser:
         if self.config.strategy == "entropy_bounded" and not self.config.collapse_entropy:
             p = logits.softmax(-1)
             draft.entropy = put(draft.entropy, -torch.special.xlogy(p, p).sum(-1))
+
+    def _revise(self, decisions: Decisions, stage: Stage, drafting: torch.Tensor) -> None:
+        """Change decided tokens of the rows ``drafting`` (rows,), in schemes that do: here what is decided stays."""
 
     def _denoise(self, decisions: Decisions, count: torch.Tensor, among: torch.Tensor) -> None:
         """Decide by the remasking strategy ``count`` (rows,) tokens or more in the rows ``among`` (rows,)."""
@@ -256,14 +273,22 @@ class BlockDenoiser:
             phase = rows.phase[slot]
             rows.progress[slot].forwards[KIND_OF_PHASE[phase]] += 1
             if phase == PREFILL:
-                self._enter_draft(slot)
+                self._after_prefill(row, slot, read, outcome)
             elif phase == COMMIT:
-                self._next_block(slot)
+                self._after_commit(row, slot, read, outcome)
             elif phase == VERIFY:
                 self._after_verify(row, slot, read, outcome)
             else:
                 self._after_draft(row, slot, read, outcome)
         return outcome
+
+    def _after_prefill(self, row: int, slot: int, read: Readback, outcome: Outcome) -> None:
+        """A piece of the prompt of row ``slot`` is in the cache."""
+        self._enter_draft(slot)
+
+    def _after_commit(self, row: int, slot: int, read: Readback, outcome: Outcome) -> None:
+        """A finished block of row ``slot`` is in the cache."""
+        self._next_block(slot)
 
     def _after_draft(self, row: int, slot: int, read: Readback, outcome: Outcome) -> None:
         """A draft of row ``slot`` has come in: verify it, or its step is over."""
@@ -311,14 +336,18 @@ class BlockDenoiser:
         """A denoising step of row ``slot`` is over: go on in the block, or with the next."""
         rows = self.rows
         rows.step[slot] += 1
-        if rows.masks[slot].any():
+        if not self._block_finished(slot):
             self._enter_draft(slot)
             return
-        rows.end_block(slot, self.config.stop_token_ids)
-        if self.config.schedule == "reference":
+        rows.end_block(slot, self.config.stop_token_ids, self.config.eos_early_stop)
+        if self.config.schedule == "reference" and (self.commits_last_block or not rows.ended[slot]):
             rows.phase[slot] = COMMIT
         else:
             self._next_block(slot)
+
+    def _block_finished(self, slot: int) -> bool:
+        """Whether the block of row ``slot``, at the end of a step, needs no other."""
+        return not self.rows.masks[slot].any()
 
     def _next_block(self, slot: int) -> None:
         """Turn to the next block, or be complete."""

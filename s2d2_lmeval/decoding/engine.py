@@ -9,18 +9,33 @@ from collections.abc import Callable, Sequence
 import torch
 
 from s2d2_lmeval.decoding.config import STRATEGY_OF_DECODER, DecodingConfig
+from s2d2_lmeval.decoding.decoder import Decoder
 from s2d2_lmeval.decoding.denoising import BlockDenoiser
+from s2d2_lmeval.decoding.editing import EditingDenoiser, EditingS2D2
 from s2d2_lmeval.decoding.generation import Generation, Progress, Request
+from s2d2_lmeval.decoding.pipelined import PipelinedDenoiser
+from s2d2_lmeval.decoding.pipelined_s2d2 import PipelinedS2D2
 from s2d2_lmeval.decoding.rows import KIND_OF_PHASE
 from s2d2_lmeval.decoding.s2d2 import S2D2
+from s2d2_lmeval.decoding.sliding import Sliding
+from s2d2_lmeval.decoding.subblocks import SubblockDenoiser, SubblockS2D2
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.families import Facts
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
 
-DECODER_CLASSES: dict[tuple[str, str], type[BlockDenoiser]] = {
+DECODER_CLASSES: dict[tuple[str, str], type[Decoder]] = {
     **{("block", decoder): BlockDenoiser for decoder in ("ar", *STRATEGY_OF_DECODER)},
     ("block", "s2d2"): S2D2,
+    ("block", "sliding"): Sliding,
+    ("editing", "ar"): BlockDenoiser,
+    ("editing", "editing"): EditingDenoiser,
+    ("editing", "s2d2"): EditingS2D2,
+    ("pipelined", "pipelined"): PipelinedDenoiser,
+    ("pipelined", "s2d2"): PipelinedS2D2,
+    ("subblock", "ar"): SubblockDenoiser,
+    ("subblock", "dynamic"): SubblockDenoiser,
+    ("subblock", "s2d2"): SubblockS2D2,
 }
 """(scheme of the family, decoder) -> what decodes."""
 
@@ -73,6 +88,7 @@ class Engine:
                 f"decoder={self.config.decoder} does not fit {self.facts.family} checkpoints; use one of: "
                 f"{', '.join(self.facts.decoders)}."
             )
+        self.config.check_fits(self.facts)
         # Published code prefills a prompt in one forward.
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         chunk = longest if self.config.schedule == "reference" else PREFILL_CHUNK
@@ -96,7 +112,7 @@ class Engine:
         plan = self.decoder.plan()
         logits = self.runner.forward(plan.request)
         outcome = self.decoder.advance(logits)
-        self.runner.cache.commit(plan.request.layout.slots, outcome.kept)
+        self.runner.cache.commit(plan.request.layout.slots, outcome.kept, outcome.path)
         self.trace.records.append(
             ForwardRecord(
                 kinds=tuple(KIND_OF_PHASE[phase] for phase in plan.phases),

@@ -5,11 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-NOTHING, ACCEPTED, RESAMPLED, RATIO, HIGH_CONFIDENCE, DENOISED, KEPT = range(7)
+NOTHING, ACCEPTED, RESAMPLED, RATIO, HIGH_CONFIDENCE, DENOISED, KEPT, AUTOREGRESSIVE, EDITED = range(9)
 """How a place was decided in a step: the marks of :class:`Step`."""
 
-MARK_NAMES = ("", "accepted", "resampled", "ratio", "high confidence", "denoised", "kept")
+MARK_NAMES = ("", "accepted", "resampled", "ratio", "high confidence", "denoised", "kept", "autoregressive", "edited")
+
+PublishedStep = list[int | float | str] | dict[str, list[Any]]
+"""An entry of the published decoding order: positions; where tokens are edited, ``edit`` and ``unmask`` of a step."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Generation:
     token_ids: list[int]
     finish_reason: str
     stats: dict[str, float]
-    decoding_order: list[list[int | float | str]]
+    decoding_order: list[PublishedStep]
     steps: list[Step]
     canvas: list[int]
 
@@ -71,7 +75,7 @@ class Progress:
     blocks: int = 0
     begun: float = field(default_factory=time.perf_counter)
     steps: list[Step] = field(default_factory=list)
-    decoding_order: list[list[int | float | str]] = field(default_factory=list)
+    decoding_order: list[PublishedStep] = field(default_factory=list)
 
     def stats(self, new_tokens: int) -> dict[str, float]:
         """The request's statistics. ``nfe`` counts every forward that it took part in."""

@@ -43,7 +43,7 @@ class BlockPlan:
     ``verify_at`` and ``fresh_at`` (drafts, then next blocks' drafts) are (rows, places) of these logits;
     ``verify_rows``,
     ``draft_rows`` and ``ahead_rows`` (rows,) bool on the device; ``heads`` (R,) leading queries of each active row that
-    stand for the row's own text; ``facts`` holds what :func:`_send` tells the device of every row.
+    stand for the row's own text; ``facts`` holds what :func:`send_facts` tells the device of every row.
     """
 
     request: Pass
@@ -69,12 +69,12 @@ class BlockPlan:
 
 def scheduled_count(step: np.ndarray | int, config: DecodingConfig) -> np.ndarray:
     """Tokens that step ``step`` of a block must decide: the block spread over the steps, the remainder to the first
-    ones.
+    ones; ``num_to_transfer`` at least.
     """
     steps = config.steps
     whole, rest = divmod(config.block_length, steps)
     # Behind the schedule (possible only if the model keeps predicting the mask itself) one token a step is asked for.
-    return np.where(step < steps, whole + (step < rest), 1)
+    return np.maximum(np.where(step < steps, whole + (step < rest), 1), config.num_to_transfer)
 
 
 def prefill_end(rows: Rows, slots: np.ndarray, chunk: int) -> np.ndarray:
@@ -126,7 +126,7 @@ def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> BlockPlan:
     draft_row, draft_place = np.nonzero(wanted & drafting[:, None])
     draft_query = (layout.offsets + start - cached)[draft_row] + draft_place
     ahead_row, ahead_place = np.nonzero(np.repeat(carries[:, None], length, axis=1))
-    sent = _send(
+    sent = send_facts(
         rows,
         config,
         source=slots[r] * rows.stride + source,
@@ -166,16 +166,14 @@ def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> BlockPlan:
     )
 
 
-def _send(rows: Rows, config: DecodingConfig, **arrays: np.ndarray) -> dict[str, torch.Tensor]:
-    """Upload ``arrays`` and what decoders need to know of every row, active or not.
+def send_facts(rows: Rows, config: DecodingConfig, **arrays: np.ndarray) -> dict[str, torch.Tensor]:
+    """Upload what decoders need to know of every row, active or not, and ``arrays``, which may replace some of it.
 
     ``block`` (rows, B) store index of the current block, ``position`` (rows, B), ``step`` (rows, 1), ``key`` (rows, 1),
     ``count`` (rows,) tokens the schedule asks for, ``given`` (rows,) prompt tokens in the block, ``drafting`` and
     ``verifying`` (rows,), ``verify_slots`` the rows that verify.
     """
     upload = Upload()
-    for name, values in arrays.items():
-        upload.add(name, values)
     position = rows.start[:, None] + np.arange(rows.block_length)
     upload.add("position", position)
     upload.add("block", np.arange(rows.count)[:, None] * rows.stride + position)
@@ -186,4 +184,6 @@ def _send(rows: Rows, config: DecodingConfig, **arrays: np.ndarray) -> dict[str,
     upload.add("count", scheduled_count(rows.step, config))
     upload.add("key", rows.key[:, None])
     upload.add("given", (rows.prompt - rows.start).clip(0, rows.block_length))
+    for name, values in arrays.items():
+        upload.add(name, values)
     return upload.send(rows.device)

@@ -60,6 +60,13 @@ class RandomSource(Protocol):
         """A token (M,) from each row of ``probabilities`` (M, V)."""
 
 
+class KeyedNoise(RandomSource, Protocol):
+    """A source whose categorical draws are an arg-max under noise that can be known beforehand."""
+
+    def gumbel(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
+        """The noise (M, V) that :meth:`categorical` adds to log p before it takes the arg-max."""
+
+
 def source_of(name_or_object: Any, seed: int) -> RandomSource:
     """The source that the option ``random_source`` names."""
     if name_or_object == "keyed":
@@ -100,12 +107,16 @@ class KeyedSource:
         return ((self._hash(key) >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
     def categorical(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
-        """The exponential race (the Gumbel trick): token v wins with probability p_v, by noise that is keyed by
-        position and token.
-        """
+        """The exponential race: token v wins with probability p_v, by noise keyed by position and token."""
+        return (probabilities / self._race(probabilities, key)).argmax(-1)
+
+    def gumbel(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
+        return -self._race(probabilities, key).log()
+
+    def _race(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
         tokens = torch.arange(1, probabilities.shape[-1] + 1, device=probabilities.device)
         bits = _mix(self._hash(key).unsqueeze(-1) + tokens * _GOLDEN)
-        return (probabilities / -torch.log1p(-_unit(bits, probabilities.dtype))).argmax(-1)
+        return -torch.log1p(-_unit(bits, probabilities.dtype))
 
 
 class FixedSource:
@@ -118,6 +129,9 @@ class FixedSource:
 
     def categorical(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
         return probabilities.argmax(-1)
+
+    def gumbel(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
+        return torch.zeros_like(probabilities)
 
 
 class _TorchDraws:

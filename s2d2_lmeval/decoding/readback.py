@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from s2d2_lmeval.decoding.generation import (
     ACCEPTED,
+    AUTOREGRESSIVE,
     DENOISED,
     HIGH_CONFIDENCE,
     KEPT,
@@ -29,7 +30,8 @@ class Outcome:
 
     ``kept`` leading queries that became prefix only now, by being accepted; ``committed`` tokens decided; ``drafted``
     tokens put before the verifier; ``accepted`` of these accepted; ``routed`` 1 where a draft goes on to the verifier;
-    ``carried`` 1 where a verification carried the next block's draft along and that came to use.
+    ``carried`` 1 where a verification carried the next block's draft along and that came to use. Where what is kept is
+    not the leading queries behind the prefix, ``path`` names them, counted from its end, per row.
     """
 
     kept: np.ndarray
@@ -38,11 +40,13 @@ class Outcome:
     accepted: np.ndarray
     routed: np.ndarray
     carried: np.ndarray
+    path: dict[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def zeros(cls, rows: int) -> Outcome:
         """Nothing yet, for R rows."""
-        return cls(*(np.zeros(rows, dtype=np.int64) for _ in fields(cls)))
+        kept, committed, drafted, accepted, routed, carried = np.zeros((6, rows), dtype=np.int64)
+        return cls(kept, committed, drafted, accepted, routed, carried)
 
 
 @dataclass(frozen=True)
@@ -103,21 +107,24 @@ def read_back(
     )
 
 
+def as_step(step: StepTables[np.ndarray], slot: int, kind: str, start: int) -> Step:
+    """The step of row ``slot``, whose block begins at ``start``."""
+    return Step(
+        kind=kind,
+        start=start,
+        before=step.before[slot].tolist(),
+        draft=step.draft[slot].tolist(),
+        tokens=step.after[slot].tolist(),
+        marks=step.marks[slot].tolist(),
+    )
+
+
 def record_step(
     progress: Progress, step: StepTables[np.ndarray], slot: int, kind: str, start: int, first: bool, verifies: bool
 ) -> None:
     """Add the step of row ``slot``, whose block begins at ``start``, to its request's record."""
     marks = step.marks[slot]
-    progress.steps.append(
-        Step(
-            kind=kind,
-            start=start,
-            before=step.before[slot].tolist(),
-            draft=step.draft[slot].tolist(),
-            tokens=step.after[slot].tolist(),
-            marks=marks.tolist(),
-        )
-    )
+    progress.steps.append(as_step(step, slot, kind, start))
     if (marks != NOTHING).any():
         entries = published_order(marks, step.order[slot], start, verifies)
         progress.decoding_order.append(["|", *entries] if first else entries)
@@ -126,8 +133,8 @@ def record_step(
 def published_order(marks: np.ndarray, order: np.ndarray, start: int, verifies: bool) -> list[int | float | str]:
     """Positions decided in a step in the published notation.
 
-    p accepted or kept without resampling, p + 0.5 resampled, p + 0.2 by ratio, -p - 0.4 by high confidence, and -p
-    (plain p in a decoder without a verifier) by the remasking strategy.
+    p accepted or kept without resampling, p + 0.5 resampled, p + 0.2 by ratio, -p - 0.4 by high confidence, -p - 0.5
+    from the last row of committed text, and -p (plain p in a decoder without a verifier) by the remasking strategy.
     """
     sign = -1 if verifies else 1
     shown = {
@@ -137,6 +144,7 @@ def published_order(marks: np.ndarray, order: np.ndarray, start: int, verifies: 
         RATIO: lambda p: p + 0.2,
         HIGH_CONFIDENCE: lambda p: -p - 0.4,
         DENOISED: lambda p: sign * p,
+        AUTOREGRESSIVE: lambda p: -p - 0.5,
     }
     entries: list[int | float | str] = []
     for mark, show in shown.items():

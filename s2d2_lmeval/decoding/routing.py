@@ -161,8 +161,9 @@ class BanditPolicy:
         )
 
     def decide(self, view: DraftView) -> torch.Tensor:
-        self.decisions += view.drafting
-        self.bucket = torch.where(view.drafting, self._bucket_of(view), self.bucket)
+        asked = view.drafting & view.span.any(-1)
+        self.decisions += asked
+        self.bucket = torch.where(asked, self._bucket_of(view), self.bucket)
         index = self.bucket.view(-1, 1, 1).expand(-1, 2, 1)
         pulls = self.pulls.gather(2, index).squeeze(2)
         bonus = (self.decisions.clamp_min(1).log().unsqueeze(1) / pulls.clamp_min(1)).sqrt()

@@ -73,8 +73,11 @@ class Rows(Seats):
         rest = request.prompt[start : start + self.block_length]
         self.block[slot, : len(rest)] = rest
 
-    def end_block(self, slot: int, stop_token_ids: tuple[int, ...]) -> None:
-        """The current block holds no mask any more: take its tokens over and see whether the answer ends here."""
+    def end_block(self, slot: int, stop_token_ids: tuple[int, ...], ends: bool = True) -> None:
+        """The current block is finished: take its tokens over and see whether the answer ends here.
+
+        ``ends`` as in :meth:`extend`.
+        """
         self.progress[slot].blocks += 1
-        struck = self.extend(slot, self.block[slot].tolist(), stop_token_ids)
+        struck = self.extend(slot, self.block[slot].tolist(), stop_token_ids, ends)
         self.ended[slot] = struck or self.start[slot] + self.block_length >= self.total[slot]

@@ -26,7 +26,7 @@ from s2d2_lmeval.decoding.denoising import BlockDenoiser, Decisions, Stage, turn
 from s2d2_lmeval.decoding.estimators import acceptance_estimate, normalised_entropy
 from s2d2_lmeval.decoding.generation import ACCEPTED, HIGH_CONFIDENCE, KEPT, RATIO, RESAMPLED
 from s2d2_lmeval.decoding.planning import BlockPlan, scheduled_count
-from s2d2_lmeval.decoding.readback import Readback, StepTables, read_back
+from s2d2_lmeval.decoding.readback import Readback, StepTables
 from s2d2_lmeval.decoding.remasking import ranks
 from s2d2_lmeval.decoding.routing import DraftView, policy_of
 from s2d2_lmeval.decoding.rows import Rows
@@ -37,6 +37,8 @@ class S2D2(BlockDenoiser):
     """The decoder ``s2d2``."""
 
     verifies = True
+    keeps_rejected = True
+    """Whether a rejected token that is not resampled is decided all the same."""
 
     def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
         super().__init__(config, rows, prefill_chunk)
@@ -74,13 +76,9 @@ class S2D2(BlockDenoiser):
                 as_drafted = (decisions.block == verified.draft).all(-1)
                 moved = plan.ahead_rows & as_drafted & ~decisions.masks.any(-1)
                 stage = turn(stage, moved, self.rows.mask_token_id, int(scheduled_count(0, self.config)))
-        aheads = plan.aheads
-        if aheads and self.source.sequential and not bool(moved.any()):
-            aheads = 0  # drawn in the published order: nothing is drawn for a draft that nobody needs
-        if plan.drafts or aheads:
-            fresh = logits[plan.verifies : plan.verifies + plan.drafts + aheads]
-            span, drafted = self._draft(stage, fresh, moved)
-        return read_back(verified, drafted, span, moved, draft.sound)
+        if plan.drafts or plan.aheads:
+            span, drafted = self._draft(stage, logits[plan.verifies :], moved)
+        return self._read(verified, drafted, span, moved)
 
     def _draft(
         self, stage: Stage, logits: torch.Tensor, moved: torch.Tensor
@@ -88,9 +86,10 @@ class S2D2(BlockDenoiser):
         """Take in fresh drafts, of rows that drafted and of those that ``moved``; route or finish their step."""
         plan = self._plan
         drafting = plan.draft_rows | moved
-        at = tuple(index[: len(logits)] for index in plan.fresh_at)
+        at = plan.fresh_at
         self._observe(stage, logits, at, drafting[at[0]])
         decisions = Decisions(stage.block, self.rows.mask_token_id)
+        self._revise(decisions, stage, drafting)
         span = self._route(decisions.masks, stage, logits, at, drafting)
         finished = drafting & ~span.any(-1)
         self._finish_step(decisions, stage, finished, torch.zeros_like(finished))
@@ -132,7 +131,8 @@ class S2D2(BlockDenoiser):
             decisions.decide(confident, draft.tokens, HIGH_CONFIDENCE, ranks(draft.confidence, confident))
         due = torch.minimum(stage.count, decisions.masked_before.sum(-1))
         self._denoise(decisions, (due - decisions.count).clamp_min(0), finished)
-        self.policy.reward(finished, verified, decisions.count)
+        # A step without masks, which only edits, teaches nothing about verification.
+        self.policy.reward(finished & decisions.masked_before.any(-1), verified, decisions.count)
 
     def _verify(self, decisions: Decisions, stage: Stage, logits: torch.Tensor, plan: BlockPlan) -> None:
         """Decide the accepted prefix of each verified span and the token after it, from the verifier's ``logits``."""
@@ -156,7 +156,8 @@ class S2D2(BlockDenoiser):
         place = torch.arange(masks.shape[1], device=masks.device)
         rejected = masks & (place == verdict.rejected.unsqueeze(1))
         decisions.decide(verdict.accepted, draft.tokens, ACCEPTED)
-        decisions.decide(rejected, replacement, RESAMPLED if resamples else KEPT)
+        if resamples or self.keeps_rejected:
+            decisions.decide(rejected, replacement, RESAMPLED if resamples else KEPT)
         if config.ssd_ratio_threshold >= 0:
             scope = masks if config.ssd_threshold_all_spans else span
             extra = scope & decisions.masks & (ratio >= config.ssd_ratio_threshold)
@@ -164,7 +165,7 @@ class S2D2(BlockDenoiser):
 
     def _resample(self, verifier: torch.Tensor, rejected: torch.Tensor, stage: Stage) -> torch.Tensor:
         """A token from the residual at the first rejected place of every verified row, in a table (rows, B)."""
-        plan, config, length = self._plan, self.config, self.rows.block_length
+        plan, length = self._plan, self.rows.block_length
         rows = plan.facts["verify_slots"]
         if self.source.sequential:
             # Published code draws only where something was rejected; one row at a time, so reading it here is no loss.
@@ -175,11 +176,15 @@ class S2D2(BlockDenoiser):
         slot_of = torch.zeros_like(self.draft.tokens).index_put(
             plan.verify_at, torch.arange(plan.verifies, device=verifier.device)
         )
-        drafted = self.draft_logits[self.draft_slot[rows, places]]
-        draft = probabilities(drafted, config.temperature, config.top_k, config.top_p)
-        leftover = residual(verifier[slot_of[rows, places]], draft)
+        drafted = self._draft_law(self.draft_logits[self.draft_slot[rows, places]])
+        leftover = residual(verifier[slot_of[rows, places]], drafted)
         tokens = self.source.categorical(leftover, stage.draws(random.RESAMPLE).take((rows, places)))
         return self.draft.tokens.index_put((rows, places), tokens)
+
+    def _draft_law(self, logits: torch.Tensor) -> torch.Tensor:
+        """The distribution p of (q - p)+, from draft ``logits`` (M, V)."""
+        config = self.config
+        return probabilities(logits, config.temperature, config.top_k, config.top_p)
 
 
 def first_run(masks: torch.Tensor) -> torch.Tensor:

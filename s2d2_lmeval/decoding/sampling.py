@@ -8,25 +8,39 @@ from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.random import Key, RandomSource
 
 
-def probabilities(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+def probabilities(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, nucleus_first: bool = False
+) -> torch.Tensor:
     """Softmax of ``logits`` (..., V) after temperature, then top-k, then top-p.
 
-    A temperature of zero means one, unfiltered.
+    A temperature of zero means one, unfiltered. ``nucleus_first`` is the published form of D2F: top-p, then top-k, at
+    temperature zero too.
     """
-    if temperature < 1e-6:
+    if temperature >= 1e-6:
+        logits = logits / temperature
+    elif not nucleus_first:
         return logits.softmax(-1)
-    scaled = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        weakest = scaled.topk(top_k, dim=-1).values[..., -1:]
-        scaled = scaled.masked_fill(scaled < weakest, -torch.inf)
-    if top_p < 1.0:
-        ordered, order = scaled.sort(dim=-1, descending=True)
-        mass = ordered.softmax(-1).cumsum(-1)
-        beyond = mass > top_p
-        # The token that crosses the bound stays: shift right by one, and the first always stays.
-        beyond = torch.cat([torch.zeros_like(beyond[..., :1]), beyond[..., :-1]], dim=-1)
-        scaled = scaled.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
-    return scaled.softmax(-1)
+    if nucleus_first:
+        return _best(_nucleus(logits, top_p), top_k).softmax(-1)
+    return _nucleus(_best(logits, top_k), top_p).softmax(-1)
+
+
+def _best(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """``logits`` with all but the ``top_k`` largest at minus infinity."""
+    if not 0 < top_k < logits.shape[-1]:
+        return logits
+    return logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
+
+
+def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """``logits`` with all but the smallest set of probability ``top_p`` at minus infinity."""
+    if top_p >= 1.0:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True)
+    beyond = ordered.softmax(-1).cumsum(-1) > top_p
+    # The token that crosses the bound stays: shift right by one, and the first always stays.
+    beyond = torch.cat([torch.zeros_like(beyond[..., :1]), beyond[..., :-1]], dim=-1)
+    return logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
 
 
 def draft_tokens(

@@ -59,10 +59,11 @@ class Seats:
         self.phase[slot] = IDLE
         self.requests[slot] = None
 
-    def extend(self, slot: int, fresh: list[int], stop_token_ids: tuple[int, ...]) -> bool:
-        """Take decided tokens over and ask the stop rules; True once one has struck.
+    def extend(self, slot: int, fresh: list[int], stop_token_ids: tuple[int, ...], ends: bool = True) -> bool:
+        """Take decided tokens over and ask the stop rules; True if one ends the decoding.
 
-        Prompt tokens among ``fresh`` (a first block holds some) cannot stop anything.
+        A stop token does if ``ends``; otherwise it only says where to cut. Prompt tokens among ``fresh`` (a first block
+        holds some) cannot stop anything.
         """
         request, tokens, prompt = self.requests[slot], self.tokens[slot], int(self.prompt[slot])
         assert request is not None
@@ -77,5 +78,6 @@ class Seats:
         if kept is not None:
             struck.append((kept, "stop_string"))
         if struck:
-            self.kept[slot] = min(struck)
-        return bool(struck)
+            earlier = self.kept[slot]
+            self.kept[slot] = min(struck) if earlier is None else min(earlier, *struck)
+        return kept is not None or (ends and bool(struck))

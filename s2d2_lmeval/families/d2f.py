@@ -19,7 +19,7 @@ def defaults(block_length: int) -> dict[str, Any]:
         "temperature": 0.0,
         "block_add_threshold": 0.5,
         "decoded_token_threshold": 0.8,
-        "skip_threshold": 0.9,
+        "confidence_threshold": 0.9,
         "target_block_size": 1,
         "min_tokens_per_step": 1,
         "min_ssd_span_length": 1,

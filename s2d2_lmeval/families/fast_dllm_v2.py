@@ -6,6 +6,7 @@ Source: Efficient-Large-Model/Fast_dLLM_v2_*; settings from the S2D2 README (con
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import gcd
 from typing import Any
 
 from transformers import Qwen2Config
@@ -18,7 +19,7 @@ def defaults(block_length: int, small_block_size: int = 4) -> dict[str, Any]:
     """The published setting A; B and C differ in the sub-block and the policy."""
     return {
         "block_length": block_length,
-        "small_block_size": min(small_block_size, block_length),
+        "small_block_size": gcd(small_block_size, block_length),
         "temperature": 0.0,
         "top_p": 1.0,
         "confidence_threshold": 0.9,
@@ -58,6 +59,7 @@ FAST_DLLM_V2 = Family(
     config_map=_qwen2,
     token_shift=True,
     block_alignment="absolute",
+    scheme="subblock",
     decoders=("s2d2", "dynamic", "ar"),
     defaults=defaults,
     presets={"fast-a": defaults(32, 4), "fast-b": defaults(32, 16), "fast-c": _long_spans_only()},

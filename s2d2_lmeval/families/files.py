@@ -46,7 +46,7 @@ def read_config(source: str | Path, revision: str | None = None, **hub: Any) -> 
     if found is not None:
         return found
     if Path(source).is_dir():
-        adapter = " It holds a LoRA adapter: merge it into its base model first."
+        adapter = " It holds a LoRA adapter: load its base model, and give this folder as adapter=…."
         is_adapter = (Path(source) / "adapter_config.json").exists()
         raise CheckpointError(f"{source} holds no config.json.{adapter if is_adapter else ''}")
     raise CheckpointError(
@@ -86,6 +86,22 @@ def weight_files(source: str, variant: str | None = None, **hub: Any) -> list[Pa
     for file in files:
         _check_complete(file)
     return files
+
+
+def adapter_file(source: str, **hub: Any) -> Path:
+    """The safetensors file of an adapter, downloaded and complete.
+
+    Raises:
+        CheckpointError: no such file, or a truncated one.
+    """
+    found = _find(source, "adapter_model.safetensors", hub)
+    if found is None:
+        raise CheckpointError(
+            f"{source} holds no adapter_model.safetensors. Pickled weights can run code when they are read and are not "
+            "loaded here: convert adapter_model.bin with safetensors.torch.save_file."
+        )
+    _check_complete(found)
+    return found
 
 
 def _find(source: str, name: str, hub: Mapping[str, Any]) -> Path | None:

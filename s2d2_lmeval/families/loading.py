@@ -19,11 +19,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.families.adapters import merge_adapter
 from s2d2_lmeval.families.facts import Facts, Family
 from s2d2_lmeval.families.files import HUB_OPTIONS, read_config, read_json, resolve, weight_files
 from s2d2_lmeval.families.registry import identify, mark
 
 _SHOWN = 4  # weights that a message names
+_OF_THE_BASE = ("revision", "subfolder")  # hub options that mean nothing to an adapter
 
 
 def load_checkpoint(
@@ -36,6 +38,7 @@ def load_checkpoint(
     quantization_config: Any = None,
     mask_token_id: int | None = None,
     block_length: int | None = None,
+    adapter: str | Path | None = None,
     **from_pretrained: Any,
 ) -> tuple[PreTrainedModel, Facts]:
     """Loads a published checkpoint into the native class of its family, in evaluation mode.
@@ -48,6 +51,7 @@ def load_checkpoint(
         revision: of a hub id.
         device_map, quantization_config: as in ``from_pretrained``.
         mask_token_id, block_length: override config.json, or say what it lacks.
+        adapter: folder or hub id of a LoRA adapter to merge into the weights, such as D2F's for LLaDA or Dream.
         from_pretrained: more arguments of ``from_pretrained``. No remote code is ever run: ``trust_remote_code`` is
             accepted, since commands carry it, and makes no difference.
 
@@ -83,7 +87,10 @@ def load_checkpoint(
     }
     if revision is not None:
         arguments["revision"] = revision
-    return _load(family, source, arguments), facts
+    model = _load(family, source, arguments)
+    if adapter is not None:
+        merge_adapter(model, family, adapter, **{name: hub[name] for name in hub if name not in _OF_THE_BASE})
+    return model, facts
 
 
 def _dtype(dtype: str | torch.dtype, device_map: Any) -> str | torch.dtype:

@@ -7,6 +7,8 @@ visible.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -50,8 +52,22 @@ class SlotCache:
             storage.view(-1, *storage.shape[2:]).index_copy_(0, destinations, fresh[0].transpose(0, 1))
         return self._keys[layer], self._values[layer]
 
-    def commit(self, slots: np.ndarray, keep: np.ndarray) -> None:
-        """Let the first ``keep`` queries of the last forward become prefix."""
+    def commit(self, slots: np.ndarray, keep: np.ndarray, paths: Mapping[int, np.ndarray] | None = None) -> None:
+        """Let queries of the last forward become prefix: the first ``keep`` (R,) behind it of each of ``slots`` (R,).
+
+        ``paths`` names other ones for some rows r, rising: the ``keep[r]`` queries at these distances from its end.
+        """
+        moves = [
+            (start + np.arange(len(path)), start + path)
+            for r, path in (paths or {}).items()
+            if (path != np.arange(len(path))).any()
+            for start in [slots[r] * self.capacity + self.lengths[slots[r]]]
+        ]
+        if moves:
+            to, origin = (torch.from_numpy(np.concatenate(part)) for part in zip(*moves, strict=True))
+            for storage in (*self._keys.values(), *self._values.values()):
+                flat = storage.view(-1, *storage.shape[2:])
+                flat.index_copy_(0, to.to(flat.device), flat.index_select(0, origin.to(flat.device)))
         self.lengths[slots] += keep
 
     def reset(self, slot: int) -> None:

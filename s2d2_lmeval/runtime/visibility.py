@@ -36,3 +36,9 @@ def by_reach(rank: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
     visible = rank.unsqueeze(1) <= reach.unsqueeze(2)
     visible.diagonal(dim1=1, dim2=2).fill_(True)
     return visible
+
+
+def with_mates(visible: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """``visible`` (R, W, W) where besides all queries of one positive ``group`` (R, W) see each other."""
+    grouped = group.unsqueeze(2)
+    return visible | ((grouped > 0) & (grouped == group.unsqueeze(1)))

@@ -1,0 +1,72 @@
+"""The interface of a decoder: what the batch loop needs to know of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.generation import Request
+from s2d2_lmeval.decoding.readback import Outcome
+from s2d2_lmeval.decoding.seats import Seats
+from s2d2_lmeval.runtime.passes import Pass
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from s2d2_lmeval.families import Facts
+
+
+class Plan(Protocol):
+    """The next forward of all active rows (R,)."""
+
+    @property
+    def request(self) -> Pass:
+        """What to forward."""
+
+    @property
+    def phases(self) -> np.ndarray:
+        """(R,) what each row does in it (:data:`~s2d2_lmeval.decoding.seats.KIND_OF_PHASE`)."""
+
+    @property
+    def wanted_counts(self) -> np.ndarray:
+        """(R,) logits that each row reads."""
+
+
+class Decoder(Protocol):
+    """Decodes all rows in flight: says what to forward, takes the logits, and moves every row on."""
+
+    @property
+    def rows(self) -> Seats:
+        """The requests in flight."""
+
+    @property
+    def capacity(self) -> int:
+        """Positions that a row may write to in the cache."""
+
+    @classmethod
+    def seat(
+        cls,
+        config: DecodingConfig,
+        facts: Facts,
+        requests: Sequence[Request],
+        slots: int,
+        device: torch.device,
+        prefill_chunk: int,
+    ) -> Self:
+        """A decoder with ``slots`` rows, each with room for any of ``requests``."""
+
+    def admitted(self, slot: int) -> None:
+        """A request has been seated in ``slot``."""
+
+    def plan(self) -> Plan:
+        """Lay out the next forward of all active rows. Known on the host; nothing is read from the device."""
+
+    def advance(self, logits: torch.Tensor) -> Outcome:
+        """Take the wanted logits (M, V) of the planned forward, in its order; may write to them. Reads the device once.
+
+        :raises NumericalError: when the logits are not numbers.
+        """

@@ -1,0 +1,121 @@
+"""How a decoding option is described and checked, and the names that options go by."""
+
+from __future__ import annotations
+
+import dataclasses
+from difflib import get_close_matches
+from typing import Any
+
+from s2d2_lmeval.errors import ConfigError
+
+STRATEGY_OF_DECODER = {
+    "sequential": "sequential",
+    "static": "low_confidence_static",
+    "dynamic": "low_confidence_dynamic",
+    "entropy_bounded": "entropy_bounded",
+}
+DENOISERS = (*STRATEGY_OF_DECODER, "editing", "s2d2")
+DECODERS = ("ar", *DENOISERS, "sliding", "pipelined")
+
+PROMISES = {
+    "ar": "the model's own autoregressive law: one token at a time at block size one",
+    "sequential": "the definition of sequential block denoising",
+    "static": "the definition of static low-confidence remasking",
+    "dynamic": "the definition of dynamic (confidence-threshold) remasking",
+    "entropy_bounded": "the definition of entropy-bounded remasking",
+    "editing": "the definition of block denoising with token editing (LLaDA2)",
+    "pipelined": "the definition of pipelined block denoising (D2F)",
+    "sliding": "the model's own autoregressive law, token for token the output of ar with the same seed",
+    "s2d2": "the published S2D2 algorithm; the AR law exactly when every draft is sampled and verified under "
+    "AR-like caching (in sub-blocks the first tokens too, with sample_first_token), otherwise neither the AR nor the "
+    "diffusion law",
+}
+
+SYNONYMS = {
+    "block_size": "block_length",
+    "threshold": "confidence_threshold",
+    "skip_threshold": "confidence_threshold",
+    "gen_length": "max_new_tokens",
+    "max_gen_toks": "max_new_tokens",
+    "stopping_criteria_idx": "stop_token_ids",
+    "stop_token": "stop_token_ids",
+    "eos_id": "stop_token_ids",
+}
+
+SCHEMES = ("block", "editing", "subblock", "pipelined")
+"""How a family lays out a generation (:attr:`s2d2_lmeval.families.Facts.scheme`)."""
+
+
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    decoders: tuple[str, ...] = DECODERS,
+    schemes: tuple[str, ...] = SCHEMES,
+    choices: tuple[Any, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A field of :class:`~s2d2_lmeval.decoding.config.DecodingConfig` with what is needed to check and to explain it."""
+    metadata = {
+        "meaning": meaning,
+        "decoders": decoders,
+        "schemes": schemes,
+        "choices": choices,
+        "low": low,
+        "high": high,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    """``value`` in the type of ``field``, within its choices and range."""
+    name, meta = field.name, field.metadata
+    kind = str(field.type).removesuffix(" | None")
+    if value is None and str(field.type).endswith("None"):
+        return None
+    value = _converted(name, kind, value)
+    if meta["choices"] is not None and value not in meta["choices"]:
+        near = get_close_matches(str(value), [str(choice) for choice in meta["choices"]], n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{name}={value!r} is not one of: {', '.join(map(str, meta['choices']))}.{hint}")
+    if meta["low"] is not None and value < meta["low"]:
+        raise ConfigError(f"{name}={value} is too small; it must be at least {meta['low']:g}.")
+    if meta["high"] is not None and value > meta["high"]:
+        raise ConfigError(f"{name}={value} is too large; it must be at most {meta['high']:g}.")
+    return value
+
+
+def _converted(name: str, kind: str, value: Any) -> Any:
+    if kind == "bool":
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if isinstance(value, bool):
+            return value
+    elif kind == "int":
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+    elif kind == "float":
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+            return float(value)
+    elif kind == "str":
+        if isinstance(value, str):
+            return value
+    elif kind == "tuple[int, ...]":
+        values = (value,) if isinstance(value, int) else value
+        if isinstance(values, (list, tuple, set, frozenset)) and all(isinstance(item, int) for item in values):
+            return tuple(values)
+    else:
+        return value
+    raise ConfigError(f"{name}={value!r} is not of the right type; it takes {_KINDS[kind]}.")
+
+
+_KINDS = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a name",
+    "tuple[int, ...]": "a list of token ids",
+}

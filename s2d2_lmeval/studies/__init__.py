@@ -1,0 +1,1 @@
+"""Runs of runs: measurements over decoders, schedules and batches."""

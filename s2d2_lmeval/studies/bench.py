@@ -1,0 +1,192 @@
+"""Measure decoders: tokens per second, forwards by kind, and where the time goes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from s2d2_lmeval.model import BlockDiffusionModel
+from s2d2_lmeval.studies.plain import PlainS2D2
+from s2d2_lmeval.studies.scripted import Script
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One way of decoding, medians over repeats.
+
+    ``tokens_per_second`` end to end; ``decode_tokens_per_second`` without the forwards that only prefill;
+    ``tokens_per_forward`` counts a forward once per row in it; ``milliseconds`` per forward, all rows together;
+    ``over_floor`` those over the time that reading the weights takes at the measured copy bandwidth; ``outside`` the
+    share of time outside the model. None where a loop of somebody else's does not tell.
+    """
+
+    name: str
+    batch: int
+    tokens_per_second: float
+    decode_tokens_per_second: float | None
+    tokens_per_forward: float | None
+    forwards: Mapping[str, int]
+    milliseconds: float | None
+    over_floor: float | None
+    outside: float | None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts of token ids, and how many tokens each is continued by (never fewer: nothing stops)."""
+
+    prompts: Sequence[Sequence[int]]
+    new_tokens: int
+
+
+def measure(
+    model: BlockDiffusionModel, name: str, options: Mapping[str, Any], batch: int, work: Workload, repeats: int
+) -> Measurement:
+    """Decode ``work`` with the package's engine, once to warm up and ``repeats`` times for the figures."""
+    model.max_batch = batch
+    config = model.config({**options, "max_new_tokens": work.new_tokens, "stop_token_ids": []})
+    runs = []
+    for repeat in range(repeats + 1):
+        model.trace.reset()
+        started = time.perf_counter()
+        model.generate(work.prompts, config)
+        totals = {**model.trace.totals(), "wall": time.perf_counter() - started}
+        alone = (record for record in model.trace.records if set(record.kinds) == {"prefill"})
+        totals["prefill_seconds"] = sum(record.seconds for record in alone)
+        if repeat:
+            runs.append(totals)
+
+    def median(value: Callable[[Mapping[str, float]], float]) -> float:
+        return statistics.median(value(run) for run in runs)
+
+    milliseconds = median(lambda run: 1000 * run["model_seconds"] / run["forwards"])
+    return Measurement(
+        name=name,
+        batch=batch,
+        tokens_per_second=median(lambda run: run["new_tokens"] / run["wall"]),
+        decode_tokens_per_second=median(lambda run: run["new_tokens"] / (run["wall"] - run["prefill_seconds"])),
+        tokens_per_forward=runs[0]["tokens_per_forward"],
+        forwards={
+            key.removesuffix("_forwards"): int(count)
+            for key, count in runs[0].items()
+            if key.endswith("_forwards") and count
+        },
+        milliseconds=milliseconds,
+        over_floor=milliseconds / floor_milliseconds(model.hf_model),
+        outside=median(lambda run: 1 - run["model_seconds"] / run["wall"]),
+    )
+
+
+def measure_plain(
+    plain: PreTrainedModel, mask_token_id: int, block_length: int, script: Script | None, work: Workload, repeats: int
+) -> Measurement:
+    """The eager S2D2 loop of :mod:`s2d2_lmeval.studies.plain`, one prompt after the other."""
+
+    def scripted(logits: torch.Tensor, position: torch.Tensor, draft: bool, cached: int) -> torch.Tensor:
+        if script is None:
+            logits[:, mask_token_id] = -torch.inf
+            return logits
+        flags = torch.full_like(position, draft, dtype=torch.bool)
+        return script.logits(logits, position, flags, torch.full_like(position, cached))
+
+    seconds = []
+    for repeat in range(repeats + 1):
+        loop = PlainS2D2(plain, mask_token_id, block_length, scripted)
+        started = time.perf_counter()
+        for prompt in work.prompts if repeat else work.prompts[:1]:
+            loop.generate(list(prompt), work.new_tokens)
+        seconds.append(time.perf_counter() - started)
+    tokens = len(work.prompts) * work.new_tokens
+    return Measurement(
+        name="plain eager S2D2 loop",
+        batch=1,
+        tokens_per_second=tokens / statistics.median(seconds[1:]),
+        decode_tokens_per_second=None,
+        tokens_per_forward=tokens / loop.forwards,
+        forwards={"all": loop.forwards},
+        milliseconds=None,
+        over_floor=None,
+        outside=None,
+    )
+
+
+def measure_transformers(
+    plain: PreTrainedModel, batch: int, cache: str | None, work: Workload, repeats: int
+) -> Measurement:
+    """transformers' own autoregressive ``generate`` on the same weights, arg-max, prompts cut to one length."""
+    shortest = min(len(prompt) for prompt in work.prompts)
+    ids = torch.tensor([list(prompt)[:shortest] for prompt in work.prompts], device=plain.device)
+    settings = GenerationConfig(
+        max_new_tokens=work.new_tokens,
+        min_new_tokens=work.new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        **({"cache_implementation": cache} if cache else {}),
+    )
+    seconds = []
+    for repeat in range(repeats + 1):
+        started = time.perf_counter()
+        for part in ids.split(batch) if repeat else ids[:batch].split(batch):
+            plain.generate(part, attention_mask=torch.ones_like(part), generation_config=settings)
+        seconds.append(time.perf_counter() - started)
+    parts = len(ids.split(batch))
+    return Measurement(
+        name=f"transformers generate, {cache or 'dynamic'} cache",
+        batch=batch,
+        tokens_per_second=len(ids) * work.new_tokens / statistics.median(seconds[1:]),
+        decode_tokens_per_second=None,
+        tokens_per_forward=1.0,
+        forwards={"all": parts * work.new_tokens},
+        milliseconds=None,
+        over_floor=None,
+        outside=None,
+    )
+
+
+def floor_milliseconds(model: PreTrainedModel) -> float:
+    """Milliseconds to read every weight that a forward reads, at the copy bandwidth measured here and now.
+
+    An embedding table that is not the head as well is not read: a forward looks up a few of its rows.
+    """
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    read = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    if table.data_ptr() != head.data_ptr():
+        read -= table.numel() * table.element_size()
+    return 1000 * read / copy_bandwidth(table.device)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read per second by a large copy on ``device`` (as many again are written)."""
+    if device not in _BANDWIDTHS:
+        source = torch.zeros(1 << 28 if device.type == "cuda" else 1 << 26, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        seconds = []
+        for _ in range(8):
+            _synchronise(device)
+            started = time.perf_counter()
+            target.copy_(source)
+            _synchronise(device)
+            seconds.append(time.perf_counter() - started)
+        # A copy reads and writes; reading alone has the bandwidth of both together.
+        _BANDWIDTHS[device] = 2 * source.numel() / statistics.median(seconds)
+    return _BANDWIDTHS[device]
+
+
+_BANDWIDTHS: dict[torch.device, float] = {}
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def as_json(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """Plain values."""
+    return [asdict(measurement) for measurement in measurements]

@@ -1,0 +1,76 @@
+"""Random weights that follow a script: right where the verifier looks, right at a chosen rate where a draft does.
+
+Timings of speculative decoders mean nothing on random weights, which accept nothing. Here the model runs as it is, and
+its logits are then replaced: every position has one right token; a query that sees other masks is a draft and gives
+that token with the probability asked for, confidently, or else a wrong one, unsure; any other query gives it always.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from s2d2_lmeval.decoding.random import Key, KeyedSource
+from s2d2_lmeval.model import BlockDiffusionModel
+from s2d2_lmeval.runtime.passes import Pass
+from s2d2_lmeval.runtime.runner import Runner
+
+SURE, UNSURE = 0.97, 0.5
+"""Probability of a drafted token that is right, and of one that is wrong."""
+
+
+class Script:
+    """What each position says. ``rate`` is the share of drafted tokens that are right."""
+
+    def __init__(self, rate: float, vocabulary: int, seed: int = 0) -> None:
+        self.rate = rate
+        # The upper half of a vocabulary holds its special tokens; a script never ends an answer.
+        self.words = vocabulary // 2
+        self.heights = tuple(math.log(p / (1 - p) * (vocabulary - 1)) for p in (SURE, UNSURE))
+        self.source = KeyedSource(seed)
+
+    def logits(
+        self, like: torch.Tensor, position: torch.Tensor, draft: torch.Tensor, draw: torch.Tensor
+    ) -> torch.Tensor:
+        """Scripted logits, shaped as ``like`` (M, V).
+
+        ``position`` (M,); ``draft`` (M,) bool; ``draw`` (M,) tells repeated drafts of a position apart.
+        """
+        right = (self._uniform(1, position, torch.zeros_like(position)) * self.words).long()
+        misses = draft & (self._uniform(2, position, draw) >= self.rate)
+        token = torch.where(misses, (right + 1) % self.words, right)
+        sure, unsure = self.heights
+        height = torch.where(misses, unsure, sure).to(like.dtype)
+        return torch.zeros_like(like).scatter_(1, token.unsqueeze(1), height.unsqueeze(1))
+
+    def _uniform(self, purpose: int, position: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+        return self.source.uniform(Key(purpose, torch.zeros_like(position), position, draw), position >= 0)
+
+
+class ScriptedRunner(Runner):
+    """Runs every pass in full, then answers by a script."""
+
+    script: Script
+    mask_token_id: int
+
+    def forward(self, request: Pass) -> torch.Tensor:
+        layout = request.layout
+        row = torch.from_numpy(layout.row_of).to(request.tokens.device)
+        local = torch.from_numpy(layout.local).to(request.tokens.device)
+        start = torch.from_numpy(self.cache.lengths[layout.slots]).to(request.tokens.device)
+        masks = torch.zeros(request.visible.shape[:2], dtype=torch.bool, device=row.device)
+        masks[row, local] = request.tokens == self.mask_token_id
+        seen = (request.visible & masks.unsqueeze(1)).sum(-1)[row, local]
+        logits = super().forward(request)
+        wanted = request.wanted
+        return self.script.logits(logits, request.positions[wanted], seen[wanted] > 1, start[row[wanted]])
+
+
+def follow_script(model: BlockDiffusionModel, script: Script) -> BlockDiffusionModel:
+    """A model on the same weights that answers by ``script``."""
+    runner = ScriptedRunner(model.hf_model, model.attention)
+    runner.script, runner.mask_token_id = script, model.facts.mask_token_id
+    return BlockDiffusionModel(
+        model.hf_model, model.facts, max_batch=model.max_batch, max_context=model.max_context, runner=runner
+    )
