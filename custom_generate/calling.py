@@ -1,0 +1,85 @@
+"""What the published entry points have in common: the model, the prompt, and whose argument is whose."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.errors import RequestError
+from s2d2_lmeval.families import adopt
+from s2d2_lmeval.model import BlockDiffusionModel, load
+
+FIELDS = frozenset(field.name for field in dataclasses.fields(DecodingConfig))
+
+# What lm-eval and transformers hand to every generate function. It says nothing about decoding blocks.
+HARNESS_ARGUMENTS = frozenset(
+    {
+        "attention_mask",
+        "bos_token_id",
+        "cache_implementation",
+        "eos_token_id",
+        "generation_config",
+        "logits_processor",
+        "logits_to_keep",
+        "max_length",
+        "pad_token_id",
+        "past_key_values",
+        "position_ids",
+        "return_dict_in_generate",
+        "stop",
+        "stopping_criteria",
+        "streamer",
+        "synced_gpus",
+        "tokenizer",
+        "until",
+        "use_cache",
+    }
+)
+
+_ready: WeakKeyDictionary[nn.Module, BlockDiffusionModel] = WeakKeyDictionary()
+
+
+def decoding_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """``arguments`` without those of the harness; what is left must be decoding options."""
+    return {name: value for name, value in arguments.items() if name not in HARNESS_ARGUMENTS}
+
+
+def one_prompt(input_ids: torch.Tensor) -> list[int]:
+    """The ids of the only row of ``input_ids``.
+
+    Raises:
+        RequestError: several rows, or none.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[0] != 1:
+        raise RequestError(
+            f"input_ids of shape {tuple(input_ids.shape)} are not one prompt (1, P): the published functions decode "
+            "one prompt at a time. Use batch_size=1 here, or s2d2_lmeval.load(…).generate for batches."
+        )
+    return input_ids[0].tolist()
+
+
+def ready(model: Any, **facts: Any) -> BlockDiffusionModel:
+    """``model`` as an engine: itself, or the engine around a transformers model, which is kept for the next call.
+
+    ``facts`` (``family``, ``mask_token_id``, ``block_length``; None: as the model says) are passed to
+    :func:`s2d2_lmeval.load` for a transformers model.
+    """
+    if isinstance(model, BlockDiffusionModel):
+        mask = facts.get("mask_token_id")
+        if mask is not None and mask != model.facts.mask_token_id:
+            raise RequestError(
+                f"mask_id={mask} is not the mask token of this model ({model.facts.mask_token_id}); leave it out."
+            )
+        return model
+    facts = {name: value for name, value in facts.items() if value is not None}
+    native, known = adopt(model, **facts)
+    engine = _ready.get(model)
+    if engine is None or engine.hf_model is not native or engine.facts != known:
+        engine = _ready[model] = load(model, **facts)
+    return engine

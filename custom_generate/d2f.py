@@ -1,0 +1,219 @@
+"""D2F decoding under the published names, for LLaDA and Dream with D2F adapters, run by this package's engine.
+
+``generate_block_single``       pipelined blocks, decided by confidence (D2F)
+``generate_block_speculative``  S2D2: the model drafts the open blocks and verifies the first run of masks
+
+Both take the published arguments with the published defaults and answer as published: the new ids ``(new,)`` without
+the prompt and without the stop token, and with ``return_forward_stats=True`` a pair of these and a dictionary with
+``total_forwards``, ``decoding_order`` and what was published about blocks. With the defaults ``random_source="torch"``
+and ``schedule="reference"`` ids, forwards and decoding order equal the published code's for the same seed; for Dream,
+those of the published code with its attention masks passed on (as published, Dream drops them).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from s2d2_lmeval.custom_generate.calling import FIELDS, decoding_options, one_prompt, ready
+from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.generation import Generation
+from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.model import BlockDiffusionModel
+
+
+def generate_block_single(
+    model: Any,
+    input_ids: torch.Tensor,
+    *,
+    max_length: int,
+    max_new_tokens: int,
+    block_size: int,
+    mask_token_id: int,
+    model_type: str = "llada",
+    eos_token_id: int | Sequence[int] | None = None,
+    device: Any = None,
+    dtype: Any = None,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    block_add_threshold: float = 0.1,
+    decoded_token_threshold: float = 0.5,
+    skip_threshold: float = 0.9,
+    margin_confidence: bool = False,
+    neg_entropy: bool = False,
+    shift_logits: bool | None = None,
+    return_forward_stats: bool = False,
+    include_prompt: bool = False,
+    random_source: Any = "torch",
+    schedule: str = "reference",
+    **kwargs: Any,
+) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
+    """Continue one prompt with pipelined blocks (arXiv 2508.09192).
+
+    Args:
+        model: what :func:`s2d2_lmeval.load` returns, or a LLaDA or Dream model of transformers (its weights are
+            shared) with the adapter merged.
+        input_ids: the prompt, (1, P).
+        max_length, max_new_tokens: positions of prompt and answer together, and new tokens, at most; whole blocks only.
+        block_size, mask_token_id: as trained: 32, and 126336 (LLaDA) or 151666 (Dream).
+        model_type: ``llada`` or ``dream``; must be what the model is.
+        eos_token_id: token ids after which no further block opens; the answer ends before the first. None means none.
+        temperature, top_p, top_k: zero drafts the arg-max; the filters then only lend it their probability.
+        block_add_threshold: the next block opens once this share of the last one is decided.
+        decoded_token_threshold: a block is forced on in every step once this share of the one before is decided.
+        skip_threshold: every mask above this probability is decided.
+        shift_logits: None, or what is true of the model.
+        include_prompt: answer ids (1, P + new), as evaluation harnesses want them.
+        random_source: ``torch`` (the global generator, in the published order), ``fixed``, ``keyed``, or an object with
+            ``uniform(n)`` and ``categorical(probabilities)``.
+        schedule: ``reference``, or ``fused``, which stops at once when the answer is decided (same ids).
+        device, dtype, kwargs: taken without effect, as is what an evaluation harness hands to every model; the model's
+            own device and dtype hold. Every other name is a decoding option.
+
+    Returns:
+        the new ids (new,); with ``return_forward_stats`` also the statistics.
+
+    Raises:
+        ConfigError: a name that is no decoding option, a value out of range, or not what the model is.
+        RequestError: not exactly one prompt, or a prompt that cannot be decoded.
+    """
+    return _decode("pipelined", dict(locals()), kwargs)
+
+
+def generate_block_speculative(
+    model: Any,
+    input_ids: torch.Tensor,
+    *,
+    max_length: int,
+    max_new_tokens: int,
+    block_size: int,
+    mask_token_id: int,
+    model_type: str = "llada",
+    eos_token_id: int | Sequence[int] | None = None,
+    device: Any = None,
+    dtype: Any = None,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    block_add_threshold: float = 0.1,
+    decoded_token_threshold: float = 0.5,
+    skip_threshold: float = 0.9,
+    draft_confidence_threshold: float | None = None,
+    verify_confidence_threshold: float | None = None,
+    margin_confidence: bool = False,
+    neg_entropy: bool = False,
+    shift_logits: bool | None = None,
+    return_forward_stats: bool = False,
+    min_tokens_per_step: int | None = 1,
+    target_block_size: int = 1,
+    ssd_partial_ar_span: int | None = 0,
+    ssd_threshold_draft_confidence: bool = False,
+    ssd_ratio_tempering_factor: float = 1.0,
+    min_ssd_span_length: int = 1,
+    cache_ver: bool = False,
+    draft_ver: bool = False,
+    allow_resample: bool = True,
+    include_prompt: bool = False,
+    random_source: Any = "torch",
+    schedule: str = "reference",
+    **kwargs: Any,
+) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
+    """Continue one prompt with S2D2 on pipelined blocks (arXiv 2603.25702).
+
+    Arguments and answer are those of :func:`generate_block_single`, and S2D2's own options. ``cache_ver`` and
+    ``draft_ver`` must be equal and have no effect, as published.
+    """
+    arguments = dict(locals())
+    if cache_ver != draft_ver:
+        raise ConfigError("cache_ver and draft_ver must be equal; on pipelined blocks neither has an effect.")
+    arguments["min_tokens_per_step"] = max(min_tokens_per_step or 1, 1)
+    arguments["ssd_partial_ar_span"] = max(ssd_partial_ar_span or 0, 0)
+    arguments["min_ssd_span_length"] = max(min_ssd_span_length, 0)
+    return _decode("s2d2", arguments, kwargs)
+
+
+def _decode(
+    decoder: str, arguments: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
+    """Run the engine on the published ``arguments``."""
+    prompt, block = one_prompt(arguments["input_ids"]), arguments["block_size"]
+    temperature, stops = float(arguments["temperature"] or 0.0), arguments["eos_token_id"]
+    options = {name: value for name, value in arguments.items() if name in FIELDS and name not in _NO_EFFECT}
+    config = DecodingConfig(
+        **{
+            **options,
+            "decoder": decoder,
+            "max_new_tokens": 0,
+            "block_length": block,
+            "confidence_threshold": arguments["skip_threshold"],
+            "stop_token_ids": (stops,) if isinstance(stops, int) else tuple(stops or ()),
+            "do_sample": temperature > 0,
+            "temperature": temperature,
+            "top_p": 1.0 if arguments["top_p"] is None else arguments["top_p"],
+            "top_k": arguments["top_k"] or 0,
+            "nucleus_first": True,  # the published order of the filters
+            "suppress_mask_token": False,  # the published code may predict the mask
+        }
+    )
+    # Harnesses say do_sample=False whatever the temperature; published, the temperature alone decides.
+    extra = {name: value for name, value in decoding_options(kwargs).items() if name != "do_sample"}
+    budget = extra.pop("max_gen_toks", arguments["max_new_tokens"])
+    blocks = min(budget, arguments["max_length"] - len(prompt)) // block
+    config = config.replace(**extra, max_new_tokens=max(blocks, 0) * block)
+    generation = _engine(arguments, config).generate([prompt], config)[0]
+    ids = torch.tensor(generation.token_ids, dtype=torch.long, device=arguments["input_ids"].device)
+    if arguments["include_prompt"]:
+        ids = torch.cat([arguments["input_ids"], ids.unsqueeze(0)], dim=1)
+    return (ids, _statistics(generation, len(prompt), block)) if arguments["return_forward_stats"] else ids
+
+
+_NO_EFFECT = ("cache_ver", "draft_ver")
+
+
+def _engine(arguments: Mapping[str, Any], config: DecodingConfig) -> BlockDiffusionModel:
+    family = str(arguments["model_type"] or "llada").lower()
+    engine = ready(
+        arguments["model"],
+        family=family,
+        mask_token_id=arguments["mask_token_id"],
+        block_length=config.block_length,
+    )
+    if engine.facts.family != family:
+        raise ConfigError(f"model_type={family} is not what this model is; give model_type={engine.facts.family}.")
+    if arguments["shift_logits"] not in (None, engine.facts.token_shift):
+        raise ConfigError(f"shift_logits={arguments['shift_logits']} is not true of {family} models; leave it out.")
+    return engine
+
+
+def _statistics(generation: Generation, prompt: int, block: int) -> dict[str, Any]:
+    """The published statistics. A forward covers what its predecessor left without keys; blocks count from 1, the
+    prompt is block 0; a block is active while it, or one before it, has masks.
+    """
+    forwards: Counter[int] = Counter()
+    active = covered = active_before = 0
+    keys, end = 0, prompt
+    drafts = [step for step in generation.steps if step.kind == "draft"]
+    for step in drafts:
+        active_before += (end - step.start) // block
+        end = step.start + len(step.before)
+        first = (keys - prompt) // block + 1 if keys >= prompt else 0
+        forwards.update(range(first, (end - prompt) // block + 1))
+        active += len(step.before) // block
+        covered += (end - keys) // block
+        keys = step.start
+    total, iterations = int(generation.stats["nfe"]), len(drafts) + 1
+    counts = [count for number, count in forwards.items() if number]
+    return {
+        "per_block_forwards": dict(sorted(forwards.items())),
+        "average_forwards_excluding_prompt": sum(counts) / len(counts) if counts else 0.0,
+        "total_forwards": total,
+        "avg_forwards_per_block": total / max(1, len(counts)),
+        "avg_active_blocks_per_forward": active / max(1, total),
+        "avg_active_blocks_per_step": active_before / iterations,
+        "avg_forwarded_blocks_per_forward": covered / max(1, total),
+        "decoding_order": generation.decoding_order,
+    }

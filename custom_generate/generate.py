@@ -1,0 +1,196 @@
+"""Block-diffusion decoding for ``transformers``' own ``model.generate``.
+
+Two ways to the same decoder::
+
+    model.generate(**inputs, custom_generate="path/to/this/repository", trust_remote_code=True, decoder="s2d2")
+
+    from s2d2_lmeval.custom_generate.generate import generate
+    model.generate(**inputs, custom_generate=generate, decoder="s2d2")
+
+``model`` is any transformers model of a known family; its weights are shared, not copied. Lengths, sampling and stops
+are those of ``model.generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
+``eos_token_id``, ``pad_token_id``, ``stopping_criteria``. Decoding options are those of
+:class:`s2d2_lmeval.DecodingConfig`; what is not given is the family's published setting. Left-padded batches are
+decoded together.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    MaxLengthCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from s2d2_lmeval import DecodingConfig, Generation
+from s2d2_lmeval.custom_generate.calling import ready
+from s2d2_lmeval.decoding.config import SYNONYMS
+from s2d2_lmeval.errors import RequestError
+
+_OWN_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+_OWN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
+_IN_GENERATION_CONFIG = frozenset(GenerationConfig().__dict__)
+# transformers takes an argument out of its generation config if this function names it, and refuses it if neither does.
+OPTIONS = frozenset(
+    name
+    for name in DecodingConfig.option_names()
+    if name not in _IN_GENERATION_CONFIG and SYNONYMS.get(name, name) not in _IN_GENERATION_CONFIG
+)
+_UNPREPARED: Any = object()
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor | None = None,
+    inputs: torch.Tensor | None = _UNPREPARED,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    generation_config: GenerationConfig | None = None,
+    *,
+    stats: list[dict[str, float]] | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """What ``model.generate(custom_generate=…)`` calls, with this function or with the repository's path.
+
+    Args:
+        input_ids: prompts (B, P), left-padded where ``attention_mask`` (in ``kwargs``) says so.
+        stats: a list that receives the decoding statistics of every row.
+        kwargs: decoding options, and what else ``model.generate`` hands over. Without ``seed``, keyed randomness has
+            seed 0, or with ``do_sample=True`` one drawn from torch's global generator, so that ``torch.manual_seed``
+            governs sampling as everywhere in transformers.
+
+    Returns:
+        ids (B, P + new), stop tokens included and padded to the right as transformers does, or an output object where
+        ``return_dict_in_generate`` is set.
+
+    Raises:
+        ConfigError: an option out of range or of another decoder.
+        RequestError: an input that blocks cannot be decoded from.
+    """
+    if inputs is not _UNPREPARED:
+        # The path form hands over the arguments of model.generate as they came. Let it prepare them for this function.
+        given = {"input_ids": input_ids, "inputs": inputs, "stats": stats, **kwargs}
+        return model.generate(
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            custom_generate=generate,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    if input_ids is None or generation_config is None:
+        raise RequestError("Call model.generate(custom_generate=…), which prepares what this function needs.")
+    _refuse_other_modes(generation_config, logits_processor)
+    engine, settings = ready(model), generation_config
+    config = engine.config(_options(settings, {name: kwargs[name] for name in kwargs.keys() & OPTIONS}))
+    prompts = _unpadded(input_ids, kwargs.get("attention_mask"))
+    answers = engine.generate(
+        prompts,
+        config,
+        max_new_tokens=settings.max_length - input_ids.shape[1],
+        stop=_stop_rule(prompts, stopping_criteria, input_ids.device),
+    )
+    if stats is not None:
+        stats.extend(answer.stats for answer in answers)
+    sequences = _padded(input_ids, answers, settings.pad_token_id, config)
+    return GenerateDecoderOnlyOutput(sequences=sequences) if settings.return_dict_in_generate else sequences
+
+
+def _refuse_other_modes(config: GenerationConfig, processors: LogitsProcessorList | None) -> None:
+    if (config.num_beams or 1) > 1:
+        raise RequestError("Blocks are not decoded by beam search: leave num_beams at 1.")
+    foreign = [type(item).__name__ for item in processors or () if not isinstance(item, _OWN_WARPERS)]
+    if foreign:
+        raise RequestError(
+            f"{', '.join(foreign)} changes the logits of one next token at a time, which blocks do not have. "
+            "Leave the option behind it out (min_new_tokens, repetition_penalty, …)."
+        )
+
+
+def _options(settings: GenerationConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """Decoding options from transformers' settings; the caller's own options come first."""
+    options = {"do_sample": bool(settings.do_sample), "trim_stop_tokens": False}
+    if settings.do_sample:
+        options["seed"] = int(torch.randint(2**31, ()).item())
+        for name in ("temperature", "top_k", "top_p"):
+            if getattr(settings, name) is not None:
+                options[name] = getattr(settings, name)
+    named = {SYNONYMS.get(name, name) for name in given}
+    if settings.eos_token_id is not None and "stop_token_ids" not in named:
+        options["stop_token_ids"] = _as_tuple(settings.eos_token_id)
+    return {**options, **given}
+
+
+def _as_tuple(ids: Any) -> tuple[int, ...]:
+    return tuple(int(i) for i in ids) if isinstance(ids, (list, tuple, torch.Tensor)) else (int(ids),)
+
+
+def _unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
+    """The prompts without their left padding."""
+    if attention_mask is None:
+        return input_ids.tolist()
+    if bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
+        raise RequestError("attention_mask has zeros behind ones: pad prompts on the left (padding_side='left').")
+    return [row[keep.bool()].tolist() for row, keep in zip(input_ids, attention_mask, strict=True)]
+
+
+def _stop_rule(
+    prompts: list[list[int]], criteria: StoppingCriteriaList | None, device: torch.device
+) -> Callable[[int, list[int]], int | None] | None:
+    """transformers' stopping criteria, asked after every block for each of its tokens in turn."""
+    others = StoppingCriteriaList(item for item in criteria or () if not isinstance(item, _OWN_CRITERIA))
+    if not others:
+        return None
+    if len(prompts) > 1:
+        names = ", ".join(type(item).__name__ for item in others)
+        raise RequestError(
+            f"{names} is asked about a whole batch in step, and blocks are not: pass one prompt at a time."
+        )
+    asked = 0
+
+    def stop(index: int, new: list[int]) -> int | None:
+        nonlocal asked
+        for length in range(asked + 1, len(new) + 1):
+            ids = torch.tensor([prompts[index] + new[:length]], device=device)
+            if bool(torch.as_tensor(others(ids, None)).all()):
+                return length
+        asked = len(new)
+        return None
+
+    return stop
+
+
+def _padded(
+    input_ids: torch.Tensor, answers: list[Generation], pad_token_id: int | None, config: DecodingConfig
+) -> torch.Tensor:
+    """Prompts as they came, and the answers padded on the right."""
+    longest = max(len(answer.token_ids) for answer in answers)
+    missing = any(len(answer.token_ids) < longest for answer in answers)
+    pad = pad_token_id if pad_token_id is not None else next(iter(config.stop_token_ids), None)
+    if pad is None:
+        if missing:
+            raise RequestError("Answers of different lengths need a pad token: pass pad_token_id.")
+        pad = 0
+    rows = [answer.token_ids + [pad] * (longest - len(answer.token_ids)) for answer in answers]
+    new = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device).view(len(rows), longest)
+    return torch.cat([input_ids, new], dim=1)
+
+
+def _signature() -> inspect.Signature:
+    """The signature with every decoding option by name: transformers reads it to tell options from misspelt ones."""
+    plain = inspect.signature(generate)
+    own = list(plain.parameters.values())
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = [inspect.Parameter(name, keyword, default=None) for name in sorted(OPTIONS)]
+    return plain.replace(parameters=[*own[:-1], *options, own[-1]])
+
+
+generate.__signature__ = _signature()  # type: ignore[attr-defined]

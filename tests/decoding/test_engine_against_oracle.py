@@ -1,0 +1,63 @@
+"""The engine decodes what the oracle decodes: ids, forwards and decoding order, on every decoder and every option."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from s2d2_lmeval import Generation
+
+from .drawn import MASK, POLICIES, Case, cases
+from .oracle import Draws, FixedSource, Result, TorchSource, decode
+from .tiny import KeyedDraws, engine, engine_config, tiny_model
+
+DENOISERS = ("ar", "sequential", "static", "dynamic", "entropy_bounded")
+ROUTED = tuple(("s2d2", policy) for policy in POLICIES)
+TARGETS = [(decoder, None) for decoder in DENOISERS] + list(ROUTED)
+
+
+def by_oracle(case: Case) -> Result:
+    draws: Draws = KeyedDraws(case.seed, case.request)
+    if case.random_source != "keyed":
+        draws = Draws(TorchSource() if case.random_source == "torch" else FixedSource())
+    model = tiny_model(seed=case.model_seed)
+    torch.manual_seed(case.seed)
+    return decode(model, case.prompt, case.options, draws, mask_id=MASK)
+
+
+def by_engine(case: Case, schedule: str = "reference") -> Generation:
+    model = engine(seed=case.model_seed)
+    torch.manual_seed(case.seed)
+    config = engine_config(case.options, random_source=case.random_source, seed=case.seed, schedule=schedule)
+    return model.generate([case.prompt], config, seeds=[case.request])[0]
+
+
+def check_same(case: Case) -> None:
+    expected, answer = by_oracle(case), by_engine(case)
+    stops, limit = case.options.stop_token_ids, case.options.max_new_tokens
+    assert answer.canvas == expected.canvas[: len(answer.canvas)]
+    assert set(expected.canvas[len(answer.canvas) :]) <= {MASK}
+    assert answer.token_ids == expected.new_tokens(stops, limit)
+    assert answer.stats["nfe"] == expected.nfe
+    for kind in ("prefill", "draft", "verify", "commit"):
+        assert answer.stats[f"{kind}_forwards"] == expected.forwards[kind]
+    assert answer.decoding_order == expected.decoding_order
+
+
+@pytest.mark.parametrize(("decoder", "policy"), TARGETS)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_engine_decodes_what_the_definition_says(decoder: str, policy: str | None, data: st.DataObject) -> None:
+    check_same(data.draw(cases(decoder, policy)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("decoder", "policy"), TARGETS)
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_engine_decodes_what_the_definition_says_at_length(
+    decoder: str, policy: str | None, data: st.DataObject
+) -> None:
+    check_same(data.draw(cases(decoder, policy)))
