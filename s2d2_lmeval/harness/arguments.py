@@ -1,0 +1,217 @@
+"""What ``--model_args`` may hold, and who gets which of it.
+
+Three readers share one flat list of names: the decoder (:class:`~s2d2_lmeval.decoding.config.DecodingConfig`, or the
+function given as ``custom_generate``), :func:`s2d2_lmeval.load`, and the harness's own model class, whose names keep
+their meaning. A name that none of them knows is refused with the nearest one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from inspect import signature
+from typing import Any
+
+from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
+from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.harness.custom import CustomFunction, load_object
+
+HARNESS = frozenset(
+    (
+        *("tokenizer", "use_fast_tokenizer", "trust_remote_code", "add_bos_token", "prefix_token_id", "truncation"),
+        *("max_length", "think_end_token", "enable_thinking", "chat_template_args", "backend"),
+    )
+)
+"""Options with the meaning that they have for the harness's ``hf`` models."""
+
+PLACEMENT = frozenset(("parallelize", "device_map", "max_memory_per_gpu", "max_cpu_memory", "offload_folder"))
+QUANTIZATION = ("load_in_8bit", "load_in_4bit", "bnb_4bit_", "llm_int8_")
+RUNTIME = frozenset(("attention", "max_batch", "max_context", "mask_token_id"))
+HUB = frozenset(("cache_dir", "force_download", "local_files_only", "token", "variant"))
+
+_REFUSED = {
+    "subfolder": "give the path of the folder itself as pretrained",
+    "delta": "apply the delta to the weights and save the result",
+    "autogptq": "give quantization options of transformers, such as load_in_8bit=True",
+    "gptqmodel": "give quantization options of transformers, such as load_in_8bit=True",
+    "gguf_file": "only safetensors checkpoints are read",
+    "tp_plan": "spread the model over the GPUs of one machine with parallelize=True",
+    "softmax_dtype": "probabilities are always computed in float32",
+    "mixed_precision_dtype": "load the weights in the type that you want with dtype",
+    "logits_cache": "requests are scored one by one, with no cache of logits to switch off",
+}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"logits_cache": (True,), "subfolder": ("", None)}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """``--model_args``, sorted by reader.
+
+    ``source`` is ``pretrained``; ``decoding`` the options of the decoder; ``loading`` the keyword arguments of
+    :func:`s2d2_lmeval.load` but for ``max_batch``; ``harness`` those of the harness's model class; ``rows`` how many
+        requests are in flight (None: ``max_batch`` was not given, ask :func:`rows_in_flight`).
+    """
+
+    source: Any
+    decoding: Mapping[str, Any]
+    loading: Mapping[str, Any]
+    harness: Mapping[str, Any]
+    custom: CustomFunction | None = None
+    model_class: Callable[..., Any] | None = None
+    peft: str | None = None
+    log_decoding_order: bool = False
+    rows: int | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+
+def sort_arguments(pretrained: Any, options: Mapping[str, Any]) -> Arguments:
+    """Sort ``options`` (all of ``--model_args`` but ``pretrained``) by reader.
+
+    :raises ConfigError: for a name that nobody knows, an option that this model class does not have, or a missing
+        ``pretrained``.
+    """
+    if pretrained is None:
+        raise ConfigError("--model_args has no pretrained=…: a folder, a hub id, or toy (the embedded checkpoint).")
+    left = {name: value for name, value in options.items() if not _refused(name, value)}
+    own = {name: left.pop(name, None) for name in ("custom_generate", "custom_model_class", "peft", "max_batch")}
+    log_decoding_order = bool(left.pop("log_decoding_order", False))
+    custom = CustomFunction.load(own["custom_generate"]) if own["custom_generate"] else None
+    decoder_names = custom.option_names if custom else DecodingConfig.option_names()
+
+    sorted_by_reader: dict[str, dict[str, Any]] = {"decoding": {}, "loading": {}, "harness": {}}
+    for name, value in left.items():
+        sorted_by_reader[_reader(name, decoder_names, custom)][name] = value
+    _check_harness(sorted_by_reader["harness"])
+    loading = sorted_by_reader["loading"]
+    _quantization(loading)
+    _placement(loading)
+    _block_length(loading, sorted_by_reader["decoding"])
+    return Arguments(
+        source=pretrained,
+        custom=custom,
+        model_class=load_object(own["custom_model_class"]) if own["custom_model_class"] else None,
+        peft=own["peft"],
+        log_decoding_order=log_decoding_order,
+        rows=_positive("max_batch", own["max_batch"]) if own["max_batch"] is not None else None,
+        given=dict(options),
+        **sorted_by_reader,
+    )
+
+
+def rows_in_flight(batch_size: int | str, max_batch_size: int | None, device: str) -> int:
+    """Rows in flight for a harness ``--batch_size``.
+
+    A number is taken as it is. ``auto`` (and ``auto:N``) is 8 on a CPU and 32 on a GPU, at most ``max_batch_size``.
+    """
+    if str(batch_size).startswith("auto"):
+        rows = 32 if str(device).startswith("cuda") else 8
+        return min(rows, _positive("max_batch_size", max_batch_size)) if max_batch_size is not None else rows
+    return _positive("batch_size", batch_size)
+
+
+def _positive(name: str, value: Any) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1 or number != float(value):
+        raise ConfigError(f"{name}={value}: give the number of requests to decode side by side, 1 or more.")
+    return number
+
+
+def _refused(name: str, value: Any) -> bool:
+    """Whether to leave ``name`` out because it changes nothing; raises where it would."""
+    if name not in _REFUSED:
+        return False
+    if value in _NEUTRAL.get(name, (None, False)):
+        return True
+    raise ConfigError(f"{name}={value} is not available with --model s2d2: {_REFUSED[name]}.")
+
+
+def _reader(name: str, decoder_names: Iterable[str], custom: CustomFunction | None) -> str:
+    # With a function of one's own its parameters come first: it may name anything.
+    if name in decoder_names:
+        return "decoding"
+    if name in RUNTIME | PLACEMENT | HUB or name.startswith(QUANTIZATION):
+        return "loading"
+    if name in HARNESS:
+        return "harness"
+    known = [*decoder_names, *RUNTIME, *PLACEMENT, *HUB, *HARNESS, *_OTHERS]
+    if custom is not None and name in DecodingConfig.option_names():
+        raise ConfigError(
+            f"{name} is not a parameter of {custom.name}, which decodes in this run.{nearest(name, decoder_names)}"
+        )
+    raise ConfigError(f"{name} is not an option of --model s2d2.{nearest(name, known)}")
+
+
+_OTHERS = (
+    *("pretrained", "revision", "dtype", "device", "batch_size", "max_batch_size", "peft"),
+    *("custom_generate", "custom_model_class", "log_decoding_order", "load_in_8bit", "load_in_4bit"),
+)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean …?`` or nothing."""
+    close = get_close_matches(name, sorted(set(known)), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _check_harness(harness: dict[str, Any]) -> None:
+    """What the harness's class would find out only after the weights are loaded, or not at all."""
+    if harness.get("backend", "default") not in ("default", "causal"):
+        raise ConfigError(f"backend={harness['backend']} is not available with --model s2d2: models are causal.")
+    if harness.get("enable_thinking") and harness.get("think_end_token") is None:
+        raise ConfigError("enable_thinking=True needs think_end_token=…, the token that ends the reasoning trace.")
+
+
+def _quantization(loading: dict[str, Any]) -> None:
+    """bitsandbytes switches become the ``quantization_config`` that transformers wants."""
+    names = [name for name in loading if name.startswith(QUANTIZATION)]
+    options = {name: loading.pop(name) for name in names}
+    if not options:
+        return
+    if not options.get("load_in_8bit") and not options.get("load_in_4bit"):
+        if any(value not in (None, False) for value in options.values()):
+            raise ConfigError(
+                f"{', '.join(names)}: say what to quantize to, with load_in_8bit=True or load_in_4bit=True."
+            )
+        return
+    from transformers import BitsAndBytesConfig
+
+    accepted = signature(BitsAndBytesConfig.__init__).parameters
+    for name in names:
+        if name not in accepted:
+            raise ConfigError(f"{name} is not a quantization option.{nearest(name, accepted)}")
+    try:
+        loading["quantization_config"] = BitsAndBytesConfig(**options)
+    except (ImportError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"quantization options {options} do not work: {error}") from None
+
+
+def _placement(loading: dict[str, Any]) -> None:
+    """The harness's names for spreading a model become those of ``from_pretrained``."""
+    parallelize = loading.pop("parallelize", None)
+    per_gpu, cpu = loading.pop("max_memory_per_gpu", None), loading.pop("max_cpu_memory", None)
+    if parallelize and loading.get("device_map") is None:
+        loading["device_map"] = "auto"
+    if loading.get("device_map") is None:
+        loading.pop("device_map", None)
+        if per_gpu is not None or cpu is not None or loading.pop("offload_folder", None) is not None:
+            raise ConfigError("memory limits and offload_folder are for a model that is spread; add parallelize=True.")
+    elif per_gpu is not None or cpu is not None:
+        import torch
+
+        limits: dict[int | str, Any] = {}
+        if per_gpu is not None:
+            limits.update(dict.fromkeys(range(torch.cuda.device_count()), per_gpu))
+        if cpu is not None:
+            limits["cpu"] = cpu
+        loading["max_memory"] = limits
+
+
+def _block_length(loading: dict[str, Any], decoding: Mapping[str, Any]) -> None:
+    """A block length also chooses the paper's setting for it, and completes a config.json that names none."""
+    for name, value in decoding.items():
+        if SYNONYMS.get(name, name) == "block_length" and isinstance(value, int) and not isinstance(value, bool):
+            loading["block_length"] = value

@@ -1,0 +1,217 @@
+"""From ``--model_args`` to a model, a tokenizer and the processes that share the work."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from s2d2_lmeval.errors import CheckpointError, ConfigError
+from s2d2_lmeval.families import load_checkpoint
+from s2d2_lmeval.harness.arguments import Arguments
+from s2d2_lmeval.model import BlockDiffusionModel, load
+
+logger = logging.getLogger("lm_eval.s2d2")
+
+TOY = "toy"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """``hf_model`` is what a custom function gets; ``engine`` decodes (None for a class of the user's own that is of
+    no known family).
+    """
+
+    hf_model: Any
+    engine: BlockDiffusionModel | None
+    source: str
+
+
+def load_model(arguments: Arguments, *, rows: int, dtype: Any, device: str | None, revision: str | None) -> Loaded:
+    """Load what the arguments name.
+
+    :raises CheckpointError: when it cannot be decoded with.
+    """
+    source = resolve(arguments.source)
+    loading = dict(arguments.loading)
+    engine_options: dict[str, Any] = {
+        name: loading.pop(name) for name in ("attention", "max_context") if name in loading
+    }
+    engine_options["max_batch"] = rows
+    if "device_map" not in loading:
+        loading["device"] = device
+    loading.update({"dtype": dtype, "revision": revision})
+    name = str(source if isinstance(source, str) else getattr(source, "name_or_path", "") or type(source).__name__)
+
+    if isinstance(source, torch.nn.Module):
+        return _around(source, name, _facts(loading), engine_options)
+    if arguments.model_class is not None:
+        model = _from_class(arguments, source, loading)
+        try:
+            return _around(model, name, _facts(loading), engine_options)
+        except CheckpointError:
+            if arguments.custom is None:
+                raise
+            return Loaded(model, None, name)
+    if arguments.custom is None and arguments.peft is None:
+        engine = load(source, **engine_options, **loading)
+        return Loaded(engine.hf_model, engine, name)
+    # The engine gives its model an attention of its own; a function of the user's gets the model without.
+    hf_model, _ = load_checkpoint(source, **loading)
+    if arguments.peft is not None:
+        hf_model = merge_adapter(hf_model, arguments.peft, revision)
+    return _around(hf_model, name, _facts(loading), engine_options)
+
+
+def _facts(loading: dict[str, Any]) -> dict[str, Any]:
+    return {name: loading[name] for name in ("mask_token_id", "block_length") if name in loading}
+
+
+def _around(hf_model: Any, name: str, facts: dict[str, Any], engine_options: dict[str, Any]) -> Loaded:
+    return Loaded(hf_model, load(hf_model, **engine_options, **facts), name)
+
+
+def _from_class(arguments: Arguments, source: str, loading: dict[str, Any]) -> Any:
+    """``custom_model_class``: its own ``from_pretrained`` with transformers' arguments."""
+    options = {
+        name: value for name, value in loading.items() if name not in ("device", "mask_token_id", "block_length")
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    dtype, device = options.get("dtype"), loading.get("device")
+    if isinstance(dtype, str) and dtype != "auto":
+        options["dtype"] = getattr(torch, dtype, dtype)
+    loader = getattr(arguments.model_class, "from_pretrained", None)
+    if loader is None:
+        raise ConfigError(f"custom_model_class={arguments.model_class!r} has no from_pretrained.")
+    try:
+        model = loader(source, **options)
+    except Exception as error:
+        raise CheckpointError(f"{arguments.model_class!r} cannot load {source}: {error!r}") from error
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def merge_adapter(hf_model: Any, adapter: str, revision: str | None) -> Any:
+    """The model with a LoRA adapter merged into its weights.
+
+    :raises CheckpointError: when the adapter was not made for these weight names.
+    """
+    try:
+        from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+    except ImportError:
+        raise ConfigError("peft=… needs the package peft: pip install peft.") from None
+    try:
+        config = PeftConfig.from_pretrained(adapter, revision=revision)
+        weights = load_peft_weights(adapter, device="cpu", revision=revision)
+        wrapped = get_peft_model(hf_model, config)
+        fit: Any = set_peft_model_state_dict(wrapped, weights)
+    except Exception as error:
+        raise CheckpointError(f"the adapter {adapter} does not fit this model: {error}") from error
+    foreign = fit.unexpected_keys or [name for name in fit.missing_keys if config.peft_type.value.lower() in name]
+    if foreign:
+        raise CheckpointError(
+            f"the adapter {adapter} was not made for the weight names of {type(hf_model).__name__} "
+            f"(such as {foreign[0]}). "
+            "Merge it into the published checkpoint first, and load the result."
+        )
+    return wrapped.merge_and_unload()
+
+
+def load_tokenizer(arguments: Arguments, source: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that ``--model_args`` name, by default that of the checkpoint.
+
+    :raises CheckpointError: when there is none.
+    """
+    options = arguments.harness
+    named = options.get("tokenizer") or source
+    if isinstance(named, PreTrainedTokenizerBase):
+        return named
+    extra = {
+        name: arguments.loading[name]
+        for name in ("cache_dir", "local_files_only", "token")
+        if name in arguments.loading
+    }
+    if options.get("add_bos_token") is not None:
+        extra["add_bos_token"] = options["add_bos_token"]
+    try:
+        # The tokenizer's loader reads config.json and warns of a model type that is none of transformers' own.
+        with without_messages("transformers.configuration_utils", "You are using a model of type"):
+            return AutoTokenizer.from_pretrained(
+                resolve(named),
+                revision=revision or "main",
+                use_fast=options.get("use_fast_tokenizer", True),
+                trust_remote_code=bool(options.get("trust_remote_code", False)),
+                **extra,
+            )
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"no tokenizer could be loaded from {named} ({first_line}). Give one with tokenizer=…."
+        ) from error
+
+
+def resolve(source: Any) -> Any:
+    """An absolute path for a folder and for ``toy``; a hub id or a model as it is."""
+    if source == TOY:
+        from s2d2_lmeval.toy import checkpoint_path
+
+        return str(checkpoint_path())
+    if isinstance(source, (str, Path)) and Path(source).expanduser().is_dir():
+        return str(Path(source).expanduser().resolve())
+    return str(source) if isinstance(source, Path) else source
+
+
+def join_processes() -> Any:
+    """The accelerator of a run started by ``accelerate launch`` or ``torchrun``; None in a single process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return None
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=52))])
+    return accelerator if accelerator.num_processes > 1 else None
+
+
+def choose_device(device: Any, accelerator: Any) -> str:
+    """Where a model that is not spread goes: this process's own device, the one asked for, or a GPU if there is one.
+
+    :raises ConfigError: for a device that this machine does not have.
+    """
+    if accelerator is not None:
+        return str(accelerator.device)
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(str(device))
+    except RuntimeError:
+        raise ConfigError(f"device={device} is not the name of a device; use cuda, cuda:0 or cpu.") from None
+    if kind.type == "cuda" and not kind.index and not torch.cuda.is_available():
+        logger.info("device %s: this machine has none, running on the CPU.", device)  # the harness's default is cuda:0
+        return "cpu"
+    if kind.type == "cuda" and (not torch.cuda.is_available() or (kind.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(
+            f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use."
+        )
+    return str(device)
+
+
+@contextmanager
+def without_messages(name: str, *phrases: str) -> Iterator[None]:
+    """Keeps messages of the logger ``name`` that contain one of ``phrases`` off the terminal: they mislead here."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not any(phrase in text for phrase in phrases)
+
+    source = logging.getLogger(name)
+    source.addFilter(keep)
+    try:
+        yield
+    finally:
+        source.removeFilter(keep)

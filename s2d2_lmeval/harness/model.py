@@ -1,0 +1,257 @@
+"""The harness's model class ``s2d2``: ``lm_eval --model s2d2 --model_args pretrained=…,decoder=…``.
+
+Chat templates, few-shot examples, ``--limit``, filters and result files are the harness's own (the class extends its
+``hf`` model). New here: requests go to the decoding engine all at once instead of in padded batches, stop strings end
+decoding inside a block, and every response carries its statistics.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
+from s2d2_lmeval.errors import ConfigError, RequestError
+from s2d2_lmeval.harness import caching, loading, report
+from s2d2_lmeval.harness import filters as _filters  # noqa: F401  (importing it registers s2d2_stats)
+from s2d2_lmeval.harness.arguments import rows_in_flight, sort_arguments
+from s2d2_lmeval.harness.custom import CustomFunction
+from s2d2_lmeval.harness.generation_arguments import BUDGET_NAMES, token_budget
+from s2d2_lmeval.harness.prompts import logger
+from s2d2_lmeval.harness.run import GenerationRun
+
+_SCORED_AT_ONCE = 16
+"""Requests per row in flight that are handed to the scorer between two updates of the progress bar."""
+
+
+@register_model("s2d2")
+class S2D2LM(HFLM):
+    """Block-diffusion language models in the harness.
+
+    ``--model_args`` may hold decoding options (defaults for every task; a task's ``generation_kwargs`` and
+    ``--gen_kwargs`` override them), options of :func:`s2d2_lmeval.load`, and the options of the harness's ``hf``
+    model. ``--batch_size`` is the number of requests in flight; ``max_batch`` in ``--model_args`` wins over it.
+
+    Attributes:
+        engine: the :class:`~s2d2_lmeval.model.BlockDiffusionModel`; None for a class of the user's own of no known
+        family. decoding: the configuration in force where a task says nothing; None where a function of the user's
+        decodes. custom: that function. totals: what this process has decoded and scored. configurations: what each set
+        of generation arguments came to.
+
+    Raises:
+        ConfigError: an option that is unknown, ill-typed or contradictory.
+        CheckpointError: a checkpoint or tokenizer that cannot be used.
+    """
+
+    think_end_token: str | int | None
+
+    def __init__(
+        self,
+        pretrained: Any = None,
+        *,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: Any = None,
+        dtype: Any = "auto",
+        revision: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.arguments = arguments = sort_arguments(pretrained, options)
+        accelerator = loading.join_processes()
+        where = loading.choose_device(device, accelerator)
+        rows = arguments.rows or rows_in_flight(batch_size, max_batch_size, where)
+        loaded = loading.load_model(arguments, rows=rows, dtype=dtype, device=where, revision=revision)
+        harness = {name: value for name, value in arguments.harness.items() if name != "tokenizer"}
+        # The harness warns that it will not arrange processes for a model it did not load; that is done here.
+        silent = ("model kwarg is not of type `str`", "already-initialized model")
+        with loading.without_messages("lm_eval.models.huggingface", *silent):
+            super().__init__(
+                pretrained=loaded.hf_model,
+                tokenizer=loading.load_tokenizer(arguments, loaded.source, revision),
+                batch_size=rows,
+                **harness,
+            )
+        # The harness's class takes a ready model for a nameless one in a single process.
+        self.pretrained, self.revision, self.peft = loaded.source, revision or "main", arguments.peft
+        if accelerator is not None:
+            self.accelerator = accelerator
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        own = self.tokenizer.get_added_vocab().get(self.think_end_token)
+        if own is not None and self.think_end_token not in self.tok_decode([own]):
+            self.think_end_token = own  # a special token leaves no trace in the text: look for its id
+        self.engine = loaded.engine
+        self.custom: CustomFunction | None = arguments.custom
+        self.decoding = self._default_configuration()
+        self._check_max_length()
+        self.told: set[Any] = set()
+        self.reset_totals()
+        if self.rank == 0:
+            name = self.custom.name if self.custom else None
+            logger.info("%s", report.header(loaded.source, self.engine, self.decoding, name, rows))
+
+    def _default_configuration(self) -> DecodingConfig | None:
+        if self.custom is not None or self.engine is None:
+            return None
+        config = self.engine.config(dict(self.arguments.decoding))
+        if any(SYNONYMS.get(name, name) == "stop_token_ids" for name in self.arguments.decoding):
+            return config
+        return config.replace(stop_token_ids=tuple(dict.fromkeys((*config.stop_token_ids, *self.end_of_text_ids))))
+
+    def _check_max_length(self) -> None:
+        limit = self.engine.max_context if self.engine is not None else None
+        if self._max_length is not None and limit is not None and not 1 < self._max_length <= limit:
+            raise ConfigError(f"max_length={self._max_length}: this model takes 2 to {limit} positions.")
+
+    @property
+    def end_of_text_ids(self) -> tuple[int, ...]:
+        """The tokenizer's end-of-text token, if it has one."""
+        return () if self.eot_token_id is None else (self.eot_token_id,)
+
+    @property
+    def max_length(self) -> int:
+        """Positions that a request may take, prompt and answer together."""
+        if self._max_length or self.engine is None:
+            return super().max_length
+        return self.engine.max_context
+
+    @property
+    def max_gen_toks(self) -> int:
+        """New tokens at most, for requests that do not say."""
+        if self.decoding is not None:
+            return self.decoding.max_new_tokens
+        given = [self.arguments.decoding[name] for name in BUDGET_NAMES if name in self.arguments.decoding]
+        return token_budget(given[0]) if given else 256
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answer every request (an Instance whose ``args`` are the prompt and its generation arguments), in order.
+
+        Returns:
+            A :class:`~s2d2_lmeval.harness.responses.TracedResponse` for each.
+
+        Raises:
+            ConfigError: generation arguments that have no meaning here.
+            RequestError: a prompt that cannot be decoded; found out before anything is decoded.
+        """
+        caching.refuse_stale(requests)
+        return GenerationRun(self, requests, quiet=disable_tqdm or self.rank != 0).answer()
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Score (text, context ids, continuation ids) triples exactly, in the model's autoregressive mode."""
+        engine = self._scorer()
+        pairs = [self._fitting_pair(context, continuation) for _, context, continuation in requests]
+        order = sorted(range(len(pairs)), key=lambda place: -len(pairs[place][0]) - len(pairs[place][1]))
+        scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+        before, started = engine.trace.totals(), time.perf_counter()
+        with tqdm(total=len(pairs), disable=disable_tqdm or self.rank != 0, desc="Scoring", unit="req") as bar:
+            step = _SCORED_AT_ONCE * engine.max_batch
+            for first in range(0, len(order), step):
+                places = order[first : first + step]
+                for place, score in zip(places, engine.score([pairs[place] for place in places]), strict=True):
+                    scores[place] = score
+                    if requests[place][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[place][0], score)
+                bar.update(len(places))
+        self.totals.add_scoring(before, engine.trace.totals(), len(pairs), time.perf_counter() - started)
+        return scores
+
+    def _scorer(self) -> Any:
+        if self.engine is None:
+            raise RequestError("this model is of no known family, so it cannot score; use generate_until tasks only.")
+        if "scoring" not in self.told:
+            self.told.add("scoring")
+            logger.info(
+                "log-likelihoods are those of the model's autoregressive mode (block size one): exact for that mode, "
+                "and no bound on the likelihood of its diffusion mode. Decoding options do not change them."
+            )
+        return self.engine
+
+    def _fitting_pair(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        spare = self.max_length - len(continuation)
+        if len(context) <= spare:
+            return context, continuation
+        if not self.truncation or spare < 1:
+            raise RequestError(
+                f"a context of {len(context)} tokens and a continuation of {len(continuation)} do not fit the "
+                f"{self.max_length} positions of this model; truncation=True drops the oldest tokens of the context."
+            )
+        return context[-spare:], continuation
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each whole text (an Instance whose only argument it is), in windows of the whole
+        context.
+        """
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            # A window holds one token more than its length: the prefix.
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - 1, 1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (score, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += score
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take the harness's response cache (``--use_cache``), kept apart from runs with another configuration."""
+        super().set_cache_hook(caching.separate(cache_hook, caching.fingerprint(self._facts_of_run())))
+
+    def _facts_of_run(self) -> dict[str, Any]:
+        """Everything that a response depends on besides its request. How many rows are in flight is not part of it."""
+        return {
+            "checkpoint": [self.pretrained, self.revision, self.peft],
+            "tokenizer": [self.tokenizer.name_or_path, self.add_bos_token, self.custom_prefix_token_id],
+            "dtype": str(self._model.dtype),
+            "attention": self.engine.attention if self.engine is not None else None,
+            "decoding": dict(self.arguments.decoding) if self.decoding is None else self.decoding.to_dict(),
+            "custom": self.custom.name if self.custom is not None else None,
+            "context": [self.max_length, bool(self.truncation)],
+            "thinking": [self.think_end_token, self.enable_thinking, self.chat_template_args],
+        }
+
+    def reset_totals(self) -> None:
+        """Start counting anew: between evaluations that share one loaded model."""
+        self.totals = report.Totals()
+        self._totals_of_all: list[report.Totals] | None = None
+        self.configurations: dict[str, dict[str, Any]] = {}
+
+    def gather_object(self, obj: Any, dst: int = 0) -> Any:
+        """As the harness's, with every process's totals along.
+
+        ``evaluate`` calls this at the end of a run on all processes equally often; generation itself may be skipped on
+        a process whose responses are all cached, so totals cannot be exchanged there.
+        """
+        gathered = super().gather_object((obj, self.totals), dst)
+        if gathered is None:
+            return None
+        self._totals_of_all = [totals for _, totals in gathered]
+        return [theirs for theirs, _ in gathered]
+
+    def get_model_info(self) -> dict[str, Any]:
+        """The harness's information on the model, and under ``s2d2`` what was run, how, on what, and what it cost."""
+        several = self._totals_of_all or [self.totals]
+        engine, decoding = self.engine, self.decoding
+        about = {
+            **report.merge(several).summary(),
+            "processes": len(several),
+            "cached_responses": caching.hits(self.cache_hook),
+            "rows_in_flight": 1 if self.custom is not None or engine is None else engine.max_batch,
+            "decoder": self.custom.name if self.custom is not None else decoding.decoder if decoding else None,
+            "promise": decoding.promise if decoding is not None else None,
+            "family": engine.facts.family if engine is not None else None,
+            "configurations": list(self.configurations.values()),
+            "environment": report.environment(
+                self.device, getattr(self._model, "dtype", None), engine.attention if engine is not None else None
+            ),
+        }
+        return {**super().get_model_info(), "s2d2": about}

@@ -1,0 +1,124 @@
+"""Requests of the harness as prompts: token ids, room in the context, and the key of each request's randomness."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from s2d2_lmeval.errors import RequestError
+
+logger = logging.getLogger("lm_eval.s2d2")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request, ready to be decoded.
+
+    ``place`` is its index in the harness's list, ``text`` and ``gen_kwargs`` its arguments there, ``ids`` its tokens,
+    ``key`` the name of its randomness (int64), ``task`` the task it comes from (empty if unknown).
+    """
+
+    place: int
+    text: str
+    gen_kwargs: dict[str, Any]
+    ids: list[int]
+    key: int
+    task: str
+
+
+def request_key(ids: Sequence[int], occurrence: int) -> int:
+    """A stable int64 for a prompt and the how-manieth time its document asks it.
+
+    It depends on nothing else: not on what else is evaluated, ``--limit``, the order of requests, or which process has
+    them.
+    """
+    words = np.asarray([*ids, occurrence], dtype="<i8").tobytes()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little", signed=True)
+
+
+class Occurrences:
+    """Counts how often each document asked each prompt: the repeats of self-consistency get randomness of their own."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[Any] = Counter()
+
+    def next(self, request: Any, text: str) -> int:
+        """How many requests like ``request`` (an Instance of the harness) came before it."""
+        origin = (request.task_name, request.doc_id, request.idx, text)
+        self._seen[origin] += 1
+        return self._seen[origin] - 1
+
+
+def is_padding(request: Any, occurrence: int, world_size: int) -> bool:
+    """Whether the harness added this request only so that every process has the same number of them."""
+    return world_size > 1 and request.repeats is not None and occurrence >= request.repeats
+
+
+def encode(tokenizer: Any, texts: Sequence[str], add_bos_token: bool | None) -> list[list[int]]:
+    """Token ids of every text, as the harness's ``hf`` models encode contexts: no second BOS in front of a BOS."""
+    bos: str | None = getattr(tokenizer, "bos_token", None)
+    plain = [bos is not None and bool(bos) and text.startswith(bos) for text in texts]
+    ids: list[list[int]] = [[] for _ in texts]
+    for has_bos in (True, False):
+        places = [place for place, value in enumerate(plain) if value is has_bos]
+        if not places:
+            continue
+        special = False if has_bos else add_bos_token
+        options = {} if special is None else {"add_special_tokens": special}
+        encoded = tokenizer([texts[place] for place in places], **options)["input_ids"]
+        for place, row in zip(places, encoded, strict=True):
+            ids[place] = list(row)
+    return ids
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a request may hold: ``context`` positions, no ``mask_token_id``; ``truncate`` drops the oldest tokens of a
+    long prompt.
+    """
+
+    context: int
+    mask_token_id: int | None
+    truncate: bool
+
+    def fit(self, ids: list[int], budget: int, where: str) -> list[int]:
+        """``ids`` if they can be decoded with ``budget`` new tokens; cut on the left where that was asked for.
+
+        :param where: names the request in messages.
+        :raises RequestError: where they cannot.
+        """
+        if not ids:
+            raise RequestError(
+                f"{where}: the prompt is empty; a block-diffusion model needs at least one token to start from."
+            )
+        if self.mask_token_id is not None and self.mask_token_id in ids:
+            raise RequestError(
+                f"{where}: the prompt contains the mask token (id {self.mask_token_id}), "
+                "which the model would fill in. Remove it."
+            )
+        room = self.context - budget
+        if len(ids) <= room:
+            return ids
+        if self.truncate and room > 0:
+            logger.warning("%s: left %d of %d prompt tokens out (truncation=True).", where, len(ids) - room, len(ids))
+            return ids[-room:]
+        advice = "Lower max_gen_toks"
+        if room > 0:
+            advice += ", or pass truncation=True to drop the oldest prompt tokens"
+        raise RequestError(
+            f"{where}: a prompt of {len(ids)} tokens and {budget} new ones do not fit the context of {self.context}. "
+            f"{advice}."
+        )
+
+
+def name_of(request: Any) -> str:
+    """A request in a message."""
+    if request.task_name is None:
+        return "a request"
+    return f"task {request.task_name}, document {request.doc_id}"

@@ -1,0 +1,162 @@
+"""What a run leaves in the results file under ``config.s2d2``: totals, configurations, environment; and its header in
+the log.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.model import BlockDiffusionModel
+
+_RATIOS = {
+    "tokens_per_forward": ("new_tokens", "nfe"),
+    "tokens_per_second": ("new_tokens", "seconds"),
+    "acceptance": ("accepted", "drafted"),
+    "routed": ("verify_forwards", "draft_forwards"),
+    "rows_per_forward": ("nfe", "forwards"),
+}
+_DERIVED = frozenset(_RATIOS)
+
+
+@dataclass
+class Totals:
+    """Sums over everything that one process decoded and scored; plain numbers, so that processes can exchange them.
+
+    ``run`` adds up the trace of the engine: every forward once (``forwards``) and once per row (``nfe``). ``tasks``
+    adds up the statistics of the responses of each task; a response is in flight beside others, so their ``seconds``
+    overlap and are left out.
+    """
+
+    run: dict[str, float] = field(default_factory=dict)
+    scoring: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add_run(self, before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> None:
+        """Count what the engine's trace gained in a call that took ``seconds``."""
+        _add(self.run, _gain(before, after))
+        _add(self.run, {"seconds": seconds})
+
+    def add_scoring(
+        self, before: Mapping[str, float], after: Mapping[str, float], requests: int, seconds: float
+    ) -> None:
+        """Count a call of the scorer."""
+        gained = _gain(before, after)
+        _add(self.scoring, {"requests": requests, "forwards": gained.get("forwards", 0), "seconds": seconds})
+
+    def add_response(self, task: str, stats: Mapping[str, Any]) -> None:
+        """Count one response of a task."""
+        numbers = {
+            name: value for name, value in stats.items() if isinstance(value, (int, float)) and name not in _DERIVED
+        }
+        numbers.pop("seconds", None)
+        _add(self.tasks.setdefault(task, {}), {"requests": 1, **numbers})
+
+    def summary(self) -> dict[str, Any]:
+        """The totals with their ratios, sum over sum."""
+        parts: dict[str, Any] = {}
+        if self.run:
+            parts["totals"] = _with_ratios(self.run)
+        if self.scoring:
+            parts["scoring"] = _with_ratios(self.scoring)
+        if self.tasks:
+            parts["tasks"] = {name: _with_ratios(counts) for name, counts in sorted(self.tasks.items())}
+        return parts
+
+
+def merge(several: Iterable[Totals]) -> Totals:
+    """The totals of processes that ran side by side: counts add up, the time is that of the slowest."""
+    merged = Totals()
+    for totals in several:
+        for mine, other in ((merged.run, totals.run), (merged.scoring, totals.scoring)):
+            seconds = max(mine.get("seconds", 0.0), other.get("seconds", 0.0))
+            _add(mine, other)
+            if other:
+                mine["seconds"] = seconds
+        for task, counts in totals.tasks.items():
+            _add(merged.tasks.setdefault(task, {}), counts)
+    return merged
+
+
+def _gain(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    return {
+        name: value - before.get(name, 0) for name, value in after.items() if name not in _DERIVED and name != "seconds"
+    }
+
+
+def _add(counts: dict[str, float], more: Mapping[str, float]) -> None:
+    for name, value in more.items():
+        counts[name] = counts.get(name, 0) + value
+
+
+def _with_ratios(counts: Mapping[str, float]) -> dict[str, float]:
+    known = {ratio: parts for ratio, parts in _RATIOS.items() if all(part in counts for part in parts)}
+    return {**counts, **{ratio: counts[a] / counts[b] if counts[b] else 0.0 for ratio, (a, b) in known.items()}}
+
+
+def environment(device: torch.device, dtype: torch.dtype | None, attention: str | None) -> dict[str, Any]:
+    """What timings depend on: hardware, types, back ends, versions, threads."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device_type": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "attention": attention,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": str(torch.__version__),
+        **{name: _version(name) for name in ("transformers", "lm_eval", "s2d2-lmeval")},
+        **({"cuda": torch.version.cuda} if device.type == "cuda" else {}),
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def header(
+    source: str, model: BlockDiffusionModel | None, config: DecodingConfig | None, custom: str | None, rows: int
+) -> str:
+    """What runs, in a few lines for the log."""
+    lines = [("checkpoint", source)]
+    if model is not None:
+        size = sum(parameter.numel() for parameter in model.hf_model.parameters())
+        lines.append(
+            ("family", f"{model.facts.family}, {_short(size)} parameters, {str(model.dtype).removeprefix('torch.')}")
+        )
+    if custom is not None:
+        lines.append(("decoder", f"{custom}, one request at a time"))
+    elif config is not None and model is not None:
+        lines.append(("decoder", f"{config.decoder}: {config.promise}"))
+        lines.append(("schedule", f"{config.schedule}, blocks of {config.block_length}"))
+        lines.append(("in flight", f"{rows} rows, up to {model.max_context} positions each"))
+    if model is not None:
+        lines.append(("runs on", f"{model.device}, attention {model.attention}"))
+    return "\n".join(["s2d2", *(f"  {name:<11} {value}" for name, value in lines)])
+
+
+def _short(count: int) -> str:
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}"
+    return str(count)

@@ -1,0 +1,215 @@
+"""One ``generate_until`` call: requests to groups, groups through the engine or a function, tokens to text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
+
+from s2d2_lmeval.decoding.config import SYNONYMS
+from s2d2_lmeval.decoding.generation import Generation
+from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.harness import prompts, report
+from s2d2_lmeval.harness.generation_arguments import BUDGET_NAMES, GenerationArguments
+from s2d2_lmeval.harness.groups import Group, canonical, ids_of_special_strings
+from s2d2_lmeval.harness.progress import DecodingProgress
+from s2d2_lmeval.harness.prompts import Prompt, logger
+from s2d2_lmeval.harness.responses import TracedResponse
+from s2d2_lmeval.harness.stopping import StopStrings, after_string, after_token
+
+if TYPE_CHECKING:
+    from s2d2_lmeval.harness.model import S2D2LM
+
+
+class GenerationRun:
+    """Answers a list of requests with a model.
+
+    Every group is prepared before the first is decoded, so a request that cannot be answered is refused before time is
+    spent.
+    """
+
+    def __init__(self, lm: S2D2LM, requests: Sequence[Any], *, quiet: bool) -> None:
+        self.lm = lm
+        self.answers: dict[int, TracedResponse] = {}
+        self.groups: dict[str, Group] = {}
+        self.copies: dict[int, int] = {}
+        self._prepare(requests)
+        for name, group in self.groups.items():
+            lm.configurations[name] = group.describe(group.prompts[0].gen_kwargs)
+        self.size = len(requests)
+        self.progress = DecodingProgress(self.size - len(self.copies), disable=quiet)
+
+    def answer(self) -> list[str]:
+        """Decode everything; a :class:`TracedResponse` per request, in the order of the requests."""
+        try:
+            for group in self.groups.values():
+                if self.lm.custom is None:
+                    self._run_engine(group)
+                else:
+                    self._run_custom(group)
+        finally:
+            self.progress.close()
+        for place, original in self.copies.items():
+            self.answers[place] = self.answers[original]
+        return [self.answers[place] for place in range(self.size)]
+
+    # Requests to groups
+
+    def _prepare(self, requests: Sequence[Any]) -> None:
+        """Sort the requests by generation arguments, and out those that are copies made to even out processes."""
+        lm = self.lm
+        encoded = prompts.encode(lm.tokenizer, [request.args[0] for request in requests], lm.add_bos_token)
+        mask = lm.engine.facts.mask_token_id if lm.engine is not None else None
+        room = prompts.Room(lm.max_length, mask, bool(lm.truncation))
+        occurrences = prompts.Occurrences()
+        first_of: dict[int, int] = {}
+        for place, (request, ids) in enumerate(zip(requests, encoded, strict=True)):
+            text, gen_kwargs = request.args[:2]
+            occurrence = occurrences.next(request, text)
+            if prompts.is_padding(request, occurrence, lm.world_size):
+                self.copies[place] = first_of[id(request)]
+                continue
+            first_of.setdefault(id(request), place)
+            name = canonical(gen_kwargs)
+            if name not in self.groups:
+                self.groups[name] = self._group(gen_kwargs)
+            group = self.groups[name]
+            fitting = room.fit(ids, group.budget, prompts.name_of(request))
+            key = prompts.request_key(fitting, occurrence)
+            group.prompts.append(Prompt(place, text, gen_kwargs, fitting, key, request.task_name or ""))
+
+    def _group(self, gen_kwargs: Any) -> Group:
+        """What a set of generation arguments comes to, over ``--model_args``."""
+        lm = self.lm
+        asked = GenerationArguments.parse(gen_kwargs)
+        self._tell_what_is_overridden(asked)
+        end = lm.eot_token_id
+        end_text = lm.tok_decode([end], skip_special_tokens=False) if end is not None else None
+        until = tuple(handle_stop_sequences(list(asked.until), eos=end_text))
+        special = ids_of_special_strings(until, lm.tokenizer.get_added_vocab())
+        budget = lm.max_gen_toks if asked.max_new_tokens is None else asked.max_new_tokens
+        if lm.custom is not None:
+            known = lm.engine.facts.stop_token_ids if lm.engine is not None else ()
+            stops = tuple(dict.fromkeys((*known, *lm.end_of_text_ids, *special)))
+            given = {name: value for name, value in lm.arguments.decoding.items() if name not in BUDGET_NAMES}
+            return Group(until, stops, budget, None, lm.custom.options({**given, **asked.options}, stops, lm.tokenizer))
+        if lm.decoding is None:
+            raise ConfigError(
+                "this model is of no known family, so only a custom_generate function can decode with it."
+            )
+        config = lm.decoding.replace(**asked.options, max_new_tokens=budget)
+        stops = tuple(dict.fromkeys((*config.stop_token_ids, *special)))
+        return Group(until, stops, budget, config.replace(stop_token_ids=stops))
+
+    def _tell_what_is_overridden(self, asked: GenerationArguments) -> None:
+        """A task's own arguments win over ``--model_args``; say so where the user asked for something else."""
+        of_task = {SYNONYMS.get(name, name): value for name, value in asked.options.items()}
+        if asked.max_new_tokens is not None:
+            of_task["max_new_tokens"] = asked.max_new_tokens
+        for given, wanted in self.lm.arguments.decoding.items():
+            name = SYNONYMS.get(given, given)
+            value = of_task.get(name, wanted)
+            if value != wanted and (name, str(value)) not in self.lm.told:
+                self.lm.told.add((name, str(value)))
+                logger.warning(
+                    "a task's generation_kwargs set %s=%s, which overrides %s=%s of --model_args; "
+                    "--gen_kwargs %s=… overrides both.",
+                    *(name, value, given, wanted, name),
+                )
+
+    # Groups to answers
+
+    def _run_engine(self, group: Group) -> None:
+        lm, queue = self.lm, group.in_order()
+        assert lm.engine is not None
+
+        def finished(index: int, generation: Generation) -> None:
+            stats = {**generation.stats, "finish_reason": generation.finish_reason}
+            stats["decoding_order"] = generation.decoding_order
+            self._answer(group, queue[index], generation.token_ids, stats)
+
+        before, started = lm.engine.trace.totals(), time.perf_counter()
+        generations = lm.engine.generate(
+            [prompt.ids for prompt in queue],
+            group.config,
+            max_new_tokens=group.budget,
+            seeds=[prompt.key for prompt in queue],
+            stop=self._stopper(group.until),
+            on_finished=finished,
+        )
+        for index, generation in enumerate(generations):
+            if queue[index].place not in self.answers:  # a request for no tokens is never in flight
+                finished(index, generation)
+        lm.totals.add_run(before, lm.engine.trace.totals(), time.perf_counter() - started)
+
+    def _run_custom(self, group: Group) -> None:
+        """One request at a time through the user's function.
+
+        Each has a torch seed of its own, so that neither the order of requests nor ``--limit`` matters.
+        """
+        lm, stopper, sums = self.lm, self._stopper(group.until), report.Totals()
+        devices = [lm.device] if lm.device.type == "cuda" else []
+        seed = int(lm.arguments.decoding.get("seed", 0))
+        started = time.perf_counter()
+        for index, prompt in enumerate(group.in_order()):
+            began = time.perf_counter()
+            tokens: list[int] = []
+            stats: dict[str, Any] = {"nfe": 0}
+            if group.budget > 0:
+                assert lm.custom is not None
+                with torch.random.fork_rng(devices=devices):
+                    torch.manual_seed((prompt.key + seed) % (1 << 63))
+                    tokens, stats = lm.custom(lm.model, prompt.ids, group.budget, group.options)
+            kept, counted, reason = _cut(tokens, group.stop_token_ids, stopper, index)
+            stats.update(new_tokens=counted, finish_reason=reason, seconds=time.perf_counter() - began)
+            if stats.get("nfe"):
+                stats["tokens_per_forward"] = counted / stats["nfe"]
+            self._answer(group, prompt, tokens[:kept], stats)
+            sums.add_response("all", stats)
+        lm.totals.add_run({}, sums.tasks.get("all", {}), time.perf_counter() - started)
+
+    def _stopper(self, until: Sequence[str]) -> StopStrings:
+        """The stop strings of a group. Those inside a reasoning trace, which is cut off anyway, do not count."""
+
+        def decode(tokens: Sequence[int]) -> str:
+            return self.lm.tok_decode(tokens, skip_special_tokens=False)
+
+        end = self.lm.think_end_token
+        if isinstance(end, int):
+            return StopStrings(decode, until, after_token(end))
+        return StopStrings(decode, until, after_string(decode, end) if end else None)
+
+    def _answer(self, group: Group, prompt: Prompt, tokens: list[int], stats: dict[str, Any]) -> None:
+        """Text with statistics; into the answers, the totals, the response cache and the progress bar."""
+        lm = self.lm
+        stats["prompt_tokens"] = len(prompt.ids)
+        if not lm.arguments.log_decoding_order:
+            stats.pop("decoding_order", None)
+        response = TracedResponse(self._text(tokens, group.until), stats)
+        self.answers[prompt.place] = response
+        lm.totals.add_response(prompt.task, stats)
+        lm.cache_hook.add_partial("generate_until", (prompt.text, prompt.gen_kwargs), response)
+        self.progress.finished(stats)
+
+    def _text(self, tokens: list[int], until: Sequence[str]) -> str:
+        """The text of an answer as the harness's ``hf`` models cut it."""
+        end = self.lm.think_end_token
+        if isinstance(end, int):
+            start = after_token(end)(0, tokens)
+            text, end = self.lm.tok_decode(tokens[start or 0 :]).lstrip(), None
+        else:
+            text = self.lm.tok_decode(tokens)
+        return postprocess_generated_text(text, list(until), end)
+
+
+def _cut(tokens: list[int], stop_ids: Sequence[int], stopper: StopStrings, index: int) -> tuple[int, int, str]:
+    """How many tokens of a finished answer to show, how many to count (a stop token counts), and why it ends there."""
+    stop = next((place for place, token in enumerate(tokens) if token in stop_ids), None)
+    shown = len(tokens) if stop is None else stop
+    kept = stopper(index, tokens[:shown])
+    if kept is not None:
+        return kept, kept, "stop_string"
+    return (shown, shown, "length") if stop is None else (shown, shown + 1, "stop")

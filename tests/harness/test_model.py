@@ -1,0 +1,300 @@
+"""``--model s2d2`` through the harness's own ``simple_evaluate``, on a tiny random checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from s2d2_lmeval.decoding.generation import Generation
+from s2d2_lmeval.errors import CheckpointError, ConfigError, RequestError
+from s2d2_lmeval.harness.model import S2D2LM
+from s2d2_lmeval.harness.prompts import request_key
+
+PROMPTS = ["Q: one? A:", "Q: a much longer question, is it not? A:", "x", "é€😀", "Q: one? A:"]
+
+
+@pytest.fixture
+def evaluate(checkpoint: Path, task_folder: Path) -> Callable[..., Any]:
+    def run(task: str, model_args: dict[str, Any] | None = None, **options: Any) -> Any:
+        return simple_evaluate(
+            model="s2d2",
+            model_args={"pretrained": str(checkpoint), **(model_args or {})},
+            tasks=[task],
+            task_manager=TaskManager(include_path=str(task_folder), include_defaults=False),
+            device="cpu",
+            bootstrap_iters=0,
+            **options,
+        )
+
+    return run
+
+
+# Results
+
+
+def test_accuracy_and_statistics_in_one_table(evaluate: Callable[..., Any]) -> None:
+    results = evaluate("tiny_free", batch_size=4)
+    row = results["results"]["tiny_free"]
+    assert row["exact_match,text"] == 0.0
+    assert row["nfe,decode"] > 0
+    assert row["new_tokens,decode"] <= 12
+    about = results["config"]["s2d2"]
+    assert about["totals"]["requests"] == 6
+    assert about["totals"]["new_tokens"] == about["tasks"]["tiny_free"]["new_tokens"] == 6 * row["new_tokens,decode"]
+    assert about["totals"]["nfe"] == about["tasks"]["tiny_free"]["nfe"] == 6 * row["nfe,decode"]
+    assert about["rows_in_flight"] == 4
+    assert about["configurations"][0]["decoding"]["decoder"] == about["decoder"] == "s2d2"
+    assert about["environment"]["attention"] == "sdpa"
+    json.dumps(about)
+    assert json.dumps(results["samples"]["tiny_free"])
+
+
+def test_task_arguments_override_model_arguments(evaluate: Callable[..., Any]) -> None:
+    results = evaluate("tiny_ar", {"max_new_tokens": 99})
+    assert results["results"]["tiny_ar"]["nfe,decode"] == results["results"]["tiny_ar"]["new_tokens,decode"] == 8
+    assert results["config"]["s2d2"]["configurations"][0]["decoding"]["decoder"] == "ar"
+
+
+def test_overridden_options_are_told(
+    requests: Any, make: Callable[..., S2D2LM], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make(do_sample=True, seed=3, gen_length=2)
+    logging.getLogger("lm_eval").propagate = True
+    with caplog.at_level(logging.WARNING, logger="lm_eval.s2d2"):
+        model.generate_until(requests(["x"], do_sample=False, seed=3, max_gen_toks=1), disable_tqdm=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"a task's generation_kwargs set {name}={value}, which overrides {given} of --model_args; "
+        f"--gen_kwargs {name}=… overrides both."
+        for name, value, given in (("do_sample", False, "do_sample=True"), ("max_new_tokens", 1, "gen_length=2"))
+    ]
+
+
+# Answers
+
+
+def test_answers_do_not_depend_on_what_else_is_asked(requests: Any, make: Callable[..., S2D2LM], lm: S2D2LM) -> None:
+    """Rows in flight, order, --limit: the same prompt of a document always gets the same answer."""
+    options = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 5}
+    answers = lm.generate_until(requests(PROMPTS, **options), disable_tqdm=True)
+    assert len(set(answers)) > 2
+    backwards = lm.generate_until(requests(PROMPTS[::-1], **options), disable_tqdm=True)[::-1]
+    one_by_one = make(batch_size=1)
+    alone = [one_by_one.generate_until(requests([prompt], **options), disable_tqdm=True)[0] for prompt in PROMPTS]
+    assert answers == backwards == alone
+
+
+def test_repeats_differ(requests: Any, lm: S2D2LM) -> None:
+    one = requests(["Q: one? A:"], do_sample=True, temperature=1.0, max_gen_toks=8)
+    answers = lm.generate_until(one * 4, disable_tqdm=True)
+    assert len(set(answers)) == 4
+    assert lm.generate_until(one * 4, disable_tqdm=True) == answers
+
+
+def test_stop_strings_end_decoding_inside_a_block(requests: Any, lm: S2D2LM) -> None:
+    """The text is the prefix that the harness would cut; the statistics count no token behind the stop."""
+    prompt = PROMPTS[1]
+    (free,) = lm.generate_until(requests([prompt], max_gen_toks=16), disable_tqdm=True)
+    letters = [letter for letter in free if letter.isascii()]
+    stop = next(letter for letter in letters if free.index(letter) > 3)
+    (answer,) = lm.generate_until(requests([prompt], max_gen_toks=16, until=[stop]), disable_tqdm=True)
+    assert answer == free.split(stop)[0]
+    assert answer.stats["finish_reason"] == "stop_string"
+    tokens = lm.tok_encode(prompt)
+    (generation,) = lm.engine.generate([tokens], lm.decoding, max_new_tokens=16, seeds=[request_key(tokens, 0)])
+    text_of = [lm.tok_decode(generation.token_ids[:count], skip_special_tokens=False) for count in range(17)]
+    assert answer.stats["new_tokens"] == next(count for count, text in enumerate(text_of) if stop in text)
+
+
+def test_special_stop_strings_are_stop_tokens(requests: Any, lm: S2D2LM) -> None:
+    lm.generate_until(requests(["x"], max_gen_toks=1, until=["<|im_start|>", "\n"]), disable_tqdm=True)
+    im_end, im_start = (lm.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|im_start|>"))
+    assert list(lm.configurations.values())[-1]["stop_token_ids"] == [im_end, im_start]
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens"])
+@pytest.mark.parametrize("budget", [0, 1, 5])
+def test_budgets(requests: Any, lm: S2D2LM, name: str, budget: int) -> None:
+    for answer in lm.generate_until(requests(PROMPTS[:3], **{name: budget}), disable_tqdm=True):
+        assert answer.stats["new_tokens"] <= budget
+        assert (answer == "") >= (budget == 0)
+
+
+def test_the_default_budget(make: Callable[..., S2D2LM], lm: S2D2LM) -> None:
+    assert lm.max_gen_toks == 256
+    assert make(gen_length=7).max_gen_toks == 7
+
+
+def test_a_loaded_model_is_taken_too(requests: Any, make: Callable[..., S2D2LM], lm: S2D2LM) -> None:
+    ready = S2D2LM(pretrained=lm.engine.hf_model, tokenizer=lm.tokenizer, batch_size=2)
+    asked = requests(PROMPTS[:2], max_gen_toks=4)
+    assert ready.generate_until(asked, disable_tqdm=True) == lm.generate_until(asked, disable_tqdm=True)
+    assert ready.get_model_info()["s2d2"]["totals"]["requests"] == 2
+    ready.reset_totals()
+    assert "totals" not in ready.get_model_info()["s2d2"]
+
+
+def test_decoding_order_on_demand(requests: Any, make: Callable[..., S2D2LM], lm: S2D2LM) -> None:
+    (plain,) = lm.generate_until(requests(["x"], max_gen_toks=4), disable_tqdm=True)
+    (traced,) = make(log_decoding_order=True).generate_until(requests(["x"], max_gen_toks=4), disable_tqdm=True)
+    assert "decoding_order" not in plain.stats
+    assert traced == plain
+    assert traced.stats["decoding_order"][0][0] == "|"
+
+
+@pytest.mark.parametrize("end", ["</think>", 260])
+def test_thinking_is_cut_off(
+    requests: Any, make: Callable[..., S2D2LM], monkeypatch: pytest.MonkeyPatch, end: str | int
+) -> None:
+    model = make(think_end_token=end)
+    kept: list[int] = []
+
+    def generate(prompts: Any, config: Any, *, stop: Any, on_finished: Any, **rest: Any) -> list[Generation]:
+        encoded = model.tokenizer("a\n\nb</think>\nc\n\nd", add_special_tokens=False)["input_ids"]
+        kept.append(stop(0, encoded))
+        generation = Generation(encoded[: kept[0]], "stop_string", {}, [], [], [])
+        on_finished(0, generation)
+        return [generation]
+
+    monkeypatch.setattr(model.engine, "generate", generate)
+    assert model.generate_until(requests(["x"], until=["\n\n"], max_gen_toks=50), disable_tqdm=True) == ["c"]
+    assert kept == [9]
+
+
+# Refusals: before anything is decoded
+
+
+@pytest.mark.parametrize(
+    ("prompt", "gen_kwargs", "error", "message"),
+    [
+        (
+            "x" * 250,
+            {"max_gen_toks": 20},
+            RequestError,
+            "task task, document 1: a prompt of 250 tokens and 20 new ones",
+        ),
+        ("a<|MASK|>b", {"max_gen_toks": 4}, RequestError, r"document 1: the prompt contains the mask token \(id 259\)"),
+        ("", {"max_gen_toks": 4}, RequestError, "document 1: the prompt is empty"),
+        ("x", {"confidence_treshold": 0.5}, ConfigError, r"confidence_treshold .*Did you mean confidence_threshold\?"),
+        ("x", {"confidence_threshold": "high"}, ConfigError, "confidence_threshold"),
+        ("x", {"num_beams": 4}, ConfigError, "num_beams=4 has no meaning"),
+    ],
+)
+def test_requests_that_cannot_be_answered(
+    requests: Any, lm: S2D2LM, prompt: str, gen_kwargs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    before = lm.engine.trace.totals()["forwards"]
+    good = requests(["fine"], max_gen_toks=4)
+    bad = Instance("generate_until", {}, (prompt, gen_kwargs), 0, metadata=("task", 1, 1))
+    with pytest.raises(error, match=message):
+        lm.generate_until([*good, bad], disable_tqdm=True)
+    assert lm.engine.trace.totals()["forwards"] == before
+
+
+def test_truncation_is_asked_for(requests: Any, make: Callable[..., S2D2LM]) -> None:
+    long = "abc" * 100
+    cut = make(truncation=True, max_length=64).generate_until(requests([long], max_gen_toks=4), disable_tqdm=True)
+    short = make().generate_until(requests([long[-60:]], max_gen_toks=4), disable_tqdm=True)
+    assert cut == short
+    assert cut[0].stats["prompt_tokens"] == 60
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"confidence_treshold": 0.9}, ConfigError, r"Did you mean confidence_threshold\?"),
+        ({"decoder": "dynamic", "min_ssd_span_length": 2}, ConfigError, "min_ssd_span_length"),
+        ({"max_length": 1000}, ConfigError, "max_length=1000: this model takes 2 to 256 positions"),
+        ({"max_context": 1000}, ConfigError, "max_context=1000"),
+        ({"batch_size": 0}, ConfigError, "batch_size=0"),
+        ({"dtype": "float33"}, CheckpointError, "float33"),
+        ({"tokenizer": "no/such/tokenizer"}, CheckpointError, "no tokenizer could be loaded from no/such/tokenizer"),
+        ({"mask_token_id": 5000}, CheckpointError, "5000"),
+        ({"enable_thinking": True}, ConfigError, "think_end_token"),
+        ({"backend": "seq2seq"}, ConfigError, "backend"),
+    ],
+)
+def test_models_that_cannot_be_made(
+    make: Callable[..., S2D2LM], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make(**options)
+
+
+def test_devices_that_are_not_there(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="device=cuda:99"):
+        S2D2LM(pretrained=str(checkpoint), device="cuda:99")
+    with pytest.raises(ConfigError, match="is not the name of a device"):
+        S2D2LM(pretrained=str(checkpoint), device="the big one")
+
+
+# Scoring
+
+
+def test_scores_are_those_of_the_engine(lm: S2D2LM) -> None:
+    pairs = [("Q: one? A:", " yes"), ("Q: one? A:", " no, not at all"), ("", "abc")]
+    asked = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    scores = lm.loglikelihood(asked, disable_tqdm=True)
+    tokens = [[lm.tok_encode(text) for text in pair] for pair in pairs]
+    tokens[2][0] = [lm.prefix_token_id]
+    for (score, greedy), (expected, expected_greedy) in zip(
+        scores, lm.engine.score([(context, continuation) for context, continuation in tokens]), strict=True
+    ):
+        assert score == pytest.approx(expected)
+        assert score < 0
+        assert greedy == expected_greedy
+
+
+def test_rolling_scores_cover_every_token_once(make: Callable[..., S2D2LM], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(max_length=16)
+    text = "a text that is longer than sixteen tokens, by some"
+    asked = [Instance("loglikelihood_rolling", {}, (string,), 0) for string in (text, "short")]
+    scored: list[tuple[list[int], list[int]]] = []
+
+    def score(pairs: Any) -> Any:
+        scored.extend(pairs)
+        return [(-float(len(continuation)), True) for _, continuation in pairs]
+
+    monkeypatch.setattr(model.engine, "score", score)
+    assert model.loglikelihood_rolling(asked, disable_tqdm=True) == [-float(len(text)), -5.0]
+    assert all(len(context) + len(continuation) <= 16 for context, continuation in scored)
+    assert ([model.prefix_token_id], model.tok_encode("short")) in scored
+    tokens = [token for _, continuation in reversed(scored) for token in continuation]
+    assert sorted(tokens) == sorted(model.tok_encode(text + "short"))
+
+
+def test_scoring_tasks(evaluate: Callable[..., Any]) -> None:
+    results = evaluate("tiny_choices", batch_size=2, limit=3)
+    assert results["results"]["tiny_choices"]["acc,none"] in (0.0, 1 / 3, 2 / 3, 1.0)
+    assert results["config"]["s2d2"]["scoring"]["requests"] == 6
+    assert evaluate("tiny_rolling", limit=2)["results"]["tiny_rolling"]["word_perplexity,none"] > 1
+
+
+def test_long_contexts_are_refused_unless_truncated(make: Callable[..., S2D2LM]) -> None:
+    asked = [Instance("loglikelihood", {}, ("a" * 300, " b"), 0)]
+    with pytest.raises(RequestError, match="truncation=True"):
+        make().loglikelihood(asked, disable_tqdm=True)
+    assert make(truncation=True).loglikelihood(asked, disable_tqdm=True)[0][0] < 0
+
+
+# The harness around it
+
+
+def test_chat_templates(evaluate: Callable[..., Any]) -> None:
+    results = evaluate("tiny_free", limit=1, apply_chat_template=True, system_instruction="Be brief.")
+    prompt = results["samples"]["tiny_free"][0]["arguments"][0][0]
+    assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert prompt.endswith("<|im_start|>assistant\n")
+
+
+def test_limit_does_not_change_answers(evaluate: Callable[..., Any]) -> None:
+    few, all_ = (evaluate("tiny_free", batch_size=4, limit=limit)["samples"]["tiny_free"] for limit in (2, None))
+    answers = [{sample["doc_id"]: sample["resps"] for sample in samples} for samples in (few, all_)]
+    assert answers[0] == {doc: answers[1][doc] for doc in (0, 1)}
