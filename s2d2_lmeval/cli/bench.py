@@ -1,0 +1,209 @@
+"""Measure decoders on this machine: tokens per second, tokens per forward, and where the time goes.
+
+Everything compared runs in one process on the same weights. Each line is the median over repeats after a warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2d2_lmeval.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from s2d2_lmeval.model import BlockDiffusionModel
+    from s2d2_lmeval.studies.bench import Measurement, Workload
+
+SUMMARY = "measure decoders, schedules and batches on this machine"
+
+DECODERS = "ar,dynamic,s2d2,s2d2:reference,s2d2:lookahead,sliding"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "--model",
+        default="toy",
+        help="a checkpoint, or sdar-100m or sdar-8b: that shape, random weights (default: toy)",
+    )
+    parser.add_argument(
+        "--decoders",
+        default=DECODERS,
+        metavar="LIST",
+        help="comma-separated DECODER[:SCHEDULE][+OPTION=VALUE…] (default: %(default)s)",
+    )
+    parser.add_argument("--batch", default="1,8", metavar="LIST", help="rows in flight (default: %(default)s)")
+    parser.add_argument("--block-length", type=int, default=16, help="of block decoders (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=16, help="how many (default: %(default)s)")
+    parser.add_argument("--prompt-length", type=int, default=64, help="of random prompts (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="per prompt (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="measured runs of each (default: %(default)s)")
+    parser.add_argument(
+        "--scripted-acceptance",
+        type=float,
+        metavar="RATE",
+        help="replace logits by a script in which this share of drafted tokens is right; for random weights",
+    )
+    parser.add_argument("--no-baselines", action="store_true", help="leave out the loops of transformers alone")
+    parser.add_argument("--device", help="cuda, cpu, … (default: cuda if there is one)")
+    parser.add_argument("--dtype", help="of the weights (default: bfloat16 on CUDA, else float32)")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write everything as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table, write a file."""
+    import torch
+
+    from s2d2_lmeval.cli.console import hide_loading_bars, make_console
+    from s2d2_lmeval.harness.loading import choose_device
+    from s2d2_lmeval.harness.report import environment
+    from s2d2_lmeval.studies import bench
+    from s2d2_lmeval.studies.scripted import Script, follow_script
+
+    hide_loading_bars()
+    console = make_console()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(choose_device(args.device, None))
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    plain, model = _models(args.model, device, dtype)
+    work = _workload(args, model)
+    script = None
+    if args.scripted_acceptance is not None:
+        script = Script(args.scripted_acceptance, model.facts.vocab_size)
+        model = follow_script(model, script)
+        console.print(
+            f"[bold]Scripted:[/bold] the model runs in full, then its logits are replaced so that "
+            f"{args.scripted_acceptance:.0%} of drafted tokens are right. Tokens mean nothing here; timings do."
+        )
+    found: list[Measurement] = []
+    with console.status("measuring") as status:
+        if not args.no_baselines and plain is not None:
+            status.update("transformers generate")
+            for batch in _numbers(args.batch):
+                found += [
+                    bench.measure_transformers(plain, batch, kind, work, args.repeats) for kind in (None, "static")
+                ]
+            status.update("plain eager loop")
+            mask = model.facts.mask_token_id
+            found.append(bench.measure_plain(plain, mask, args.block_length, script, work, args.repeats))
+        for entry in args.decoders.split(","):
+            for batch in _numbers(args.batch):
+                status.update(f"{entry}, batch {batch}")
+                found.append(bench.measure(model, entry, _options(entry, args), batch, work, args.repeats))
+    about = environment(device, dtype, model.attention)
+    console.print(_table(found))
+    console.print(
+        f"{args.model} on {about['device']}, {about['dtype']}, {about['threads']} threads, torch {about['torch']}, "
+        f"transformers {about['transformers']}; {args.prompts} prompts, {args.new_tokens} new tokens each, median of "
+        f"{args.repeats}. The floor reads the weights once: {bench.floor_milliseconds(model.hf_model):.2f} ms."
+    )
+    if args.output:
+        settings = {name: str(value) for name, value in vars(args).items() if name != "run"}
+        report = {"settings": settings, "environment": about, "measurements": bench.as_json(found)}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        console.print(f"Written to {args.output}.")
+    return 0
+
+
+def _models(name: str, device: Any, dtype: Any) -> tuple[PreTrainedModel | None, BlockDiffusionModel]:
+    """The plain transformers model, where there is one, and the package's on the same weights."""
+    from s2d2_lmeval.model import load
+    from s2d2_lmeval.studies.shapes import SHAPES, random_model
+
+    if name in SHAPES:
+        plain = random_model(name, device, dtype)
+        return plain, load(plain, mask_token_id=plain.config.vocab_size - 1, block_length=4)
+    model = load(name, dtype=dtype, device=device)
+    if model.facts.token_shift or model.facts.scheme != "block":
+        return None, model
+    from s2d2_lmeval.families import adopt
+
+    plain, _ = adopt(model.hf_model)
+    plain.config._attn_implementation = "sdpa"
+    return plain, model
+
+
+def _workload(args: argparse.Namespace, model: BlockDiffusionModel) -> Workload:
+    """Held-out problems for the toy, random tokens for anything else."""
+    from s2d2_lmeval.studies.bench import Workload
+
+    if args.model == "toy":
+        from transformers import AutoTokenizer
+
+        from s2d2_lmeval.toy import checkpoint_path
+        from s2d2_lmeval.toy.corpora import held_out
+
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint_path())
+        problems = held_out("arithmetic")[: args.prompts]
+        return Workload([tokenizer(problem.prompt)["input_ids"] for problem in problems], args.new_tokens)
+    rng = random.Random(0)
+    words = range(model.facts.vocab_size // 2)
+    return Workload([rng.choices(words, k=args.prompt_length) for _ in range(args.prompts)], args.new_tokens)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--batch {text}: give whole numbers separated by commas, such as 1,8.") from None
+
+
+def _options(entry: str, args: argparse.Namespace) -> dict[str, Any]:
+    """``s2d2:lookahead+acceptance=greedy`` as decoding options."""
+    import yaml
+
+    head, *given = entry.split("+")
+    decoder, _, schedule = head.partition(":")
+    options: dict[str, Any] = {"decoder": decoder}
+    if schedule:
+        options["schedule"] = schedule
+    if decoder not in ("ar", "sliding"):
+        options["block_length"] = args.block_length
+    for item in given:
+        name, _, value = item.partition("=")
+        options[name] = yaml.safe_load(value)
+    return options
+
+
+def _table(found: Sequence[Measurement]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="Decoders", title_justify="left")
+    table.add_column("decoder")
+    for column in (
+        "batch",
+        "tokens/s",
+        "decode tokens/s",
+        "tokens/forward",
+        "ms/forward",
+        "over floor",
+        "outside model",
+    ):
+        table.add_column(column, justify="right")
+    table.add_column("forwards")
+
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    for one in found:
+        table.add_row(
+            one.name,
+            str(one.batch),
+            f"{one.tokens_per_second:.1f}",
+            shown(one.decode_tokens_per_second, ".1f"),
+            shown(one.tokens_per_forward, ".2f"),
+            shown(one.milliseconds, ".2f"),
+            shown(one.over_floor, ".2f"),
+            shown(one.outside, ".0%"),
+            " ".join(f"{kind} {count}" for kind, count in one.forwards.items()),
+        )
+    return table

@@ -1,0 +1,46 @@
+"""A checkpoint named on the command line: its model, its tokenizer, and the text of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.harness.arguments import sort_arguments
+from s2d2_lmeval.harness.loading import choose_device, load_model, load_tokenizer
+from s2d2_lmeval.model import BlockDiffusionModel
+
+
+def open_model(
+    source: str,
+    options: Mapping[str, Any],
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+) -> tuple[BlockDiffusionModel, Any, dict[str, Any]]:
+    """Load ``source``; ``options`` are named as in the harness's ``--model_args``.
+
+    :returns: the model, its tokenizer, and those of ``options`` that are the decoder's.
+    :raises S2D2Error: for an option or a checkpoint that cannot be used.
+    """
+    arguments = sort_arguments(source, options)
+    if arguments.custom is not None or arguments.model_class is not None:
+        raise ConfigError(
+            "custom_generate and custom_model_class are for `s2d2-lmeval eval`: a function of your own leaves no "
+            "trace to show."
+        )
+    loaded = load_model(
+        arguments, rows=arguments.rows or 1, dtype=dtype, device=choose_device(device, None), revision=revision
+    )
+    assert loaded.engine is not None
+    tokenizer = load_tokenizer(arguments, loaded.source, revision)
+    return loaded.engine, tokenizer, dict(arguments.decoding)
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """The text of one token; the tokenizer's own spelling where the token is only part of a character."""
+    text = tokenizer.decode([token], skip_special_tokens=False)
+    if text and "\ufffd" not in text:
+        return str(text)
+    return str(tokenizer.convert_ids_to_tokens(token) or f"<{token}>")

@@ -1,0 +1,167 @@
+"""What `doctor` finds out about a checkpoint: from its files, and with --load from running it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from s2d2_lmeval.cli.findings import NOTE, OK, PROBLEM, Finding, host_memory
+from s2d2_lmeval.errors import S2D2Error
+
+_ONLY_TO_TRY = {"entropy_bounded": {"eb_threshold": 0.35}}
+"""Options without which a decoder cannot be configured."""
+
+
+def checkpoint(source: str, revision: str | None, *, load: bool) -> Iterator[Finding]:
+    """Everything about ``source``, in the order in which it would go wrong."""
+    from s2d2_lmeval.families import identify, read_config
+    from s2d2_lmeval.families.files import read_json, resolve
+
+    section = "checkpoint"
+    try:
+        where = resolve(source)
+        config = read_config(where, revision)
+        family = identify(config)
+        native = family.native_config(config)
+        generation = read_json(where, "generation_config.json", revision=revision) or {}
+        facts = family.facts(config, native, generation, source=where)
+    except S2D2Error as error:
+        yield Finding(section, "config.json", str(error), PROBLEM)
+        return
+    yield Finding(section, "family", f"{facts.family}, runs as transformers' {facts.native_class}; no remote code")
+    yield Finding(section, "vocabulary", f"{facts.vocab_size}, mask token {facts.mask_token_id}")
+    aligned = "counted from position 0" if facts.block_alignment == "absolute" else "counted from the prompt's end"
+    yield Finding(section, "blocks", f"of {facts.block_length} tokens, {aligned}")
+    shift = "predict the next token (shifted)" if facts.token_shift else "predict their own token (not shifted)"
+    yield Finding(section, "logits", shift)
+    if facts.stop_token_ids:
+        yield Finding(section, "stop tokens", ", ".join(map(str, facts.stop_token_ids)))
+    else:
+        yield Finding(section, "stop tokens", "none named; the tokenizer's end-of-text token is used", NOTE)
+    yield Finding(section, "context", f"{facts.max_context} positions, prompt and answer together")
+    yield from _weights(where)
+    yield from _tokenizer(where, revision, facts)
+    yield from _decoders(facts)
+    if load:
+        yield from _try(source, revision, facts)
+
+
+def _weights(where: str) -> Iterator[Finding]:
+    """Size of the weights, and whether the device holds them. A hub id's are not downloaded."""
+    from s2d2_lmeval.cli.console import size
+    from s2d2_lmeval.families.files import weight_files
+
+    section = "checkpoint"
+    if not Path(where).is_dir():
+        yield Finding(section, "weights", "on the hub; not looked at (--load downloads them)", NOTE)
+        return
+    try:
+        files = weight_files(where)
+    except S2D2Error as error:
+        yield Finding(section, "weights", str(error), PROBLEM)
+        return
+    import torch
+    from safetensors import safe_open
+
+    parameters, kinds = 0, set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                weight = tensors.get_slice(name)
+                kinds.add(weight.get_dtype())
+                parameters += _product(weight.get_shape())
+    stored = sum(file.stat().st_size for file in files)
+    about = f"{_short(parameters)} parameters, {size(stored)} of {'/'.join(sorted(kinds))} in {len(files)} file(s)"
+    on_gpu = torch.cuda.is_available()
+    # On a CPU, dtype=auto is float32, whatever is stored.
+    needed = stored if on_gpu else 4 * parameters
+    room = torch.cuda.get_device_properties(0).total_memory if on_gpu else host_memory()
+    if room and needed > room:
+        remedy = "device_map=auto spreads them" if on_gpu else "dtype=bfloat16 halves that"
+        about += f"; they take {size(needed)} and there are {size(room)} ({remedy})"
+        yield Finding(section, "weights", about, PROBLEM)
+    else:
+        yield Finding(section, "weights", about)
+
+
+def _tokenizer(where: str, revision: str | None, facts: Any) -> Iterator[Finding]:
+    from s2d2_lmeval.harness.arguments import sort_arguments
+    from s2d2_lmeval.harness.loading import load_tokenizer
+
+    section = "checkpoint"
+    try:
+        tokenizer = load_tokenizer(sort_arguments(where, {}), where, revision)
+    except S2D2Error as error:
+        yield Finding(section, "tokenizer", str(error), PROBLEM)
+        return
+    size = len(tokenizer)
+    about = f"{type(tokenizer).__name__}, {size} tokens, loads without remote code"
+    fits = size <= facts.vocab_size
+    more = "" if fits else f"; more than the model's {facts.vocab_size}: not this model's tokenizer"
+    yield Finding(section, "tokenizer", about + more, OK if fits else PROBLEM)
+    mask = tokenizer.convert_ids_to_tokens(facts.mask_token_id) if facts.mask_token_id < size else None
+    if mask is None:
+        yield Finding(section, "mask token", f"{facts.mask_token_id} is not in the tokenizer", NOTE)
+    else:
+        yield Finding(section, "mask token", f"{facts.mask_token_id} {mask}")
+    has = bool(tokenizer.chat_template)
+    yield Finding(section, "chat template", "yes" if has else "none; do not use --apply_chat_template", OK)
+
+
+def _decoders(facts: Any) -> Iterator[Finding]:
+    """The published setting, and every decoder that fits with what it promises."""
+    from s2d2_lmeval.decoding.config import DecodingConfig
+
+    defaults = ", ".join(f"{name}={value}" for name, value in facts.defaults.items())
+    yield Finding("decoders", "default setting", defaults)
+    for name in facts.decoders:
+        extra = _ONLY_TO_TRY.get(name, {})
+        try:
+            config = DecodingConfig.from_options({"decoder": name, **extra}, facts)
+        except S2D2Error as error:
+            yield Finding("decoders", name, str(error), PROBLEM)
+            continue
+        needs = f" (needs {', '.join(extra)})" if extra else ""
+        yield Finding("decoders", name, config.promise + needs)
+
+
+def _try(source: str, revision: str | None, facts: Any) -> Iterator[Finding]:
+    """Load the checkpoint and decode two blocks with every decoder that fits."""
+    from s2d2_lmeval.cli.checkpoints import open_model
+
+    section = "trial"
+    started = time.perf_counter()
+    try:
+        model, tokenizer, _ = open_model(source, {}, revision=revision)
+    except S2D2Error as error:
+        yield Finding(section, "load", str(error), PROBLEM)
+        return
+    place = f"{model.device}, {str(model.dtype).removeprefix('torch.')}, attention {model.attention}"
+    yield Finding(section, "load", f"{time.perf_counter() - started:.1f} s onto {place}")
+    prompt = list(tokenizer("Question: what is two plus two?\nAnswer:")["input_ids"])
+    for name in facts.decoders:
+        budget = 2 * facts.block_length
+        options = {"decoder": name, "max_new_tokens": budget, "stop_token_ids": (), **_ONLY_TO_TRY.get(name, {})}
+        try:
+            answer = model.generate([prompt], options)[0]
+        except S2D2Error as error:
+            yield Finding(section, name, str(error), PROBLEM)
+            continue
+        stats = answer.stats
+        yield Finding(section, name, f"{int(stats['new_tokens'])} tokens in {int(stats['nfe'])} forwards")
+
+
+def _product(shape: list[int]) -> int:
+    product = 1
+    for length in shape:
+        product *= length
+    return product
+
+
+def _short(count: int) -> str:
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}"
+    return str(count)

@@ -1,0 +1,273 @@
+"""The embedded toy model on its three tasks under lm-evaluation-harness, four decoders side by side.
+
+Everything runs through the harness as a real evaluation does, on any machine and without the network. The last thing
+shown is the decoding order of one problem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from s2d2_lmeval.model import BlockDiffusionModel
+
+SUMMARY = "three toy tasks, four decoders, one table; needs no network"
+
+TASKS = ("s2d2_toy_arithmetic", "s2d2_toy_programs", "s2d2_toy_instructions")
+BLOCK_LENGTH = 16
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "ar": {"decoder": "ar"},
+    "dynamic": {"decoder": "dynamic", "block_length": BLOCK_LENGTH, "confidence_threshold": 0.9},
+    "s2d2": {"decoder": "s2d2", "block_length": BLOCK_LENGTH},
+    "s2d2 greedy": {"decoder": "s2d2", "block_length": BLOCK_LENGTH, "acceptance": "greedy"},
+}
+"""Name in the table -> ``--model_args``. The first one is what speed-up is measured against."""
+
+_TRACED = "s2d2 greedy"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration on one task.
+
+    ``nfe`` is the mean number of forwards per document, ``tokens_per_forward`` all new tokens over all forwards,
+    ``acceptance`` the share of drafted tokens that the verifier accepted (None without a verifier).
+    """
+
+    configuration: str
+    task: str
+    documents: int
+    accuracy: float
+    nfe: float
+    new_tokens: float
+    tokens_per_forward: float
+    acceptance: float | None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One configuration on all tasks together; ``speedup`` is tokens per second over those of the first
+    configuration.
+    """
+
+    configuration: str
+    tokens_per_second: float
+    speedup: float
+    tokens_per_forward: float
+    seconds: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--model", default="toy", metavar="PATH", help="another checkpoint than the embedded one")
+    parser.add_argument("--limit", type=int, default=100, help="documents per task (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="requests in flight (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("out/demo"), help="folder for the tables as files")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate every configuration, then show and write the tables."""
+    from s2d2_lmeval.cli.checkpoints import open_model
+    from s2d2_lmeval.cli.console import hide_loading_bars, make_console
+
+    console = make_console()
+    hide_loading_bars()
+    engine, tokenizer, _ = open_model(args.model, {"max_batch": args.rows})
+    warm_up(engine, tokenizer)
+    rows: list[Row] = []
+    totals: dict[str, Mapping[str, float]] = {}
+    environment: Mapping[str, Any] = {}
+    started = time.perf_counter()
+    for number, (name, options) in enumerate(CONFIGURATIONS.items(), 1):
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        console.print(f"[bold]{number}/{len(CONFIGURATIONS)} {name}[/bold]  --model s2d2 --model_args {given}")
+        results = evaluate(args.model, options, limit=args.limit, rows=args.rows)
+        about = results["config"]["s2d2"]
+        totals[name], environment = about["totals"], about["environment"]
+        rows += [_row(name, task, results) for task in TASKS]
+    speeds = compare(totals)
+    console.print()
+    console.print(quality_table(rows))
+    console.print(speed_table(speeds))
+    _write(args.output, rows, speeds, environment)
+    console.print(
+        f"{args.limit} documents per task, {args.rows} requests in flight, {time.perf_counter() - started:.0f} s in "
+        f"all. Written to {args.output}/results.md and {args.output}/results.json."
+    )
+    console.print()
+    _trace(console, engine, tokenizer)
+    return 0
+
+
+def warm_up(engine: BlockDiffusionModel, tokenizer: Any) -> None:
+    """Decode a little with every configuration, so that the first one measured does not pay for what all use."""
+    prompt = list(tokenizer("Question:")["input_ids"])
+    for options in CONFIGURATIONS.values():
+        engine.generate([prompt] * engine.max_batch, {**options, "max_new_tokens": BLOCK_LENGTH})
+
+
+def evaluate(model: str, options: Mapping[str, Any], *, limit: int, rows: int) -> dict[str, Any]:
+    """The harness's results of one configuration on all tasks; `lm_eval --model s2d2 …` in Python."""
+    import logging
+
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from s2d2_lmeval.cli.tasks import include_path, register
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("lm_eval.s2d2").setLevel(logging.WARNING)
+    register()
+    results = simple_evaluate(
+        model="s2d2",
+        model_args={"pretrained": model, **options},
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=str(include_path()), include_defaults=False),
+        batch_size=rows,
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=False,
+        confirm_run_unsafe_code=True,
+    )
+    assert results is not None
+    return dict(results)
+
+
+def _row(name: str, task: str, results: Mapping[str, Any]) -> Row:
+    scores, stats = results["results"][task], results["config"]["s2d2"]["tasks"][task]
+    requests = int(stats["requests"])
+    return Row(
+        configuration=name,
+        task=task,
+        documents=requests,
+        accuracy=scores["accuracy,none"],
+        nfe=stats["nfe"] / requests,
+        new_tokens=stats["new_tokens"] / requests,
+        tokens_per_forward=stats["tokens_per_forward"],
+        acceptance=stats["acceptance"] if stats["drafted"] else None,
+    )
+
+
+def compare(totals: Mapping[str, Mapping[str, float]]) -> list[Speed]:
+    """Speeds of all configurations, relative to the first."""
+    base = next(iter(totals.values()))["tokens_per_second"]
+    return [
+        Speed(
+            configuration=name,
+            tokens_per_second=sums["tokens_per_second"],
+            speedup=sums["tokens_per_second"] / base if base else 0.0,
+            tokens_per_forward=sums["tokens_per_forward"],
+            seconds=sums["seconds"],
+        )
+        for name, sums in totals.items()
+    ]
+
+
+def quality_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: a line per configuration and task."""
+    header = ["task", "decoder", "accuracy", "forwards per answer", "tokens per forward", "accepted"]
+    cells = []
+    for task in dict.fromkeys(row.task for row in rows):
+        for row in rows:
+            if row.task == task:
+                accepted = "" if row.acceptance is None else f"{row.acceptance:.0%}"
+                cells.append(
+                    [
+                        *(row.task.removeprefix("s2d2_toy_"), row.configuration, f"{row.accuracy:.1%}"),
+                        *(f"{row.nfe:.1f}", f"{row.tokens_per_forward:.2f}", accepted),
+                    ]
+                )
+    return header, cells
+
+
+def speed_cells(speeds: Sequence[Speed]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: a line per configuration, all tasks together."""
+    header = ["decoder", "tokens/s", f"speed-up over {speeds[0].configuration}", "tokens per forward", "seconds"]
+    return header, [
+        [
+            *(speed.configuration, f"{speed.tokens_per_second:.0f}", f"{speed.speedup:.2f}x"),
+            *(f"{speed.tokens_per_forward:.2f}", f"{speed.seconds:.1f}"),
+        ]
+        for speed in speeds
+    ]
+
+
+def quality_table(rows: Sequence[Row]) -> Table:
+    """For the terminal; a rule between tasks."""
+    header, cells = quality_cells(rows)
+    return _table("What the decoders answer", header, cells, texts=2, sections=True)
+
+
+def speed_table(speeds: Sequence[Speed]) -> Table:
+    """For the terminal."""
+    header, cells = speed_cells(speeds)
+    return _table("How fast, all tasks together", header, cells, texts=1)
+
+
+def _table(
+    title: str, header: Sequence[str], cells: Sequence[Sequence[str]], *, texts: int, sections: bool = False
+) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for column, name in enumerate(header):
+        table.add_column(name, justify="left" if column < texts else "right")
+    for index, line in enumerate(cells):
+        last = sections and index + 1 < len(cells) and cells[index + 1][0] != line[0]
+        repeated = sections and index > 0 and cells[index - 1][0] == line[0]
+        table.add_row(*(["", *line[1:]] if repeated else line), end_section=last)
+    return table
+
+
+def markdown(header: Sequence[str], cells: Sequence[Sequence[str]], texts: int) -> str:
+    """The same as a Markdown table."""
+    rule = [":--" if column < texts else "--:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *cells))
+
+
+def _write(folder: Path, rows: Sequence[Row], speeds: Sequence[Speed], environment: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [
+        "# Demo: the embedded toy model",
+        markdown(*quality_cells(rows), texts=2),
+        markdown(*speed_cells(speeds), texts=1),
+        "\n".join(f"- {name}: {value}" for name, value in environment.items()),
+    ]
+    (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    everything = {
+        "configurations": CONFIGURATIONS,
+        "tasks": [asdict(row) for row in rows],
+        "speed": [asdict(speed) for speed in speeds],
+        "environment": dict(environment),
+    }
+    (folder / "results.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+
+
+def _trace(console: Any, engine: BlockDiffusionModel, tokenizer: Any) -> None:
+    """Decode one problem once more, and draw it."""
+    from s2d2_lmeval.cli.console import printable
+    from s2d2_lmeval.cli.generate import draw
+    from s2d2_lmeval.toy import held_out
+
+    problem = held_out("arithmetic")[0]
+    prompt = list(tokenizer(problem.prompt)["input_ids"])
+    config = engine.config({**CONFIGURATIONS[_TRACED], "max_new_tokens": 64})
+    generation = engine.generate([prompt], config)[0]
+    console.print(f"[bold]One problem, decoded by {_TRACED}[/bold]")
+    console.print(problem.prompt, markup=False, style="dim")
+    console.print(printable(tokenizer.decode(generation.token_ids, skip_special_tokens=True).strip("\n")), markup=False)
+    stats = generation.stats
+    console.print(
+        f"[dim]{int(stats['new_tokens'])} tokens in {int(stats['nfe'])} forwards; a line per forward, a cell per token"
+    )
+    console.print()
+    draw(console, generation, tokenizer, engine, config, len(prompt))

@@ -1,0 +1,78 @@
+"""Say what works here and what does not: versions, devices, attention back ends, the harness, and a checkpoint.
+
+Exit code 1 when something will not work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from s2d2_lmeval.cli.findings import Finding
+
+SUMMARY = "check this installation, this machine and a checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("path", nargs="?", metavar="PATH", help='a checkpoint: folder, hub id, or "toy"')
+    parser.add_argument("--revision", help="of a hub id")
+    parser.add_argument("--load", action="store_true", help="also load it and decode two blocks with every decoder")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; 1 if any is a problem."""
+    findings = list(examine(args.path, args.revision, load=args.load))
+    if args.json:
+        print(json.dumps([vars(finding) for finding in findings], ensure_ascii=False, indent=1))
+    else:
+        _show(findings)
+    return int(any(finding.state == "problem" for finding in findings))
+
+
+def examine(path: str | None, revision: str | None = None, *, load: bool = False) -> Iterator[Finding]:
+    """All findings: of the installation, and of the checkpoint at ``path`` if one is given."""
+    from s2d2_lmeval.cli import findings
+
+    yield from findings.versions()
+    yield from findings.devices()
+    yield from findings.attention()
+    yield from findings.registration()
+    if path is not None:
+        from s2d2_lmeval.cli.checkup import checkpoint
+
+        yield from checkpoint(path, revision, load=load)
+
+
+_SIGNS = {"ok": (" ", ""), "note": ("!", "yellow"), "problem": ("✗", "bold red")}
+
+
+def _show(findings: list[Finding]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from s2d2_lmeval.cli.console import make_console
+
+    console = make_console()
+    width = max(len(finding.name) for finding in findings)
+    for section in dict.fromkeys(finding.section for finding in findings):
+        console.print(Text(section, "bold"))
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(width=1)
+        table.add_column(min_width=width, no_wrap=True)
+        table.add_column()
+        for finding in findings:
+            if finding.section == section:
+                sign, style = _SIGNS[finding.state]
+                table.add_row(Text(sign, style), finding.name, Text(finding.value, style))
+        console.print(table)
+    problems = sum(finding.state == "problem" for finding in findings)
+    console.print()
+    if problems:
+        console.print(Text(f"{problems} thing{'s' if problems > 1 else ''} will not work (✗).", "bold red"))
+    else:
+        console.print(Text("Everything that was looked at works.", "bold green"))

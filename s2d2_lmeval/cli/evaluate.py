@@ -1,0 +1,92 @@
+"""Evaluate under lm-evaluation-harness: every argument of `lm_eval` is passed on.
+
+Different from calling `lm_eval`:
+  - the model s2d2 is registered directly, in every environment, and is what --model means if you leave it out;
+  - the packaged tasks are found, beside those of an --include_path of your own (which wins where names collide);
+  - what s2d2 refuses is one message and exit code 2.
+
+`ls` and `validate` work too: s2d2-lmeval eval ls tasks
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SUMMARY = "evaluate under lm-evaluation-harness; takes the arguments of lm_eval"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """For the list of commands only: the arguments are parsed by the harness."""
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="as for lm_eval")
+
+
+def run(args: argparse.Namespace) -> int:
+    """As :func:`run_harness`."""
+    return run_harness(args.arguments)
+
+
+def run_harness(arguments: Sequence[str]) -> int:
+    """Run the harness's command line with ``arguments``; its own errors pass through untouched."""
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
+
+    from s2d2_lmeval.cli.tasks import include_path, register
+
+    asked = list(arguments)
+    if not asked or asked[0] in ("-h", "--help"):
+        print(f"{__doc__}\nArguments of lm_eval:\n")
+        asked = ["run", "--help"]
+    elif asked[0].startswith("-"):
+        asked.insert(0, "run")
+    setup_logging()
+    register()
+    harness = HarnessCLI()
+    namespace = _parse(harness, asked)
+    settings = _settings(getattr(namespace, "config", None))
+    if hasattr(namespace, "include_path"):
+        # The harness's option takes one folder, but what it hands to its TaskManager may be a list of them.
+        given = namespace.include_path or settings.get("include_path")
+        namespace.include_path = [str(include_path()), *folders(given, without=include_path())]
+    if getattr(namespace, "model", "") is None and not settings.get("model"):
+        namespace.model = "s2d2"
+    harness.execute(namespace)
+    return 0
+
+
+def _parse(harness: Any, arguments: Sequence[str]) -> argparse.Namespace:
+    """The harness reads ``sys.argv`` and nothing else."""
+    before = sys.argv
+    sys.argv = ["lm_eval", *arguments]
+    try:
+        return harness.parse_args()
+    finally:
+        sys.argv = before
+
+
+def _settings(config: str | None) -> Mapping[str, Any]:
+    """What a ``--config`` file says. A file that cannot be read is the harness's to complain about."""
+    if config is None:
+        return {}
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def folders(given: str | Sequence[str] | None, without: Path) -> list[str]:
+    """The folders of an ``include_path``: one, a list, or several joined by colons as the harness's help has it."""
+    if not given:
+        return []
+    several = [given] if isinstance(given, (str, Path)) else list(given)
+    found: list[str] = []
+    for one in map(str, several):
+        found += [one] if Path(one).exists() else one.split(os.pathsep)
+    return [one for one in dict.fromkeys(found) if one and Path(one).resolve() != without]

@@ -1,0 +1,193 @@
+"""List every decoding option with its meaning, default and range, for all decoders or for one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+SUMMARY = "list the decoding options"
+
+_INTRODUCTION = """\
+# Decoding options
+
+<!-- Written by `make docs` from s2d2_lmeval/decoding/config.py; a test compares the two. -->
+
+The names are those of the published functions; `decoder`, `schedule`, `acceptance`, `random_source` and the options of
+`sliding` are new. They mean the same everywhere:
+
+- in `--model_args` (defaults of a run) and in a task's `generation_kwargs` or `--gen_kwargs` (which override them);
+- as `--option name=value` of `s2d2-lmeval generate`;
+- in Python, `model.generate(prompts, {"decoder": "s2d2", "block_length": 16})`.
+
+Under the options you give lie the published settings of the checkpoint's family (last section; `s2d2-lmeval doctor
+PATH` shows those of a checkpoint), and under these the defaults below. A name that is unknown, or belongs to another
+decoder or family, is refused. What `--model_args` may hold besides is in [model-args.md](model-args.md)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("name", nargs="*", metavar="NAME", help="only these options; synonyms are understood")
+    parser.add_argument("--decoder", "-d", metavar="NAME", help="only the options of this decoder")
+    parser.add_argument("--markdown", action="store_true", help="as the tables of docs/options.md")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the options."""
+    from s2d2_lmeval.decoding.config import DECODERS, SYNONYMS
+    from s2d2_lmeval.errors import ConfigError
+
+    if args.decoder is not None and args.decoder not in DECODERS:
+        raise ConfigError(f"decoder={args.decoder} is not one of: {', '.join(DECODERS)}.")
+    wanted = {SYNONYMS.get(name, name) for name in args.name}
+    known = {option["name"] for option in describe()}
+    if wanted - known:
+        raise ConfigError(f"{sorted(wanted - known)[0]} is not a decoding option; leave out the name to see them all.")
+    chosen = [
+        option
+        for option in describe()
+        if (not wanted or option["name"] in wanted) and (args.decoder is None or args.decoder in option["decoders"])
+    ]
+    if args.markdown:
+        print(markdown(chosen))
+    else:
+        _show(chosen)
+    return 0
+
+
+def describe() -> list[dict[str, Any]]:
+    """Every option: ``name``, ``synonyms``, ``default``, ``values`` (as texts), ``meaning``, ``decoders``,
+    ``schemes``.
+    """
+    from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
+
+    described = []
+    for field in dataclasses.fields(DecodingConfig):
+        meta = field.metadata
+        described.append(
+            {
+                "name": field.name,
+                "synonyms": [name for name, target in SYNONYMS.items() if target == field.name],
+                "default": _default(field.default),
+                "values": _values(str(field.type), meta),
+                "meaning": meta["meaning"],
+                "decoders": meta["decoders"],
+                "schemes": meta["schemes"],
+            }
+        )
+    return described
+
+
+def markdown(options: Iterable[dict[str, Any]]) -> str:
+    """The page docs/options.md: tables of options, one for each set of decoders that share options, and the published
+    settings of the families.
+    """
+    parts = [_INTRODUCTION]
+    for heading, members in _groups(options).items():
+        lines = [f"## {heading}", "", "| option | default | values | meaning |", "| :-- | :-- | :-- | :-- |"]
+        for option in members:
+            names = ", ".join(f"`{name}`" for name in (option["name"], *option["synonyms"]))
+            lines.append(f"| {names} | {option['default']} | {option['values']} | {option['meaning']} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join([*parts, _published_settings()])
+
+
+def _groups(options: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Options by heading, those of most decoders first."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for option in sorted(options, key=lambda one: -len(one["decoders"]) * len(one["schemes"])):
+        groups.setdefault(_heading(option), []).append(option)
+    return groups
+
+
+def _published_settings() -> str:
+    """A list per family: its default in full, its other settings by what is different."""
+    from s2d2_lmeval.families import FAMILIES
+
+    families: dict[str, list[str]] = {}
+    for family in FAMILIES.values():
+        length = family.published_block_length
+        default = dict(family.defaults(length))
+        lines = [f"- default, for blocks of {length}: {_written(default)}"]
+        for name, options in family.presets.items():
+            changes = {key: value for key, value in options.items() if (key, value) not in default.items()}
+            gone = [f"without `{key}`" for key in default if key not in options]
+            lines.append(f"- `{name}`: the default{' with ' + _written(changes) if changes else ''}")
+            lines[-1] += f", {', '.join(gone)}" if gone else ""
+        families.setdefault("\n".join(lines), []).append(family.name)
+    parts = ["## Published settings", *(f"**{_listed(names)}**\n\n{lines}" for lines, names in families.items())]
+    return "\n\n".join(parts)
+
+
+def _written(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{name}={_default(value)}`" for name, value in options.items())
+
+
+def _heading(option: dict[str, Any]) -> str:
+    """Which decoders, and of which families, an option belongs to."""
+    from s2d2_lmeval.decoding.config import DECODERS
+    from s2d2_lmeval.decoding.options import SCHEMES
+
+    decoders, schemes = option["decoders"], option["schemes"]
+    if set(decoders) == set(DECODERS):
+        who = "Every decoder"
+    elif len(decoders) > len(DECODERS) / 2:
+        who = "Every decoder but " + _listed([name for name in DECODERS if name not in decoders])
+    else:
+        who = _listed([f"`{name}`" for name in decoders])
+    families = sorted(family for scheme in schemes for family in _families_of(scheme))
+    return who if set(schemes) == set(SCHEMES) or not families else f"{who}, on {_listed(families)}"
+
+
+def _families_of(scheme: str) -> list[str]:
+    from s2d2_lmeval.families import FAMILIES
+
+    return [family.name for family in FAMILIES.values() if family.scheme == scheme]
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _default(value: Any) -> str:
+    """As it would be written in ``--model_args``."""
+    if value is None or value == ():
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _values(kind: str, meta: Any) -> str:
+    if meta["choices"] is not None:
+        return ", ".join(map(str, meta["choices"]))
+    kind = kind.removesuffix(" | None")
+    named = {
+        "bool": "true, false",
+        "int": "integer",
+        "float": "number",
+        "tuple[int, ...]": "token ids",
+        "object": "keyed, fixed, torch, an object",
+    }.get(kind, kind)
+    low, high = meta["low"], meta["high"]
+    if low is not None and high is not None:
+        return f"{named}, {low:g} to {high:g}"
+    return f"{named}, from {low:g}" if low is not None else named
+
+
+def _show(options: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from s2d2_lmeval.cli.console import make_console
+
+    console = make_console()
+    for heading, members in _groups(options).items():
+        table = Table(title=heading.replace("`", ""), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        table.add_column("option", no_wrap=True, min_width=max(len(option["name"]) for option in options))
+        table.add_column("default", no_wrap=True)
+        table.add_column("values", max_width=32)
+        table.add_column("meaning")
+        for option in members:
+            also = f" (also: {', '.join(option['synonyms'])})" if option["synonyms"] else ""
+            table.add_row(option["name"], option["default"], option["values"], option["meaning"] + also)
+        console.print(table)

@@ -1,0 +1,46 @@
+"""The demo's tables, and the whole of it on a few documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from s2d2_lmeval.cli import main
+from s2d2_lmeval.cli.demo import CONFIGURATIONS, TASKS, Row, compare, markdown, quality_cells, speed_cells
+
+
+def test_speed_is_relative_to_the_first_configuration() -> None:
+    sums = {"tokens_per_forward": 1.0, "seconds": 2.0}
+    slow, fast = compare({"ar": {"tokens_per_second": 50.0, **sums}, "s2d2": {"tokens_per_second": 125.0, **sums}})
+    assert (slow.speedup, fast.speedup) == (1.0, 2.5)
+    header, cells = speed_cells([slow, fast])
+    assert header[2] == "speed-up over ar"
+    assert cells[1] == ["s2d2", "125", "2.50x", "1.00", "2.0"]
+
+
+def test_a_table_is_markdown_too() -> None:
+    rows = [
+        Row("ar", "s2d2_toy_programs", 4, 0.5, 20.0, 20.0, 1.0, None),
+        Row("s2d2", "s2d2_toy_programs", 4, 0.25, 8.0, 20.0, 2.5, 0.75),
+    ]
+    lines = markdown(*quality_cells(rows), texts=2).splitlines()
+    assert lines[1] == "| :-- | :-- | --: | --: | --: | --: |"
+    assert lines[2] == "| programs | ar | 50.0% | 20.0 | 1.00 |  |"
+    assert lines[3] == "| programs | s2d2 | 25.0% | 8.0 | 2.50 | 75% |"
+
+
+@pytest.mark.slow
+def test_the_demo_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--limit", "3", "--output", str(tmp_path / "demo")]) == 0
+    shown = capsys.readouterr().out
+    assert "speed-up over ar" in shown
+    assert "positions" in shown
+    written = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert {(row["configuration"], row["task"]) for row in written["tasks"]} == {
+        (name, task) for name in CONFIGURATIONS for task in TASKS
+    }
+    assert all(row["documents"] == 3 for row in written["tasks"])
+    assert [row["tokens_per_forward"] for row in written["speed"] if row["configuration"] == "ar"] == [1.0]
+    assert "| task | decoder |" in (tmp_path / "demo" / "results.md").read_text()

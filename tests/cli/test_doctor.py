@@ -1,0 +1,105 @@
+"""`doctor`: what it finds on a sound checkpoint, and on broken ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from s2d2_lmeval.cli import main
+
+from .conftest import write_checkpoint
+
+
+def findings(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[tuple[str, str], dict]]:
+    code = main(["doctor", "--json", *arguments])
+    return code, {(one["section"], one["name"]): one for one in json.loads(capsys.readouterr().out)}
+
+
+def problems(found: dict[tuple[str, str], dict]) -> dict[str, str]:
+    return {name: one["value"] for (_, name), one in found.items() if one["state"] == "problem"}
+
+
+def test_a_sound_installation_and_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = findings(capsys, str(checkpoint), "--load")
+    assert problems(found) == {}
+    assert code == 0
+    assert "Qwen3ForCausalLM" in found["checkpoint", "family"]["value"]
+    assert found["checkpoint", "mask token"]["value"] == "258 <|MASK|>"
+    assert "parameters" in found["checkpoint", "weights"]["value"]
+    assert "confidence_threshold=0.85" in found["decoders", "default setting"]["value"]
+    assert "autoregressive" in found["decoders", "ar"]["value"]
+    assert "forwards" in found["trial", "s2d2"]["value"]
+    assert found["lm_eval", "lm_eval --model s2d2"]["value"].startswith("works")
+
+
+def test_without_a_checkpoint_only_the_installation_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = findings(capsys)
+    assert code == 0
+    assert {section for section, _ in found} == {"versions", "devices", "attention", "lm_eval"}
+
+
+def test_people_see_sections_and_a_verdict(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(checkpoint)]) == 0
+    shown = capsys.readouterr().out
+    assert "decoders\n" in shown
+    assert "Everything that was looked at works." in shown
+
+
+def test_an_unknown_family_does_not_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_checkpoint(tmp_path / "unknown", model_type="gpt_neox")
+    code, found = findings(capsys, str(folder))
+    assert code == 1
+    assert "sdar" in problems(found)["config.json"]
+    assert main(["doctor", str(folder)]) == 1
+    assert "1 thing will not work" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = findings(capsys, str(tmp_path / "no" / "such" / "folder"))
+    assert code == 1
+    assert "no folder" in problems(found)["config.json"]
+
+
+def test_missing_weights_and_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_checkpoint(tmp_path / "bare")
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    code, found = findings(capsys, str(folder))
+    assert code == 1
+    assert set(problems(found)) == {"weights", "tokenizer"}
+
+
+def test_weights_that_do_not_fit_show_when_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_checkpoint(tmp_path / "misfit", num_hidden_layers=3)
+    assert main(["doctor", "--json", str(folder)]) == 0
+    capsys.readouterr()
+    code, found = findings(capsys, str(folder), "--load")
+    assert code == 1
+    assert "missing weights" in problems(found)["load"]
+
+
+def test_an_older_package_than_asked_for_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from importlib import metadata
+
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "4.40.0" if name == "transformers" else installed(name))
+    code, found = findings(capsys)
+    assert code == 1
+    assert "4.40.0; needs" in problems(found)["transformers"]
+
+
+@pytest.mark.parametrize(("switch", "code"), [("S2D2_LMEVAL_NO_AUTOLOAD", 0), (None, 1)])
+def test_a_model_that_the_harness_does_not_know(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], switch: str | None, code: int
+) -> None:
+    monkeypatch.setattr("s2d2_lmeval._autoload.MODEL_NAME", "unregistered")
+    if switch:
+        monkeypatch.setenv(switch, "1")
+    found_code, found = findings(capsys)
+    assert found_code == code
+    assert not found["lm_eval", "lm_eval --model s2d2"]["value"].startswith("works")
+    assert found["lm_eval", "s2d2-lmeval eval"]["state"] == "ok"

@@ -1,0 +1,135 @@
+"""`eval`: the harness's own command line, with the model registered and the packaged tasks found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from s2d2_lmeval.cli import main
+from s2d2_lmeval.cli.evaluate import folders
+from s2d2_lmeval.cli.tasks import include_path
+
+TASK = """
+task: cli_letters
+custom_dataset: !function letters.load
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "x"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 6}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+metadata: {version: 1.0}
+"""
+CODE = """
+from datasets import Dataset, DatasetDict
+
+def load(**_):
+    return DatasetDict({"test": Dataset.from_list([{"question": "one"}, {"question": "two?"}])})
+"""
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
+    """What reaches the harness, in place of running it."""
+    from lm_eval._cli import HarnessCLI
+
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr(HarnessCLI, "execute", lambda _, namespace: seen.append(namespace))
+    return seen
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "cli_letters.yaml").write_text(TASK)
+    (folder / "letters.py").write_text(CODE)
+    return folder
+
+
+def test_arguments_reach_the_harness_untouched(parsed: list[argparse.Namespace]) -> None:
+    assert main(["eval", "--model_args", "pretrained=toy,decoder=ar", "--tasks", "a,b", "--limit", "3"]) == 0
+    (namespace,) = parsed
+    assert namespace.command == "run"
+    assert namespace.model == "s2d2"
+    assert namespace.model_args == {"pretrained": "toy", "decoder": "ar"}
+    assert namespace.tasks == ["a", "b"]
+    assert namespace.limit == 3
+    assert namespace.include_path == [str(include_path())]
+
+
+def test_another_model_stays_what_it_is(parsed: list[argparse.Namespace], tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("model: dummy\ntasks: [a]\n")
+    main(["eval", "--model", "hf", "--tasks", "a"])
+    main(["eval", "--config", str(config), "--limit", "1"])
+    assert [namespace.model for namespace in parsed] == ["hf", None]
+
+
+def test_an_include_path_of_the_users_comes_behind_ours(parsed: list[argparse.Namespace], tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"include_path: {tmp_path}\n")
+    main(["eval", "run", "--tasks", "a", "--include_path", str(tmp_path)])
+    main(["eval", "--config", str(config), "--tasks", "a"])
+    main(["eval", "ls", "tasks", "--include_path", str(tmp_path)])
+    main(["eval", "--tasks", "a", "--include_path", str(include_path())])
+    ours = str(include_path())
+    assert [namespace.include_path for namespace in parsed] == [[ours, str(tmp_path)]] * 3 + [[ours]]
+
+
+def test_several_folders_may_be_joined_as_the_harness_documents_it(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b:c"
+    first.mkdir(), second.mkdir()
+    assert folders(f"{first}:{tmp_path}", without=Path("/")) == [str(first), str(tmp_path)]
+    assert folders(str(second), without=Path("/")) == [str(second)]
+    assert folders([str(first), str(first)], without=Path("/")) == [str(first)]
+    assert folders(None, without=first) == folders(str(first), without=first) == []
+
+
+def test_help_is_ours_and_the_harness_s(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["eval", "--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert "registered directly" in shown
+    assert "--gen_kwargs" in shown
+
+
+def test_tasks_of_the_user_and_of_the_package_in_one_run(
+    checkpoint: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model_args", f"pretrained={checkpoint},decoder=dynamic", "--device", "cpu"]
+    wanted = ["--tasks", "cli_letters,s2d2_toy_arithmetic", "--limit", "2", "--include_path", str(tasks)]
+    assert main(["eval", *arguments, *wanted, "--output_path", str(tmp_path / "out")]) == 0
+    assert "s2d2_toy_arithmetic" in capsys.readouterr().out
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(written.read_text())
+    assert set(results["results"]) == {"cli_letters", "s2d2_toy_arithmetic"}
+    assert results["config"]["s2d2"]["tasks"]["cli_letters"]["requests"] == 2
+
+
+@pytest.mark.parametrize(
+    ("model_args", "message"),
+    [
+        ("confidence_treshold=0.9", "confidence_threshold"),
+        ("decoder=dinamic", "dynamic"),
+        ("block_length=0", "not a positive integer"),
+    ],
+)
+def test_a_refusal_writes_nothing(
+    checkpoint: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model_args: str, message: str
+) -> None:
+    arguments = ["--model_args", f"pretrained={checkpoint},{model_args}", "--tasks", "cli_letters", "--device", "cpu"]
+    assert main(["eval", *arguments, "--include_path", str(tasks), "--output_path", str(tmp_path / "out")]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("s2d2-lmeval: ")
+    assert message in last
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_the_harness_pass_through(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="Tasks not found: no_such_task"):
+        main(["eval", "--model_args", f"pretrained={checkpoint}", "--tasks", "no_such_task"])

@@ -1,0 +1,104 @@
+"""`generate`: text, statistics, JSON and the picture, on a tiny random model."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+import s2d2_lmeval
+from s2d2_lmeval.cli import main
+from s2d2_lmeval.cli.console import printable
+
+from .conftest import STOP
+
+ALWAYS = "do_verify_policy=mask_span_length"
+
+
+def run(checkpoint: Path, *arguments: str) -> int:
+    return main(["generate", "--model", str(checkpoint), "--device", "cpu", *arguments])
+
+
+def answer(capsys: pytest.CaptureFixture[str], checkpoint: Path, *arguments: str) -> dict:
+    assert run(checkpoint, "--json", *arguments) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_holds_what_python_answers(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = answer(capsys, checkpoint, "-p", "hello", "--no-chat", "-n", "12", "--seed", "3", "-o", "block_length=8")
+    model = s2d2_lmeval.load(checkpoint, device="cpu")
+    options = {"max_new_tokens": 12, "seed": 3, "block_length": 8}
+    (expected,) = model.generate([told["prompt_token_ids"]], options)
+    assert told["token_ids"] == expected.token_ids
+    assert told["decoding_order"] == expected.decoding_order
+    assert told["finish_reason"] == expected.finish_reason
+    assert {**told["stats"], "seconds": 0} == {**expected.stats, "seconds": 0}
+    assert told["decoding"]["block_length"] == 8
+    assert told["decoding"]["stop_token_ids"] == [STOP]
+    assert told["promise"]
+    assert "steps" not in told
+
+
+def test_steps_come_with_trace(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = answer(capsys, checkpoint, "-p", "hello", "-n", "8", "--trace", "-o", ALWAYS)
+    assert {step["kind"] for step in told["steps"]} == {"draft", "verify"}
+
+
+def test_the_chat_template_is_used_where_there_is_one(
+    checkpoint: Path, templateless: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = answer(capsys, checkpoint, "-p", "hi", "-n", "2", "--system", "be brief")
+    plain = answer(capsys, checkpoint, "-p", "hi", "-n", "2", "--no-chat")
+    without = answer(capsys, templateless, "-p", "hi", "-n", "2")
+    assert len(plain["prompt_token_ids"]) == len(without["prompt_token_ids"]) == 2
+    assert len(chat["prompt_token_ids"]) > 20
+    assert run(templateless, "-p", "hi", "--chat") == 2
+    assert run(checkpoint, "-p", "hi", "--no-chat", "--system", "x") == 2
+    assert "chat template" in capsys.readouterr().err
+
+
+def test_the_prompt_may_come_from_stdin(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("piped"))
+    assert len(answer(capsys, checkpoint, "-p", "-", "-n", "2", "--no-chat")["prompt_token_ids"]) == 5
+
+
+@pytest.mark.parametrize("decoder", ["ar", "dynamic", "s2d2"])
+def test_people_see_text_statistics_and_picture(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], decoder: str
+) -> None:
+    verifying = ["-o", ALWAYS] if decoder == "s2d2" else []
+    assert run(checkpoint, "-p", "hello [bold]", "-n", "9", "--decoder", decoder, "--trace", *verifying) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown  # not a terminal
+    assert "tokens per forward" in shown
+    assert "promise" in shown
+    assert " 1  draft" in shown
+    assert ("verify" in shown) == (decoder == "s2d2")
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal() -> None:
+    assert printable("a\x1b[2Jb\tc\nd\x07é") == "a\\x1b[2Jb\tc\nd\\x07é"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--decoder", "ar", "-o", "decoder=dynamic"], "give one"),
+        (["-o", "block_lenght=4"], "block_length"),
+        (["-o", "decoder"], "name=value"),
+        (["-n", "4000"], "4000"),
+        (["--decoder", "ar", "-o", "min_ssd_span_length=2"], "s2d2"),
+        (["-o", "custom_generate=somewhere.py:function"], "somewhere.py"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run(checkpoint, "-p", "hello", *arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err.strip().splitlines()[-1]
+    assert captured.out == ""

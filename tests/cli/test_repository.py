@@ -1,0 +1,120 @@
+"""The Makefile, the CI entry and the pages under docs/ say what is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from s2d2_lmeval.cli import COMMANDS, main
+from s2d2_lmeval.decoding.config import DECODERS, DecodingConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def dry_run(*arguments: str) -> str:
+    """The commands that make would run in a checkout without a .venv."""
+    answer = subprocess.run(
+        ["make", "-n", "VENV=/nonexistent/venv", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return answer.stdout
+
+
+@needs_make
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "test-slow", "toy"])
+def test_every_target_starts_from_nothing(target: str) -> None:
+    commands = dry_run(target, "PYTHON=python3.12")
+    assert "python3.12 -m venv /nonexistent/venv" in commands
+    assert "pip install -c constraints.txt -e '.[dev]'" in commands
+
+
+@needs_make
+def test_make_test_is_lint_types_and_the_fast_tests_without_network() -> None:
+    commands = dry_run("test", "JOBS=2")
+    for expected in ("ruff check .", "ruff format --check .", "/mypy", '-m "not slow and not gpu"', "-n 2"):
+        assert expected in commands
+    assert "HF_HUB_OFFLINE=1" in commands
+    assert "OMP_NUM_THREADS=1" in commands
+
+
+@needs_make
+def test_torch_comes_from_the_index_that_is_asked_for() -> None:
+    assert "--extra-index-url https://example.org/whl" in dry_run("install", "TORCH_INDEX=https://example.org/whl")
+    assert "index-url" not in dry_run("install", "TORCH_INDEX=")
+
+
+@needs_make
+def test_help_is_the_default_and_names_the_targets() -> None:
+    shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(f"make {target} " in shown for target in ("demo", "test", "lint", "test-slow", "toy", "docs", "clean"))
+
+
+def test_continuous_integration_runs_make_test() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().splitlines()[-1] == "exec make test"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_the_page_of_options_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["options", "--markdown"]) == 0
+    written = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    assert written == capsys.readouterr().out, "run `make docs`"
+
+
+def test_every_option_and_decoder_is_documented() -> None:
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    assert [name for name in sorted(DecodingConfig.option_names()) if f"`{name}`" not in page] == []
+    how = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    assert [name for name in DECODERS if f"`{name}`" not in how] == []
+
+
+def test_every_other_model_argument_is_documented() -> None:
+    from s2d2_lmeval.harness import arguments
+
+    page = (ROOT / "docs" / "model-args.md").read_text(encoding="utf-8")
+    names = {*arguments.HARNESS, *arguments.PLACEMENT, *arguments.RUNTIME, *arguments.HUB}
+    names |= {"pretrained", "revision", "dtype", "peft", "custom_generate", "custom_model_class", "log_decoding_order"}
+    assert [name for name in sorted(names) if f"`{name}`" not in page] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    missing = [target for target in targets if not (page.parent / target.partition("#")[0]).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_in_the_pages_exist(page: Path) -> None:
+    """`s2d2-lmeval X`, `make X`, and the options that go with them."""
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"s2d2-lmeval ([a-z]+)\b", text)) <= {*COMMANDS, "and", "is"}
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`make ([a-z-]+)", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_python_examples_in_the_pages_are_python() -> None:
+    for page in PAGES:
+        for example in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            compile(example, str(page), "exec")
+
+
+def test_the_main_python_example_runs() -> None:
+    """The README's first Python example, with the embedded model in place of a download."""
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert example is not None
+    code = re.sub(r'"JetLM/[^"]+"', '"toy"', example[1])
+    assert '"toy"' in code
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
