@@ -343,10 +343,7 @@ class DecodingConfig(EditingOptions, PipelinedOptions):
 
         :raises ConfigError: naming the option.
         """
-        values = {name: getattr(self, name) for name in _fields_of(self.decoder)}
-        if self.denoising_steps == self.block_length:
-            values.pop("denoising_steps", None)
-        _refuse_other_schemes(values, facts)
+        _refuse_other_schemes({name: getattr(self, name) for name in _fields_of(self.decoder)}, facts)
 
     def to_dict(self) -> dict[str, Any]:
         """The options that the decoder in force knows, as plain values."""
@@ -396,6 +393,8 @@ def _refuse_foreign(decoder: str, given: Mapping[str, Any]) -> None:
 
 def _refuse_other_schemes(given: Mapping[str, Any], facts: Facts) -> None:
     for field in dataclasses.fields(DecodingConfig):
-        changed = given.get(field.name, field.default) != field.default
-        if changed and facts.scheme not in field.metadata["schemes"]:
+        value = given.get(field.name, field.default)
+        # As many steps as tokens is what no number of steps comes to.
+        default = value == field.default or (field.name == "denoising_steps" and value == given.get("block_length"))
+        if not default and facts.scheme not in field.metadata["schemes"]:
             raise ConfigError(f"{field.name} is no option of {facts.family} checkpoints; drop it.")

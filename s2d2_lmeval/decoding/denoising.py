@@ -315,8 +315,8 @@ class BlockDenoiser:
         progress.drafted += int(outcome.drafted[row])
         progress.accepted += int(outcome.accepted[row])
         if self.config.schedule == "lookahead":
-            # What was fed token-causally and stands is prefix, up to the first place that turned out otherwise.
-            standing = int(np.append(rows.block[slot] == fed, False).argmin())
+            # What was fed token-causally and stands is prefix, up to the first place that is open or came out otherwise.
+            standing = int(np.append((rows.block[slot] == fed) & ~rows.masks[slot], False).argmin())
             end = min(rows.start[slot] + min(standing, length), rows.cached[slot] + self._plan.heads[row])
             outcome.kept[row] = max(end - rows.cached[slot], 0)
             rows.cached[slot] += outcome.kept[row]

@@ -104,13 +104,13 @@ def plan_subblocks(rows: Rows, config: DecodingConfig, frame: Frame, narrow: np.
     # A verifier reads the drafted sub-block, which lies behind the canvas.
     source = positions + np.where(verifying[r] & (positions >= start[r]), rows.length - start[r], 0)
 
-    def queries(rows_and_places: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    def queries(row: np.ndarray, place: np.ndarray) -> np.ndarray:
         """The queries that predict these places; the block's first place has none, its own stands in."""
-        row, place = rows_and_places
         predecessor = np.maximum(start[row] + place - 1, np.where(narrow, start, begin)[row])
         return layout.offsets[row] + order.local(row, predecessor)
 
-    verify_at, draft_at = (np.nonzero(wanted & group[:, None]) for group in (verifying, drafting))
+    verify_at = np.nonzero(wanted & verifying[:, None])
+    draft_at = np.nonzero(wanted & drafting[:, None])
     firsts = (layout.offsets + layout.widths - 1)[first_rows]
     sent = send_facts(
         rows,
@@ -119,7 +119,7 @@ def plan_subblocks(rows: Rows, config: DecodingConfig, frame: Frame, narrow: np.
         positions=positions,
         rank=layout.padded(positions, NOBODY),
         reach=layout.padded(reach, NOTHING),
-        read=np.concatenate([queries(verify_at), queries(draft_at), firsts]),
+        read=np.concatenate([queries(*verify_at), queries(*draft_at), firsts]),
         verify_row=slots[verify_at[0]],
         verify_place=verify_at[1],
         fresh_row=slots[draft_at[0]],

@@ -127,10 +127,12 @@ class SubblockDenoiser(BlockDenoiser):
             confidence, tokens = logits.max(-1)
         self.draft.sound = self.draft.sound & ~confidence.isnan().any()
         self.rows.store.view(-1)[stage.index[at]] = tokens
+        first = torch.zeros_like(self._plan.draft_rows).index_fill(0, slots, True)
+        after = tables.after.index_put(at, tokens)
         return dataclasses.replace(
             tables,
-            draft=tables.draft.index_put(at, tokens),
-            after=tables.after.index_put(at, tokens),
+            draft=torch.where(first.unsqueeze(1), after, tables.draft),  # the rest is not drafted yet
+            after=after,
             marks=tables.marks.index_put(at, torch.full_like(slots, AUTOREGRESSIVE)),
         )
 
