@@ -112,9 +112,10 @@ def _tokenizer(where: str, revision: str | None, facts: Any) -> Iterator[Finding
 
 def _decoders(facts: Any) -> Iterator[Finding]:
     """The published setting, and every decoder that fits with what it promises."""
+    from s2d2_lmeval.cli.options import as_written
     from s2d2_lmeval.decoding.config import DecodingConfig
 
-    defaults = ", ".join(f"{name}={value}" for name, value in facts.defaults.items())
+    defaults = ", ".join(f"{name}={as_written(value)}" for name, value in facts.defaults.items())
     yield Finding("decoders", "default setting", defaults)
     for name in facts.decoders:
         extra = _ONLY_TO_TRY.get(name, {})
@@ -128,19 +129,20 @@ def _decoders(facts: Any) -> Iterator[Finding]:
 
 
 def _try(source: str, revision: str | None, facts: Any) -> Iterator[Finding]:
-    """Load the checkpoint and decode two blocks with every decoder that fits."""
-    from s2d2_lmeval.cli.checkpoints import open_model
+    """Load the checkpoint and decode two blocks behind any two, with every decoder that fits."""
+    from s2d2_lmeval.model import load
 
     section = "trial"
     started = time.perf_counter()
     try:
-        model, tokenizer, _ = open_model(source, {}, revision=revision)
+        model = load(source, revision=revision)
     except S2D2Error as error:
         yield Finding(section, "load", str(error), PROBLEM)
         return
     place = f"{model.device}, {str(model.dtype).removeprefix('torch.')}, attention {model.attention}"
     yield Finding(section, "load", f"{time.perf_counter() - started:.1f} s onto {place}")
-    prompt = list(tokenizer("Question: what is two plus two?\nAnswer:")["input_ids"])
+    reserved = {facts.mask_token_id, *facts.stop_token_ids}
+    prompt = [token for token in range(min(facts.vocab_size, 64)) if token not in reserved][: 2 * facts.block_length]
     for name in facts.decoders:
         budget = 2 * facts.block_length
         options = {"decoder": name, "max_new_tokens": budget, "stop_token_ids": (), **_ONLY_TO_TRY.get(name, {})}

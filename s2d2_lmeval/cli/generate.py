@@ -177,6 +177,8 @@ def draw(
     )
     for line in lines:
         console.print(line, no_wrap=True, overflow="crop", crop=True)
+    if not lines:
+        console.print(f"decoder {config.decoder} leaves no trace of its steps", style="dim")
 
 
 def statistics_table(
@@ -203,8 +205,7 @@ def statistics_table(
         rows.append(("verified", f"{stats['routed']:.0%} of the drafts"))
     rate = f"{new / seconds:.1f} tokens/s" if seconds else "-"
     rows.append(("time", f"{seconds:.2f} s, {rate}, first call included"))
-    setting = f"{config.decoder}, blocks of {config.block_length}, schedule {config.schedule}"
-    rows.append(("decoder", setting))
+    rows.append(("decoder", f"{config.decoder}, {config.layout}"))
     rows.append(("promise", config.promise))
     rows.append(("on", f"{model.device}, {str(model.dtype).removeprefix('torch.')}, attention {model.attention}"))
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

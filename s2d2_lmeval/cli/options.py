@@ -69,7 +69,7 @@ def describe() -> list[dict[str, Any]]:
             {
                 "name": field.name,
                 "synonyms": [name for name, target in SYNONYMS.items() if target == field.name],
-                "default": _default(field.default),
+                "default": as_written(field.default),
                 "values": _values(str(field.type), meta),
                 "meaning": meta["meaning"],
                 "decoders": meta["decoders"],
@@ -121,7 +121,7 @@ def _published_settings() -> str:
 
 
 def _written(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{name}={_default(value)}`" for name, value in options.items())
+    return ", ".join(f"`{name}={as_written(value)}`" for name, value in options.items())
 
 
 def _heading(option: dict[str, Any]) -> str:
@@ -150,8 +150,8 @@ def _listed(names: list[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _default(value: Any) -> str:
-    """As it would be written in ``--model_args``."""
+def as_written(value: Any) -> str:
+    """A value as it would be written in ``--model_args``."""
     if value is None or value == ():
         return "none"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -25,7 +25,7 @@ class State(Enum):
     RATIO = ("ratio", "%", "black on bright_cyan", "accepted behind a rejection, by ratio")
     CONFIDENT = ("high confidence", "!", "black on bright_blue", "decided for its confidence, besides the verifier")
     DENOISED = ("denoised", "*", "black on cyan", "decided by the remasking strategy, unverified")
-    CAUSAL = ("autoregressive", "&", "black on bright_green", "predicted by the block before it")
+    CAUSAL = ("autoregressive", "&", "black on bright_green", "predicted by the text before it")
     EDITED = ("edited", "/", "black on bright_magenta", "decided before, replaced by another token")
     OTHER = ("other", "#", "black on white", "decided in another way")
 

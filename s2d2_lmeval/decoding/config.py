@@ -12,6 +12,7 @@ from s2d2_lmeval.decoding.editing_options import EditingOptions
 from s2d2_lmeval.decoding.options import (
     DECODERS,
     DENOISERS,
+    FIXED_STRATEGIES,
     PROMISES,
     STRATEGY_OF_DECODER,
     SYNONYMS,
@@ -56,6 +57,7 @@ class DecodingConfig(EditingOptions, PipelinedOptions):
         "fused",
         "reference: a forward per draft, verification and commit, as published; fused: commits ride in the next draft; "
         "lookahead: verifications also commit what they accept and draft the next block (AR-like caching only)",
+        decoders=tuple(name for name in DECODERS if name != "sliding"),
         choices=("reference", "fused", "lookahead"),
     )
     max_new_tokens: int = option(256, "new tokens at most", low=0)
@@ -279,9 +281,7 @@ class DecodingConfig(EditingOptions, PipelinedOptions):
     @property
     def strategy(self) -> str:
         """The remasking strategy in force."""
-        if self.decoder == "editing":
-            return "low_confidence_dynamic"
-        return STRATEGY_OF_DECODER.get(self.decoder, "sequential" if self.decoder == "ar" else self.remasking_strategy)
+        return FIXED_STRATEGIES.get(self.decoder, self.remasking_strategy)
 
     @property
     def sampled(self) -> bool:
@@ -292,6 +292,13 @@ class DecodingConfig(EditingOptions, PipelinedOptions):
     def token_causal(self) -> bool:
         """Whether finished blocks are committed with token-causal attention."""
         return self.cache_ver or self.block_length == 1
+
+    @property
+    def layout(self) -> str:
+        """How much is decoded at a time, and in which schedule, in a few words."""
+        if self.decoder == "sliding":
+            return f"{self.draft} of {self.row_budget} rows, window of {self.window}"
+        return f"schedule {self.schedule}, blocks of {self.block_length}"
 
     @property
     def promise(self) -> str:

@@ -315,7 +315,7 @@ class BlockDenoiser:
         progress.drafted += int(outcome.drafted[row])
         progress.accepted += int(outcome.accepted[row])
         if self.config.schedule == "lookahead":
-            # What was fed token-causally and stands is prefix, up to the first place that is open or came out otherwise.
+            # What was fed token-causally and stands is prefix, up to the first that is open or came out another.
             standing = int(np.append((rows.block[slot] == fed) & ~rows.masks[slot], False).argmin())
             end = min(rows.start[slot] + min(standing, length), rows.cached[slot] + self._plan.heads[row])
             outcome.kept[row] = max(end - rows.cached[slot], 0)

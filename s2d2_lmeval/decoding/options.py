@@ -14,6 +14,9 @@ STRATEGY_OF_DECODER = {
     "dynamic": "low_confidence_dynamic",
     "entropy_bounded": "entropy_bounded",
 }
+FIXED_STRATEGIES = {**STRATEGY_OF_DECODER, "ar": "sequential", "editing": "low_confidence_dynamic"}
+"""Remasking strategies of the decoders that have no choice."""
+
 DENOISERS = (*STRATEGY_OF_DECODER, "editing", "s2d2")
 DECODERS = ("ar", *DENOISERS, "sliding", "pipelined")
 
@@ -56,7 +59,7 @@ def option(
     low: float | None = None,
     high: float | None = None,
 ) -> Any:
-    """A field of :class:`~s2d2_lmeval.decoding.config.DecodingConfig` with what is needed to check and to explain it."""
+    """A field of :class:`~s2d2_lmeval.decoding.config.DecodingConfig` with what it takes to check and explain it."""
     metadata = {
         "meaning": meaning,
         "decoders": decoders,

@@ -2,7 +2,8 @@
 
 The model is asked what it would say at each position given the true tokens before it: the text runs token-causally, and
 beside it a mask token for every scored position sees the text before that position and itself (S2D2's verifier; arXiv
-2603.25702). For a block-diffusion model this is the likelihood of its autoregressive mode, not of its diffusion mode,
+2603.25702). Where logits are shifted by one token no masks are needed: the text's own row t-1 says it. For a
+block-diffusion model this is the likelihood of its autoregressive mode, not of its diffusion mode,
 which has no tractable one.
 """
 
@@ -37,9 +38,11 @@ class _Item:
 class Scorer:
     """Scores (context, continuation) pairs on a :class:`~s2d2_lmeval.runtime.runner.Runner`."""
 
-    def __init__(self, runner: Runner, mask_token_id: int, trace: Trace, max_batch: int) -> None:
+    def __init__(self, runner: Runner, mask_token_id: int, token_shift: bool, trace: Trace, max_batch: int) -> None:
         self.runner = runner
         self.mask_token_id = mask_token_id
+        self.ahead = int(token_shift)
+        """How far ahead of its own position a query speaks."""
         self.trace = trace
         self.max_batch = max_batch
 
@@ -66,12 +69,15 @@ class Scorer:
         started, model_seconds = time.perf_counter(), self.runner.model_seconds
         done = np.array([item.done for item in items])
         take = np.array([min(CHUNK, len(item.tokens) - item.done) for item in items])
-        scored_from = np.maximum(np.array([item.scored_from for item in items]), done)
-        scored = (done + take - scored_from).clip(0)
-        layout = Layout(slots, take + scored)
+        length = np.array([len(item.tokens) for item in items])
+        scored_from = np.maximum(np.array([item.scored_from for item in items]), done + self.ahead)
+        scored = (np.minimum(done + take + self.ahead, length) - scored_from).clip(0)
+        layout = Layout(slots, take if self.ahead else take + scored)
         r, local = layout.row_of, layout.local
         masks = local >= take[r]
         positions = np.where(masks, scored_from[r] + local - take[r], done[r] + local)
+        about = positions + self.ahead
+        speaks = masks | ((self.ahead > 0) & (about >= scored_from[r]) & (about < (scored_from + scored)[r]))
         truth = np.concatenate(
             [item.tokens[item.done : item.done + int(n)] for item, n in zip(items, take, strict=True)]
         )
@@ -90,7 +96,7 @@ class Scorer:
                 tokens=upload(tokens),
                 positions=upload(positions),
                 visible=by_reach(upload(rank), upload(reach)),
-                wanted=upload(np.flatnonzero(masks)),
+                wanted=upload(np.flatnonzero(speaks)),
                 keep=take,
             )
         )

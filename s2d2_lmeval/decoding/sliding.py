@@ -25,7 +25,7 @@ import torch
 
 from s2d2_lmeval.decoding import random, trees
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.generation import Request
+from s2d2_lmeval.decoding.generation import ACCEPTED, AUTOREGRESSIVE, Request, Step
 from s2d2_lmeval.decoding.planning import Upload
 from s2d2_lmeval.decoding.readback import Outcome
 from s2d2_lmeval.decoding.sampling import probabilities
@@ -318,7 +318,11 @@ class Sliding:
         outcome.drafted[row] = drafted
         outcome.accepted[row] = len(path)
         rows.cached[slot] += len(path)
-        progress = rows.progress[slot]
+        progress, start = rows.progress[slot], len(rows.tokens[slot])
+        marks = [ACCEPTED] * len(path) + [AUTOREGRESSIVE]
+        kind = KIND_OF_PHASE[rows.phase[slot]]
+        progress.steps.append(Step(kind, start, [self.mask_token_id] * len(fresh), fresh, fresh, marks))
+        progress.decoding_order.append(list(range(start, start + len(fresh))))
         progress.drafted += drafted
         progress.accepted += len(path)
         struck = rows.extend(slot, fresh, self.config.stop_token_ids)

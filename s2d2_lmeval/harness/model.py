@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -138,7 +139,9 @@ class S2D2LM(HFLM):
             RequestError: a prompt that cannot be decoded; found out before anything is decoded.
         """
         caching.refuse_stale(requests)
-        return GenerationRun(self, requests, quiet=disable_tqdm or self.rank != 0).answer()
+        answers = GenerationRun(self, requests, quiet=disable_tqdm or self.rank != 0).answer()
+        self._exchange_totals()
+        return answers
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None, **kwargs: Any
@@ -159,6 +162,7 @@ class S2D2LM(HFLM):
                         self.cache_hook.add_partial("loglikelihood", requests[place][0], score)
                 bar.update(len(places))
         self.totals.add_scoring(before, engine.trace.totals(), len(pairs), time.perf_counter() - started)
+        self._exchange_totals()
         return scores
 
     def _scorer(self) -> Any:
@@ -216,7 +220,7 @@ class S2D2LM(HFLM):
             "decoding": dict(self.arguments.decoding) if self.decoding is None else self.decoding.to_dict(),
             "custom": self.custom.name if self.custom is not None else None,
             "context": [self.max_length, bool(self.truncation)],
-            "thinking": [self.think_end_token, self.enable_thinking, self.chat_template_args],
+            "thinking": [self.think_end_token, self.chat_template_args],
         }
 
     def reset_totals(self) -> None:
@@ -237,13 +241,24 @@ class S2D2LM(HFLM):
         self._totals_of_all = [totals for _, totals in gathered]
         return [theirs for theirs, _ in gathered]
 
+    def _exchange_totals(self) -> None:
+        """For releases of the harness before 0.4.12, which gather results without asking the model.
+
+        With a response cache a process may have nothing left to ask and never come here: then each keeps its own totals.
+        """
+        if self.world_size > 1 and not hasattr(HFLM, "gather_object") and self.cache_hook.dbdict is None:
+            gathered: list[Any] = [None] * self.world_size
+            torch.distributed.all_gather_object(gathered, self.totals)
+            self._totals_of_all = gathered
+
     def get_model_info(self) -> dict[str, Any]:
         """The harness's information on the model, and under ``s2d2`` what was run, how, on what, and what it cost."""
         several = self._totals_of_all or [self.totals]
         engine, decoding = self.engine, self.decoding
         about = {
             **report.merge(several).summary(),
-            "processes": len(several),
+            "processes": self.world_size,
+            "processes_counted": len(several),
             "cached_responses": caching.hits(self.cache_hook),
             "rows_in_flight": 1 if self.custom is not None or engine is None else engine.max_batch,
             "decoder": self.custom.name if self.custom is not None else decoding.decoder if decoding else None,

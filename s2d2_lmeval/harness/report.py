@@ -148,7 +148,7 @@ def header(
         lines.append(("decoder", f"{custom}, one request at a time"))
     elif config is not None and model is not None:
         lines.append(("decoder", f"{config.decoder}: {config.promise}"))
-        lines.append(("schedule", f"{config.schedule}, blocks of {config.block_length}"))
+        lines.append(("layout", config.layout))
         lines.append(("in flight", f"{rows} rows, up to {model.max_context} positions each"))
     if model is not None:
         lines.append(("runs on", f"{model.device}, attention {model.attention}"))
