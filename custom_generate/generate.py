@@ -117,7 +117,7 @@ def _refuse_other_modes(config: GenerationConfig, processors: LogitsProcessorLis
 
 def _options(settings: GenerationConfig, given: dict[str, Any]) -> dict[str, Any]:
     """Decoding options from transformers' settings; the caller's own options come first."""
-    options = {"do_sample": bool(settings.do_sample), "trim_stop_tokens": False}
+    options: dict[str, Any] = {"do_sample": bool(settings.do_sample), "trim_stop_tokens": False}
     if settings.do_sample:
         options["seed"] = int(torch.randint(2**31, ()).item())
         for name in ("temperature", "top_k", "top_p"):

@@ -172,13 +172,13 @@ def _decode(
     ids = torch.tensor([tokens], device=input_ids.device)
     if not return_forward_stats:
         return ids
-    order = generation.decoding_order
+    order: Sequence[Any] = generation.decoding_order
     if config.decoder == "sequential":
         order = _planned_order(order, config)
     return ids, {"decoding_order": order, "total_forward_steps": int(generation.stats["nfe"])}
 
 
-def _planned_order(decoding_order: list[list[Any]], config: DecodingConfig) -> list[list[Any]]:
+def _planned_order(decoding_order: Sequence[Any], config: DecodingConfig) -> list[list[Any]]:
     """As published, a sequential step lists as many positions as it planned, even past the end of its block."""
     assert config.denoising_steps is not None
     whole, rest = divmod(config.block_length, config.denoising_steps)

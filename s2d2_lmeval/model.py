@@ -130,14 +130,22 @@ class BlockDiffusionModel:
         """log p(continuation | context) in the model's autoregressive mode, and whether greedy decoding would write the
         continuation.
 
-        :param requests: (context, continuation) pairs of token ids; the context may be empty.
-        :raises RequestError: for a pair that does not fit the context or holds the mask token.
+        :param requests: (context, continuation) pairs of token ids; the context may be empty, unless the model's logits
+            are shifted by one token: then nothing predicts the first.
+        :raises RequestError: for a pair that does not fit the context, holds the mask token or cannot be predicted.
         """
         for index, (context, continuation) in enumerate(requests):
             if not len(continuation):
                 raise RequestError(f"Request {index}: the continuation is empty; there is nothing to score.")
+            if self.facts.token_shift and not len(context):
+                raise RequestError(
+                    f"Request {index}: the context is empty, and nothing predicts this model's first token. Put a "
+                    "token before it, such as the end-of-text token."
+                )
             self._check(index, [*context, *continuation], 0)
-        return Scorer(self._runner, self.facts.mask_token_id, self.trace, self.max_batch).run(requests)
+        facts = self.facts
+        scorer = Scorer(self._runner, facts.mask_token_id, facts.token_shift, self.trace, self.max_batch)
+        return scorer.run(requests)
 
     def release(self) -> None:
         """Give the cache's memory back; the next call takes what it needs."""

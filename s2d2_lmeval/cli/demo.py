@@ -70,16 +70,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="toy", metavar="PATH", help="another checkpoint than the embedded one")
     parser.add_argument("--limit", type=int, default=100, help="documents per task (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=8, help="requests in flight (default: %(default)s)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="torch's threads on a CPU (default: %(default)s; a model this small gains nothing from more)",
+    )
     parser.add_argument("--output", type=Path, default=Path("out/demo"), help="folder for the tables as files")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate every configuration, then show and write the tables."""
+    import torch
+
     from s2d2_lmeval.cli.checkpoints import open_model
     from s2d2_lmeval.cli.console import hide_loading_bars, make_console
 
     console = make_console()
     hide_loading_bars()
+    torch.set_num_threads(args.threads)
     engine, tokenizer, _ = open_model(args.model, {"max_batch": args.rows})
     warm_up(engine, tokenizer)
     rows: list[Row] = []

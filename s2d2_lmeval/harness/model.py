@@ -244,7 +244,7 @@ class S2D2LM(HFLM):
     def _exchange_totals(self) -> None:
         """For releases of the harness before 0.4.12, which gather results without asking the model.
 
-        With a response cache a process may have nothing left to ask and never come here: then each keeps its own totals.
+        With a response cache a process may have nothing left to ask and never come here: then its totals stay its own.
         """
         if self.world_size > 1 and not hasattr(HFLM, "gather_object") and self.cache_hook.dbdict is None:
             gathered: list[Any] = [None] * self.world_size

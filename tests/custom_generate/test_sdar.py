@@ -26,6 +26,13 @@ ENTRY_POINTS = {
 PROMPT = torch.tensor([[62, 88, 46, 88, 47, 49, 60, 15, 71, 78, 41, 26, 15]])
 
 
+def decoded(*arguments: Any, **options: Any) -> torch.Tensor:
+    """Ids alone, of the S2D2 entry point."""
+    ids = sdar.block_diffusion_generate(*arguments, **options)
+    assert isinstance(ids, torch.Tensor)
+    return ids
+
+
 @cache
 def model() -> s2d2_lmeval.BlockDiffusionModel:
     return s2d2_lmeval.load(SDAR)
@@ -79,35 +86,32 @@ def test_a_transformers_model_shares_its_weights_and_stays_as_it_is() -> None:
     before = {name: value.data_ptr() for name, value in plain.named_parameters()}
     attention = plain.config._attn_implementation
     expected = plain(input_ids=PROMPT).logits
-    first = sdar.block_diffusion_generate(plain, PROMPT, gen_length=8, block_length=4, denoising_steps=4)
+    first = decoded(plain, PROMPT, gen_length=8, block_length=4, denoising_steps=4)
     assert {name: value.data_ptr() for name, value in plain.named_parameters()} == before
     assert plain.config._attn_implementation == attention
     assert torch.equal(plain(input_ids=PROMPT).logits, expected)
     with torch.no_grad():
         plain.lm_head.weight.mul_(-1)  # in place: the next call must see it
-    second = sdar.block_diffusion_generate(plain, PROMPT, gen_length=8, block_length=4, denoising_steps=4)
+    second = decoded(plain, PROMPT, gen_length=8, block_length=4, denoising_steps=4)
     assert not torch.equal(first, second)
 
 
 def test_ids_alone_without_the_statistics_flag_and_on_the_device_of_the_prompt() -> None:
-    ids = sdar.block_diffusion_generate(model(), PROMPT, gen_length=5, block_length=4, denoising_steps=4)
-    assert isinstance(ids, torch.Tensor)
+    ids = decoded(model(), PROMPT, gen_length=5, block_length=4, denoising_steps=4)
     assert ids.shape == (1, 20)
     assert ids.dtype == torch.long
     assert torch.equal(ids[:, : PROMPT.shape[1]], PROMPT)
 
 
 def test_max_gen_toks_wins_over_gen_length() -> None:
-    call = {"block_length": 4, "denoising_steps": 4, "random_source": "fixed"}
-    short = sdar.block_diffusion_generate(model(), PROMPT, gen_length=40, max_gen_toks=3, **call)
+    call: dict[str, Any] = {"block_length": 4, "denoising_steps": 4, "random_source": "fixed"}
+    short = decoded(model(), PROMPT, gen_length=40, max_gen_toks=3, **call)
     assert short.shape == (1, 16)
 
 
 def test_more_steps_than_tokens_are_as_many_steps_as_tokens() -> None:
     answers = [
-        sdar.block_diffusion_generate(
-            model(), PROMPT, gen_length=12, block_length=4, denoising_steps=steps, random_source="fixed"
-        ).tolist()
+        decoded(model(), PROMPT, gen_length=12, block_length=4, denoising_steps=steps, random_source="fixed").tolist()
         for steps in (4, 8)
     ]
     assert answers[0] == answers[1]
@@ -144,7 +148,7 @@ def test_what_a_harness_hands_to_every_model_has_no_effect(entry_point: Any) -> 
 )
 def test_a_misspelt_option_is_refused_by_name(wrong: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=rf"{wrong}.*{nearest}"):
-        sdar.block_diffusion_generate(model(), PROMPT, **{wrong: 1})
+        decoded(model(), PROMPT, **{wrong: 1})
 
 
 @pytest.mark.parametrize(
@@ -171,15 +175,15 @@ def test_an_option_of_the_other_entry_point_is_refused() -> None:
 
 def test_requests_that_cannot_be_decoded_are_refused() -> None:
     with pytest.raises(RequestError, match="one prompt"):
-        sdar.block_diffusion_generate(model(), PROMPT.repeat(2, 1))
+        decoded(model(), PROMPT.repeat(2, 1))
     with pytest.raises(RequestError, match="empty"):
-        sdar.block_diffusion_generate(model(), PROMPT[:, :0])
+        decoded(model(), PROMPT[:, :0])
     with pytest.raises(RequestError, match="mask"):
-        sdar.block_diffusion_generate(model(), torch.tensor([[1, MASK, 2]]))
+        decoded(model(), torch.tensor([[1, MASK, 2]]))
     with pytest.raises(RequestError, match="context"):
-        sdar.block_diffusion_generate(model(), PROMPT, gen_length=100_000)
+        decoded(model(), PROMPT, gen_length=100_000)
     with pytest.raises(RequestError, match="mask_id=95"):
-        sdar.block_diffusion_generate(model(), PROMPT, mask_id=95)
+        decoded(model(), PROMPT, mask_id=95)
 
 
 class Counting:
@@ -200,19 +204,19 @@ class Counting:
 def test_an_own_random_source_draws_in_the_order_of_torch() -> None:
     call: dict[str, Any] = {"gen_length": 24, "block_length": 8, "do_sample": True, "confidence_threshold": 0.5}
     torch.manual_seed(3)
-    by_torch = sdar.block_diffusion_generate(model(), PROMPT, **call)
+    by_torch = decoded(model(), PROMPT, **call)
     source = Counting()
     torch.manual_seed(3)
-    assert torch.equal(sdar.block_diffusion_generate(model(), PROMPT, random_source=source, **call), by_torch)
+    assert torch.equal(decoded(model(), PROMPT, random_source=source, **call), by_torch)
     assert source.calls[:2] == [("categorical", 8), ("uniform", 3)]  # the whole block, then the span
     assert ("categorical", 1) in source.calls  # a replacement
 
 
 def test_keyed_randomness_needs_no_generator() -> None:
     call: dict[str, Any] = {"gen_length": 24, "block_length": 4, "denoising_steps": 4, "random_source": "keyed"}
-    first = sdar.block_diffusion_generate(model(), PROMPT, **call)
+    first = decoded(model(), PROMPT, **call)
     torch.rand(5)
-    assert torch.equal(sdar.block_diffusion_generate(model(), PROMPT, **call), first)
+    assert torch.equal(decoded(model(), PROMPT, **call), first)
 
 
 def test_a_model_that_predicts_its_mask_still_ends() -> None:

@@ -19,7 +19,7 @@ from s2d2_lmeval.errors import ConfigError, RequestError
 from .checkpoints import REPOSITORY, SDAR
 
 PROMPT = [62, 88, 46, 88, 47, 49, 60, 15, 71, 78, 41, 26, 15]
-OPTIONS = {"block_length": 4, "confidence_threshold": 0.5}
+OPTIONS: dict[str, Any] = {"block_length": 4, "confidence_threshold": 0.5}
 
 
 @cache
@@ -59,7 +59,7 @@ def test_both_ways_decode_what_the_engine_decodes(how: dict[str, Any]) -> None:
 
 
 def test_every_option_of_the_decoder_can_be_given(how: dict[str, Any]) -> None:
-    options = {
+    options: dict[str, Any] = {
         "decoder": "s2d2",
         "schedule": "reference",
         "do_verify_policy": "score_hysteresis",
@@ -81,7 +81,7 @@ def test_a_generation_config_says_how_long_and_how_to_sample(how: dict[str, Any]
     settings = GenerationConfig(max_new_tokens=9, do_sample=True, temperature=0.7, top_k=10, top_p=0.9)
     torch.manual_seed(3)
     seed = int(torch.randint(2**31, ()).item())
-    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 10, "top_p": 0.9, "seed": seed}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_k": 10, "top_p": 0.9, "seed": seed}
     expected = engine().generate([PROMPT], {**OPTIONS, **sampling, "max_new_tokens": 9, "stop_token_ids": ()})[0]
     torch.manual_seed(3)
     assert decode(how, generation_config=settings).tolist() == [PROMPT + expected.token_ids]

@@ -12,7 +12,7 @@ from .tiny import VOCABULARY
 
 MASK = VOCABULARY - 1
 
-POLICIES = {
+POLICIES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "mask_span_length": {"min_ssd_span_length": st.integers(0, 5), "legacy_ssd_span_strategy": st.booleans()},
     "score_threshold": {"do_verify_score_threshold": st.sampled_from([-5.0, 0.0, 0.5, 1.5])},
     "score_hysteresis": {
@@ -28,7 +28,7 @@ POLICIES = {
     },
 }
 
-SCORE = {
+SCORE: dict[str, st.SearchStrategy[Any]] = {
     "do_verify_score_type": st.sampled_from(["difference_static", "difference_dynamic"]),
     "score_penalty_coef": st.sampled_from([0.0, 0.5, 1.0, 2.0]),
     "token_acceptance_estimator": st.sampled_from(
@@ -48,7 +48,7 @@ SCORE = {
     "ssd_entropy_temperature": st.sampled_from([0.7, 1.0]),
 }
 
-VERIFICATION = {
+VERIFICATION: dict[str, st.SearchStrategy[Any]] = {
     "acceptance": st.sampled_from(["stochastic", "stochastic", "greedy"]),
     "allow_resample": st.booleans(),
     "ssd_ratio_tempering_factor": st.sampled_from([0.5, 1.0, 2.0]),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .oracle_inputs import Options
 
+DUST = 1.0e-6  # a residual mass that is nothing but rounding: drafter and verifier agree
 NEVER = 1.0e-6  # a temperature below this means "take the arg-max"
 
 
@@ -89,10 +90,10 @@ def by_confidence(positions: Sequence[int], confidence: Tensor) -> list[int]:
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """What is left of the verifier's law where it exceeds the drafter's, normalised."""
+    """What is left of the verifier's law where it exceeds the drafter's, normalised; q itself if nothing is left."""
     excess = (q - p).clamp_min(0.0)
     mass = excess.sum()
-    return excess / mass if bool(torch.isfinite(mass)) and float(mass) > 0.0 else q
+    return excess / mass if bool(torch.isfinite(mass)) and float(mass) > DUST else q
 
 
 class Router:

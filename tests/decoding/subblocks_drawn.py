@@ -33,7 +33,7 @@ NOT_OPTIONS = {  # of SubblockOptions, but of no engine decoding sub-blocks
 
 
 @cache
-def shifted_model(seed: int = 0, layers: int = 2, vocabulary: int = VOCABULARY) -> Qwen2ForCausalLM:
+def shifted_model(seed: int = 0, layers: int = 2, vocabulary: int = VOCABULARY, context: int = 256) -> Qwen2ForCausalLM:
     """A plain transformers model on its stock attention, its confidences spread over 0.1 to 0.99."""
     config = Qwen2Config(
         vocab_size=vocabulary,
@@ -42,7 +42,7 @@ def shifted_model(seed: int = 0, layers: int = 2, vocabulary: int = VOCABULARY) 
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=context,
         tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         attn_implementation="sdpa",
@@ -59,9 +59,7 @@ def shifted_model(seed: int = 0, layers: int = 2, vocabulary: int = VOCABULARY) 
 
 
 @cache
-def engine(
-    seed: int = 0, layers: int = 2, max_batch: int = 8, vocabulary: int = VOCABULARY
-) -> BlockDiffusionModel:
+def engine(seed: int = 0, layers: int = 2, max_batch: int = 8, vocabulary: int = VOCABULARY) -> BlockDiffusionModel:
     """The package's engine around :func:`shifted_model`, weights shared."""
     plain = shifted_model(seed, layers, vocabulary)
     return load(plain, family="fast_dllm_v2", max_batch=max_batch, mask_token_id=vocabulary - 1, block_length=8)

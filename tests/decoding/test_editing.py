@@ -69,8 +69,8 @@ def test_a_threshold_of_one_edits_nothing() -> None:
 @pytest.mark.parametrize("decoder", ["editing", "s2d2"])
 def test_post_steps_go_on_until_nothing_changes_or_none_is_left(decoder: str) -> None:
     ends = set()
-    for seed in (0, 2, 3):
-        for most in range(6):
+    for seed in (0, 3):
+        for most in (0, 1, 4):
             answer = run(seed, decoder=decoder, max_post_steps=most)
             drafts = [step for step in answer.steps if step.kind == "draft"]
             starts = sorted({step.start for step in drafts})
@@ -133,7 +133,7 @@ def told(generation: Generation) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("decoder", "policy"), TARGETS)
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_an_answer_does_not_depend_on_its_batch(decoder: str, policy: str | None, data: st.DataObject) -> None:
     config = engine_config(

@@ -47,7 +47,7 @@ def text(length: int) -> list[int]:
 
 
 @pytest.mark.parametrize("decoder", ["s2d2", "dynamic"])
-@pytest.mark.parametrize("length", [3, 4, 6, 9, 12])
+@pytest.mark.parametrize("length", [3, 4, 9])
 @pytest.mark.parametrize("beyond", [0, 1])
 def test_fused_schedule_saves_the_last_commit_and_a_prefill_that_can_ride(
     decoder: str, length: int, beyond: int
@@ -61,10 +61,8 @@ def test_fused_schedule_saves_the_last_commit_and_a_prefill_that_can_ride(
     assert fused.token_ids == reference.token_ids
     assert len(fused.token_ids) == budget
     rides = length > 4 and length % 4 > 0
-    assert (reference.stats["prefill_forwards"], fused.stats["prefill_forwards"]) == (
-        length >= 4,
-        length >= 4 > rides * 4,
-    )
+    assert reference.stats["prefill_forwards"] == (length >= 4)
+    assert fused.stats["prefill_forwards"] == (length >= 4 and not rides)
     assert reference.stats["commit_forwards"] == 3
     assert fused.stats["commit_forwards"] == 2 + beyond
     assert fused.stats["nfe"] == reference.stats["nfe"] - rides - (1 - beyond)
@@ -72,7 +70,7 @@ def test_fused_schedule_saves_the_last_commit_and_a_prefill_that_can_ride(
 
 def test_fused_schedule_ends_with_the_last_token_that_is_asked_for() -> None:
     reference, fused = (
-        engine().generate([PROMPT], setting("dynamic", schedule=schedule, block_length=8, max_new_tokens=2))[0]
+        engine().generate([PROMPT], setting("dynamic", schedule=schedule, block_length=8, max_new_tokens=1))[0]
         for schedule in ("reference", "fused")
     )
     assert fused.token_ids == reference.token_ids
@@ -80,11 +78,9 @@ def test_fused_schedule_ends_with_the_last_token_that_is_asked_for() -> None:
     assert fused.stats["draft_forwards"] < reference.stats["draft_forwards"]
 
 
-@pytest.mark.parametrize("length", [511, 512, 519])
+@pytest.mark.parametrize("length", [512, 519])
 def test_prompts_longer_than_a_chunk_decode_the_same(length: int) -> None:
-    plain = shifted_model(seed=2)
-    plain.config.max_position_embeddings = 2048
-    model = load(plain, family="fast_dllm_v2", mask_token_id=MASK, block_length=8)
+    model = load(shifted_model(context=1024), family="fast_dllm_v2", mask_token_id=MASK, block_length=8)
     for decoder in ("s2d2", "ar"):
         reference, fused = (
             model.generate([text(length)], setting(decoder, schedule=schedule, block_length=8))[0]
@@ -115,7 +111,7 @@ def check_batch(data: st.DataObject, decoder: str, policy: str | None) -> None:
 
 
 @pytest.mark.parametrize(("decoder", "policy"), TARGETS)
-@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_request_decodes_the_same_alone_and_in_any_batch(
     decoder: str, policy: str | None, data: st.DataObject
@@ -198,8 +194,8 @@ def test_with_the_block_cache_most_drafts_forward_the_sub_block_alone() -> None:
 
 
 @pytest.mark.parametrize("decoder", ["s2d2", "dynamic", "ar"])
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8])
-@pytest.mark.parametrize("new", [0, 1, 3, 8])
+@pytest.mark.parametrize("length", [1, 3, 4, 6, 8])
+@pytest.mark.parametrize("new", [0, 1, 7])
 def test_every_prompt_length_and_budget(decoder: str, length: int, new: int) -> None:
     fixed = SubblockOptions(
         decoder=decoder, block_length=4, small_block_size=2, confidence_threshold=0.5, max_new_tokens=new
@@ -218,7 +214,7 @@ def test_every_prompt_length_and_budget(decoder: str, length: int, new: int) -> 
 
 
 @pytest.mark.parametrize("decoder", ["s2d2", "dynamic", "ar"])
-@pytest.mark.parametrize("where", [0, 3, 7, 8, 11])
+@pytest.mark.parametrize("where", [0, 3, 8])
 def test_a_stop_token_ends_the_answer_as_soon_as_no_mask_is_before_it(decoder: str, where: int) -> None:
     free = engine(seed=1).generate([PROMPT], setting(decoder))[0]
     stop = free.token_ids[where]
@@ -276,11 +272,11 @@ def test_statistics_add_up() -> None:
     got = engine().generate([PROMPT], config)[0]
     kinds = ("prefill", "draft", "verify", "commit")
     assert got.stats["nfe"] == sum(got.stats[f"{kind}_forwards"] for kind in kinds)
-    assert [step.kind for step in got.steps].count("commit") == got.stats["commit_forwards"] == 4
+    assert [step.kind for step in got.steps].count("commit") == got.stats["commit_forwards"] == 3
     verifies = [step for step in got.steps if step.kind == "verify"]
     assert got.stats["verify_forwards"] == len(verifies)
     assert got.stats["accepted"] == sum(step.marks.count(1) for step in verifies)
-    assert got.stats["blocks"] == 4
+    assert got.stats["blocks"] == 3
 
 
 # what may be asked for
@@ -304,19 +300,29 @@ def test_the_family_setting_is_the_default_and_its_sub_blocks_divide_every_block
         {"decoder": "static"},
         {"decoder": "ar", "small_block_size": 4},
         {"decoder": "dynamic", "do_verify_policy": "score_threshold"},
-        {"denoising_steps": 4},
-        {"remasking_strategy": "sequential"},
-        {"ssd_ratio_threshold": 0.5},
-        {"always_check_high_confidence": True},
         {"use_block_cache": True, "draft_ver": True},
-        {"schedule": "lookahead", "cache_ver": True, "draft_ver": True},
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        engine().generate([PROMPT], options)
-    with pytest.raises(ConfigError):
-        engine().generate([PROMPT], DecodingConfig(**{"max_new_tokens": 8, "block_length": 8, **options}))
+        engine().generate([PROMPT], {"max_new_tokens": 8, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"denoising_steps": 4},
+        {"remasking_strategy": "sequential"},
+        {"ssd_ratio_threshold": 0.5},
+        {"always_check_high_confidence": True},
+        {"schedule": "lookahead", "cache_ver": True, "draft_ver": True},
+    ],
+)
+def test_options_of_other_schemes_are_refused(options: dict[str, Any]) -> None:
+    complete = DecodingConfig(**{"max_new_tokens": 8, "block_length": 8, **options})
+    for config in ({"max_new_tokens": 8, **options}, complete):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            engine().generate([PROMPT], config)
 
 
 @pytest.mark.parametrize("options", [{"small_block_size": 2}, {"use_block_cache": True}, {"sample_first_token": True}])

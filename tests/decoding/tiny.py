@@ -58,7 +58,7 @@ def tiny_model(
 @cache
 def engine(max_batch: int = 8, **model: object) -> BlockDiffusionModel:
     """The package's engine around :func:`tiny_model`, weights shared."""
-    plain = tiny_model(**model)  # type: ignore[arg-type]
+    plain = tiny_model(**model)
     return load(plain, max_batch=max_batch, mask_token_id=plain.config.vocab_size - 1, block_length=4)
 
 

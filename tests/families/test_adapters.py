@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from s2d2_lmeval import load
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families import load_checkpoint
 
@@ -82,6 +83,17 @@ def test_keeps_the_dtype_of_the_weights(publish, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     assert half.get_parameter(name).dtype == torch.bfloat16
     assert torch.allclose(half.get_parameter(name).float(), whole.get_parameter(name), atol=2e-2)
+
+
+def test_the_front_door_takes_an_adapter(publish, tmp_path):
+    checkpoint = publish("llada")
+    adapter = write_adapter(tmp_path / "adapter", factors(checkpoint.native, MODULES["llada"]))
+    answers = [
+        load(checkpoint.folder, **options).generate([[1, 2, 3]], {"block_length": 4, "max_new_tokens": 8})[0].token_ids
+        for options in ({}, {"adapter": adapter})
+    ]
+    assert len(answers[0]) == len(answers[1]) == 8
+    assert answers[0] != answers[1]
 
 
 def test_agrees_with_peft(publish, tmp_path, logits):

@@ -25,7 +25,7 @@ if results is not None:
     # The harness adds the answer to a padding request to its document: the first one is the document's own.
     answers = {s["doc_id"]: s["resps"][0][0] for s in results["samples"]["tiny_free"]}
     info = results["config"]["s2d2"]
-    json.dump([answers, info["tasks"], info["totals"]["nfe"], info["processes"]], open(out, "w"))
+    json.dump([answers, info["tasks"], info["totals"]["nfe"], info["processes_counted"]], open(out, "w"))
 """
 
 

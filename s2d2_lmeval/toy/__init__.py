@@ -1,0 +1,18 @@
+"""A small trained block-diffusion model, the corpora it was trained on, and the recipe.
+
+Importing this package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from s2d2_lmeval.toy.corpora import CORPORA, Corpus, held_out, score, training_stream
+from s2d2_lmeval.toy.problem import Problem
+
+__all__ = ["CORPORA", "Corpus", "Problem", "checkpoint_path", "held_out", "score", "training_stream"]
+
+
+def checkpoint_path() -> Path:
+    """Folder of the checkpoint that ships with the package, in the format of SDAR checkpoints."""
+    return Path(__file__).parent / "checkpoint"

@@ -1,0 +1,62 @@
+"""The three toy corpora under one interface: endless training streams and held-out sets that are fixed by a seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from s2d2_lmeval.toy import arithmetic, instructions, programs
+from s2d2_lmeval.toy.problem import Problem
+
+HELD_OUT_SEED = 20_261_121
+HELD_OUT_SIZE = 200
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A generator and a scorer.
+
+    Attributes:
+        name: key in :data:`CORPORA`.
+        make_problem: draws a problem from a random generator.
+        score: (problem, response) -> 1.0 or 0.0.
+    """
+
+    name: str
+    make_problem: Callable[[random.Random], Problem]
+    score: Callable[[Problem, str], float]
+
+
+CORPORA: dict[str, Corpus] = {
+    "arithmetic": Corpus("arithmetic", arithmetic.make_problem, arithmetic.score),
+    "programs": Corpus("programs", programs.make_problem, programs.score),
+    "instructions": Corpus("instructions", instructions.make_problem, instructions.score),
+}
+
+
+@cache
+def held_out(name: str) -> tuple[Problem, ...]:
+    """The held-out problems of a corpus: :data:`HELD_OUT_SIZE` different prompts, always the same ones."""
+    rng = random.Random(f"{HELD_OUT_SEED} {name}")
+    problems: dict[str, Problem] = {}
+    while len(problems) < HELD_OUT_SIZE:
+        problem = CORPORA[name].make_problem(rng)
+        problems.setdefault(problem.prompt, problem)
+    return tuple(problems.values())
+
+
+def training_stream(name: str, seed: int) -> Iterator[Problem]:
+    """Endless random problems of a corpus; those with the prompt of a held-out problem are left out."""
+    rng = random.Random(f"train {seed} {name}")
+    forbidden = {problem.prompt for problem in held_out(name)}
+    while True:
+        problem = CORPORA[name].make_problem(rng)
+        if problem.prompt not in forbidden:
+            yield problem
+
+
+def score(problem: Problem, response: str) -> float:
+    """Score a response by the rule of the problem's corpus: 1.0 or 0.0."""
+    return CORPORA[problem.corpus].score(problem, response)

@@ -1,0 +1,130 @@
+"""Verifiable instructions: every kind has a checker that accepts any response which follows it, as in IFEval."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+from s2d2_lmeval.toy.problem import Problem
+
+COLORS = ("red", "blue", "green", "black", "white", "pink", "gold", "gray")
+WORDS = (
+    *COLORS, "cat", "dog", "sun", "moon", "tree", "fish", "bird", "rain", "snow", "wind", "lake", "hill", "road",
+    "door", "lamp", "book", "milk", "salt", "king", "song", "ship", "star",
+)  # fmt: skip
+ENDINGS = ("that is all", "good night", "see you soon", "the end", "thank you", "have fun")
+SEPARATORS = {"commas": ", ", "spaces": " ", "dashes": " - "}
+
+Drawn = tuple[str, str, dict[str, Any]]
+"""Instruction, reference response, arguments of the checker."""
+
+
+def _some_words(rng: random.Random, least: int, most: int) -> list[str]:
+    return rng.sample(WORDS, rng.randint(least, most))
+
+
+def _draw_repeat(rng: random.Random) -> Drawn:
+    word, times, name = rng.choice(WORDS), rng.randint(2, 7), rng.choice(tuple(SEPARATORS))
+    response = SEPARATORS[name].join([word] * times)
+    return f"Write the word {word} {times} times, separated by {name}.", response, {"response": response}
+
+
+def _draw_uppercase(rng: random.Random) -> Drawn:
+    words = " ".join(_some_words(rng, 2, 4))
+    return f"Write in capital letters: {words}.", words.upper(), {"response": words.upper()}
+
+
+def _draw_bullets(rng: random.Random) -> Drawn:
+    words = _some_words(rng, 2, 5)
+    return f"Make a bullet list of {', '.join(words)}.", "\n".join(f"- {word}" for word in words), {"items": words}
+
+
+def _draw_ending(rng: random.Random) -> Drawn:
+    topic, ending = rng.choice(WORDS), rng.choice(ENDINGS)
+    response = f"Here is the {topic}. {ending}"
+    return f"Write about a {topic}. End with the phrase: {ending}.", response, {"topic": topic, "ending": ending}
+
+
+def _draw_reverse(rng: random.Random) -> Drawn:
+    words = _some_words(rng, 3, 6)
+    response = " ".join(reversed(words))
+    return f"Reverse the order of these words: {' '.join(words)}.", response, {"response": response}
+
+
+def _draw_quotes(rng: random.Random) -> Drawn:
+    words = " ".join(_some_words(rng, 2, 4))
+    return f"Wrap in double quotes: {words}.", f'"{words}"', {"words": words}
+
+
+def _draw_count(rng: random.Random) -> Drawn:
+    first = rng.randint(1, 40)
+    last = first + rng.randint(3, 8)
+    return f"Count from {first} to {last}.", " ".join(map(str, range(first, last + 1))), {"first": first, "last": last}
+
+
+def _draw_distinct(rng: random.Random) -> Drawn:
+    colors = rng.sample(COLORS, rng.randint(2, 5))
+    avoid = rng.choice([color for color in COLORS if color not in colors])
+    instruction = f"Name {len(colors)} different colors, but not {avoid}."
+    return instruction, ", ".join(colors), {"number": len(colors), "avoid": avoid}
+
+
+def _same(text: str, response: str) -> bool:
+    return text == response
+
+
+def _is_bullet_list(text: str, items: list[str]) -> bool:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return [line[1:].strip() for line in lines if line[0] in "-*"] == items and len(lines) == len(items)
+
+
+def _ends_with(text: str, topic: str, ending: str) -> bool:
+    return text.removesuffix(".").endswith(ending) and topic in text.split(ending)[0].lower()
+
+
+def _is_quoted(text: str, words: str) -> bool:
+    return len(text) > 1 and text[0] == text[-1] == '"' and text[1:-1].strip() == words
+
+
+def _counts(text: str, first: int, last: int) -> bool:
+    return text.replace(",", " ").split() == [str(number) for number in range(first, last + 1)]
+
+
+def _is_distinct(text: str, number: int, avoid: str) -> bool:
+    named = [part.strip().lower() for part in text.split(",")]
+    return len(named) == len(set(named)) == number and set(named) <= set(COLORS) - {avoid}
+
+
+KINDS: dict[str, tuple[Callable[[random.Random], Drawn], Callable[..., bool]]] = {
+    "repeat": (_draw_repeat, _same),
+    "uppercase": (_draw_uppercase, _same),
+    "bullets": (_draw_bullets, _is_bullet_list),
+    "ending": (_draw_ending, _ends_with),
+    "reverse": (_draw_reverse, _same),
+    "quotes": (_draw_quotes, _is_quoted),
+    "count": (_draw_count, _counts),
+    "distinct": (_draw_distinct, _is_distinct),
+}
+"""Per kind: how it is drawn and how a response is checked."""
+
+
+def make_problem(rng: random.Random) -> Problem:
+    """Draw an instruction of a random kind."""
+    kind = rng.choice(tuple(KINDS))
+    instruction, response, arguments = KINDS[kind][0](rng)
+    return Problem(
+        corpus="instructions",
+        kind=kind,
+        prompt=f"Instruction: {instruction}\nResponse:",
+        answer=response,
+        separator=" ",
+        check=json.dumps(arguments),
+    )
+
+
+def score(problem: Problem, response: str) -> float:
+    """1.0 when the response, apart from white space around it, follows the instruction, else 0.0."""
+    check = KINDS[problem.kind][1]
+    return float(check(response.strip(), **problem.specification))
