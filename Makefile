@@ -30,7 +30,7 @@ help:  ## list the targets
 
 install: $(VENV)/.installed  ## make .venv with everything in it (the other targets do that by themselves)
 
-demo: $(VENV)/.installed  ## the toy model on three tasks, four decoders side by side; tables in out/demo/
+demo: $(VENV)/.installed  ## the toy model on three tasks, decoders side by side; tables in out/demo/
 	$(OFFLINE) $(BIN)/s2d2-lmeval demo --limit $(DOCUMENTS)
 
 test: lint test-fast  ## lint, types, and every test that is neither slow nor for a GPU

@@ -1,4 +1,4 @@
-"""The embedded toy model on its three tasks under lm-evaluation-harness, four decoders side by side.
+"""The embedded toy model on its three tasks under lm-evaluation-harness, decoders side by side.
 
 Everything runs through the harness as a real evaluation does, on any machine and without the network. The last thing
 shown is the decoding order of one problem.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from s2d2_lmeval.model import BlockDiffusionModel
 
-SUMMARY = "three toy tasks, four decoders, one table; needs no network"
+SUMMARY = "three toy tasks, several decoders, one table; needs no network"
 
 TASKS = ("s2d2_toy_arithmetic", "s2d2_toy_programs", "s2d2_toy_instructions")
 BLOCK_LENGTH = 16
@@ -28,6 +28,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "dynamic": {"decoder": "dynamic", "block_length": BLOCK_LENGTH, "confidence_threshold": 0.9},
     "s2d2": {"decoder": "s2d2", "block_length": BLOCK_LENGTH},
     "s2d2 greedy": {"decoder": "s2d2", "block_length": BLOCK_LENGTH, "acceptance": "greedy"},
+    "s2d2 lookahead": {"decoder": "s2d2", "block_length": BLOCK_LENGTH, "schedule": "lookahead"},
+    "sliding": {"decoder": "sliding"},
 }
 """Name in the table -> ``--model_args``. The first one is what speed-up is measured against."""
 

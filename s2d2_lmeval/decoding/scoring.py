@@ -114,10 +114,15 @@ class Scorer:
             item.greedy &= bool(part[1].all())
         for item, n in zip(items, take, strict=True):
             item.done += int(n)
-        zeros = np.zeros(len(items), dtype=np.int64)
+        self._record(layout, scored, take, time.perf_counter() - started, self.runner.model_seconds - model_seconds)
+
+    def _record(
+        self, layout: Layout, scored: np.ndarray, take: np.ndarray, seconds: float, model_seconds: float
+    ) -> None:
+        zeros = np.zeros(len(scored), dtype=np.int64)
         self.trace.records.append(
             ForwardRecord(
-                kinds=("score",) * len(items),
+                kinds=("score",) * len(scored),
                 widths=layout.widths,
                 wanted=scored,
                 kept=take,
@@ -126,7 +131,7 @@ class Scorer:
                 accepted=zeros,
                 routed=zeros,
                 carried=zeros,
-                seconds=time.perf_counter() - started,
-                model_seconds=self.runner.model_seconds - model_seconds,
+                seconds=seconds,
+                model_seconds=model_seconds,
             )
         )

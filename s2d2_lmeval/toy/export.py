@@ -21,6 +21,7 @@ def save_model(network: Network, tokenizer: Tokenizer, folder: Path) -> None:
     weights = {name: weight.detach().to(STORED_TYPE).contiguous() for name, weight in network.state_dict().items()}
     partial = folder / "model.safetensors.partial"
     save_file(weights, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors writes for the owner only, which an installed package cannot use
     partial.replace(folder / "model.safetensors")
     end, pad = token_id(tokenizer, TURN_END), token_id(tokenizer, END_OF_TEXT)
     _write(folder / "config.json", _configuration(network.shape, end, pad, token_id(tokenizer, MASK)))

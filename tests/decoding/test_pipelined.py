@@ -57,7 +57,7 @@ def check_case(family: str, case: Case) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("decoder", "policy"), TARGETS)
-@settings(max_examples=12, **QUICK)
+@settings(max_examples=8, **QUICK)
 @given(data=st.data())
 def test_engine_decodes_what_the_oracle_decodes(family: str, decoder: str, policy: str, data: st.DataObject) -> None:
     check_case(family, data.draw(cases(decoder, policy)))
@@ -110,7 +110,7 @@ def check_batches(family: str, data: st.DataObject, decoder: str, policy: str, s
 @pytest.mark.parametrize("chunk", [512, 6])  # longer prompts prefill by themselves under the fused schedule
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("decoder", "policy"), [TARGETS[0], TARGETS[1], TARGETS[3]])
-@settings(max_examples=3, **QUICK)
+@settings(max_examples=2, **QUICK)
 @given(data=st.data())
 def test_a_request_decodes_the_same_alone_and_in_any_batch(
     family: str, decoder: str, policy: str, chunk: int, data: st.DataObject
