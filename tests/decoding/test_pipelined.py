@@ -109,7 +109,7 @@ def check_batches(family: str, data: st.DataObject, decoder: str, policy: str, s
 
 @pytest.mark.parametrize("chunk", [512, 6])  # longer prompts prefill by themselves under the fused schedule
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("decoder", "policy"), [TARGETS[0], TARGETS[1], TARGETS[3]])
+@pytest.mark.parametrize(("decoder", "policy"), [TARGETS[0], TARGETS[3]])
 @settings(max_examples=2, **QUICK)
 @given(data=st.data())
 def test_a_request_decodes_the_same_alone_and_in_any_batch(
@@ -135,7 +135,7 @@ def test_a_long_prompt_shares_no_forward_with_other_phases(family: str, decoder:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("decoder", ["pipelined", "s2d2"])
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 33, 100])
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 33])
 def test_prompts_of_any_length(family: str, decoder: str, length: int) -> None:
     case = Case(
         PipelinedOptions(decoder=decoder, max_new_tokens=10, confidence_threshold=0.5),
