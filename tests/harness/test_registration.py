@@ -110,13 +110,14 @@ def test_the_class_is_where_its_name_says() -> None:
 
 
 def test_constraints_satisfy_the_ranges() -> None:
-    pinned = dict(
-        line.split("==") for line in lines((ROOT / "constraints.txt").read_text()) if not line.startswith("#")
-    )
-    pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
+    pins = [Requirement(line) for line in lines((ROOT / "constraints.txt").read_text()) if not line.startswith("#")]
+    pinned: dict[str, list[str]] = {}
+    for pin in pins:  # a package may be pinned once per range of Python versions
+        versions = [specifier.version for specifier in pin.specifier]
+        pinned.setdefault(pin.name.lower().replace("_", "-"), []).extend(versions)
     parser = setup_cfg()
     required = lines(parser["options"]["install_requires"]) + lines(parser["options.extras_require"]["dev"])
     for requirement in map(Requirement, (line for line in required if not line.startswith("#"))):
-        version = pinned.get(requirement.name.lower().replace("_", "-"))
-        assert version is not None, f"{requirement.name} is not pinned"
-        assert requirement.specifier.contains(version), requirement
+        versions = pinned.get(requirement.name.lower().replace("_", "-"))
+        assert versions, f"{requirement.name} is not pinned"
+        assert all(requirement.specifier.contains(version) for version in versions), requirement
