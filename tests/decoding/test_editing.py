@@ -133,7 +133,7 @@ def told(generation: Generation) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("decoder", "policy"), TARGETS)
-@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_an_answer_does_not_depend_on_its_batch(decoder: str, policy: str | None, data: st.DataObject) -> None:
     config = engine_config(

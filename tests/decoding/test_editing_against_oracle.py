@@ -102,14 +102,14 @@ def check_fused(case: Case) -> None:
 
 
 @pytest.mark.parametrize(("decoder", "policy"), TARGETS)
-@settings(max_examples=14, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_engine_decodes_what_the_definition_says(decoder: str, policy: str | None, data: st.DataObject) -> None:
     check_same(data.draw(cases(decoder, policy)))
 
 
 @pytest.mark.parametrize(("decoder", "policy"), TARGETS)
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_fused_schedule_saves_every_commit(decoder: str, policy: str | None, data: st.DataObject) -> None:
     check_fused(data.draw(cases(decoder, policy)))
