@@ -119,13 +119,7 @@ def plan_pipeline(rows: PipelineRows, config: DecodingConfig, shifted: bool, slo
     verifying = rows.phase[slots] == VERIFY
     prompt, cached, base = rows.prompt[slots], rows.cached[slots], rows.base[slots]
     span = rows.span[slots] & verifying[:, None]
-    last = rows.places - 1 - span[:, ::-1].argmax(1)
-    copy_from, copy_to = span.argmax(1) // target * target, (last // target + 1) * target
-    if shifted:
-        heads = np.maximum(((last - 1) // target + 1) * target - base, 1)
-        copies = np.zeros_like(heads)
-    else:
-        heads, copies = last // target * target - base, np.where(verifying, copy_to - copy_from, 0)
+    heads, copies, copy_from = _verifier_extents(span, base, target, shifted)
     heads = np.where(verifying, heads, prompt + rows.end[slots] - cached)
     layout = Layout(slots, heads + copies)
 
@@ -144,31 +138,21 @@ def plan_pipeline(rows: PipelineRows, config: DecodingConfig, shifted: bool, slo
     verify = _verify_reading(layout, span, base, heads - copy_from, shifted)
     draft = _draft_reading(layout, rows, slots, verifying, shifted)
     read = np.concatenate([verify.row[verify.fresh], draft.row[draft.fresh]])
-    sent, widths = _send(
-        rows,
-        config,
-        shifted,
-        slots,
-        {
-            "source": slots[r] * rows.stride + source,
-            "positions": prompt[r] + place,
-            "rank": layout.padded(rank, NOBODY),
-            "reach": layout.padded(reach, NOTHING),
-            "mates": layout.padded(mates, 0),
-            "read": np.concatenate([verify.query[verify.fresh], draft.query[draft.fresh]]),
-        },
-        {"verify": verify, "draft": draft},
-    )
+    arrays = {
+        "source": slots[r] * rows.stride + source,
+        "positions": prompt[r] + place,
+        "rank": layout.padded(rank, NOBODY),
+        "reach": layout.padded(reach, NOTHING),
+        "mates": layout.padded(mates, 0),
+        "read": np.concatenate([verify.query[verify.fresh], draft.query[draft.fresh]]),
+    }
+    sent, widths = _send(rows, config, shifted, slots, arrays, {"verify": verify, "draft": draft})
     visible = by_reach(sent["rank"], sent["reach"])
+    visible = with_mates(visible, sent["mates"]) if target > 1 else visible
+    tokens, keep = rows.store.view(-1)[sent["source"]], np.where(verifying, 0, prompt + base - cached)
+    groups = np.unique(draft.row * rows.blocks + draft.place // rows.block_length, return_counts=True)[1]
     return PipelinePlan(
-        request=Pass(
-            layout=layout,
-            tokens=rows.store.view(-1)[sent["source"]],
-            positions=sent["positions"],
-            visible=with_mates(visible, sent["mates"]) if target > 1 else visible,
-            wanted=sent["read"],
-            keep=np.where(verifying, 0, prompt + base - cached),
-        ),
+        request=Pass(layout, tokens, sent["positions"], visible, sent["read"], keep),
         phases=rows.phase[slots],
         wanted_counts=np.bincount(read, minlength=len(slots)),
         widths=widths,
@@ -178,9 +162,22 @@ def plan_pipeline(rows: PipelineRows, config: DecodingConfig, shifted: bool, slo
         save_rows=sent["save_rows"],
         save_from=sent["save_from"],
         stalled=sent["stalled"].bool(),
-        groups=np.unique(draft.row * rows.blocks + draft.place // rows.block_length, return_counts=True)[1].tolist(),
+        groups=groups.tolist(),
         window=_window(rows, sent),
     )
+
+
+def _verifier_extents(
+    span: np.ndarray, base: np.ndarray, target: int, shifted: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What verifying ``span`` (R, G) takes of each row: queries of its own text from ``base`` on, masks, and the place
+    of the first mask. Rows without a span get no mask.
+    """
+    last = span.shape[1] - 1 - span[:, ::-1].argmax(1)
+    start, end = span.argmax(1) // target * target, (last // target + 1) * target
+    if shifted:
+        return np.maximum(((last - 1) // target + 1) * target - base, 1), np.zeros_like(base), start
+    return last // target * target - base, np.where(span.any(1), end - start, 0), start
 
 
 def _verify_reading(layout: Layout, span: np.ndarray, base: np.ndarray, offset: np.ndarray, shifted: bool) -> Reading:

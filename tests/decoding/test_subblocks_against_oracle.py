@@ -26,7 +26,7 @@ def check_same(case: Case) -> None:
 
 
 @pytest.mark.parametrize(("decoder", "policy"), TARGETS)
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_engine_decodes_what_the_definition_says(decoder: str, policy: str | None, data: st.DataObject) -> None:
     check_same(data.draw(cases(decoder, policy)))
