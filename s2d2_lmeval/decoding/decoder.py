@@ -12,6 +12,7 @@ from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.readback import Outcome
 from s2d2_lmeval.decoding.seats import Seats
+from s2d2_lmeval.runtime.costs import MeasureCosts
 from s2d2_lmeval.runtime.passes import Pass
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class Decoder(Protocol):
         prefill_chunk: int,
     ) -> Self:
         """A decoder with ``slots`` rows, each with room for any of ``requests``."""
+
+    def weigh(self, measure_costs: MeasureCosts) -> None:
+        """Before the first request: a decoder with an option that is ``auto`` measures here what forwards cost."""
 
     def admitted(self, slot: int) -> None:
         """A request has been seated in ``slot``."""

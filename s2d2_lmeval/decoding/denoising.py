@@ -29,6 +29,7 @@ from s2d2_lmeval.decoding.remasking import choose
 from s2d2_lmeval.decoding.rows import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Rows
 from s2d2_lmeval.decoding.sampling import draft_tokens
 from s2d2_lmeval.errors import NumericalError
+from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -146,6 +147,9 @@ class BlockDenoiser:
     def margin(block_length: int) -> int:
         """How far a pass may write behind the last block."""
         return block_length
+
+    def weigh(self, measure_costs: MeasureCosts) -> None:
+        """Nothing here depends on what forwards cost."""
 
     def admitted(self, slot: int) -> None:
         """A request has been seated in ``slot``."""

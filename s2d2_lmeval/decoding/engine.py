@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -95,6 +96,7 @@ class Engine:
         self.decoder = decoder.seat(self.config, self.facts, requests, slots, self.runner.device, chunk)
         self.rows = self.decoder.rows
         self.runner.reserve(slots, self.decoder.capacity)
+        self.decoder.weigh(partial(self.runner.measure_costs, slots))
 
     def _admit(self, requests: Sequence[Request], waiting: deque[int], seated: dict[int, int]) -> None:
         """Fill free seats with waiting requests."""

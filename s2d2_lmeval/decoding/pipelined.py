@@ -81,6 +81,9 @@ class PipelinedDenoiser:
         """Positions that a row may write to in the cache."""
         return self.rows.length
 
+    def weigh(self, measure_costs: MeasureCosts) -> None:
+        """Nothing here depends on what forwards cost."""
+
     def admitted(self, slot: int) -> None:
         """A request has been seated in ``slot``."""
         self.rows.begin_iteration(np.array([slot]), self.config)

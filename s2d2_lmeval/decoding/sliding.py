@@ -31,6 +31,7 @@ from s2d2_lmeval.decoding.readback import Outcome
 from s2d2_lmeval.decoding.sampling import probabilities
 from s2d2_lmeval.decoding.seats import DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Seats
 from s2d2_lmeval.errors import NumericalError
+from s2d2_lmeval.runtime.costs import MeasureCosts
 from s2d2_lmeval.runtime.passes import Layout, Pass
 
 if TYPE_CHECKING:
@@ -131,6 +132,9 @@ class Sliding:
     def capacity(self) -> int:
         """Positions that a row may write to in the cache."""
         return self.rows.length + self.config.row_budget + 1
+
+    def weigh(self, measure_costs: MeasureCosts) -> None:
+        """Nothing here depends on what forwards cost."""
 
     def admitted(self, slot: int) -> None:
         """A request has been seated in ``slot``."""

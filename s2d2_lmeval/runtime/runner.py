@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend
 from s2d2_lmeval.runtime.cache import SlotCache
-from s2d2_lmeval.runtime.passes import Pass
+from s2d2_lmeval.runtime.costs import CostCurve, widths_to_measure
+from s2d2_lmeval.runtime.passes import Layout, Pass
 
 
 class Runner:
@@ -40,6 +42,36 @@ class Runner:
     def release(self) -> None:
         """Give the cache's memory back."""
         self.cache = SlotCache(0, 0)
+
+    @torch.inference_mode()
+    def measure_costs(self, rows: int, most: int) -> CostCurve:
+        """Time forwards of ``rows`` rows that bring 1 to ``most`` queries each, every logit read, half of the cache
+        filled. To be called between :meth:`reserve` and the first forward: it leaves nothing in the cache.
+        """
+        widths = widths_to_measure(min(most, self.cache.capacity))
+        seconds = [self._median_seconds(rows, int(width)) for width in widths]
+        return CostCurve.measured(widths * rows, np.array(seconds))
+
+    def _median_seconds(self, rows: int, width: int, repeats: int = 3) -> float:
+        layout = Layout(np.arange(rows), np.full(rows, width))
+        prefix = (self.cache.capacity - width) // 2
+        place = torch.from_numpy(layout.local).to(self.device)
+        request = Pass(
+            layout=layout,
+            tokens=torch.zeros_like(place),
+            positions=place + prefix,
+            visible=torch.ones(width, width, dtype=torch.bool, device=self.device).tril().expand(rows, -1, -1),
+            wanted=torch.arange(layout.queries, device=self.device),
+            keep=np.zeros(rows, dtype=np.int64),
+        )
+        taken = []
+        for _ in range(1 + repeats):
+            self.cache.lengths[:rows] = prefix
+            started = time.perf_counter()
+            self.forward(request).flatten()[0].item()  # the read waits for the device
+            taken.append(time.perf_counter() - started)
+        self.cache.lengths[:] = 0
+        return float(np.median(taken[1:]))
 
     @torch.inference_mode()
     def forward(self, request: Pass) -> torch.Tensor:

@@ -65,7 +65,7 @@ def _draw_count(rng: random.Random) -> Drawn:
 
 
 def _draw_distinct(rng: random.Random) -> Drawn:
-    """Many responses are right. The reference names the first colors of the list, so that the model has one to learn."""
+    """Many responses are right; the reference names the first colors of the list, so that there is one to learn."""
     number, avoid = rng.randint(2, 5), rng.sample(COLORS, rng.randint(1, 2))
     colors = [color for color in COLORS if color not in avoid][:number]
     instruction = f"Name {number} different colors, but not {' or '.join(avoid)}."

@@ -1,0 +1,44 @@
+"""What a forward costs on this machine, measured: the ground of every option that can be ``auto``.
+
+Reading the weights costs the same for one query as for many, so up to some width a forward is nearly free to widen, and
+beyond it every query costs. Where that bend lies depends on the model, the device and the batch; it is measured once
+before a run that asks, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Seconds of a forward (K,) at K rising numbers of ``queries``, all rows together."""
+
+    queries: np.ndarray
+    seconds: np.ndarray
+
+    @classmethod
+    def measured(cls, queries: np.ndarray, seconds: np.ndarray) -> CostCurve:
+        """From raw measurements: a wider forward is never cheaper, whatever the clock's noise says."""
+        return cls(queries, np.maximum.accumulate(seconds))
+
+    def __call__(self, queries: np.ndarray | float) -> np.ndarray:
+        """Seconds at ``queries`` (any shape): straight lines between measured points, the last one's slope beyond."""
+        inside = np.interp(queries, self.queries, self.seconds)
+        if len(self.queries) < 2:
+            return inside
+        slope = (self.seconds[-1] - self.seconds[-2]) / (self.queries[-1] - self.queries[-2])
+        return inside + slope * np.maximum(np.asarray(queries) - self.queries[-1], 0)
+
+
+MeasureCosts = Callable[[int], CostCurve]
+"""Measure forwards in which every row brings from one up to so many queries."""
+
+
+def widths_to_measure(most: int) -> np.ndarray:
+    """About two widths per doubling, from 1 to ``most``."""
+    steps = int(np.ceil(2 * np.log2(max(most, 1)))) + 1
+    return np.unique(np.geomspace(1, most, steps).round().astype(np.int64))
