@@ -29,6 +29,7 @@ from s2d2_lmeval.decoding.remasking import ranks
 from s2d2_lmeval.decoding.sampling import probabilities
 from s2d2_lmeval.decoding.seats import KIND_OF_PHASE, VERIFY
 from s2d2_lmeval.errors import ConfigError, NumericalError
+from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
