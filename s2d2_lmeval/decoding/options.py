@@ -82,6 +82,8 @@ def checked(field: dataclasses.Field[Any], value: Any) -> Any:
         near = get_close_matches(str(value), [str(choice) for choice in meta["choices"]], n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{name}={value!r} is not one of: {', '.join(map(str, meta['choices']))}.{hint}")
+    if value == "auto":
+        return value
     if meta["low"] is not None and value < meta["low"]:
         raise ConfigError(f"{name}={value} is too small; it must be at least {meta['low']:g}.")
     if meta["high"] is not None and value > meta["high"]:
@@ -89,7 +91,7 @@ def checked(field: dataclasses.Field[Any], value: Any) -> Any:
     return value
 
 
-def _converted(name: str, kind: str, value: Any) -> Any:
+def _converted(name: str, kind: str, value: Any, automatic: bool = False) -> Any:
     if kind == "bool":
         if isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"
@@ -100,6 +102,9 @@ def _converted(name: str, kind: str, value: Any) -> Any:
             return value
         if isinstance(value, float) and value.is_integer():
             return int(value)
+    elif kind == "int | str":
+        # A number, or "auto": found from what forwards are measured to cost.
+        return value if value == "auto" else _converted(name, "int", value, automatic=True)
     elif kind == "float":
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
             return float(value)
@@ -112,7 +117,7 @@ def _converted(name: str, kind: str, value: Any) -> Any:
             return tuple(values)
     else:
         return value
-    raise ConfigError(f"{name}={value!r} is not of the right type; it takes {_KINDS[kind]}.")
+    raise ConfigError(f"{name}={value!r} is not of the right type; it takes {_KINDS[kind]}{' or auto' * automatic}.")
 
 
 _KINDS = {
