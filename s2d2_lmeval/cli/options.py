@@ -106,7 +106,7 @@ def _published_settings() -> str:
     from s2d2_lmeval.families import FAMILIES
 
     families: dict[str, list[str]] = {}
-    for family in FAMILIES.values():
+    for family in (family for family in FAMILIES.values() if family.presets):
         length = family.published_block_length
         default = dict(family.defaults(length))
         lines = [f"- default, for blocks of {length}: {_written(default)}"]

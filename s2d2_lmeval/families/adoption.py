@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from s2d2_lmeval.errors import CheckpointError
-from s2d2_lmeval.families.facts import Facts, Family
+from s2d2_lmeval.families.facts import AUTOREGRESSIVE, Facts, Family
 from s2d2_lmeval.families.registry import FAMILIES, FAMILY_FIELD, family_named, identify, mark
 
 _adopted: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
@@ -26,6 +26,7 @@ def adopt(
     family: str | None = None,
     mask_token_id: int | None = None,
     block_length: int | None = None,
+    autoregressive: bool = False,
 ) -> tuple[PreTrainedModel, Facts]:
     """A model of the native class that shares the weights of a loaded one.
 
@@ -37,6 +38,8 @@ def adopt(
             remote code).
         family: which family, where the class alone does not say (Qwen2: fast_dllm_v2 or dream).
         mask_token_id, block_length: override the model's configuration, or say what it lacks.
+        autoregressive: take a model of transformers for the autoregressive one that its class is, not for a
+            block-diffusion model under its native name, unless its configuration says otherwise.
 
     Raises:
         CheckpointError: a model of no known family, or one whose weights cannot be shared.
@@ -46,7 +49,7 @@ def adopt(
         hint = " Merge the adapter first: model.merge_and_unload()." if base is not None else ""
         raise CheckpointError(f"a {type(hf_model).__name__} is not a transformers model.{hint}")
     config = hf_model.config.to_dict()
-    chosen = _family_of(config, family)
+    chosen = _family_of(config, family, autoregressive)
     is_native = type(hf_model).__module__.startswith("transformers.") and (
         type(hf_model).__name__ == chosen.native_class
     )
@@ -68,11 +71,15 @@ def adopt(
     return held, facts
 
 
-def _family_of(config: Mapping[str, Any], name: str | None) -> Family:
+def _family_of(config: Mapping[str, Any], name: str | None, autoregressive: bool) -> Family:
     if name is not None:
         return family_named(name)
     if config.get(FAMILY_FIELD) is None:
-        native = [family for family in FAMILIES.values() if config.get("model_type") in family.native_types]
+        native = [
+            family
+            for family in FAMILIES.values()
+            if config.get("model_type") in family.native_types and (family.scheme == AUTOREGRESSIVE) == autoregressive
+        ]
         if len(native) == 1:
             return native[0]
         if native:

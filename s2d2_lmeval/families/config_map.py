@@ -79,6 +79,25 @@ def configured(native: type[Config], fields: Mapping[str, Any]) -> Config:
         raise CheckpointError(f"config.json does not describe a {native.__name__}: {reason}") from None
 
 
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+
+
+def refuse_partial_attention(config: Mapping[str, Any]) -> None:
+    """Refuse a target of drafts some of whose layers do not attend to everything before them.
+
+    Raises:
+        CheckpointError: naming the field of config.json.
+    """
+    reason = "a draft tree isolates its branches by an attention mask, which takes full attention in every layer"
+    others = sorted({str(kind) for kind in config.get("layer_types") or () if kind != "full_attention"})
+    if others:
+        raise CheckpointError(f"config.json has layers of type {', '.join(others)}: {reason}.")
+    for name in _WINDOWS:
+        switched_off = name == "sliding_window" and config.get("use_sliding_window") is False
+        if config.get(name) is not None and not switched_off:
+            raise CheckpointError(f"config.json says {name}={config[name]!r}: {reason}.")
+
+
 def _positive(config: Mapping[str, Any], name: str) -> int | float:
     if config.get(name) is None:
         raise CheckpointError(f"config.json lacks {name!r}.")

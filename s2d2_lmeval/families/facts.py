@@ -7,17 +7,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.errors import CheckpointError
-from s2d2_lmeval.families.config_map import configured
+from s2d2_lmeval.families.config_map import configured, refuse_partial_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+AUTOREGRESSIVE = "autoregressive"
+"""Scheme of models that know no masks: one token after the other, and targets of a drafter."""
+NO_MASK = -1
+"""Mask token id of models that have none."""
+
 _MASK_FIELDS = ("mask_token_id", "mask_id")
 _BLOCK_FIELDS = ("block_length", "block_size", "bd_size")
+
+
+@dataclass(frozen=True)
+class DrafterFacts:
+    """What decoding has to know about a drafter: positions of a drafted block, the token it continues included, and the
+    id that stands for the others.
+    """
+
+    block_length: int
+    mask_token_id: int
 
 
 @dataclass(frozen=True)
@@ -27,7 +42,7 @@ class Facts:
     Attributes:
         family: name of the family, such as ``"sdar"``.
         native_class: the transformers class that runs it, such as ``"Qwen3ForCausalLM"``.
-        mask_token_id: id of the mask token, inside the vocabulary.
+        mask_token_id: id of the mask token, inside the vocabulary; :data:`NO_MASK` for autoregressive models.
         block_length: tokens per block that the checkpoint was trained for.
         vocab_size: width of a logits row (the padded vocabulary, not the tokenizer's).
         token_shift: True where the logits of row t-1 predict token t, False where those of row t do.
@@ -37,9 +52,10 @@ class Facts:
         max_context: positions that the checkpoint can address, prompt and answer together.
         scheme: how a generation is laid out: ``"block"`` (one block after the other), ``"editing"`` (blocks whose
             decided tokens may change), ``"subblock"`` (blocks in parts, and a token between them), ``"pipelined"``
-            (several blocks at once).
+            (several blocks at once), ``"autoregressive"`` (no blocks).
         decoders: names of the decoders that fit the family, the default one first.
         defaults: the family's published setting for this block length, as decoding options.
+        drafter: what is known about the drafter that was loaded with it, if one was.
     """
 
     family: str
@@ -54,6 +70,11 @@ class Facts:
     decoders: tuple[str, ...]
     defaults: Mapping[str, Any] = field(hash=False)
     scheme: str = "block"
+    drafter: DrafterFacts | None = None
+
+    def with_drafter(self, drafter: DrafterFacts) -> Facts:
+        """The facts of this model together with a drafter, whose decoders come first."""
+        return replace(self, drafter=drafter, decoders=("ddtree", "dflash", *self.decoders))
 
 
 @dataclass(frozen=True)
@@ -129,8 +150,12 @@ class Family:
             CheckpointError: a fact that is missing or out of range.
         """
         vocab = int(native.vocab_size)
-        mask = self._mask_token_id(config, vocab, source, mask_token_id)
-        length = self._block_length(config, vocab, source, block_length)
+        if self.scheme == AUTOREGRESSIVE:
+            refuse_partial_attention(config)
+            mask, length = NO_MASK, 1
+        else:
+            mask = self._mask_token_id(config, vocab, source, mask_token_id)
+            length = self._block_length(config, vocab, source, block_length)
         stops = _stop_ids(generation.get("eos_token_id"), config.get("eos_token_id"))
         for stop in stops:
             if not 0 <= stop < vocab or stop == mask:
@@ -186,6 +211,11 @@ class Family:
         if not _is_int(length) or length < 1:
             raise CheckpointError(f"{source}: block length {length!r} is not a positive integer.")
         return int(length)
+
+
+def names_blocks(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json names a mask token or a block length, which an autoregressive model does not have."""
+    return _first(config, (*_MASK_FIELDS, *_BLOCK_FIELDS)) is not None
 
 
 def _is_int(value: Any) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.families.autoregressive import TARGETS
 from s2d2_lmeval.families.dream import DREAM
-from s2d2_lmeval.families.facts import Facts, Family
+from s2d2_lmeval.families.facts import AUTOREGRESSIVE, Facts, Family, names_blocks
 from s2d2_lmeval.families.fast_dllm_v2 import FAST_DLLM_V2
 from s2d2_lmeval.families.llada import LLADA
 from s2d2_lmeval.families.llada2 import LLADA2
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (SDAR, SDAR_MOE, FAST_DLLM_V2, LLADA2, LLADA, DREAM)
+    family.name: family for family in (SDAR, SDAR_MOE, FAST_DLLM_V2, LLADA2, LLADA, DREAM, *TARGETS)
 }
 
 # Written into the configuration of every model that is loaded here, since several families share a native class.
@@ -25,6 +26,8 @@ FAMILY_FIELD = "block_diffusion_family"
 
 # Diffusion models that transformers runs by itself, and whose decoding is theirs alone.
 _SELF_CONTAINED = ("diffusion_gemma",)
+# Autoregressive models with gated delta networks, by how their model types begin.
+_RECURRENT = ("qwen3_next", "qwen3_5", "qwen3_6", "qwen3_8", "kimi_linear", "olmo_hybrid")
 
 
 def mark(native: PreTrainedConfig, facts: Facts) -> None:
@@ -51,7 +54,7 @@ def identify(config: Mapping[str, Any]) -> Family:
         return family_named(config[FAMILY_FIELD])
     model_type = config.get("model_type")
     for family in FAMILIES.values():
-        if model_type in family.model_types:
+        if model_type in family.model_types and not (family.scheme == AUTOREGRESSIVE and names_blocks(config)):
             return family
     known = ", ".join(f"{family.name} ({'/'.join(family.model_types)})" for family in FAMILIES.values())
     if str(model_type).startswith(_SELF_CONTAINED):
@@ -59,10 +62,16 @@ def identify(config: Mapping[str, Any]) -> Family:
             f"model_type {model_type!r} is a diffusion model that transformers decodes by itself, with another kind of "
             f"denoising: evaluate it with `lm_eval --model hf`. Families decoded here: {known}."
         )
+    if str(model_type).startswith(_RECURRENT):
+        raise CheckpointError(
+            f"model_type {model_type!r} has gated delta layers, whose recurrent state no mask can divide among "
+            "the branches of a draft and no crop can take back. Targets decoded here attend to the whole prefix: "
+            f"{', '.join(family.name for family in TARGETS)}."
+        )
     natives = sorted({native for family in FAMILIES.values() for native in family.native_types})
     if model_type in natives:
         raise CheckpointError(
             f"model_type {model_type!r} is an autoregressive model, or a block-diffusion model under its native name. "
-            f'In the latter case say which in config.json ("{FAMILY_FIELD}": one of {", ".join(FAMILIES)}).'
+            f'Say which in config.json ("{FAMILY_FIELD}": one of {", ".join(FAMILIES)}).'
         )
     raise CheckpointError(f"model_type {model_type!r} is of no known family. Known families (model_type): {known}.")

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families import FAMILIES, identify, load_checkpoint, read_config
@@ -168,12 +169,29 @@ def test_read_config_and_identify(publish, family):
     assert identify(read_config(str(published.folder))).name == family
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "qwen2", "llama", "mistral"])
+def test_autoregressive_models_need_no_mask(name, tmp_path):
+    family = FAMILIES[name]
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "sliding_window": None}
+    sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if "moe" in name else {}
+    stock = getattr(transformers, family.native_class)._from_config(family.config_class(**sizes, eos_token_id=3))
+    stock.save_pretrained(tmp_path)
+    model, facts = load_checkpoint(tmp_path)
+    assert (facts.family, facts.scheme, facts.token_shift, facts.mask_token_id) == (name, "autoregressive", True, -1)
+    assert facts.stop_token_ids == (3,)
+    assert facts.decoders == ("ar",)
+    ids = torch.arange(12).view(1, -1)
+    assert torch.equal(model(ids).logits, stock.eval()(ids).logits)
+
+
 def test_presets_have_distinct_names_and_one_setting_is_the_default():
     names = [name for family in FAMILIES.values() for name in family.presets if family.name != "sdar_moe"]
     assert len(names) == len(set(names))
     for family in FAMILIES.values():
         presets = list(family.presets.values())
-        assert family.defaults(presets[0]["block_length"]) in presets
+        assert bool(presets) == (family.scheme != "autoregressive")
+        assert not presets or family.defaults(presets[0]["block_length"]) in presets
 
 
 def test_sdar_settings_are_the_published_ones():

@@ -88,6 +88,24 @@ def test_native_diffusion_models_are_pointed_elsewhere():
             identify({"model_type": model_type})
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5", "qwen3_5_moe", "kimi_linear"])
+def test_recurrent_targets_are_refused_by_name(model_type):
+    with pytest.raises(CheckpointError, match="gated delta layers"):
+        identify({"model_type": model_type})
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"sliding_window": 16, "use_sliding_window": True}, {"layer_types": ["full_attention", "chunked_attention"]}],
+)
+def test_targets_with_windows_are_refused(field):
+    family, name = FAMILIES["qwen3"], next(iter(field))
+    native = family.config_class(vocab_size=61)
+    with pytest.raises(CheckpointError, match="full attention in every layer") as caught:
+        family.facts({"model_type": "qwen3", **field}, native, {}, source="a folder")
+    assert name in str(caught.value) or "chunked_attention" in str(caught.value)
+
+
 def test_a_native_type_must_say_its_family(publish, logits):
     published = publish("fast_dllm_v2", model_type="qwen2")
     refused(published.folder, "block_diffusion_family", "fast_dllm_v2")
