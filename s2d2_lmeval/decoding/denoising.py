@@ -182,10 +182,14 @@ class BlockDenoiser:
         if self.config.suppress_mask_token:
             masked.fill_(-torch.inf)
         else:
-            overdue = ((plan.facts["step"] >= self.config.steps) & (block == self.rows.mask_token_id)).any(-1)
+            overdue = self._overdue(block, plan.facts["step"])
             # The next block's draft, behind the others, is at its first step.
             current = torch.cat([overdue[plan.verify_at[0]], overdue[plan.draft_at[0]]])
             masked[: len(current)].masked_fill_(current, -torch.inf)
+
+    def _overdue(self, block: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Rows (rows,) whose ``block`` (rows, B) has masks although all steps of its schedule are over."""
+        return ((step >= self.config.steps) & (block == self.rows.mask_token_id)).any(-1)
 
     def _decide(self, stage: Stage, logits: torch.Tensor) -> Readback:
         """The device part of a step: here, of rows that drafted."""
@@ -193,13 +197,22 @@ class BlockDenoiser:
         nobody = torch.zeros_like(plan.draft_rows)
         drafted, span = None, torch.zeros_like(stage.block, dtype=torch.bool)
         if plan.drafts:
-            self._observe(stage, logits, plan.draft_at)
-            decisions = Decisions(stage.block, self.rows.mask_token_id)
-            self._revise(decisions, stage, plan.draft_rows)
-            self._denoise(decisions, stage.count, plan.draft_rows)
+            decisions = self._step(stage, logits, plan.draft_at, plan.draft_rows)
             self._write(stage, decisions)
             drafted = decisions.tables(self.draft.tokens)
         return self._read(None, drafted, span, nobody)
+
+    def _step(
+        self, stage: Stage, logits: torch.Tensor, at: tuple[torch.Tensor, ...], drafting: torch.Tensor
+    ) -> Decisions:
+        """One denoising step, without verification, of the rows ``drafting`` (rows,) from the ``logits`` (M, V) of
+        the places ``at``: a function of the blocks in ``stage``, whoever put them there.
+        """
+        self._observe(stage, logits, at)
+        decisions = Decisions(stage.block, self.rows.mask_token_id)
+        self._revise(decisions, stage, drafting)
+        self._denoise(decisions, stage.count, drafting)
+        return decisions
 
     def _read(
         self,
@@ -259,7 +272,9 @@ class BlockDenoiser:
         """Put the block where passes read it: into the canvas, and with every mask drafted behind it."""
         rows = self.rows
         rows.store.view(-1)[stage.index] = decisions.block
-        rows.store[:, rows.length : -1] = torch.where(decisions.masks, self.draft.tokens, decisions.block)
+        rows.store[:, rows.length : rows.length + rows.block_length] = torch.where(
+            decisions.masks, self.draft.tokens, decisions.block
+        )
 
     # ---- host ----
 
