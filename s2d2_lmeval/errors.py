@@ -21,3 +21,7 @@ class RequestError(S2D2Error):
 
 class NumericalError(S2D2Error):
     """Logits that are not finite."""
+
+
+class CapacityError(S2D2Error):
+    """Memory that does not hold a single request."""

@@ -15,6 +15,7 @@ from s2d2_lmeval.decoding.generation import Generation, Request
 from s2d2_lmeval.decoding.scoring import Scorer
 from s2d2_lmeval.errors import ConfigError, RequestError
 from s2d2_lmeval.families import Facts, adopt, load_checkpoint
+from s2d2_lmeval.runtime.memory import RowLimit
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import Trace
 
@@ -23,7 +24,7 @@ def load(
     source: str | Path | PreTrainedModel,
     *,
     attention: str = "auto",
-    max_batch: int = 8,
+    max_batch: int | str | RowLimit = 8,
     max_context: int | None = None,
     **options: Any,
 ) -> BlockDiffusionModel:
@@ -32,7 +33,7 @@ def load(
     :param source: a folder, a hub id, ``"toy"`` (the embedded model), or a loaded transformers model of a known family,
         whose weights are then shared.
     :param attention: ``auto`` or an attention back end.
-    :param max_batch: rows in flight at most.
+    :param max_batch: rows in flight at most; ``auto``: as many as free memory holds. Either way fewer if it runs out.
     :param max_context: positions that prompt and answer may take together; the checkpoint's own limit if not given.
     :param options: ``dtype``, ``device``, ``revision``, ``device_map``, ``quantization_config`` and what else
         :func:`s2d2_lmeval.families.load_checkpoint` takes.
@@ -54,20 +55,27 @@ class BlockDiffusionModel:
         facts: Facts,
         *,
         attention: str = "auto",
-        max_batch: int = 8,
+        max_batch: int | str | RowLimit = 8,
         max_context: int | None = None,
         runner: Runner | None = None,
     ) -> None:
-        if max_batch < 1:
-            raise ConfigError(f"max_batch={max_batch}: at least one row must be in flight.")
         if max_context is not None and not 1 <= max_context <= facts.max_context:
             raise ConfigError(f"max_context={max_context}: this checkpoint takes 1 to {facts.max_context} positions.")
         self.hf_model = hf_model
         self.facts = facts
-        self.max_batch = max_batch
         self.max_context = max_context or facts.max_context
         self.trace = Trace()
         self._runner = runner or Runner(hf_model, attention)
+        self.rows = max_batch if isinstance(max_batch, RowLimit) else RowLimit(max_batch)
+
+    @property
+    def max_batch(self) -> int:
+        """Rows in flight at most; under ``auto`` memory may allow fewer. Can be set, to ``auto`` too."""
+        return self.rows.most(self.device)
+
+    @max_batch.setter
+    def max_batch(self, rows: int | str) -> None:
+        self.rows = RowLimit(rows)
 
     @property
     def device(self) -> torch.device:
@@ -123,7 +131,7 @@ class BlockDiffusionModel:
             ids = [int(token) for token in prompt]
             self._check(index, ids, budget)
             requests.append(Request(ids, budget, key, None if stop is None else _bound(stop, index)))
-        engine = Engine(self._runner, self.facts, resolved, self.trace, self.max_batch)
+        engine = Engine(self._runner, self.facts, resolved, self.trace, self.rows)
         return engine.run(requests, on_finished)
 
     def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
@@ -144,7 +152,7 @@ class BlockDiffusionModel:
                 )
             self._check(index, [*context, *continuation], 0)
         facts = self.facts
-        scorer = Scorer(self._runner, facts.mask_token_id, facts.token_shift, self.trace, self.max_batch)
+        scorer = Scorer(self._runner, facts.mask_token_id, facts.token_shift, self.trace, self.rows)
         return scorer.run(requests)
 
     def release(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,12 +17,14 @@ from s2d2_lmeval.decoding.editing import EditingDenoiser, EditingS2D2
 from s2d2_lmeval.decoding.generation import Generation, Progress, Request
 from s2d2_lmeval.decoding.pipelined import PipelinedDenoiser
 from s2d2_lmeval.decoding.pipelined_s2d2 import PipelinedS2D2
+from s2d2_lmeval.decoding.prefixes import SharedPrefixes
 from s2d2_lmeval.decoding.rows import KIND_OF_PHASE
 from s2d2_lmeval.decoding.s2d2 import S2D2
 from s2d2_lmeval.decoding.sliding import Sliding
 from s2d2_lmeval.decoding.subblocks import SubblockDenoiser, SubblockS2D2
-from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.errors import CapacityError, ConfigError
 from s2d2_lmeval.families import Facts
+from s2d2_lmeval.runtime.memory import RowLimit, out_of_memory
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
 
@@ -40,49 +43,97 @@ DECODER_CLASSES: dict[tuple[str, str], type[Decoder]] = {
 }
 """(scheme of the family, decoder) -> what decodes."""
 
+logger = logging.getLogger("s2d2_lmeval")
+
 PREFILL_CHUNK = 512
 """Most prompt tokens that one row brings to a forward."""
+
+
+LOGITS_OF_A_ROW = 64
+"""Logits that a row may want at once, for what memory is planned; decoders of whole blocks may want two blocks."""
 
 
 class Engine:
     """Decodes requests: admit, plan, forward, advance, retire."""
 
-    def __init__(self, runner: Runner, facts: Facts, config: DecodingConfig, trace: Trace, max_batch: int) -> None:
+    def __init__(self, runner: Runner, facts: Facts, config: DecodingConfig, trace: Trace, limit: RowLimit) -> None:
         self.runner = runner
         self.facts = facts
         self.config = config
         self.trace = trace
-        self.max_batch = max_batch
+        self.limit = limit
+        self.seated: dict[int, int] = {}
+        """Slot -> index of the request in it."""
 
     @torch.inference_mode()
     def run(
         self, requests: Sequence[Request], on_finished: Callable[[int, Generation], None] | None = None
     ) -> list[Generation]:
-        """Answer every request, in order. ``on_finished`` is told of each as it completes."""
+        """Answer every request, in order. ``on_finished`` is told of each as it completes.
+
+        Where memory runs out, the requests in flight begin again with half as many rows; randomness is keyed, so their
+        answers are the same.
+
+        :raises CapacityError: when memory does not hold a single row.
+        """
         answers: list[Generation | None] = [None] * len(requests)
         waiting = deque(index for index, request in enumerate(requests) if request.max_new_tokens > 0)
         for index, request in enumerate(requests):
             if request.max_new_tokens == 0:
                 answers[index] = self._nothing_to_do(request)
-        if waiting:
-            self._prepare([requests[index] for index in waiting])
-        seated: dict[int, int] = {}
-        while waiting or seated:
-            self._admit(requests, waiting, seated)
-            self._step()
-            for slot in [slot for slot in seated if self.rows.complete[slot]]:
-                index = seated.pop(slot)
-                answers[index] = answer = self._answer(slot)
-                self.rows.retire(slot)
-                if on_finished is not None:
-                    on_finished(index, answer)
+
+        def finished(index: int, answer: Generation) -> None:
+            answers[index] = answer
+            if on_finished is not None:
+                on_finished(index, answer)
+
+        while waiting:
+            if not self._decode(requests, waiting, finished):
+                # Here the exception is gone, and with it what it kept alive of the failed step.
+                waiting.extendleft(sorted(self.seated.values(), reverse=True))
+                self.seated = {}
+                self._back_off()
         return [answer for answer in answers if answer is not None]
+
+    def _decode(
+        self, requests: Sequence[Request], waiting: deque[int], finished: Callable[[int, Generation], None]
+    ) -> bool:
+        """Answer all that are ``waiting``; False if memory ran out, with requests still seated."""
+        self.slots = 0
+        try:
+            self._prepare([requests[index] for index in waiting])
+            while waiting or self.seated:
+                self._admit(requests, waiting)
+                self._step()
+                for slot in [slot for slot in self.seated if self.rows.complete[slot]]:
+                    index, answer = self.seated.pop(slot), self._answer(slot)
+                    self.rows.retire(slot)
+                    finished(index, answer)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _back_off(self) -> None:
+        """Memory has run out: let go of everything and go on with half as many rows."""
+        rows = self.slots
+        self.runner.release()
+        if rows <= 1:
+            raise CapacityError(
+                "Memory ran out with a single request in flight. Lower max_new_tokens or max_context, shorten the "
+                "prompts, or load the weights in a smaller type."
+            )
+        self.limit.at_most = rows // 2
+        self.trace.batch_halvings += 1
+        logger.warning(
+            "memory ran out with %d requests in flight; going on with %d. Those in flight begin again and come out the "
+            "same.",
+            *(rows, rows // 2),
+        )
 
     def _prepare(self, requests: Sequence[Request]) -> None:
         """Seats for the run: rows, their decoder and room in the cache for the longest request."""
-        # The published draw order of a sequential source exists for one row only.
-        alone = self.config.random_source not in ("keyed", "fixed")
-        slots = 1 if alone else min(self.max_batch, len(requests))
         decoder = DECODER_CLASSES.get((self.facts.scheme, self.config.decoder))
         if decoder is None:
             raise ConfigError(
@@ -91,22 +142,45 @@ class Engine:
             )
         self.config.check_fits(self.facts)
         # Published code prefills a prompt in one forward.
+        published = self.config.schedule == "reference"
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        chunk = longest if self.config.schedule == "reference" else PREFILL_CHUNK
-        self.decoder = decoder.seat(self.config, self.facts, requests, slots, self.runner.device, chunk)
+        seat = partial(
+            decoder.seat,
+            self.config,
+            self.facts,
+            requests,
+            device=self.runner.device,
+            prefill_chunk=longest if published else PREFILL_CHUNK,
+        )
+        # The published draw order of a sequential source exists for one row only.
+        alone = self.config.random_source not in ("keyed", "fixed")
+        most = 1 if alone else min(self.limit.most(self.runner.device), len(requests))
+        if self.limit.automatic and most > 1:
+            wanted = max(2 * self.config.block_length, LOGITS_OF_A_ROW)
+            most = min(most, self.runner.rows_that_fit(seat(slots=1).capacity, wanted))
+        self.slots = most
+        self.decoder = seat(slots=most)
         self.rows = self.decoder.rows
-        self.runner.reserve(slots, self.decoder.capacity)
-        self.decoder.weigh(partial(self.runner.measure_costs, slots))
+        # Published code runs every prompt whole.
+        self.prefixes = SharedPrefixes(self.rows, None if published else self.rows.prefix_grain)
+        self.runner.reserve(most, self.decoder.capacity)
+        self.decoder.weigh(partial(self.runner.measure_costs, most))
 
-    def _admit(self, requests: Sequence[Request], waiting: deque[int], seated: dict[int, int]) -> None:
+    def _admit(self, requests: Sequence[Request], waiting: deque[int]) -> None:
         """Fill free seats with waiting requests."""
         for slot in self.rows.free().tolist():
-            if not waiting:
+            place = self.prefixes.next(waiting, requests) if waiting else None
+            if place is None:
                 return
-            seated[slot] = waiting.popleft()
-            self.runner.cache.reset(slot)
-            self.rows.admit(slot, requests[seated[slot]])
+            index = waiting[place]
+            del waiting[place]
+            request, self.seated[slot] = requests[index], index
+            source, shared = self.prefixes.seat(slot, request.prompt)
+            self.runner.cache.begin(slot, source, shared)
+            self.rows.admit(slot, request)
+            self.rows.cached[slot] = shared
             self.decoder.admitted(slot)
+            self.trace.seated(len(request.prompt), shared)
 
     def _step(self) -> None:
         """One engine step: plan, forward, advance; and its record in the trace."""

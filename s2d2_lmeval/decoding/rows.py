@@ -26,7 +26,7 @@ class Rows(Seats):
     def __init__(self, count: int, length: int, block_length: int, mask_token_id: int, device: torch.device) -> None:
         super().__init__(count)
         self.length = -(-length // block_length) * block_length
-        self.block_length = block_length
+        self.block_length = self.prefix_grain = block_length
         self.mask_token_id = mask_token_id
         self.device = device
         self.store = torch.full((count, self.length + block_length + 1), mask_token_id, dtype=torch.long, device=device)

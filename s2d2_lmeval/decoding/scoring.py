@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from s2d2_lmeval.errors import CapacityError
+from s2d2_lmeval.runtime.memory import RowLimit, out_of_memory
 from s2d2_lmeval.runtime.passes import Layout, Pass
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
@@ -38,13 +40,13 @@ class _Item:
 class Scorer:
     """Scores (context, continuation) pairs on a :class:`~s2d2_lmeval.runtime.runner.Runner`."""
 
-    def __init__(self, runner: Runner, mask_token_id: int, token_shift: bool, trace: Trace, max_batch: int) -> None:
+    def __init__(self, runner: Runner, mask_token_id: int, token_shift: bool, trace: Trace, limit: RowLimit) -> None:
         self.runner = runner
         self.mask_token_id = mask_token_id
         self.ahead = int(token_shift)
         """How far ahead of its own position a query speaks."""
         self.trace = trace
-        self.max_batch = max_batch
+        self.limit = limit
 
     @torch.inference_mode()
     def run(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
@@ -52,17 +54,41 @@ class Scorer:
         items = [_Item(np.array([*context, *target], dtype=np.int64), len(context)) for context, target in pairs]
         # Rows of like length share forwards.
         order = sorted(range(len(items)), key=lambda index: len(items[index].tokens))
-        for first in range(0, len(order), self.max_batch):
-            self._run_batch([items[index] for index in order[first : first + self.max_batch]])
+        left = [items[index] for index in order]
+        while left:
+            capacity = len(left[-1].tokens) + 2 * CHUNK
+            rows = self.limit.most(self.runner.device)
+            if self.limit.automatic and rows > 1:
+                rows = min(rows, self.runner.rows_that_fit(capacity, CHUNK))
+            if self._run_batch(left[:rows]):
+                left = left[rows:]
+            else:
+                self._back_off(left[:rows])
         return [(item.log_likelihood, item.greedy) for item in items]
 
-    def _run_batch(self, items: list[_Item]) -> None:
-        self.runner.reserve(len(items), max(len(item.tokens) for item in items) + 2 * CHUNK)
-        while True:
-            slots = np.array([slot for slot, item in enumerate(items) if item.done < len(item.tokens)])
-            if not len(slots):
-                return
-            self._step([items[slot] for slot in slots], slots)
+    def _run_batch(self, items: list[_Item]) -> bool:
+        """Score ``items`` side by side; False if memory ran out."""
+        try:
+            self.runner.reserve(len(items), max(len(item.tokens) for item in items) + 2 * CHUNK)
+            while True:
+                slots = np.array([slot for slot, item in enumerate(items) if item.done < len(item.tokens)])
+                if not len(slots):
+                    return True
+                self._step([items[slot] for slot in slots], slots)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return False
+
+    def _back_off(self, items: list[_Item]) -> None:
+        """Memory ran out with ``items`` in flight: they begin again, half as many at a time."""
+        self.runner.release()
+        if len(items) == 1:
+            raise CapacityError("Memory ran out on a single text. Shorten it, or load the weights in a smaller type.")
+        self.limit.at_most = len(items) // 2
+        self.trace.batch_halvings += 1
+        for item in items:
+            item.done, item.log_likelihood, item.greedy = 0, 0.0, True
 
     def _step(self, items: list[_Item], slots: np.ndarray) -> None:
         """One forward: the next chunk of every row, scored where it is to be."""

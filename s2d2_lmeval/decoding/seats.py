@@ -17,6 +17,8 @@ class Seats:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.prefix_grain: int | None = None
+        """A prompt's keys and values up to any multiple of this depend on nothing behind it; None: on all of it."""
         self.phase = np.full(count, IDLE)
         self.cached = np.zeros(count, dtype=np.int64)
         """Positions that have keys and values."""

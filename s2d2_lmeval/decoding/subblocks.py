@@ -51,6 +51,7 @@ class SubblockDenoiser(BlockDenoiser):
             raise ConfigError("schedule=lookahead is not available for sub-blocks; use schedule=fused.")
         part = dataclasses.replace(config, block_length=rows.block_length, denoising_steps=None, small_block_size=None)
         super().__init__(part, rows, prefill_chunk)
+        rows.prefix_grain = config.block_length
         self.frame = Frame(config.block_length, config.token_causal, config.draft_ver, prefill_chunk)
         # Published code finishes and commits every block it begins. Nobody published ``ar``.
         self.finishes_blocks = config.schedule == "reference" and config.decoder != "ar"

@@ -16,6 +16,7 @@ from typing import Any
 from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness.custom import CustomFunction, load_object
+from s2d2_lmeval.runtime.memory import RowLimit
 
 HARNESS = frozenset(
     (
@@ -61,7 +62,7 @@ class Arguments:
     model_class: Callable[..., Any] | None = None
     peft: str | None = None
     log_decoding_order: bool = False
-    rows: int | None = None
+    rows: RowLimit | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -93,21 +94,24 @@ def sort_arguments(pretrained: Any, options: Mapping[str, Any]) -> Arguments:
         model_class=load_object(own["custom_model_class"]) if own["custom_model_class"] else None,
         peft=own["peft"],
         log_decoding_order=log_decoding_order,
-        rows=_positive("max_batch", own["max_batch"]) if own["max_batch"] is not None else None,
+        rows=_limit("max_batch", own["max_batch"]) if own["max_batch"] is not None else None,
         given=dict(options),
         **sorted_by_reader,
     )
 
 
-def rows_in_flight(batch_size: int | str, max_batch_size: int | None, device: str) -> int:
+def rows_in_flight(batch_size: int | str, max_batch_size: int | None) -> RowLimit:
     """Rows in flight for a harness ``--batch_size``.
 
-    A number is taken as it is. ``auto`` (and ``auto:N``) is 8 on a CPU and 32 on a GPU, at most ``max_batch_size``.
+    A number is taken as it is. ``auto`` (and ``auto:N``) is as many as memory holds, at most ``max_batch_size``.
     """
     if str(batch_size).startswith("auto"):
-        rows = 32 if str(device).startswith("cuda") else 8
-        return min(rows, _positive("max_batch_size", max_batch_size)) if max_batch_size is not None else rows
-    return _positive("batch_size", batch_size)
+        return RowLimit("auto", None if max_batch_size is None else _positive("max_batch_size", max_batch_size))
+    return _limit("batch_size", batch_size)
+
+
+def _limit(name: str, value: Any) -> RowLimit:
+    return RowLimit("auto") if value == "auto" else RowLimit(_positive(name, value))
 
 
 def _positive(name: str, value: Any) -> int:

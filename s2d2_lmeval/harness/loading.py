@@ -18,6 +18,7 @@ from s2d2_lmeval.errors import CheckpointError, ConfigError
 from s2d2_lmeval.families import load_checkpoint
 from s2d2_lmeval.harness.arguments import Arguments
 from s2d2_lmeval.model import BlockDiffusionModel, load
+from s2d2_lmeval.runtime.memory import RowLimit
 
 logger = logging.getLogger("lm_eval.s2d2")
 
@@ -35,7 +36,7 @@ class Loaded:
     source: str
 
 
-def load_model(arguments: Arguments, *, rows: int, dtype: Any, device: str | None, revision: str | None) -> Loaded:
+def load_model(arguments: Arguments, *, rows: RowLimit, dtype: Any, device: str | None, revision: str | None) -> Loaded:
     """Load what the arguments name.
 
     :raises CheckpointError: when it cannot be decoded with.

@@ -8,6 +8,7 @@ decoding inside a block, and every response carries its statistics.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class S2D2LM(HFLM):
         self.arguments = arguments = sort_arguments(pretrained, options)
         accelerator = loading.join_processes()
         where = loading.choose_device(device, accelerator)
-        rows = arguments.rows or rows_in_flight(batch_size, max_batch_size, where)
+        rows = arguments.rows or rows_in_flight(batch_size, max_batch_size)
         loaded = loading.load_model(arguments, rows=rows, dtype=dtype, device=where, revision=revision)
         harness = {name: value for name, value in arguments.harness.items() if name != "tokenizer"}
         # The harness warns that it will not arrange processes for a model it did not load; that is done here.
@@ -74,7 +75,7 @@ class S2D2LM(HFLM):
             super().__init__(
                 pretrained=loaded.hf_model,
                 tokenizer=loading.load_tokenizer(arguments, loaded.source, revision),
-                batch_size=rows,
+                batch_size=1 if loaded.engine is None else loaded.engine.max_batch,
                 **harness,
             )
         # The harness's class takes a ready model for a nameless one in a single process.
@@ -87,7 +88,7 @@ class S2D2LM(HFLM):
             self.think_end_token = own  # a special token leaves no trace in the text: look for its id
         self.engine = loaded.engine
         self.custom: CustomFunction | None = arguments.custom
-        self.decoding = self._default_configuration()
+        self.decoding = self.configuration({})
         self._check_max_length()
         self.told: set[Any] = set()
         self.reset_totals()
@@ -95,11 +96,16 @@ class S2D2LM(HFLM):
             name = self.custom.name if self.custom else None
             logger.info("%s", report.header(loaded.source, self.engine, self.decoding, name, rows))
 
-    def _default_configuration(self) -> DecodingConfig | None:
+    def configuration(self, asked: Mapping[str, Any]) -> DecodingConfig | None:
+        """The options ``asked`` for by a task, over those of ``--model_args``, over what is published for the model.
+
+        None where no decoder of this package decodes.
+        """
         if self.custom is not None or self.engine is None:
             return None
-        config = self.engine.config(dict(self.arguments.decoding))
-        if any(SYNONYMS.get(name, name) == "stop_token_ids" for name in self.arguments.decoding):
+        given = self.arguments.decoding
+        config = DecodingConfig.from_options(asked, self.engine.facts, of_run=given)
+        if any(SYNONYMS.get(name, name) == "stop_token_ids" for name in (*given, *asked)):
             return config
         return config.replace(stop_token_ids=tuple(dict.fromkeys((*config.stop_token_ids, *self.end_of_text_ids))))
 
@@ -217,7 +223,8 @@ class S2D2LM(HFLM):
             "tokenizer": [self.tokenizer.name_or_path, self.add_bos_token, self.custom_prefix_token_id],
             "dtype": str(self._model.dtype),
             "attention": self.engine.attention if self.engine is not None else None,
-            "decoding": dict(self.arguments.decoding) if self.decoding is None else self.decoding.to_dict(),
+            # What was given counts too: it stays above the preset that a task may name.
+            "decoding": [dict(self.arguments.decoding), self.decoding and self.decoding.to_dict()],
             "custom": self.custom.name if self.custom is not None else None,
             "context": [self.max_length, bool(self.truncation)],
             "thinking": [self.think_end_token, self.chat_template_args],
@@ -262,6 +269,7 @@ class S2D2LM(HFLM):
             "cached_responses": caching.hits(self.cache_hook),
             "rows_in_flight": 1 if self.custom is not None or engine is None else engine.max_batch,
             "decoder": self.custom.name if self.custom is not None else decoding.decoder if decoding else None,
+            "preset": decoding.preset if decoding is not None else None,
             "promise": decoding.promise if decoding is not None else None,
             "family": engine.facts.family if engine is not None else None,
             "configurations": list(self.configurations.values()),

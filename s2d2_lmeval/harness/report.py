@@ -15,6 +15,7 @@ import torch
 
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.model import BlockDiffusionModel
+from s2d2_lmeval.runtime.memory import RowLimit
 
 _RATIOS = {
     "tokens_per_forward": ("new_tokens", "nfe"),
@@ -135,7 +136,7 @@ def _cpu_name() -> str:
 
 
 def header(
-    source: str, model: BlockDiffusionModel | None, config: DecodingConfig | None, custom: str | None, rows: int
+    source: str, model: BlockDiffusionModel | None, config: DecodingConfig | None, custom: str | None, rows: RowLimit
 ) -> str:
     """What runs, in a few lines for the log."""
     lines = [("checkpoint", source)]
@@ -148,6 +149,8 @@ def header(
         lines.append(("decoder", f"{custom}, one request at a time"))
     elif config is not None and model is not None:
         lines.append(("decoder", f"{config.decoder}: {config.promise}"))
+        if config.preset is not None:
+            lines.append(("preset", config.preset))
         lines.append(("layout", config.layout))
         lines.append(("in flight", f"{rows} rows, up to {model.max_context} positions each"))
     if model is not None:

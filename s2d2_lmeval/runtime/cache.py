@@ -70,9 +70,12 @@ class SlotCache:
                 flat.index_copy_(0, to.to(flat.device), flat.index_select(0, origin.to(flat.device)))
         self.lengths[slots] += keep
 
-    def reset(self, slot: int) -> None:
-        """Empty a slot for another sequence."""
-        self.lengths[slot] = 0
+    def begin(self, slot: int, source: int = 0, length: int = 0) -> None:
+        """Empty ``slot`` for another sequence, but for the first ``length`` positions, which are those of ``source``."""
+        if length and source != slot:
+            for storage in (*self._keys.values(), *self._values.values()):
+                storage[slot, :length] = storage[source, :length]
+        self.lengths[slot] = length
 
     def get_seq_length(self, *_: object) -> int:
         """Asked by models that were given no positions; ours always are."""

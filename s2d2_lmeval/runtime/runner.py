@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.costs import CostCurve, widths_to_measure
+from s2d2_lmeval.runtime.memory import SHARE, bytes_per_row, free_bytes
 from s2d2_lmeval.runtime.passes import Layout, Pass
 
 
@@ -42,6 +43,16 @@ class Runner:
     def release(self) -> None:
         """Give the cache's memory back."""
         self.cache = SlotCache(0, 0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def rows_that_fit(self, capacity: int, wanted: int) -> int:
+        """Sequences of ``capacity`` positions, each asking for ``wanted`` logits a step, that free memory holds; 1 at
+        least.
+        """
+        devices = {parameter.device for parameter in self.model.parameters()}
+        free = sum(free_bytes(device) for device in devices) + self.cache.bytes
+        return max(1, int(SHARE * free) // bytes_per_row(self.model, capacity, wanted))
 
     @torch.inference_mode()
     def measure_costs(self, rows: int, most: int) -> CostCurve:

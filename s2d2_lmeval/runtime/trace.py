@@ -41,17 +41,27 @@ class Trace:
     """Records of everything a model ran since :meth:`reset`, and what they add up to.
 
     ``new_tokens`` counts tokens handed to the user: up to the stop, without what a block holds behind it.
+    ``prompt_tokens`` counts those of seated prompts and ``reused_tokens`` the ones among them whose keys were there
+    already; ``batch_halvings`` says how often memory ran out and fewer rows went on.
     """
 
     records: list[ForwardRecord] = field(default_factory=list)
     new_tokens: int = 0
     requests: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    batch_halvings: int = 0
 
     def reset(self) -> None:
         """Forget everything."""
         self.records.clear()
-        self.new_tokens = 0
-        self.requests = 0
+        self.new_tokens = self.requests = 0
+        self.prompt_tokens = self.reused_tokens = self.batch_halvings = 0
+
+    def seated(self, prompt: int, reused: int) -> None:
+        """Count a prompt of ``prompt`` tokens, ``reused`` of which need not be run."""
+        self.prompt_tokens += prompt
+        self.reused_tokens += reused
 
     def finished(self, new_tokens: int) -> None:
         """Count a request that is complete."""
@@ -80,6 +90,9 @@ class Trace:
         return {
             "requests": self.requests,
             "new_tokens": self.new_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
+            "batch_halvings": self.batch_halvings,
             "forwards": len(self.records),
             "nfe": nfe,
             **{f"{kind}_forwards": kinds[kind] for kind in KINDS},

@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig
 
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness.arguments import rows_in_flight, sort_arguments
+from s2d2_lmeval.runtime.memory import RowLimit
 from s2d2_lmeval.harness.generation_arguments import GenerationArguments
 
 
@@ -32,7 +33,7 @@ def test_three_readers() -> None:
     expected = {"attention": "sdpa", "max_context": 512, "mask_token_id": 7, "local_files_only": True}
     assert sorted_.loading == expected
     assert sorted_.harness == {"max_length": 128, "think_end_token": "</think>", "trust_remote_code": True}
-    assert sorted_.rows == 16
+    assert sorted_.rows == RowLimit(16)
 
 
 def test_a_block_length_also_chooses_the_paper_setting() -> None:
@@ -99,14 +100,14 @@ def test_spreading_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_in_flight() -> None:
-    assert rows_in_flight(4, None, "cpu") == 4
-    assert rows_in_flight("16", 8, "cpu") == 16
-    assert rows_in_flight("auto", None, "cpu") == 8
-    assert rows_in_flight("auto:4", None, "cuda:0") == 32
-    assert rows_in_flight("auto", 4, "cuda") == 4
+    assert rows_in_flight(4, None) == RowLimit(4)
+    assert rows_in_flight("16", 8) == RowLimit(16)
+    assert rows_in_flight("auto", None) == RowLimit("auto")
+    assert rows_in_flight("auto:4", 4) == RowLimit("auto", 4)
+    assert sort_arguments("x", {"max_batch": "auto"}).rows == RowLimit("auto")
     for wrong in (0, -1, "many", 1.5):
         with pytest.raises(ConfigError, match="number of requests to decode side by side"):
-            rows_in_flight(wrong, None, "cpu")  # type: ignore[arg-type]
+            rows_in_flight(wrong, None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_batch=0"):
         sort_arguments("x", {"max_batch": 0})
 

@@ -1,0 +1,72 @@
+"""How many rows fit into memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.runtime import memory, runner
+from s2d2_lmeval.runtime.memory import RowLimit, bytes_per_position, free_bytes, out_of_memory
+from s2d2_lmeval.runtime.runner import Runner
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def tiny() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+
+
+def test_a_number_is_taken_as_it_is_and_auto_has_a_bound() -> None:
+    assert RowLimit(200).most(CPU) == 200
+    assert RowLimit(200, at_most=3).most(CUDA) == 3
+    assert RowLimit("auto").most(CPU) == memory.MOST_ROWS_ON_CPU
+    assert RowLimit("auto").most(CUDA) == memory.MOST_ROWS
+    assert RowLimit("auto", at_most=5).most(CUDA) == 5
+
+
+@pytest.mark.parametrize("wrong", [0, -1, "many", 1.5, None, True])
+def test_anything_else_is_refused(wrong: object) -> None:
+    with pytest.raises(ConfigError, match="give auto, or the number of rows"):
+        RowLimit(wrong)  # type: ignore[arg-type]
+
+
+def test_bytes_of_a_position_are_those_that_the_cache_takes() -> None:
+    model = tiny()
+    assert bytes_per_position(model) == 2 * 3 * 2 * 8 * 2
+    machine = Runner(model)
+    machine.reserve(2, 32)
+    machine.measure_costs(2, 1)  # the first forward allocates
+    assert machine.cache.bytes == 2 * 32 * bytes_per_position(model)
+
+
+def test_rows_follow_from_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Runner(tiny())
+    row = 32 * bytes_per_position(machine.model) + 4 * 50 * 4 * memory.LOGIT_COPIES
+    for rows in (1, 2, 7):
+        monkeypatch.setattr(runner, "free_bytes", lambda device, rows=rows: int(1.01 * rows * row / memory.SHARE))
+        assert machine.rows_that_fit(32, 4) == rows
+    monkeypatch.setattr(runner, "free_bytes", lambda device: 0)
+    assert machine.rows_that_fit(32, 4) == 1
+
+
+def test_this_machine_has_memory() -> None:
+    assert free_bytes(CPU) > 1 << 20
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert out_of_memory(MemoryError())
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert out_of_memory(caught.value)
