@@ -21,6 +21,9 @@ The names are those of the published functions; `decoder`, `schedule`, `acceptan
 - as `--option name=value` of `s2d2-lmeval generate`;
 - in Python, `model.generate(prompts, {"decoder": "s2d2", "block_length": 16})`.
 
+`preset=NAME` names one of the published settings of the last section. It lies under every other option, wherever that
+is given: with `--model_args pretrained=…,temperature=0.5` and a task's `preset: sdar-b` the temperature is 0.5.
+
 Under the options you give lie the published settings of the checkpoint's family (last section; `s2d2-lmeval doctor
 PATH` shows those of a checkpoint), and under these the defaults below. A name that is unknown, or belongs to another
 decoder or family, is refused. What `--model_args` may hold besides is in [model-args.md](model-args.md)."""
@@ -165,6 +168,7 @@ def _values(kind: str, meta: Any) -> str:
         "bool": "true, false",
         "int": "integer",
         "float": "number",
+        "str": "a name",
         "tuple[int, ...]": "token ids",
         "object": "keyed, fixed, torch, an object",
     }.get(kind, kind)

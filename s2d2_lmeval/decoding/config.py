@@ -20,8 +20,8 @@ from s2d2_lmeval.decoding.options import (
     option,
 )
 from s2d2_lmeval.decoding.pipelined_options import PipelinedOptions
+from s2d2_lmeval.decoding.presets import PresetOption, preset_options, published_setting
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.families import family_named
 
 if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
@@ -45,7 +45,7 @@ _ESTIMATORS = (
 
 
 @dataclass(frozen=True)
-class DecodingConfig(EditingOptions, PipelinedOptions):
+class DecodingConfig(PresetOption, EditingOptions, PipelinedOptions):
     """How to decode. Defaults are those of the published functions; :meth:`from_options` lays a family's paper setting
     under them.
 
@@ -311,14 +311,19 @@ class DecodingConfig(EditingOptions, PipelinedOptions):
         return frozenset(field.name for field in dataclasses.fields(cls)) | SYNONYMS.keys()
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any], facts: Facts | None = None) -> DecodingConfig:
-        """Check ``options`` and lay them over the family's paper setting (``facts.defaults``).
+    def from_options(
+        cls, options: Mapping[str, Any], facts: Facts | None = None, *, of_run: Mapping[str, Any] | None = None
+    ) -> DecodingConfig:
+        """Check ``options`` and lay them over the family's paper setting (``facts.defaults``) and the preset they name.
 
+        :param of_run: options of a whole run, which ``options`` override by name. Where ``options`` choose another
+            decoder, those that are not its own are left out.
         :raises ConfigError: for a name that is no option (names the nearest), a value of the wrong type or out of
             range, an option of another decoder, or a contradiction.
         """
-        given = _normalised(options)
-        decoder = given.get("decoder", "s2d2")
+        given, beneath = _normalised(options), _normalised(of_run or {})
+        given = {**(_own(given["decoder"], beneath) if "decoder" in given else beneath), **given}
+        decoder, preset = given.get("decoder", "s2d2"), given.pop("preset", None)
         _refuse_foreign(decoder, given)
         below: dict[str, Any] = {}
         if facts is not None:
@@ -328,28 +333,33 @@ class DecodingConfig(EditingOptions, PipelinedOptions):
                     f"decoder={decoder} does not fit {facts.family} checkpoints; use one of: "
                     f"{', '.join(facts.decoders)}."
                 )
-            # The published setting depends on the block length, which may be another than the checkpoint's own.
-            below = {"stop_token_ids": facts.stop_token_ids, **facts.defaults}
-            length = given.get("block_length")
-            if isinstance(length, int) and length != facts.block_length:
-                below |= family_named(facts.family).defaults(length)
-        return cls(**{**_own(decoder, below), **given})
+            below = published_setting(facts, given.get("block_length"))
+        if preset is not None:
+            below |= preset_options(preset, facts)
+        return _made_from(preset, cls(**{**_own(decoder, below), **given}))
 
     def replace(self, **options: Any) -> DecodingConfig:
         """The same configuration with ``options`` in place of its own, checked as in :meth:`from_options`."""
         given = _normalised(options)
+        if "preset" in given:
+            raise ConfigError(
+                "preset lies under the options that are given beside it, and this configuration is complete: start "
+                "from DecodingConfig.from_options, or give the preset to model.generate."
+            )
         decoder = given.get("decoder", self.decoder)
         _refuse_foreign(decoder, given)
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         if own["denoising_steps"] == own["block_length"]:
             own["denoising_steps"] = None
-        return type(self)(**{**_own(decoder, own), **given})
+        return _made_from(self.preset, type(self)(**{**_own(decoder, own), **given}))
 
     def check_fits(self, facts: Facts) -> None:
         """Refuse options that mean nothing to checkpoints of ``facts``, where they differ from their default.
 
         :raises ConfigError: naming the option.
         """
+        if self.preset is not None:
+            preset_options(self.preset, facts)
         _refuse_other_schemes({name: getattr(self, name) for name in _fields_of(self.decoder)}, facts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -359,6 +369,11 @@ class DecodingConfig(EditingOptions, PipelinedOptions):
             values["random_source"] = type(values["random_source"]).__name__
         values["stop_token_ids"] = list(self.stop_token_ids)
         return values
+
+
+def _made_from(preset: str | None, config: DecodingConfig) -> DecodingConfig:
+    object.__setattr__(config, "preset", preset)
+    return config
 
 
 def _fields_of(decoder: str) -> list[str]:

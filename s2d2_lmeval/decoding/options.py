@@ -58,6 +58,7 @@ def option(
     choices: tuple[Any, ...] | None = None,
     low: float | None = None,
     high: float | None = None,
+    init: bool = True,
 ) -> Any:
     """A field of :class:`~s2d2_lmeval.decoding.config.DecodingConfig` with what it takes to check and explain it."""
     metadata = {
@@ -68,7 +69,7 @@ def option(
         "low": low,
         "high": high,
     }
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, init=init, metadata=metadata)
 
 
 def checked(field: dataclasses.Field[Any], value: Any) -> Any:

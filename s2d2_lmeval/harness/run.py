@@ -96,11 +96,11 @@ class GenerationRun:
             stops = tuple(dict.fromkeys((*known, *lm.end_of_text_ids, *special)))
             given = {name: value for name, value in lm.arguments.decoding.items() if name not in BUDGET_NAMES}
             return Group(until, stops, budget, None, lm.custom.options({**given, **asked.options}, stops, lm.tokenizer))
-        if lm.decoding is None:
+        config = lm.configuration({**asked.options, "max_new_tokens": budget})
+        if config is None:
             raise ConfigError(
                 "this model is of no known family, so only a custom_generate function can decode with it."
             )
-        config = lm.decoding.replace(**asked.options, max_new_tokens=budget)
         stops = tuple(dict.fromkeys((*config.stop_token_ids, *special)))
         return Group(until, stops, budget, config.replace(stop_token_ids=stops))
 

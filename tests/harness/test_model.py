@@ -18,6 +18,8 @@ from s2d2_lmeval.errors import CheckpointError, ConfigError, RequestError
 from s2d2_lmeval.harness.model import S2D2LM
 from s2d2_lmeval.harness.prompts import request_key
 
+from .conftest import write_task
+
 PROMPTS = ["Q: one? A:", "Q: a much longer question, is it not? A:", "x", "é€😀", "Q: one? A:"]
 
 
@@ -298,3 +300,49 @@ def test_limit_does_not_change_answers(evaluate: Callable[..., Any]) -> None:
     few, all_ = (evaluate("tiny_free", batch_size=4, limit=limit)["samples"]["tiny_free"] for limit in (2, None))
     answers = [{sample["doc_id"]: sample["resps"] for sample in samples} for samples in (few, all_)]
     assert answers[0] == {doc: answers[1][doc] for doc in (0, 1)}
+
+
+# Presets
+
+
+def test_a_preset_of_the_run_and_of_a_task(evaluate: Callable[..., Any], task_folder: Path) -> None:
+    """A task's preset takes the place of the run's, under what the run gave."""
+    write_task(task_folder, "tiny_preset", until=[], max_gen_toks=6, preset="sdar-a")
+    about = evaluate("tiny_free", {"preset": "sdar-b", "threshold": 0.7}, limit=1)["config"]["s2d2"]
+    assert about["preset"] == "sdar-b"
+    (group,) = about["configurations"]
+    decoding = group["decoding"]
+    assert (decoding["preset"], decoding["block_length"], decoding["score_penalty_coef"]) == ("sdar-b", 16, 0.0)
+    assert decoding["confidence_threshold"] == 0.7
+    about = evaluate("tiny_preset", {"preset": "sdar-b", "threshold": 0.7}, limit=1)["config"]["s2d2"]
+    decoding = about["configurations"][0]["decoding"]
+    assert (decoding["preset"], decoding["block_length"], decoding["score_penalty_coef"]) == ("sdar-a", 4, 1.0)
+    assert decoding["confidence_threshold"] == 0.7
+
+
+def test_a_block_length_of_a_task_brings_its_published_setting(requests: Any, lm: S2D2LM) -> None:
+    lm.generate_until(requests(["x"], max_gen_toks=1, block_length=16), disable_tqdm=True)
+    decoding = list(lm.configurations.values())[-1]["decoding"]
+    assert (decoding["block_length"], decoding["denoising_steps"], decoding["score_penalty_coef"]) == (16, 16, 0.0)
+
+
+def test_what_the_run_gave_for_another_decoder_than_the_task_s_falls_away(
+    requests: Any, make: Callable[..., S2D2LM]
+) -> None:
+    model = make(min_ssd_span_length=2, seed=3)
+    model.generate_until(requests(["x"], max_gen_toks=1, decoder="ar"), disable_tqdm=True)
+    decoding = list(model.configurations.values())[-1]["decoding"]
+    assert (decoding["decoder"], decoding["seed"]) == ("ar", 3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [("fast-a", "sdar has sdar-a, sdar-b"), ("sdar-c", r"Did you mean sdar-b\?"), (3, "there is no preset 3")],
+)
+def test_a_preset_that_does_not_fit(
+    requests: Any, make: Callable[..., S2D2LM], lm: S2D2LM, preset: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(preset=preset)
+    with pytest.raises(ConfigError, match=message):
+        lm.generate_until(requests(["x"], preset=preset), disable_tqdm=True)
