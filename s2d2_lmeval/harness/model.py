@@ -270,7 +270,6 @@ class S2D2LM(HFLM):
             "rows_in_flight": 1 if self.custom is not None or engine is None else engine.max_batch,
             "decoder": self.custom.name if self.custom is not None else decoding.decoder if decoding else None,
             "preset": decoding.preset if decoding is not None else None,
-            "preset": decoding.preset if decoding is not None else None,
             "promise": decoding.promise if decoding is not None else None,
             "family": engine.facts.family if engine is not None else None,
             "configurations": list(self.configurations.values()),

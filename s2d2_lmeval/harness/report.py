@@ -151,8 +151,6 @@ def header(
         lines.append(("decoder", f"{config.decoder}: {config.promise}"))
         if config.preset is not None:
             lines.append(("preset", config.preset))
-        if config.preset is not None:
-            lines.append(("preset", config.preset))
         lines.append(("layout", config.layout))
         lines.append(("in flight", f"{rows} rows, up to {model.max_context} positions each"))
     if model is not None:
