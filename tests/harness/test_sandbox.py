@@ -47,8 +47,11 @@ FAILURES = {
     "error": "undefined",
     "syntax": "def (",
     "signal to the evaluation": "import os; os.kill(os.getppid(), 15)",
-    "forged answer": 'import os\nfor d in range(3, 9):\n    try: os.write(d, b\'{"word": "x"}\')\n    except OSError: pass\n'
-    "os._exit(0)",
+    "forged answer": """import os
+for d in range(3, 9):
+    try: os.write(d, b'{"word": "x"}')
+    except OSError: pass
+os._exit(0)""",
 }
 
 
