@@ -17,6 +17,7 @@ _ONLY_TO_TRY = {"entropy_bounded": {"eb_threshold": 0.35}}
 def checkpoint(source: str, revision: str | None, *, load: bool) -> Iterator[Finding]:
     """Everything about ``source``, in the order in which it would go wrong."""
     from s2d2_lmeval.families import identify, read_config
+    from s2d2_lmeval.families.facts import AUTOREGRESSIVE
     from s2d2_lmeval.families.files import read_json, resolve
 
     section = "checkpoint"
@@ -31,9 +32,12 @@ def checkpoint(source: str, revision: str | None, *, load: bool) -> Iterator[Fin
         yield Finding(section, "config.json", str(error), PROBLEM)
         return
     yield Finding(section, "family", f"{facts.family}, runs as transformers' {facts.native_class}; no remote code")
-    yield Finding(section, "vocabulary", f"{facts.vocab_size}, mask token {facts.mask_token_id}")
-    aligned = "counted from position 0" if facts.block_alignment == "absolute" else "counted from the prompt's end"
-    yield Finding(section, "blocks", f"of {facts.block_length} tokens, {aligned}")
+    if facts.scheme == AUTOREGRESSIVE:
+        yield Finding(section, "vocabulary", f"{facts.vocab_size}; no mask token, so no blocks: a target of drafters")
+    else:
+        aligned = "counted from position 0" if facts.block_alignment == "absolute" else "counted from the prompt's end"
+        yield Finding(section, "vocabulary", f"{facts.vocab_size}, mask token {facts.mask_token_id}")
+        yield Finding(section, "blocks", f"of {facts.block_length} tokens, {aligned}")
     shift = "predict the next token (shifted)" if facts.token_shift else "predict their own token (not shifted)"
     yield Finding(section, "logits", shift)
     if facts.stop_token_ids:
@@ -41,6 +45,8 @@ def checkpoint(source: str, revision: str | None, *, load: bool) -> Iterator[Fin
     else:
         yield Finding(section, "stop tokens", "none named; the tokenizer's end-of-text token is used", NOTE)
     yield Finding(section, "context", f"{facts.max_context} positions, prompt and answer together")
+    if facts.caveat:
+        yield Finding(section, "but", facts.caveat, NOTE)
     yield from _weights(where)
     yield from _tokenizer(where, revision, facts)
     yield from _decoders(facts)
@@ -101,22 +107,23 @@ def _tokenizer(where: str, revision: str | None, facts: Any) -> Iterator[Finding
     fits = size <= facts.vocab_size
     more = "" if fits else f"; more than the model's {facts.vocab_size}: not this model's tokenizer"
     yield Finding(section, "tokenizer", about + more, OK if fits else PROBLEM)
-    mask = tokenizer.convert_ids_to_tokens(facts.mask_token_id) if facts.mask_token_id < size else None
-    if mask is None:
+    if facts.mask_token_id >= size:
         yield Finding(section, "mask token", f"{facts.mask_token_id} is not in the tokenizer", NOTE)
-    else:
+    elif facts.mask_token_id >= 0:
+        mask = tokenizer.convert_ids_to_tokens(facts.mask_token_id)
         yield Finding(section, "mask token", f"{facts.mask_token_id} {mask}")
     has = bool(tokenizer.chat_template)
     yield Finding(section, "chat template", "yes" if has else "none; do not use --apply_chat_template", OK)
 
 
 def _decoders(facts: Any) -> Iterator[Finding]:
-    """The published setting, and every decoder that fits with what it promises."""
+    """The published settings, and every decoder that fits with what it promises."""
     from s2d2_lmeval.cli.options import as_written
     from s2d2_lmeval.decoding.config import DecodingConfig
 
     defaults = ", ".join(f"{name}={as_written(value)}" for name, value in facts.defaults.items())
     yield Finding("decoders", "default setting", defaults)
+    yield from _presets(facts)
     for name in facts.decoders:
         extra = _ONLY_TO_TRY.get(name, {})
         try:
@@ -126,6 +133,18 @@ def _decoders(facts: Any) -> Iterator[Finding]:
             continue
         needs = f" (needs {', '.join(extra)})" if extra else ""
         yield Finding("decoders", name, config.promise + needs)
+
+
+def _presets(facts: Any) -> Iterator[Finding]:
+    """The published settings that go by a name, each by what is different from the default."""
+    from s2d2_lmeval.cli.options import as_written, compared
+    from s2d2_lmeval.families import family_named
+
+    for name, options in family_named(facts.family).presets.items():
+        changes, gone = compared(options, facts.defaults)
+        parts = [f"{key}={as_written(value)}" for key, value in changes.items()]
+        more = ", ".join([*parts, *(f"without {key}" for key in gone)])
+        yield Finding("decoders", f"preset={name}", f"the default setting{' with ' + more if more else ''}")
 
 
 def _try(source: str, revision: str | None, facts: Any) -> Iterator[Finding]:

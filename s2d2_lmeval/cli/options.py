@@ -114,13 +114,18 @@ def _published_settings() -> str:
         default = dict(family.defaults(length))
         lines = [f"- default, for blocks of {length}: {_written(default)}"]
         for name, options in family.presets.items():
-            changes = {key: value for key, value in options.items() if (key, value) not in default.items()}
-            gone = [f"without `{key}`" for key in default if key not in options]
-            lines.append(f"- `{name}`: the default{' with ' + _written(changes) if changes else ''}")
-            lines[-1] += f", {', '.join(gone)}" if gone else ""
+            changes, gone = compared(options, default)
+            more = ", ".join([*([_written(changes)] if changes else []), *(f"without `{key}`" for key in gone)])
+            lines.append(f"- `{name}`: the default{' with ' + more if more else ''}")
         families.setdefault("\n".join(lines), []).append(family.name)
     parts = ["## Published settings", *(f"**{_listed(names)}**\n\n{lines}" for lines, names in families.items())]
     return "\n\n".join(parts)
+
+
+def compared(options: Mapping[str, Any], default: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What a setting says otherwise than ``default``, and the names on which it says nothing."""
+    changes = {name: value for name, value in options.items() if (name, value) not in default.items()}
+    return changes, [name for name in default if name not in options]
 
 
 def _written(options: Mapping[str, Any]) -> str:

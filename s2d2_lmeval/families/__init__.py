@@ -6,6 +6,16 @@ from s2d2_lmeval.families.adoption import adopt
 from s2d2_lmeval.families.facts import Facts, Family
 from s2d2_lmeval.families.files import read_config
 from s2d2_lmeval.families.loading import load_checkpoint
-from s2d2_lmeval.families.registry import FAMILIES, family_named, identify
+from s2d2_lmeval.families.registry import FAMILIES, family_named, identify, register
 
-__all__ = ["FAMILIES", "Facts", "Family", "adopt", "family_named", "identify", "load_checkpoint", "read_config"]
+__all__ = [
+    "FAMILIES",
+    "Facts",
+    "Family",
+    "adopt",
+    "family_named",
+    "identify",
+    "load_checkpoint",
+    "read_config",
+    "register",
+]

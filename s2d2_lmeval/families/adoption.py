@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from s2d2_lmeval.errors import CheckpointError
-from s2d2_lmeval.families.facts import AUTOREGRESSIVE, Facts, Family
-from s2d2_lmeval.families.registry import FAMILIES, FAMILY_FIELD, family_named, identify, mark
+from s2d2_lmeval.families.facts import AUTOREGRESSIVE, FAMILY_FIELD, Facts, Family
+from s2d2_lmeval.families.registry import FAMILIES, family_named, identify, mark
 
 _adopted: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
 

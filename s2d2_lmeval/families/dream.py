@@ -43,5 +43,6 @@ DREAM = Family(
     presets={"d2f-dream": defaults(d2f.BLOCK_LENGTH)},
     published_mask_ids={152064: 151666},
     published_block_length=d2f.BLOCK_LENGTH,
+    caveat_without_adapter=d2f.CAVEAT,
     fixed_block_length=True,
 )

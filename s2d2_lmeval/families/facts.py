@@ -21,6 +21,11 @@ AUTOREGRESSIVE = "autoregressive"
 NO_MASK = -1
 """Mask token id of models that have none."""
 
+# Written into the configurations of models that are loaded here: several families share a native class, and an adapter
+# that was merged into the weights leaves no other trace.
+FAMILY_FIELD = "block_diffusion_family"
+ADAPTER_FIELD = "block_diffusion_adapter"
+
 _MASK_FIELDS = ("mask_token_id", "mask_id")
 _BLOCK_FIELDS = ("block_length", "block_size", "bd_size")
 
@@ -56,6 +61,8 @@ class Facts:
         decoders: names of the decoders that fit the family, the default one first.
         defaults: the family's published setting for this block length, as decoding options.
         drafter: what is known about the drafter that was loaded with it, if one was.
+        adapter: the LoRA adapter that was merged into the weights, if one was.
+        caveat: what to know before its answers are trusted, in a sentence; empty where there is nothing.
     """
 
     family: str
@@ -71,6 +78,8 @@ class Facts:
     defaults: Mapping[str, Any] = field(hash=False)
     scheme: str = "block"
     drafter: DrafterFacts | None = None
+    adapter: str | None = None
+    caveat: str = ""
 
     def with_drafter(self, drafter: DrafterFacts) -> Facts:
         """The facts of this model together with a drafter, whose decoders come first."""
@@ -94,6 +103,7 @@ class Family:
         published_mask_ids: vocabulary size of a published checkpoint -> its mask id, where config.json may lack it.
         published_block_length: block length where config.json lacks it. Applied to the vocabulary sizes above only,
             unless ``fixed_block_length``: then there never was another one.
+        caveat_without_adapter: the checkpoint's caveat unless an adapter was merged into it.
         shares_weights: False where the published weights are split or stacked to fit the native class, so that a model
             under published names cannot be adopted without a copy.
     """
@@ -113,6 +123,7 @@ class Family:
     scheme: str = "block"
     fixed_block_length: bool = False
     key_mapping: Mapping[str, str] = field(default_factory=dict, hash=False)
+    caveat_without_adapter: str = ""
     shares_weights: bool = True
 
     @property
@@ -179,6 +190,8 @@ class Family:
             decoders=self.decoders,
             defaults=dict(self.defaults(length)),
             scheme=self.scheme,
+            adapter=config.get(ADAPTER_FIELD),
+            caveat="" if config.get(ADAPTER_FIELD) else self.caveat_without_adapter,
         )
 
     def _mask_token_id(self, config: Mapping[str, Any], vocab: int, source: str, given: int | None) -> int:

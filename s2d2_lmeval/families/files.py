@@ -46,12 +46,19 @@ def read_config(source: str | Path, revision: str | None = None, **hub: Any) -> 
     if found is not None:
         return found
     if Path(source).is_dir():
-        adapter = " It holds a LoRA adapter: load its base model, and give this folder as adapter=…."
-        is_adapter = (Path(source) / "adapter_config.json").exists()
-        raise CheckpointError(f"{source} holds no config.json.{adapter if is_adapter else ''}")
+        raise CheckpointError(f"{source} holds no config.json.{_base_of_adapter(source)}")
     raise CheckpointError(
         f"{source} is neither a folder nor a model with a config.json on the hub (or, offline, in its cache)."
     )
+
+
+def _base_of_adapter(source: str) -> str:
+    """What to load in place of a folder that holds an adapter; nothing if it holds none."""
+    config = read_json(source, "adapter_config.json")
+    if config is None:
+        return ""
+    base = config.get("base_model_name_or_path") or "its base model"
+    return f" It holds a LoRA adapter: load {base}, and give this folder as adapter=… (in --model_args: peft=…)."
 
 
 def read_json(source: str, name: str, **hub: Any) -> dict[str, Any] | None:

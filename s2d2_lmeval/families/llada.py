@@ -82,5 +82,6 @@ LLADA = Family(
     presets={"d2f-llada": d2f.defaults(d2f.BLOCK_LENGTH)},
     published_mask_ids={126464: 126336},
     published_block_length=d2f.BLOCK_LENGTH,
+    caveat_without_adapter=d2f.CAVEAT,
     fixed_block_length=True,
 )

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.adapters import merge_adapter
-from s2d2_lmeval.families.facts import Facts, Family
+from s2d2_lmeval.families.facts import ADAPTER_FIELD, Facts, Family
 from s2d2_lmeval.families.files import HUB_OPTIONS, read_config, read_json, resolve, weight_files
 from s2d2_lmeval.families.registry import identify, mark
 
@@ -68,6 +68,8 @@ def load_checkpoint(
     family = identify(config)
     native = family.native_config(config)
     generation = read_json(source, "generation_config.json", revision=revision, **hub) or {}
+    if adapter is not None:
+        config = {**config, ADAPTER_FIELD: str(adapter)}
     facts = family.facts(
         config, native, generation, source=source, mask_token_id=mask_token_id, block_length=block_length
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.autoregressive import TARGETS
 from s2d2_lmeval.families.dream import DREAM
-from s2d2_lmeval.families.facts import AUTOREGRESSIVE, Facts, Family, names_blocks
+from s2d2_lmeval.families.facts import ADAPTER_FIELD, AUTOREGRESSIVE, FAMILY_FIELD, Facts, Family, names_blocks
 from s2d2_lmeval.families.fast_dllm_v2 import FAST_DLLM_V2
 from s2d2_lmeval.families.llada import LLADA
 from s2d2_lmeval.families.llada2 import LLADA2
@@ -17,12 +17,8 @@ from s2d2_lmeval.families.sdar import SDAR, SDAR_MOE
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (SDAR, SDAR_MOE, FAST_DLLM_V2, LLADA2, LLADA, DREAM, *TARGETS)
-}
-
-# Written into the configuration of every model that is loaded here, since several families share a native class.
-FAMILY_FIELD = "block_diffusion_family"
+FAMILIES: dict[str, Family] = {}
+"""Name -> family, in the order in which messages and pages list them."""
 
 # Diffusion models that transformers runs by itself, and whose decoding is theirs alone.
 _SELF_CONTAINED = ("diffusion_gemma",)
@@ -30,9 +26,31 @@ _SELF_CONTAINED = ("diffusion_gemma",)
 _RECURRENT = ("qwen3_next", "qwen3_5", "qwen3_6", "qwen3_8", "kimi_linear", "olmo_hybrid")
 
 
+def register(family: Family) -> Family:
+    """Makes ``family`` known to everything that loads, describes or decodes checkpoints; returns it.
+
+    Raises:
+        CheckpointError: its name, a ``model_type`` or the name of a preset that is another family's already.
+    """
+    for other in FAMILIES.values():
+        shared = family.presets.keys() & other.presets.keys()
+        taken = {family.name, *family.model_types} & {other.name, *other.model_types}
+        taken |= {name for name in shared if family.presets[name] != other.presets[name]}
+        if taken:
+            raise CheckpointError(f"{min(taken)} belongs to the family {other.name} already; choose another name.")
+    FAMILIES[family.name] = family
+    return family
+
+
+for _family in (SDAR, SDAR_MOE, FAST_DLLM_V2, LLADA2, LLADA, DREAM, *TARGETS):
+    register(_family)
+
+
 def mark(native: PreTrainedConfig, facts: Facts) -> None:
     """Writes into a native configuration what only the published one said."""
     setattr(native, FAMILY_FIELD, facts.family)
+    if facts.adapter is not None:
+        setattr(native, ADAPTER_FIELD, facts.adapter)
     native.mask_token_id = facts.mask_token_id
     native.block_length = facts.block_length
 

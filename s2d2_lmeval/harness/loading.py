@@ -52,6 +52,8 @@ def load_model(arguments: Arguments, *, rows: RowLimit, dtype: Any, device: str 
     loading.update({"dtype": dtype, "revision": revision})
     name = str(source if isinstance(source, str) else getattr(source, "name_or_path", "") or type(source).__name__)
 
+    if arguments.peft is not None and (arguments.model_class is not None or isinstance(source, torch.nn.Module)):
+        raise ConfigError("peft=… is for a checkpoint that is loaded here; merge the adapter into your model yourself.")
     if isinstance(source, torch.nn.Module):
         return _around(source, name, _facts(loading), engine_options)
     if arguments.model_class is not None:
@@ -62,13 +64,12 @@ def load_model(arguments: Arguments, *, rows: RowLimit, dtype: Any, device: str 
             if arguments.custom is None:
                 raise
             return Loaded(model, None, name)
-    if arguments.custom is None and arguments.peft is None:
+    loading["adapter"] = arguments.peft
+    if arguments.custom is None:
         engine = load(source, **engine_options, **loading)
         return Loaded(engine.hf_model, engine, name)
     # The engine gives its model an attention of its own; a function of the user's gets the model without.
     hf_model, _ = load_checkpoint(source, **loading)
-    if arguments.peft is not None:
-        hf_model = merge_adapter(hf_model, arguments.peft, revision)
     return _around(hf_model, name, _facts(loading), engine_options)
 
 
@@ -99,32 +100,6 @@ def _from_class(arguments: Arguments, source: str, loading: dict[str, Any]) -> A
     return model.to(device).eval() if device is not None else model.eval()
 
 
-def merge_adapter(hf_model: Any, adapter: str, revision: str | None) -> Any:
-    """The model with a LoRA adapter merged into its weights.
-
-    :raises CheckpointError: when the adapter was not made for these weight names.
-    """
-    try:
-        from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
-    except ImportError:
-        raise ConfigError("peft=… needs the package peft: pip install peft.") from None
-    try:
-        config = PeftConfig.from_pretrained(adapter, revision=revision)
-        weights = load_peft_weights(adapter, device="cpu", revision=revision)
-        wrapped = get_peft_model(hf_model, config)
-        fit: Any = set_peft_model_state_dict(wrapped, weights)
-    except Exception as error:
-        raise CheckpointError(f"the adapter {adapter} does not fit this model: {error}") from error
-    foreign = fit.unexpected_keys or [name for name in fit.missing_keys if config.peft_type.value.lower() in name]
-    if foreign:
-        raise CheckpointError(
-            f"the adapter {adapter} was not made for the weight names of {type(hf_model).__name__} "
-            f"(such as {foreign[0]}). "
-            "Merge it into the published checkpoint first, and load the result."
-        )
-    return wrapped.merge_and_unload()
-
-
 def load_tokenizer(arguments: Arguments, source: str, revision: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer that ``--model_args`` name, by default that of the checkpoint.
 
@@ -153,9 +128,16 @@ def load_tokenizer(arguments: Arguments, source: str, revision: str | None) -> P
             )
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "custom code" in first_line:
+            raise CheckpointError(
+                f"the tokenizer of {named} is code of its own, which is not run unasked. Look at it and give "
+                "trust_remote_code=True (model code is not run even so), or name a folder or hub id with a tokenizer "
+                "of the same vocabulary: tokenizer=…."
+            ) from None
         raise CheckpointError(
-            f"no tokenizer could be loaded from {named} ({first_line}). Give one with tokenizer=…."
-        ) from error
+            f"no tokenizer could be loaded from {named} ({first_line}). Give one of the same vocabulary with "
+            "tokenizer=…, a folder or hub id."
+        ) from None
 
 
 def resolve(source: Any) -> Any:

@@ -103,3 +103,37 @@ def test_a_model_that_the_harness_does_not_know(
     assert found_code == code
     assert not found["lm_eval", "lm_eval --model s2d2"]["value"].startswith("works")
     assert found["lm_eval", "s2d2-lmeval eval"]["state"] == "ok"
+
+
+def test_presets_are_told_by_what_is_different(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = findings(capsys, str(checkpoint))
+    assert found["decoders", "preset=sdar-a"]["value"] == "the default setting"
+    changes = "the default setting with block_length=16, denoising_steps=16, score_penalty_coef=0.0"
+    assert found["decoders", "preset=sdar-b"]["value"] == changes
+
+
+FAMILIES = Path(__file__).parents[1] / "families" / "data"
+
+
+def test_a_base_of_d2f_says_what_its_decoders_are_for(capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = findings(capsys, str(FAMILIES / "llada" / "checkpoint"))
+    but = found["checkpoint", "but"]
+    assert but["state"] == "note"
+    assert "LoRA adapter" in but["value"]
+    assert ("decoders", "pipelined") in found
+    assert ("decoders", "dynamic") not in found
+
+
+def test_a_tokenizer_that_is_code_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_checkpoint(tmp_path / "own")
+    (folder / "tokenizer.json").unlink()
+    settings = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own_code.OwnTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own_code.py").write_text("raise SystemExit('ran')")
+    code, found = findings(capsys, str(folder))
+    assert code == 1
+    told = problems(found)["tokenizer"]
+    assert "trust_remote_code=True" in told
+    assert "tokenizer=" in told
+    assert main(["generate", "--model", str(folder), "-p", "x"]) == 2
+    assert "is code of its own" in capsys.readouterr().err

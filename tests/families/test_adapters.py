@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from s2d2_lmeval import load
 from s2d2_lmeval.errors import CheckpointError
-from s2d2_lmeval.families import load_checkpoint
+from s2d2_lmeval.families import adopt, load_checkpoint
 
 RANK, ALPHA = 3, 12
 MODULES = {
@@ -64,7 +65,8 @@ def test_merges_under_published_names(name, form, config, scale, publish, tmp_pa
     adapter = write_adapter(tmp_path / "adapter", tensors, **config)
     plain, facts = load_checkpoint(checkpoint.folder)
     merged, same_facts = load_checkpoint(checkpoint.folder, adapter=adapter)
-    assert same_facts == facts
+    assert "LoRA adapter: give it" in facts.caveat
+    assert same_facts == replace(facts, adapter=str(adapter), caveat="")
     changed = {f"{native}.weight": published for published, native in MODULES[name].items()}
     for weight, value in merged.state_dict().items():
         expected = plain.state_dict()[weight]
@@ -73,6 +75,16 @@ def test_merges_under_published_names(name, form, config, scale, publish, tmp_pa
             expected = expected + scale * tensors[form.format(prefix, "B")] @ tensors[form.format(prefix, "A")]
         assert torch.allclose(value, expected, atol=1e-6), weight
         assert (weight in changed) != torch.equal(value, plain.state_dict()[weight])
+
+
+def test_a_merged_model_that_is_saved_remembers_its_adapter(publish, tmp_path):
+    checkpoint = publish("dream")
+    adapter = write_adapter(tmp_path / "adapter", factors(checkpoint.native, MODULES["dream"]))
+    merged, facts = load_checkpoint(checkpoint.folder, adapter=adapter)
+    merged.save_pretrained(tmp_path / "merged")
+    again, facts_again = load_checkpoint(tmp_path / "merged")
+    assert facts_again == facts
+    assert adopt(again)[1].caveat == ""
 
 
 def test_keeps_the_dtype_of_the_weights(publish, tmp_path):

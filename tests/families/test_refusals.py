@@ -207,7 +207,9 @@ def test_no_configuration(publish):
     (folder / "config.json").unlink()
     refused(folder, "no config.json")
     (folder / "adapter_config.json").write_text("{}")
-    refused(folder, "LoRA adapter")
+    refused(folder, "LoRA adapter: load its base model, and give this folder as adapter=", "peft=")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/base"}))
+    refused(folder, "load someone/base")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", ""])

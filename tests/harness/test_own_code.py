@@ -11,7 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
 
-from s2d2_lmeval.errors import CheckpointError, RequestError
+from s2d2_lmeval.errors import CheckpointError, ConfigError, RequestError
 from s2d2_lmeval.families import load_checkpoint
 from s2d2_lmeval.harness.model import S2D2LM
 
@@ -115,7 +115,10 @@ def test_adapters_are_merged(requests: Any, make: Callable[..., S2D2LM], lm: S2D
     assert not torch.equal(changed, lm.engine.hf_model.model.layers[0].self_attn.q_proj.weight)
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({name.replace("layers", "blocks"): tensor for name, tensor in load_file(weights).items()}, weights)
-    with pytest.raises(CheckpointError, match="was not made for the weight names of Qwen3ForCausalLM"):
+    with pytest.raises(CheckpointError, match="this sdar model does not have under that name"):
         make(peft=str(tmp_path / "adapter"))
-    with pytest.raises(CheckpointError, match=r"the adapter .*nowhere does not fit"):
+    with pytest.raises(CheckpointError, match=r"no folder .*nowhere"):
         make(peft=str(tmp_path / "nowhere"))
+    ready = {"tokenizer": lm.tokenizer, "peft": str(tmp_path / "adapter")}
+    with pytest.raises(ConfigError, match="merge the adapter into your model yourself"):
+        S2D2LM(pretrained=lm.engine.hf_model, **ready)
