@@ -254,19 +254,25 @@ class BlockDenoiser:
 
     def _denoise(self, decisions: Decisions, count: torch.Tensor, among: torch.Tensor) -> None:
         """Decide by the remasking strategy ``count`` (rows,) tokens or more in the rows ``among`` (rows,)."""
+        chosen, order = self._choose(decisions.masks, count * among, self.draft.confidence)
+        decisions.decide(chosen, self.draft.tokens, DENOISED, order)
+
+    def _choose(
+        self, masks: torch.Tensor, count: torch.Tensor, confidence: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which ``masks`` (rows, B) the remasking strategy decides, and in which order."""
         config = self.config
-        chosen, order = choose(
+        return choose(
             config.strategy,
-            decisions.masks,
-            count * among,
-            self.draft.confidence,
+            masks,
+            count,
+            confidence,
             self.draft.entropy,
             config.confidence_threshold,
             config.eb_threshold,
             collapse_entropy=config.collapse_entropy,
             at_most_count=self.verifies,
         )
-        decisions.decide(chosen, self.draft.tokens, DENOISED, order)
 
     def _write(self, stage: Stage, decisions: Decisions) -> None:
         """Put the block where passes read it: into the canvas, and with every mask drafted behind it."""

@@ -18,18 +18,30 @@ __all__ = ["COMMIT", "DRAFT", "IDLE", "KIND_OF_PHASE", "PREFILL", "VERIFY", "Row
 class Rows(Seats):
     """State of ``count`` sequences of up to ``length`` positions in blocks of ``block_length`` (B).
 
-    ``store`` (count, length + B + 1) on the device holds each row's canvas (prompt, decided tokens, masks), behind it
-    the current block with every mask drafted, and one mask token: all that a pass may want to feed, addressable by one
-    index.
+    ``store`` (count, length + B + 1 + D * B) on the device holds each row's canvas (prompt, decided tokens, masks),
+    behind it the current block with every mask drafted, one mask token, and D drafted states of the block: all that a
+    pass may want to feed, addressable by one index.
     """
 
-    def __init__(self, count: int, length: int, block_length: int, mask_token_id: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        count: int,
+        length: int,
+        block_length: int,
+        mask_token_id: int,
+        device: torch.device,
+        draft_states: int = 0,
+    ) -> None:
         super().__init__(count)
         self.length = -(-length // block_length) * block_length
         self.block_length = self.prefix_grain = block_length
         self.mask_token_id = mask_token_id
         self.device = device
-        self.store = torch.full((count, self.length + block_length + 1), mask_token_id, dtype=torch.long, device=device)
+        self.draft_states = draft_states
+        self.states_at = self.length + block_length + 1
+        """Where the drafted states begin in the store."""
+        stride = self.states_at + draft_states * block_length
+        self.store = torch.full((count, stride), mask_token_id, dtype=torch.long, device=device)
         self.start = np.zeros(count, dtype=np.int64)
         """First position of the current block."""
         self.total = np.zeros(count, dtype=np.int64)

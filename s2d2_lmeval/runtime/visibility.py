@@ -42,3 +42,11 @@ def with_mates(visible: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """``visible`` (R, W, W) where besides all queries of one positive ``group`` (R, W) see each other."""
     grouped = group.unsqueeze(2)
     return visible | ((grouped > 0) & (grouped == group.unsqueeze(1)))
+
+
+def in_branches(visible: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """``visible`` (R, W, W) without the queries of other branches: those of a positive ``branch`` (R, W) are seen by
+    their own branch only.
+    """
+    own = branch.unsqueeze(1)
+    return visible & ((own == 0) | (own == branch.unsqueeze(2)))

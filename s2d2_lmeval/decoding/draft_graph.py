@@ -1,0 +1,243 @@
+"""The directed draft graph: which future states of a block are worth drafting (Spiffy, arXiv 2509.18085).
+
+A node is a set of (position rank, vocabulary rank) pairs: "the most confident mask gets its most probable token, the
+third most confident its second". Position ranks count the masks of the block's current state in the order in which the
+base decoder would decide them, vocabulary ranks the tokens of such a place, both by the distribution that led to the
+state. Edges say which states follow which; a state may be reached by several orders of decisions, so it may have
+several parents.
+
+A graph is calibrated for one model and one way of decoding. Under another it is still safe: what it drafts is verified.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from s2d2_lmeval.errors import ConfigError
+
+FORMAT, VERSION = "s2d2-lmeval draft graph", 1
+ROOT = 0
+"""Among parents: the current state itself. Nodes count from 1."""
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A state to draft: its ``pairs`` (position rank, vocabulary rank), sorted; its ``parents``, numbers of nodes, or
+    :data:`ROOT`.
+
+    ``count`` says how often the base decoder reached it while the graph was calibrated, ``chances`` how often the
+    current state had masks enough for it.
+    """
+
+    pairs: Pairs
+    parents: tuple[int, ...] = (ROOT,)
+    count: int = 0
+    chances: int = 0
+
+    @property
+    def reach(self) -> int:
+        """Masks that the current state must have at least."""
+        return self.pairs[-1][0] + 1
+
+
+@dataclass(frozen=True)
+class DraftGraph:
+    """Nodes in the order in which they were chosen: the first n are the graph of n nodes.
+
+    ``model`` and ``decoding`` say what it was calibrated for, ``calibration`` on how much.
+    """
+
+    nodes: tuple[Node, ...]
+    block_length: int
+    model: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    decoding: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    calibration: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def of(cls, nodes: Iterable[Iterable[tuple[int, int]]], block_length: int) -> DraftGraph:
+        """A graph of these sets of pairs, with an edge wherever a set holds another; no counts."""
+        sets = [tuple(sorted(pairs)) for pairs in nodes]
+        linked = [
+            Node(pairs, (ROOT, *(number for number, other in enumerate(sets, 1) if set(other) < set(pairs))))
+            for pairs in sets
+        ]
+        return cls(tuple(linked), block_length)
+
+    @classmethod
+    def chain(cls, block_length: int, length: int) -> DraftGraph:
+        """The graph that needs no calibration: the best tokens of the 1, 2, …, ``length`` first places."""
+        deepest = min(length, block_length)
+        return cls.of([[(place, 0) for place in range(depth)] for depth in range(1, deepest + 1)], block_length)
+
+    @property
+    def counted(self) -> bool:
+        """Whether the graph knows how often its states occur."""
+        return all(node.chances for node in self.nodes)
+
+    def first(self, count: int) -> DraftGraph:
+        """The graph of the first ``count`` nodes."""
+        kept = tuple(
+            Node(node.pairs, tuple(parent for parent in node.parents if parent <= count), node.count, node.chances)
+            for node in self.nodes[:count]
+        )
+        return DraftGraph(kept, self.block_length, self.model, self.decoding, self.calibration)
+
+    def differences(self, model: Mapping[str, Any], decoding: Mapping[str, Any]) -> list[str]:
+        """In what a run differs from what the graph was calibrated for, in words."""
+        found = []
+        for own, other in ((self.model, model), (self.decoding, decoding)):
+            found += [
+                f"{name}={other[name]} here, {own[name]} there"
+                for name in own
+                if name in other and own[name] != other[name]
+            ]
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": dict(self.model),
+            "decoding": dict(self.decoding),
+            "block_length": self.block_length,
+            "calibration": dict(self.calibration),
+            "nodes": [
+                {
+                    "pairs": [list(pair) for pair in node.pairs],
+                    "parents": list(node.parents),
+                    "count": node.count,
+                    "chances": node.chances,
+                }
+                for node in self.nodes
+            ],
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the graph as JSON, a line per node."""
+        plain = self.to_dict()
+        nodes = ",\n".join("    " + json.dumps(node) for node in plain.pop("nodes"))
+        head = json.dumps(plain, indent=2)[:-2]
+        path.write_text(f'{head},\n  "nodes": [\n{nodes}\n  ]\n}}\n' if nodes else f'{head},\n  "nodes": []\n}}\n')
+
+
+def load_graph(source: str, base: str) -> DraftGraph:
+    """The draft graph in the file ``source``; of ``default``, the one that comes with the package for decoder ``base``.
+
+    :raises ConfigError: when there is no such file, or it is not a draft graph.
+    """
+    if source == "default":
+        # Decoders that decide by a threshold, of whatever kind, behave alike, and so do those of fixed steps.
+        like = "static" if base in ("static", "sequential") else "dynamic"
+        text = files("s2d2_lmeval").joinpath("toy", "draft_graphs", f"{like}.json").read_text()
+    else:
+        try:
+            text = Path(source).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"draft_graph={source} cannot be read ({error}). Give a file that `s2d2-lmeval calibrate` wrote, or "
+                "draft_graph=default."
+            ) from None
+    try:
+        return parse_graph(text)
+    except ConfigError as error:
+        raise ConfigError(f"draft_graph={source} {error}") from None
+
+
+def parse_graph(text: str) -> DraftGraph:
+    """The graph that ``text`` (JSON) describes.
+
+    :raises ConfigError: naming what is wrong with it.
+    """
+    try:
+        plain = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"is no JSON ({error}). Calibrate it anew with `s2d2-lmeval calibrate`.") from None
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        raise ConfigError(f'is not a draft graph: it has no "format": "{FORMAT}".')
+    if plain.get("version") != VERSION:
+        raise ConfigError(
+            f"is of version {plain.get('version')!r}, and this release reads version {VERSION}. Calibrate it anew."
+        )
+    length, nodes = plain.get("block_length"), plain.get("nodes")
+    if not _whole(length, 1):
+        raise ConfigError(f"has block_length {length!r}, which is no positive whole number.")
+    if not isinstance(nodes, list):
+        raise ConfigError('has no list of "nodes".')
+    graph = DraftGraph(
+        nodes=tuple(_node(number, entry) for number, entry in enumerate(nodes, 1)),
+        block_length=length,
+        **{name: _mapping(plain, name) for name in ("model", "decoding", "calibration")},
+    )
+    _check(graph)
+    return graph
+
+
+def _node(number: int, entry: Any) -> Node:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"describes node {number} by {entry!r}, not by an object.")
+    pairs, parents = entry.get("pairs"), entry.get("parents")
+    fine = isinstance(pairs, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(_whole(rank, 0) for rank in pair) for pair in pairs
+    )
+    if not fine or not pairs:
+        raise ConfigError(f"has pairs {pairs!r} at node {number}; they are [position rank, vocabulary rank], from 0.")
+    if not isinstance(parents, list) or not all(_whole(parent, 0) for parent in parents):
+        raise ConfigError(f"has parents {parents!r} at node {number}; they are numbers of nodes, or 0 for the root.")
+    counts = {name: entry.get(name, 0) for name in ("count", "chances")}
+    if not all(_whole(value, 0) for value in counts.values()):
+        raise ConfigError(f"has count or chances at node {number} that are no whole numbers: {counts}.")
+    return Node(tuple(sorted((place, token) for place, token in pairs)), tuple(parents), **counts)
+
+
+def _check(graph: DraftGraph) -> None:
+    """Refuse a graph that is none.
+
+    :raises ConfigError: naming the node.
+    """
+    nodes = graph.nodes
+    seen: set[Pairs] = set()
+    for number, node in enumerate(nodes, 1):
+        places = [place for place, _ in node.pairs]
+        if len(set(places)) < len(places) or places[-1] >= graph.block_length:
+            raise ConfigError(
+                f"has node {number} with position ranks {places}: they are different, and below the block length "
+                f"{graph.block_length}."
+            )
+        if node.pairs in seen:
+            raise ConfigError(f"has node {number} twice.")
+        seen.add(node.pairs)
+        for parent in node.parents:
+            if parent > len(nodes) or (parent != ROOT and not set(nodes[parent - 1].pairs) < set(node.pairs)):
+                raise ConfigError(f"has an edge {parent} -> {number} along which decided places would change.")
+    lost = set(range(1, len(nodes) + 1)) - reachable([node.parents for node in nodes])
+    if lost:
+        raise ConfigError(f"has node {min(lost)} that no path leads to from the current state.")
+
+
+def reachable(parents: Sequence[Sequence[int]]) -> set[int]:
+    """Numbers of the nodes, given by their ``parents``, that a path leads to from the root."""
+    reached: set[int] = {ROOT}
+    while True:
+        more = {number for number, above in enumerate(parents, 1) if reached.intersection(above)} - reached
+        if not more:
+            return reached - {ROOT}
+        reached |= more
+
+
+def _mapping(plain: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = plain.get(name, {})
+    if not isinstance(value, dict):
+        raise ConfigError(f"has {name} {value!r}, which is no object.")
+    return value
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
