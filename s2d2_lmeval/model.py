@@ -15,6 +15,10 @@ from s2d2_lmeval.decoding.generation import Generation, Request
 from s2d2_lmeval.decoding.scoring import Scorer
 from s2d2_lmeval.errors import ConfigError, RequestError
 from s2d2_lmeval.families import Facts, adopt, load_checkpoint
+from s2d2_lmeval.families.facts import DrafterFacts
+from s2d2_lmeval.families.files import HUB_OPTIONS
+from s2d2_lmeval.runtime.drafter_loading import load_drafter
+from s2d2_lmeval.runtime.drafting import DraftingRunner
 from s2d2_lmeval.runtime.memory import RowLimit
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import Trace
@@ -26,24 +30,36 @@ def load(
     attention: str = "auto",
     max_batch: int | str | RowLimit = 8,
     max_context: int | None = None,
+    draft: str | Path | None = None,
     **options: Any,
 ) -> BlockDiffusionModel:
-    """Load a block-diffusion checkpoint onto native transformers classes.
+    """Load a block-diffusion checkpoint, or an autoregressive one as target of a drafter, onto native transformers
+    classes.
 
     :param source: a folder, a hub id, ``"toy"`` (the embedded model), or a loaded transformers model of a known family,
         whose weights are then shared.
     :param attention: ``auto`` or an attention back end.
     :param max_batch: rows in flight at most; ``auto``: as many as free memory holds. Either way fewer if it runs out.
     :param max_context: positions that prompt and answer may take together; the checkpoint's own limit if not given.
+    :param draft: folder or hub id of a DFlash drafter made for this checkpoint, or ``"toy"``; for the decoders
+        ``dflash`` and ``ddtree``.
     :param options: ``dtype``, ``device``, ``revision``, ``device_map``, ``quantization_config`` and what else
         :func:`s2d2_lmeval.families.load_checkpoint` takes.
     :raises CheckpointError: when the checkpoint is not what it says it is.
     """
     if isinstance(source, torch.nn.Module):
-        model, facts = adopt(source, **options)
+        model, facts = adopt(source, autoregressive=draft is not None, **options)
     else:
         model, facts = load_checkpoint(source, **options)
-    return BlockDiffusionModel(model, facts, attention=attention, max_batch=max_batch, max_context=max_context)
+    runner = None
+    if draft is not None:
+        hub = {name: options[name] for name in HUB_OPTIONS if name in options and name not in ("revision", "subfolder")}
+        drafter = load_drafter(draft, model, **hub)
+        facts = facts.with_drafter(DrafterFacts(drafter.shape.block_length, drafter.shape.mask_token_id))
+        runner = DraftingRunner(model, drafter, attention)
+    return BlockDiffusionModel(
+        model, facts, attention=attention, max_batch=max_batch, max_context=max_context, runner=runner
+    )
 
 
 class BlockDiffusionModel:

@@ -7,10 +7,12 @@ before a run that asks, never guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+
+from s2d2_lmeval.runtime.passes import TARGET
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,11 @@ class CostCurve:
         return inside + slope * np.maximum(np.asarray(queries) - self.queries[-1], 0)
 
 
-MeasureCosts = Callable[[int], CostCurve]
-"""Measure forwards in which every row brings from one up to so many queries."""
+class MeasureCosts(Protocol):
+    """Measures forwards in which every row brings from one up to so many queries."""
+
+    def __call__(self, most: int, *, model: str = TARGET) -> CostCurve:
+        """``model`` says whose forwards, where a drafter is loaded beside the target."""
 
 
 def widths_to_measure(most: int) -> np.ndarray:

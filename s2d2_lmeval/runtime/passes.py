@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+TARGET, DRAFTER = "target", "drafter"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -72,3 +74,7 @@ class Pass:
     """(M,) packed indices of the queries whose logits are read, in the order in which they are wanted."""
     keep: np.ndarray
     """(R,) number of leading queries of each row that become prefix after this forward."""
+    model: str = TARGET
+    """Which model answers: the :data:`TARGET`, or the :data:`DRAFTER` loaded beside it."""
+    feeds_drafter: bool = False
+    """Whether the drafter is to read what becomes prefix by this pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.costs import CostCurve, widths_to_measure
 from s2d2_lmeval.runtime.memory import SHARE, bytes_per_row, free_bytes
-from s2d2_lmeval.runtime.passes import Layout, Pass
+from s2d2_lmeval.runtime.passes import TARGET, Layout, Pass
 
 
 class Runner:
@@ -54,10 +55,20 @@ class Runner:
         free = sum(free_bytes(device) for device in devices) + self.cache.bytes
         return max(1, int(SHARE * free) // bytes_per_row(self.model, capacity, wanted))
 
+    def begin(self, slot: int, source: int, length: int) -> None:
+        """Empty ``slot`` for another sequence, but for the first ``length`` positions, taken from ``source``."""
+        self.cache.begin(slot, source, length)
+
+    def commit(self, request: Pass, kept: np.ndarray, paths: Mapping[int, np.ndarray] | None = None) -> None:
+        """After the forward of ``request``: let more of its queries become prefix, as :meth:`SlotCache.commit` says."""
+        self.cache.commit(request.layout.slots, kept, paths)
+
     @torch.inference_mode()
-    def measure_costs(self, rows: int, most: int) -> CostCurve:
+    def measure_costs(self, rows: int, most: int, *, model: str = TARGET) -> CostCurve:
         """Time forwards of ``rows`` rows that bring 1 to ``most`` queries each, every logit read, half of the cache
         filled. To be called between :meth:`reserve` and the first forward: it leaves nothing in the cache.
+
+        ``model`` is for runners of more than one.
         """
         widths = widths_to_measure(min(most, self.cache.capacity))
         seconds = [self._median_seconds(rows, int(width)) for width in widths]

@@ -10,9 +10,14 @@ from pathlib import Path
 from s2d2_lmeval.toy.corpora import CORPORA, Corpus, held_out, score, training_stream
 from s2d2_lmeval.toy.problem import Problem
 
-__all__ = ["CORPORA", "Corpus", "Problem", "checkpoint_path", "held_out", "score", "training_stream"]
+__all__ = ["CORPORA", "Corpus", "Problem", "checkpoint_path", "drafter_path", "held_out", "score", "training_stream"]
 
 
 def checkpoint_path() -> Path:
     """Folder of the checkpoint that ships with the package, in the format of SDAR checkpoints."""
     return Path(__file__).parent / "checkpoint"
+
+
+def drafter_path() -> Path:
+    """Folder of the DFlash drafter for that checkpoint's autoregressive mode."""
+    return Path(__file__).parent / "drafter"

@@ -1,0 +1,198 @@
+"""Autoregressive decoding by rounds: a target says what follows each node of a draft tree, and the walk down the tree
+goes on as long as that is one of the node's children.
+
+Without drafts every round is one token, the decoder ``ar`` of autoregressive models. A decoder with a drafter
+(:mod:`~s2d2_lmeval.decoding.dflash`, :mod:`~s2d2_lmeval.decoding.ddtree`) only has to plant trees. What follows a node
+is the arg-max, or a draw from randomness keyed by request and position, so the output is the same for every tree: a
+token that comes out is always what the target says behind the tokens before it ("sample and match"; DFlash, arXiv
+2602.06036, and DDTree, arXiv 2604.12989).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from s2d2_lmeval.decoding import random
+from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.decoder import Plan
+from s2d2_lmeval.decoding.generation import ACCEPTED, AUTOREGRESSIVE, Request, Step
+from s2d2_lmeval.decoding.readback import Outcome, fetch
+from s2d2_lmeval.decoding.sampling import probabilities
+from s2d2_lmeval.decoding.seats import DRAFT, KIND_OF_PHASE, PREFILL
+from s2d2_lmeval.decoding.target_passes import TargetPlan, TargetRows, plan_target
+from s2d2_lmeval.errors import NumericalError
+from s2d2_lmeval.families.facts import NO_MASK
+from s2d2_lmeval.runtime.costs import MeasureCosts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from s2d2_lmeval.families import Facts
+
+
+class Target:
+    """The decoder ``ar`` of autoregressive models, and what decoders with a drafter have in common."""
+
+    feeds_drafter = False
+
+    def __init__(self, config: DecodingConfig, facts: Facts, rows: TargetRows, chunk: int) -> None:
+        self.config = config
+        self.facts = facts
+        self.rows = rows
+        self.prefill_chunk = chunk
+        self.source = random.source_of(config.random_source, config.seed)
+        self.depths = self.most_depths(config, facts)
+
+    @classmethod
+    def seat(
+        cls,
+        config: DecodingConfig,
+        facts: Facts,
+        requests: Sequence[Request],
+        slots: int,
+        device: torch.device,
+        prefill_chunk: int,
+    ) -> Self:
+        """A decoder with ``slots`` rows, each with room for any of ``requests``."""
+        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        rows = TargetRows(slots, longest, cls.most_nodes(config, facts), device)
+        return cls(config, facts, rows, prefill_chunk)
+
+    @staticmethod
+    def most_nodes(config: DecodingConfig, facts: Facts) -> int:
+        """Nodes that a row's tree may have."""
+        return 0
+
+    @staticmethod
+    def most_depths(config: DecodingConfig, facts: Facts) -> int:
+        """Depth that a row's tree may have."""
+        return 0
+
+    @property
+    def capacity(self) -> int:
+        """Positions that a row may write to in the cache."""
+        queries = (self.rows.depth.shape[1]) * (1 if self.facts.token_shift else 2)
+        return self.rows.length + max(queries, self.depths) + self.depths + 1
+
+    def weigh(self, measure_costs: MeasureCosts) -> None:
+        """Nothing here depends on what forwards cost."""
+
+    def admitted(self, slot: int) -> None:
+        """A request has been seated in ``slot``."""
+        self._enter_round(slot)
+
+    def plan(self) -> Plan:
+        """Lay out the next forward of all active rows."""
+        self._plan = plan_target(
+            self.rows, self.facts.mask_token_id, self.facts.token_shift, self.prefill_chunk, self.feeds_drafter
+        )
+        return self._plan
+
+    # ---- device ----
+
+    def advance(self, logits: torch.Tensor) -> Outcome:
+        """Take the wanted logits (M, V) of the planned forward, and walk. Reads the device once.
+
+        :raises NumericalError: when the logits are not numbers.
+        """
+        plan, rows = self._plan, self.rows
+        if not len(logits):  # prefill chunks only
+            return self._settle(plan, None)
+        if self.facts.mask_token_id != NO_MASK:
+            logits[:, self.facts.mask_token_id] = -torch.inf
+        follows = torch.full_like(rows.parent, -1).index_put(plan.at, self._say(logits))
+        path = descend(follows, rows.token, rows.parent, plan.depth, self.depths)
+        end = path.max(1, keepdim=True).values
+        fresh = torch.cat([rows.token, follows], dim=1)
+        tokens = fresh.gather(1, torch.cat([path, end + rows.token.shape[1]], dim=1))
+        sound = self._sound(logits).expand(len(path), 1)
+        return self._settle(plan, fetch([sound, path, tokens]))
+
+    def _say(self, logits: torch.Tensor) -> torch.Tensor:
+        """The tokens (M,) that the target says behind the nodes of ``logits`` (M, V)."""
+        config, plan = self.config, self._plan
+        if not config.sampled:
+            return logits.argmax(-1)
+        row, node = plan.at
+        position = plan.length[row] + plan.depth[row, node]
+        key = random.Key(random.DRAFT, plan.key[row], position, torch.zeros_like(position))
+        return self.source.categorical(probabilities(logits, config.temperature, config.top_k, config.top_p), key)
+
+    def _sound(self, logits: torch.Tensor) -> torch.Tensor:
+        """Whether all was numbers, on the device."""
+        return logits.isnan().any().logical_not()
+
+    # ---- host ----
+
+    def _settle(self, plan: TargetPlan, read: list[np.ndarray] | None) -> Outcome:
+        """Take accepted paths over; move every row to its next round."""
+        rows, slots = self.rows, plan.request.layout.slots
+        outcome = Outcome.zeros(len(slots))
+        rows.cached[slots] += plan.request.keep
+        for row, slot in enumerate(slots.tolist()):
+            rows.progress[slot].forwards[KIND_OF_PHASE[rows.phase[slot]]] += 1
+            if rows.phase[slot] != PREFILL:
+                assert read is not None
+                self._after_round(row, slot, [table[slot] for table in read], outcome)
+            if not rows.complete[slot]:
+                self._enter_round(slot)
+        return outcome
+
+    def _after_round(self, row: int, slot: int, read: list[np.ndarray], outcome: Outcome) -> None:
+        sound, path, tokens = read
+        if not sound[0]:
+            raise NumericalError(
+                "The model answered with logits that are not numbers (NaN or infinite). "
+                "Check the checkpoint, or load it with dtype=float32."
+            )
+        rows, drafted = self.rows, int(self._plan.drafted[row])
+        path = path[path > 0] - 1
+        fresh = [*tokens[1 : 1 + len(path)].tolist(), int(tokens[-1])]
+        outcome.path[row] = path
+        outcome.kept[row] = outcome.accepted[row] = len(path)
+        outcome.committed[row] = len(fresh)
+        outcome.drafted[row] = drafted
+        outcome.deepest[row] = self.depths if drafted else 0
+        rows.cached[slot] += len(path)
+        self._record(slot, fresh, drafted)
+        struck = rows.extend(slot, fresh, self.config.stop_token_ids)
+        rows.complete[slot] = struck or len(rows.tokens[slot]) >= rows.limit[slot]
+
+    def _record(self, slot: int, fresh: list[int], drafted: int) -> None:
+        """Put the round into the request's statistics and its decoding order."""
+        rows, progress = self.rows, self.rows.progress[slot]
+        start, kind = len(rows.tokens[slot]), KIND_OF_PHASE[rows.phase[slot]]
+        marks = [ACCEPTED] * (len(fresh) - 1) + [AUTOREGRESSIVE]
+        masks = [self.facts.mask_token_id] * len(fresh)
+        progress.steps.append(Step(kind, start, masks, fresh, fresh, marks))
+        progress.decoding_order.append(list(range(start, start + len(fresh))))
+        progress.drafted += drafted
+        progress.accepted += len(fresh) - 1
+
+    def _enter_round(self, slot: int) -> None:
+        """Run a round next, or first a chunk of a long prompt."""
+        rows = self.rows
+        rows.nodes[slot] = 0
+        rows.phase[slot] = PREFILL if len(rows.tokens[slot]) - rows.cached[slot] > self.prefill_chunk else DRAFT
+
+
+def descend(
+    follows: torch.Tensor, token: torch.Tensor, parent: torch.Tensor, depth: torch.Tensor, depths: int
+) -> torch.Tensor:
+    """The nodes (count, 1 + depths) on the way down, the root first; 0 behind the last.
+
+    Tables (count, N + 1) with the root at index 0: ``follows`` what comes behind each node, and the nodes' ``token``,
+    ``parent`` and ``depth`` (-1: no node). Children of a node have different tokens, so there is one way at most.
+    """
+    here = torch.zeros_like(parent[:, :1])
+    walking = torch.ones_like(here, dtype=torch.bool)
+    path = [here]
+    for level in range(1, depths + 1):
+        child = walking & (depth == level) & (parent == here) & (token == follows.gather(1, here))
+        walking, here = child.any(1, keepdim=True), child.long().argmax(1, keepdim=True)
+        path.append(here)
+    return torch.cat(path, dim=1)

@@ -1,0 +1,183 @@
+"""The DFlash drafter: a small block-diffusion model that reads a target's hidden states (arXiv 2602.06036).
+
+Its layers are Qwen3's. What is special: it has no embedding and no head but the target's, and the keys and values of
+the text before the block come not from running that text but from the target's features of it, the outputs of some of
+its layers, fused into one vector per position. So the text is absorbed into the cache as the target decides it, and a
+draft is an ordinary pass over one block behind that prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3DecoderLayer,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+from s2d2_lmeval.runtime.attention import AttentionContext
+from s2d2_lmeval.runtime.cache import SlotCache
+
+
+@dataclass(frozen=True)
+class DrafterShape:
+    """What a drafter's config.json says beyond Qwen3's fields.
+
+    ``layer_ids`` the target's layers whose outputs are read, counted from 0; ``windows`` and ``causal`` per layer: how
+    far back it looks (None: everywhere), and whether it looks ahead inside the block; ``embedding_scale``,
+    ``logit_scale`` and ``softcap`` of variants for targets with such scales.
+    """
+
+    config: Qwen3Config
+    block_length: int
+    mask_token_id: int
+    layer_ids: tuple[int, ...]
+    windows: tuple[int | None, ...]
+    causal: tuple[bool, ...]
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+class DFlash(nn.Module):
+    """The drafter's own weights, under their published names, beside the target's embedding and head."""
+
+    def __init__(self, shape: DrafterShape) -> None:
+        super().__init__()
+        config = shape.config
+        self.shape, self.config = shape, config
+        self.fc = nn.Linear(len(shape.layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(Qwen3DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        # Of the target, in a list: they are no part of this model.
+        self._shared: list[nn.Module] = []
+
+    def attach(self, target: PreTrainedModel) -> DFlash:
+        """Use the target's embedding and head."""
+        self._shared = [target.get_input_embeddings(), target.get_output_embeddings()]
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The target's."""
+        return self._shared[0]
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The target's, behind this drafter's scale and cap if it has any."""
+        head, shape = self._shared[1], self.shape
+        return head if shape.logit_scale == 1 and not shape.softcap else _ScaledHead(head, shape)
+
+    def get_decoder(self) -> DFlash:
+        """What answers a pass with hidden states: this."""
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.fc.weight.dtype
+
+    @torch.inference_mode()
+    def absorb(self, features: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> None:
+        """Write keys and values of text (1, N) that the target has decided, where ``cache`` was told to write.
+
+        :param features: (N, number of layers read * hidden size), of the target.
+        """
+        context = self.hidden_norm(self.fc(features.to(self.fc.weight.device, self.dtype))).unsqueeze(0)
+        cos, sin = self.rotary_emb(context, positions.to(context.device))
+        for layer in self.layers:
+            attention: Any = layer.self_attn
+            heads = (1, context.shape[1], -1, attention.head_dim)
+            keys = attention.k_norm(attention.k_proj(context).view(heads)).transpose(1, 2)
+            values = attention.v_proj(context).view(heads).transpose(1, 2)
+            _, keys = apply_rotary_pos_emb(keys, keys, cos, sin)
+            cache.update(keys, values, attention.layer_idx)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        past_key_values: SlotCache,
+        pass_context: AttentionContext,
+        use_cache: bool = True,
+    ) -> Any:
+        """Hidden states of the packed blocks (1, N) of a pass, as ``last_hidden_state``."""
+        embedded = nn.functional.embedding(input_ids, self._shared[0].weight) * self.shape.embedding_scale
+        hidden = embedded.to(self.fc.weight.device, self.dtype)
+        positions = position_ids.to(hidden.device)
+        rotary = self.rotary_emb(hidden, positions)
+        contexts: dict[tuple[int | None, bool], AttentionContext] = {(None, False): pass_context}
+        for layer, window, causal in zip(self.layers, self.shape.windows, self.shape.causal, strict=True):
+            if (window, causal) not in contexts:
+                contexts[window, causal] = narrowed(pass_context, positions[0], window, causal)
+            hidden = layer(
+                hidden,
+                position_embeddings=rotary,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                pass_context=contexts[window, causal],
+            )
+        return SimpleNamespace(last_hidden_state=self.norm(hidden))
+
+
+class _ScaledHead(nn.Module):
+    """A head whose logits are multiplied and capped by a tanh."""
+
+    def __init__(self, head: nn.Module, shape: DrafterShape) -> None:
+        super().__init__()
+        self._head, self.shape = [head], shape
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self._head[0](hidden) * self.shape.logit_scale
+        cap = self.shape.softcap
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def narrowed(context: AttentionContext, positions: torch.Tensor, window: int | None, causal: bool) -> AttentionContext:
+    """``context`` for a layer that sees less: no further than ``window`` positions on either side, and if ``causal``
+    nothing ahead. A key's position is its place in the slot; ``positions`` (N,) are those of the queries.
+    """
+    packed = positions if context.spread is None else positions.index_select(0, context.spread)
+    query = packed.view(context.rows, 1, context.widest, 1)
+    key = torch.arange(context.span, device=positions.device)
+    visible = context.mask.to(positions.device)
+    if causal:
+        visible = visible & (key <= query)
+    if window is not None:
+        visible = visible & ((query - key).abs() < window)
+    return replace(context, mask=visible)
+
+
+class FeatureTap:
+    """Outputs of some layers of a target in its last forward."""
+
+    def __init__(self, backbone: Any, layer_ids: Sequence[int]) -> None:
+        layers = backbone.layers
+        # Behind the last layer comes the norm: transformers' hidden states end with its output.
+        modules = [backbone.norm if index == len(layers) - 1 else layers[index] for index in layer_ids]
+        self._seen: dict[int, torch.Tensor] = {}
+        self._hooks = [module.register_forward_hook(self._keep(place)) for place, module in enumerate(modules)]
+
+    def _keep(self, place: int) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            self._seen[place] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Features (N, number of layers * hidden size) of the packed queries ``index`` (N,)."""
+        device = self._seen[0].device
+        seen = [self._seen[place] for place in range(len(self._hooks))]
+        return torch.cat([hidden[0].index_select(0, index.to(hidden.device)).to(device) for hidden in seen], dim=-1)
+
+    def clear(self) -> None:
+        """Let go of the last forward's tensors."""
+        self._seen.clear()

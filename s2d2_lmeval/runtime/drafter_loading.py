@@ -1,0 +1,147 @@
+"""Published DFlash checkpoints: what their config.json says, their weights, and whether they fit a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, Qwen3Config
+
+from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.families.config_map import configured
+from s2d2_lmeval.families.files import read_config, resolve, weight_files
+from s2d2_lmeval.runtime.drafter import DFlash, DrafterShape
+
+DEFAULT_BLOCK_LENGTH = 16
+_DFLASH2 = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+_SUCCESSORS = {
+    "attention_sink_bias": "attention sinks",
+    "projector_type": "another projector",
+    "pure_draft_prefix_len": "a prefix of its own",
+    "shift_label": "shifted labels",
+}
+
+
+def load_drafter(source: str | Path, target: PreTrainedModel, **hub: Any) -> DFlash:
+    """Load a DFlash drafter beside its target, on the target's device and in its type.
+
+    :param source: folder, hub id, or ``"toy"`` (the drafter of the embedded model).
+    :param hub: as for a checkpoint (``token``, ``cache_dir``, ``local_files_only``, …).
+    :raises CheckpointError: no DFlash drafter there, another kind of drafter, or one for another target.
+    """
+    if str(source) == "toy":
+        from s2d2_lmeval.toy import drafter_path
+
+        source = drafter_path()
+    source = resolve(source)
+    shape = drafter_shape(read_config(source, **hub), source)
+    check_fit(shape, target, source)
+    weights: dict[str, torch.Tensor] = {}
+    for file in weight_files(source, **hub):
+        weights |= load_file(file)
+    if any(".attention_conv." in name or name.startswith("candidate_selector.") for name in weights):
+        raise _is_dflash2(source)
+    with torch.device("meta"):
+        expected = {name: list(tensor.shape) for name, tensor in DFlash(shape).state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    if wrong:
+        has, needs = (shapes.get(wrong[0], "no such weight") for shapes in (found, expected))
+        raise CheckpointError(
+            f"{source} does not hold the weights of a DFlash drafter: {wrong[0]} has {has}, needs {needs}."
+        )
+    drafter = DFlash(shape).to(target.dtype)
+    drafter.load_state_dict(weights)
+    head = target.get_output_embeddings().weight
+    return drafter.to(head.device).eval().requires_grad_(False).attach(target)
+
+
+def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
+    """Read a published config.json.
+
+    :raises CheckpointError: for a configuration of no DFlash drafter, or of one that is more than that.
+    """
+    own = config.get("dflash_config") or {}
+
+    def value(name: str, default: Any = None) -> Any:
+        return own.get(name, config.get(name, default))
+
+    if "DFlash2DraftModel" in (config.get("architectures") or ()) or any(value(name) for name in _DFLASH2):
+        raise _is_dflash2(source)
+    for name, what in _SUCCESSORS.items():
+        if own.get(name):
+            raise CheckpointError(f"{source} is a drafter with {what} ({name}={own[name]!r}), which is not DFlash.")
+    layers, mask = config.get("num_hidden_layers"), value("mask_token_id")
+    if not isinstance(layers, int) or not isinstance(mask, int) or not _names_layers(config, value):
+        raise CheckpointError(
+            f"{source} is no DFlash drafter: its config.json must name num_hidden_layers, mask_token_id and "
+            "target_layer_ids or num_target_layers (in dflash_config)."
+        )
+    kinds = config.get("layer_types") or ["full_attention"] * layers
+    sliding = [kind == "sliding_attention" or bool(own.get("use_swa")) for kind in kinds]
+    window = own.get("swa_window_size") or config.get("sliding_window")
+    if any(sliding) and not isinstance(window, int):
+        raise CheckpointError(f"{source}: config.json has layers of sliding_attention but no sliding_window.")
+    causal = own.get("causal", config.get("is_causal"))
+    fields = {**config, "layer_types": ["full_attention"] * layers, "use_sliding_window": False}
+    fields |= {"model_type": "qwen3", "sliding_window": None}
+    return DrafterShape(
+        config=configured(Qwen3Config, fields),
+        block_length=int(value("block_size", DEFAULT_BLOCK_LENGTH)),
+        mask_token_id=mask,
+        layer_ids=tuple(value("target_layer_ids") or default_layer_ids(layers, config["num_target_layers"])),
+        windows=tuple(window if slides else None for slides in sliding),
+        causal=tuple(slides if causal is None else bool(causal) for slides in sliding),
+        embedding_scale=float(value("input_embedding_scale", 1.0)),
+        logit_scale=float(value("output_multiplier", 1.0)),
+        softcap=value("final_logit_softcapping"),
+    )
+
+
+def _names_layers(config: Mapping[str, Any], value: Any) -> bool:
+    return bool(value("target_layer_ids")) or isinstance(config.get("num_target_layers"), int)
+
+
+def default_layer_ids(drafter_layers: int, target_layers: int) -> list[int]:
+    """The target's layers that are read where config.json names none: evenly from the second to the third last."""
+    if drafter_layers == 1:
+        return [target_layers // 2]
+    return [round(1 + i * (target_layers - 4) / (drafter_layers - 1)) for i in range(drafter_layers)]
+
+
+def check_fit(shape: DrafterShape, target: PreTrainedModel, source: str) -> None:
+    """Refuse a drafter that was made for another target.
+
+    :raises CheckpointError: naming what differs.
+    """
+    wants, has = shape.config, target.config
+    if wants.hidden_size != has.hidden_size:
+        raise _misfit(
+            source, f"it reads hidden states of size {wants.hidden_size}, and the target's are {has.hidden_size}"
+        )
+    made_for = getattr(wants, "num_target_layers", None)
+    if made_for is not None and made_for != has.num_hidden_layers:
+        raise _misfit(source, f"it was made for {made_for} layers, and the target has {has.num_hidden_layers}")
+    beyond = [index for index in shape.layer_ids if not 0 <= index < has.num_hidden_layers]
+    if beyond:
+        raise _misfit(source, f"it reads layer {beyond[0]}, and the target has {has.num_hidden_layers} (from 0)")
+    if wants.vocab_size != has.vocab_size:
+        raise _misfit(source, f"its vocabulary has {wants.vocab_size} tokens, and the target's {has.vocab_size}")
+    if not 0 <= shape.mask_token_id < has.vocab_size:
+        raise _misfit(source, f"its mask token id {shape.mask_token_id} is not in the vocabulary of {has.vocab_size}")
+    if shape.block_length < 2:
+        raise _misfit(source, f"a block of {shape.block_length} drafts nothing")
+
+
+def _misfit(source: str, reason: str) -> CheckpointError:
+    return CheckpointError(f"the drafter {source} does not fit this target: {reason}. Give the drafter made for it.")
+
+
+def _is_dflash2(source: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source} is a DFlash2 drafter (local convolutions and a candidate selector), another architecture than "
+        "DFlash, and cannot be loaded here. Give a DFlash drafter of the same target."
+    )
