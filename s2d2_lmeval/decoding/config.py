@@ -21,6 +21,7 @@ from s2d2_lmeval.decoding.options import (
 )
 from s2d2_lmeval.decoding.pipelined_options import PipelinedOptions
 from s2d2_lmeval.decoding.presets import PresetOption, preset_options, published_setting
+from s2d2_lmeval.decoding.routing_options import RoutingOptions
 from s2d2_lmeval.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _UNDIVIDED = ("block",)
 _UNEDITED = ("block", "subblock", "pipelined")
 _IN_TURN = ("block", "subblock")
 _BLOCKWISE = ("block", "editing", "subblock")
-_POLICIES = ("mask_span_length", "score_threshold", "score_hysteresis", "contextual_bandit_ucb")
+_POLICIES = ("mask_span_length", "score_threshold", "score_hysteresis", "contextual_bandit_ucb", "throughput")
 _ESTIMATORS = (
     "hard_margin_threshold",
     "hard_entropy_threshold",
@@ -45,7 +46,7 @@ _ESTIMATORS = (
 
 
 @dataclass(frozen=True)
-class DecodingConfig(PresetOption, EditingOptions, PipelinedOptions):
+class DecodingConfig(PresetOption, EditingOptions, PipelinedOptions, RoutingOptions):
     """How to decode. Defaults are those of the published functions; :meth:`from_options` lays a family's paper setting
     under them.
 

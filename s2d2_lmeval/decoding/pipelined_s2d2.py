@@ -24,7 +24,9 @@ from s2d2_lmeval.decoding.pipelined import PipelinedDenoiser
 from s2d2_lmeval.decoding.pipelined_planning import Window
 from s2d2_lmeval.decoding.pipelined_rows import PipelineRows
 from s2d2_lmeval.decoding.routing import DraftView, policy_of
+from s2d2_lmeval.decoding.row_statistics import row_statistics
 from s2d2_lmeval.decoding.s2d2 import first_run
+from s2d2_lmeval.decoding.sampling import filtered
 from s2d2_lmeval.errors import ConfigError
 
 
@@ -35,8 +37,10 @@ class PipelinedS2D2(PipelinedDenoiser):
 
     def __init__(self, config: DecodingConfig, rows: PipelineRows, token_shift: bool, prefill_chunk: int) -> None:
         super().__init__(config, rows, token_shift, prefill_chunk)
-        if config.do_verify_policy == "contextual_bandit_ucb":
-            raise ConfigError("do_verify_policy=contextual_bandit_ucb is made for one block at a time; use another.")
+        if config.do_verify_policy in ("contextual_bandit_ucb", "throughput"):
+            raise ConfigError(
+                f"do_verify_policy={config.do_verify_policy} is made for one block at a time; use another."
+            )
         self.policy = policy_of(config, rows.count, rows.device)
         self.scores = config.do_verify_policy in ("score_threshold", "score_hysteresis")
         # Draft logits wait here for the verification that follows at once; ``slot`` says which of them is of a place.
@@ -72,7 +76,10 @@ class PipelinedS2D2(PipelinedDenoiser):
         confidence, at = self._of(window, self.confidence), self._plan.draft.at
         estimate = torch.zeros_like(confidence)
         if self.scores:
-            estimate = estimate.index_put(at, acceptance_estimate(self._law(draft), confidence[at], self.config))
+            config = self.config
+            law = filtered(draft, config.temperature, config.top_k, config.top_p, config.nucleus_first)
+            guess = acceptance_estimate(row_statistics(law), draft.shape[1], confidence[at], config)
+            estimate = estimate.index_put(at, guess)
         decided = (window.open & ~masks).sum(-1)
         view = DraftView(window.drafting, masks, span, confidence, estimate, None, decided)
         return span & (self.policy.decide(view) & window.drafting).unsqueeze(1)

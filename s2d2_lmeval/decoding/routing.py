@@ -1,4 +1,4 @@
-"""When to verify: the four published routing policies, for all rows at once.
+"""When to verify: the four published routing policies, for all rows at once (``throughput`` has its own module).
 
 A policy keeps its state per row, from a request's first block to its last; nothing is reset between blocks.
 """
@@ -20,7 +20,8 @@ class DraftView:
     ``drafting`` (R,) rows that drafted in this step; ``masks`` (R, L) undecided places; ``span`` (R, L) the first run
     of masks;
     ``confidence``, ``acceptance`` (estimated) and ``entropy`` (normalised; None unless the policy reads it) (R, L);
-    ``decided`` (R,) tokens decided in this block so far, the prompt's not counted.
+    ``decided`` (R,) tokens decided in this block so far, the prompt's not counted; ``denoised`` (R,) tokens that the
+    step decides if it does not verify (None unless the policy reads it); ``in_flight`` rows that share a forward.
     """
 
     drafting: torch.Tensor
@@ -30,6 +31,8 @@ class DraftView:
     acceptance: torch.Tensor
     entropy: torch.Tensor | None
     decided: torch.Tensor
+    denoised: torch.Tensor | None = None
+    in_flight: int = 1
 
 
 class RoutingPolicy(Protocol):
@@ -37,6 +40,9 @@ class RoutingPolicy(Protocol):
 
     def decide(self, view: DraftView) -> torch.Tensor:
         """Which rows (R,) go on to the verifier."""
+
+    def judged(self, span: torch.Tensor, accepted: torch.Tensor, rejected: torch.Tensor) -> None:
+        """Learn from spans (R, L) that came back: their ``accepted`` prefix, and the first ``rejected`` place (R,)."""
 
     def reward(self, finished: torch.Tensor, verified: torch.Tensor, decided: torch.Tensor) -> None:
         """Learn from rows (R,) whose step is complete: whether it verified and how many tokens it ``decided``."""
@@ -75,7 +81,12 @@ def score(view: DraftView, config: DecodingConfig) -> torch.Tensor:
     return value.masked_fill(~view.span.any(-1), -torch.inf)
 
 
-class _Stateless:
+class _Unjudging:
+    def judged(self, span: torch.Tensor, accepted: torch.Tensor, rejected: torch.Tensor) -> None:
+        pass
+
+
+class _Stateless(_Unjudging):
     def reward(self, finished: torch.Tensor, verified: torch.Tensor, decided: torch.Tensor) -> None:
         pass
 
@@ -130,7 +141,7 @@ class HysteresisPolicy(_Stateless):
         self.on[row] = False
 
 
-class BanditPolicy:
+class BanditPolicy(_Unjudging):
     """Upper confidence bounds (UCB1) over {skip, verify}, a table per bucket of span length, progress and entropy.
 
     The reward of a step is its decided tokens per forward. An action that was never tried in a bucket is tried first,

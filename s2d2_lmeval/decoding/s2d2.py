@@ -23,14 +23,17 @@ from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.acceptance import acceptance_ratio, judge, residual
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.denoising import BlockDenoiser, Decisions, Stage, turn
-from s2d2_lmeval.decoding.estimators import acceptance_estimate, normalised_entropy
+from s2d2_lmeval.decoding.estimators import acceptance_estimate, normalised
 from s2d2_lmeval.decoding.generation import ACCEPTED, HIGH_CONFIDENCE, KEPT, RATIO, RESAMPLED
 from s2d2_lmeval.decoding.planning import BlockPlan, scheduled_count
 from s2d2_lmeval.decoding.readback import Readback, StepTables
 from s2d2_lmeval.decoding.remasking import ranks
-from s2d2_lmeval.decoding.routing import DraftView, policy_of
+from s2d2_lmeval.decoding.routing import DraftView, RoutingPolicy, policy_of
+from s2d2_lmeval.decoding.row_statistics import arg_max, probability_of, row_statistics
 from s2d2_lmeval.decoding.rows import Rows
-from s2d2_lmeval.decoding.sampling import probabilities
+from s2d2_lmeval.decoding.sampling import filtered
+from s2d2_lmeval.decoding.throughput import ThroughputPolicy, VerifyCosts
+from s2d2_lmeval.runtime.costs import MeasureCosts
 
 
 class S2D2(BlockDenoiser):
@@ -42,9 +45,13 @@ class S2D2(BlockDenoiser):
 
     def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
         super().__init__(config, rows, prefill_chunk)
-        self.policy = policy_of(config, rows.count, rows.device)
+        self.policy: RoutingPolicy
+        if config.do_verify_policy == "throughput":
+            self.policy = ThroughputPolicy(config, rows.count, rows.block_length, rows.device)
+        else:
+            self.policy = policy_of(config, rows.count, rows.device)
         self.verify_all_masks = config.ssd_threshold_all_spans and config.ssd_ratio_threshold >= 0
-        self.scores = config.do_verify_policy in ("score_threshold", "score_hysteresis")
+        self.scores = config.do_verify_policy in ("score_threshold", "score_hysteresis", "throughput")
         self.watches_entropy = config.do_verify_policy == "contextual_bandit_ucb"
         self.estimate = torch.zeros((rows.count, rows.block_length), device=rows.device)
         self.entropy = torch.zeros_like(self.estimate)
@@ -55,6 +62,14 @@ class S2D2(BlockDenoiser):
     @staticmethod
     def margin(block_length: int) -> int:
         return 2 * block_length
+
+    def weigh(self, measure_costs: MeasureCosts) -> None:
+        """The policy ``throughput`` learns what a verification costs beside a draft, at this batch."""
+        rows, policy = self.rows, self.policy
+        if isinstance(policy, ThroughputPolicy) and self.config.verify_cost_ratio is None:
+            ahead = rows.block_length if self.config.schedule == "lookahead" else 0
+            seconds = measure_costs(2 * rows.block_length + ahead)
+            policy.costs = VerifyCosts.measured(seconds, rows.count, rows.block_length, ahead, rows.device)
 
     def admitted(self, slot: int) -> None:
         super().admitted(slot)
@@ -107,12 +122,12 @@ class S2D2(BlockDenoiser):
         """The span (rows, B) of every drafting row that is to be verified; empty elsewhere."""
         config = self.config
         if self.scores or self.watches_entropy:
-            distribution = probabilities(logits, config.temperature, config.top_k, config.top_p)
+            statistics = row_statistics(self._law(logits))
             if self.scores:
-                estimate = acceptance_estimate(distribution, self.draft.confidence[at], config)
+                estimate = acceptance_estimate(statistics, logits.shape[1], self.draft.confidence[at], config)
                 self.estimate = self.estimate.to(estimate.dtype).index_put(at, estimate)
             else:
-                entropy = normalised_entropy(distribution)
+                entropy = normalised(statistics.entropy, logits.shape[1])
                 self.entropy = self.entropy.to(entropy.dtype).index_put(at, entropy)
         self.draft_logits = logits
         self.draft_slot = torch.zeros_like(self.draft_slot).index_put(
@@ -120,7 +135,20 @@ class S2D2(BlockDenoiser):
         )
         span = first_run(masks)
         decided = (~masks).sum(-1) - stage.given
-        view = DraftView(drafting, masks, span, self.draft.confidence, self.estimate, self.entropy, decided)
+        denoised = None
+        if config.do_verify_policy == "throughput":
+            denoised = self._choose(masks, stage.count, self.draft.confidence)[0].sum(-1)
+        view = DraftView(
+            drafting,
+            masks,
+            span,
+            self.draft.confidence,
+            self.estimate,
+            self.entropy,
+            decided,
+            denoised,
+            len(self._plan.phases),
+        )
         return span & (self.policy.decide(view) & drafting).unsqueeze(1)
 
     def _finish_step(self, decisions: Decisions, stage: Stage, finished: torch.Tensor, verified: torch.Tensor) -> None:
@@ -139,20 +167,21 @@ class S2D2(BlockDenoiser):
         config, draft, at = self.config, self.draft, plan.verify_at
         masks = decisions.masks & plan.verify_rows.unsqueeze(1)
         span = first_run(masks)
-        verifier = probabilities(logits, config.temperature, config.top_k, config.top_p)
-        q = verifier.gather(-1, draft.tokens[at].unsqueeze(-1)).squeeze(-1)
+        verifier = self._law(logits)
+        q = probability_of(verifier, draft.tokens[at])
         draft.sound = draft.sound & ~q.isnan().any()
         ratio = torch.zeros_like(draft.confidence).index_put(
             at, acceptance_ratio(q, draft.confidence[at], config.ssd_ratio_tempering_factor)
         )
         resamples = config.allow_resample or config.acceptance == "greedy"
         if config.acceptance == "greedy":
-            replacement = torch.zeros_like(draft.tokens).index_put(at, logits.argmax(-1))
+            replacement = torch.zeros_like(draft.tokens).index_put(at, arg_max(logits))
             verdict = judge(replacement == draft.tokens, span)
         else:
             drawn = self.source.uniform(stage.draws(random.ACCEPT), span).to(ratio.dtype)
             verdict = judge(drawn < ratio, span)
             replacement = self._resample(verifier, verdict.rejected, stage) if resamples else draft.tokens
+        self.policy.judged(span, verdict.accepted, verdict.rejected)
         place = torch.arange(masks.shape[1], device=masks.device)
         rejected = masks & (place == verdict.rejected.unsqueeze(1))
         decisions.decide(verdict.accepted, draft.tokens, ACCEPTED)
@@ -164,7 +193,10 @@ class S2D2(BlockDenoiser):
             decisions.decide(extra, draft.tokens, RATIO)
 
     def _resample(self, verifier: torch.Tensor, rejected: torch.Tensor, stage: Stage) -> torch.Tensor:
-        """A token from the residual at the first rejected place of every verified row, in a table (rows, B)."""
+        """A token from the residual at the first rejected place of every verified row, in a table (rows, B).
+
+        ``verifier`` (M, V) are the verifier's logits under the sampling options.
+        """
         plan, length = self._plan, self.rows.block_length
         rows = plan.facts["verify_slots"]
         if self.source.sequential:
@@ -176,15 +208,19 @@ class S2D2(BlockDenoiser):
         slot_of = torch.zeros_like(self.draft.tokens).index_put(
             plan.verify_at, torch.arange(plan.verifies, device=verifier.device)
         )
-        drafted = self._draft_law(self.draft_logits[self.draft_slot[rows, places]])
-        leftover = residual(verifier[slot_of[rows, places]], drafted)
+        drafted = self._draft_law(self.draft_logits[self.draft_slot[rows, places]]).softmax(-1)
+        leftover = residual(verifier[slot_of[rows, places]].softmax(-1), drafted)
         tokens = self.source.categorical(leftover, stage.draws(random.RESAMPLE).take((rows, places)))
         return self.draft.tokens.index_put((rows, places), tokens)
 
     def _draft_law(self, logits: torch.Tensor) -> torch.Tensor:
-        """The distribution p of (q - p)+, from draft ``logits`` (M, V)."""
+        """Logits of the distribution p of (q - p)+, from draft ``logits`` (M, V)."""
+        return self._law(logits)
+
+    def _law(self, logits: torch.Tensor) -> torch.Tensor:
+        """``logits`` (M, V) under the sampling options."""
         config = self.config
-        return probabilities(logits, config.temperature, config.top_k, config.top_p)
+        return filtered(logits, config.temperature, config.top_k, config.top_p)
 
 
 def first_run(masks: torch.Tensor) -> torch.Tensor:

@@ -6,23 +6,31 @@ import torch
 
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.random import Key, RandomSource
+from s2d2_lmeval.decoding.row_statistics import likeliest
 
 
 def probabilities(
     logits: torch.Tensor, temperature: float, top_k: int, top_p: float, nucleus_first: bool = False
 ) -> torch.Tensor:
-    """Softmax of ``logits`` (..., V) after temperature, then top-k, then top-p.
+    """The distributions of ``logits`` (..., V) under the sampling options: the softmax of :func:`filtered`."""
+    return filtered(logits, temperature, top_k, top_p, nucleus_first).softmax(-1)
+
+
+def filtered(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, nucleus_first: bool = False
+) -> torch.Tensor:
+    """``logits`` (..., V) after temperature, then top-k, then top-p; itself where none of them changes anything.
 
     A temperature of zero means one, unfiltered. ``nucleus_first`` is the published form of D2F: top-p, then top-k, at
     temperature zero too.
     """
-    if temperature >= 1e-6:
+    if temperature < 1e-6 and not nucleus_first:
+        return logits
+    if temperature >= 1e-6 and temperature != 1:
         logits = logits / temperature
-    elif not nucleus_first:
-        return logits.softmax(-1)
     if nucleus_first:
-        return _best(_nucleus(logits, top_p), top_k).softmax(-1)
-    return _nucleus(_best(logits, top_k), top_p).softmax(-1)
+        return _best(_nucleus(logits, top_p), top_k)
+    return _nucleus(_best(logits, top_k), top_p)
 
 
 def _best(logits: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -51,10 +59,8 @@ def draft_tokens(
     The arg-max comes with its probability at temperature one without filters, whatever the sampling options say; a
     sampled token with its probability under them.
     """
-    if config.sampled:
-        distribution = probabilities(logits, config.temperature, config.top_k, config.top_p)
-        tokens = source.categorical(distribution, key)
-    else:
-        distribution = logits.softmax(-1)
-        tokens = logits.argmax(-1)
+    if not config.sampled:
+        return likeliest(logits)
+    distribution = probabilities(logits, config.temperature, config.top_k, config.top_p)
+    tokens = source.categorical(distribution, key)
     return tokens, distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

@@ -235,4 +235,4 @@ class SubblockS2D2(SubblockDenoiser, S2D2):
 
     def _draft_law(self, logits: torch.Tensor) -> torch.Tensor:
         """p is what the draft was taken from: for an arg-max the unfiltered softmax, whatever filters the verifier."""
-        return super()._draft_law(logits) if self.config.sampled else logits.softmax(-1)
+        return super()._draft_law(logits) if self.config.sampled else logits

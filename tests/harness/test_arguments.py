@@ -9,8 +9,8 @@ from transformers import BitsAndBytesConfig
 
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness.arguments import rows_in_flight, sort_arguments
-from s2d2_lmeval.runtime.memory import RowLimit
 from s2d2_lmeval.harness.generation_arguments import GenerationArguments
+from s2d2_lmeval.runtime.memory import RowLimit
 
 
 def test_three_readers() -> None:
