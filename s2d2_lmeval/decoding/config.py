@@ -12,6 +12,7 @@ from s2d2_lmeval.decoding.editing_options import EditingOptions
 from s2d2_lmeval.decoding.options import (
     DECODERS,
     DENOISERS,
+    DRAFTED,
     FIXED_STRATEGIES,
     PROMISES,
     STRATEGY_OF_DECODER,
@@ -22,6 +23,9 @@ from s2d2_lmeval.decoding.options import (
 from s2d2_lmeval.decoding.pipelined_options import PipelinedOptions
 from s2d2_lmeval.decoding.presets import PresetOption, preset_options, published_setting
 from s2d2_lmeval.decoding.routing_options import RoutingOptions
+from s2d2_lmeval.decoding.sliding_options import SlidingOptions
+from s2d2_lmeval.decoding.spiffy_options import SpiffyOptions, accelerated, default_base, misfit
+from s2d2_lmeval.decoding.tree_options import TreeOptions
 from s2d2_lmeval.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +38,7 @@ _UNDIVIDED = ("block",)
 _UNEDITED = ("block", "subblock", "pipelined")
 _IN_TURN = ("block", "subblock")
 _BLOCKWISE = ("block", "editing", "subblock")
+_ACCEPTANCES = {"s2d2": ("stochastic", "greedy"), "sliding": ("keyed", "rejection")}
 _POLICIES = ("mask_span_length", "score_threshold", "score_hysteresis", "contextual_bandit_ucb", "throughput")
 _ESTIMATORS = (
     "hard_margin_threshold",
@@ -46,7 +51,9 @@ _ESTIMATORS = (
 
 
 @dataclass(frozen=True)
-class DecodingConfig(PresetOption, EditingOptions, PipelinedOptions, RoutingOptions):
+class DecodingConfig(
+    PresetOption, EditingOptions, PipelinedOptions, RoutingOptions, SlidingOptions, SpiffyOptions, TreeOptions
+):
     """How to decode. Defaults are those of the published functions; :meth:`from_options` lays a family's paper setting
     under them.
 
@@ -104,10 +111,6 @@ class DecodingConfig(PresetOption, EditingOptions, PipelinedOptions, RoutingOpti
     stop_token_ids: tuple[int, ...] = option((), "token ids that end the answer")
     trim_stop_tokens: bool = option(True, "cut the answer before the first stop token")
 
-    window: int = option(16, "positions that a draft looks ahead", decoders=("sliding",), low=2)
-    row_budget: int = option(64, "queries per row and forward", decoders=("sliding",), low=3)
-    draft: str = option("tree", "what is drafted from a window", decoders=("sliding",), choices=("chain", "tree"))
-
     remasking_strategy: str = option(
         "low_confidence_dynamic",
         "which masks a step without (or after a short) verification decides",
@@ -145,11 +148,13 @@ class DecodingConfig(PresetOption, EditingOptions, PipelinedOptions, RoutingOpti
         schemes=_IN_TURN,
     )
 
-    acceptance: str = option(
-        "stochastic",
-        "stochastic: speculative sampling as published; greedy: accept while the verifier's arg-max agrees",
-        decoders=_S2D2,
-        choices=("stochastic", "greedy"),
+    acceptance: str | None = option(
+        None,
+        "s2d2: stochastic (speculative sampling as published; the default) or greedy (accept while the verifier's "
+        "arg-max agrees); sliding: keyed (what ar would draw with the same seed; the default) or rejection (the same "
+        "law, other draws)",
+        decoders=(*_S2D2, "sliding"),
+        choices=("stochastic", "greedy", "keyed", "rejection"),
     )
     allow_resample: bool = option(
         True,
@@ -224,9 +229,15 @@ class DecodingConfig(PresetOption, EditingOptions, PipelinedOptions, RoutingOpti
             # At block size one there is nothing but token-causal attention.
             for name, value in {"block_length": 1, "denoising_steps": 1, "cache_ver": True, "draft_ver": True}.items():
                 object.__setattr__(self, name, value)
+        kinds = _ACCEPTANCES.get(self.decoder, ("stochastic",))
+        if self.acceptance is None:
+            object.__setattr__(self, "acceptance", kinds[0])
         if self.denoising_steps is None:
             object.__setattr__(self, "denoising_steps", self.block_length)
-        for message in (*self._contradictions(), *self._unmet_needs()):
+        sliding = self._sliding_faults(self.decoder, self.acceptance, self.random_source)
+        keyed = self.random_source in ("keyed", "fixed")
+        spiffy = self._spiffy_faults(self.decoder, self.schedule, keyed, self.sampled)
+        for message in (*self._contradictions(), *self._unmet_needs(), *sliding, *spiffy):
             raise ConfigError(message)
 
     def _contradictions(self) -> Iterator[str]:
@@ -243,11 +254,9 @@ class DecodingConfig(PresetOption, EditingOptions, PipelinedOptions, RoutingOpti
             part = getattr(self, name)
             if part is not None and self.block_length % part:
                 yield f"{name}={part} does not divide block_length={self.block_length}; use one that does."
-        if self.decoder == "sliding" and self.row_budget <= self.window:
-            yield (
-                f"row_budget={self.row_budget} leaves no room for a window of {self.window}: a round without a draft "
-                f"takes {self.window + 1} rows. Raise row_budget or lower window."
-            )
+        kinds = _ACCEPTANCES.get(self.decoder)
+        if kinds and self.acceptance not in kinds:
+            yield f"acceptance={self.acceptance} is not for decoder={self.decoder}, which takes {' or '.join(kinds)}."
 
     def _unmet_needs(self) -> Iterator[str]:
         """What is wrong between options: one that needs another."""
@@ -271,8 +280,6 @@ class DecodingConfig(PresetOption, EditingOptions, PipelinedOptions, RoutingOpti
                 "schedule=lookahead drafts before it is known whether the draft is needed, so draws in the order of "
                 "calls would differ: use random_source=keyed, or schedule=fused."
             )
-        if self.decoder == "sliding" and not keyed:
-            yield "sliding equals ar only under randomness keyed by position: use random_source=keyed."
 
     @property
     def steps(self) -> int:
@@ -282,7 +289,12 @@ class DecodingConfig(PresetOption, EditingOptions, PipelinedOptions, RoutingOpti
     @property
     def strategy(self) -> str:
         """The remasking strategy in force."""
-        return FIXED_STRATEGIES.get(self.decoder, self.remasking_strategy)
+        return FIXED_STRATEGIES.get(self.steps_of, self.remasking_strategy)
+
+    @property
+    def steps_of(self) -> str:
+        """The decoder whose denoising steps are made: another one's where it is accelerated."""
+        return accelerated(self.decoder, self.base)
 
     @property
     def sampled(self) -> bool:
@@ -298,8 +310,11 @@ class DecodingConfig(PresetOption, EditingOptions, PipelinedOptions, RoutingOpti
     def layout(self) -> str:
         """How much is decoded at a time, and in which schedule, in a few words."""
         if self.decoder == "sliding":
-            return f"{self.draft} of {self.row_budget} rows, window of {self.window}"
-        return f"schedule {self.schedule}, blocks of {self.block_length}"
+            return f"{self.draft} of {self.row_budget} queries, window of {self.window}"
+        if self.decoder in DRAFTED:
+            return "chain of a block" if self.decoder == "dflash" else f"tree of {self.tree_budget} nodes"
+        base = f"{self.base}, " if self.decoder == "spiffy" else ""
+        return f"{base}schedule {self.schedule}, blocks of {self.block_length}"
 
     @property
     def promise(self) -> str:
@@ -323,21 +338,20 @@ class DecodingConfig(PresetOption, EditingOptions, PipelinedOptions, RoutingOpti
             range, an option of another decoder, or a contradiction.
         """
         given, beneath = _normalised(options), _normalised(of_run or {})
-        given = {**(_own(given["decoder"], beneath) if "decoder" in given else beneath), **given}
-        decoder, preset = given.get("decoder", "s2d2"), given.pop("preset", None)
-        _refuse_foreign(decoder, given)
+        base = given.get("base", beneath.get("base", default_base(facts)))
+        given = {**(_own(given["decoder"], base, beneath) if "decoder" in given else beneath), **given}
+        decoder = given.get("decoder", "s2d2" if facts is None else facts.decoders[0])
+        preset = given.pop("preset", None)
+        _refuse_foreign(decoder, base, given)
         below: dict[str, Any] = {}
         if facts is not None:
             _refuse_other_schemes(given, facts)
             if "decoder" in given and decoder in DECODERS and decoder not in facts.decoders:
-                raise ConfigError(
-                    f"decoder={decoder} does not fit {facts.family} checkpoints; use one of: "
-                    f"{', '.join(facts.decoders)}."
-                )
+                raise ConfigError(misfit(decoder, facts))
             below = published_setting(facts, given.get("block_length"))
         if preset is not None:
             below |= preset_options(preset, facts)
-        return _made_from(preset, cls(**{**_own(decoder, below), **given}))
+        return _made_from(preset, cls(**{**_own(decoder, base, {**below, "base": base}), "decoder": decoder, **given}))
 
     def replace(self, **options: Any) -> DecodingConfig:
         """The same configuration with ``options`` in place of its own, checked as in :meth:`from_options`."""
@@ -348,11 +362,12 @@ class DecodingConfig(PresetOption, EditingOptions, PipelinedOptions, RoutingOpti
                 "from DecodingConfig.from_options, or give the preset to model.generate."
             )
         decoder = given.get("decoder", self.decoder)
-        _refuse_foreign(decoder, given)
+        base = given.get("base", self.base)
+        _refuse_foreign(decoder, base, given)
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         if own["denoising_steps"] == own["block_length"]:
             own["denoising_steps"] = None
-        return _made_from(self.preset, type(self)(**{**_own(decoder, own), **given}))
+        return _made_from(self.preset, type(self)(**{**_own(decoder, base, own), **given}))
 
     def check_fits(self, facts: Facts) -> None:
         """Refuse options that mean nothing to checkpoints of ``facts``, where they differ from their default.
@@ -361,11 +376,13 @@ class DecodingConfig(PresetOption, EditingOptions, PipelinedOptions, RoutingOpti
         """
         if self.preset is not None:
             preset_options(self.preset, facts)
-        _refuse_other_schemes({name: getattr(self, name) for name in _fields_of(self.decoder)}, facts)
+        if self.steps_of != self.decoder and self.base not in facts.decoders:
+            raise ConfigError(misfit(self.base, facts, option="base"))
+        _refuse_other_schemes({name: getattr(self, name) for name in _fields_of(self.decoder, self.base)}, facts)
 
     def to_dict(self) -> dict[str, Any]:
         """The options that the decoder in force knows, as plain values."""
-        values = {name: getattr(self, name) for name in _fields_of(self.decoder)}
+        values = {name: getattr(self, name) for name in _fields_of(self.decoder, self.base)}
         if not isinstance(values["random_source"], str):
             values["random_source"] = type(values["random_source"]).__name__
         values["stop_token_ids"] = list(self.stop_token_ids)
@@ -377,12 +394,14 @@ def _made_from(preset: str | None, config: DecodingConfig) -> DecodingConfig:
     return config
 
 
-def _fields_of(decoder: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(DecodingConfig) if decoder in field.metadata["decoders"]]
+def _fields_of(decoder: str, base: str) -> list[str]:
+    """Options of ``decoder``, and those of ``base`` if it is accelerated."""
+    who = {decoder, accelerated(decoder, base)}
+    return [field.name for field in dataclasses.fields(DecodingConfig) if who & set(field.metadata["decoders"])]
 
 
-def _own(decoder: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    names = set(_fields_of(decoder)) if decoder in DECODERS else set()
+def _own(decoder: str, base: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    names = set(_fields_of(decoder, base)) if decoder in DECODERS else set()
     return {name: value for name, value in options.items() if name in names}
 
 
@@ -402,15 +421,16 @@ def _normalised(options: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _refuse_foreign(decoder: str, given: Mapping[str, Any]) -> None:
+def _refuse_foreign(decoder: str, base: str, given: Mapping[str, Any]) -> None:
     if decoder not in DECODERS:
         return  # refused with its own message when the configuration is built
+    known, also = _fields_of(decoder, base), f" with base={base}" if decoder == "spiffy" else ""
     for field in dataclasses.fields(DecodingConfig):
         owners = field.metadata["decoders"]
-        if field.name in given and decoder not in owners:
+        if field.name in given and field.name not in known:
             raise ConfigError(
-                f"{field.name} is an option of decoder {' or '.join(owners)}, and this run uses decoder={decoder}; "
-                f"drop {field.name} or choose decoder={owners[0]}."
+                f"{field.name} is an option of decoder {' or '.join(owners)}, and this run uses decoder={decoder}"
+                f"{also}; drop {field.name} or choose decoder={owners[0]}."
             )
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 
 from s2d2_lmeval.decoding.config import STRATEGY_OF_DECODER, DecodingConfig
+from s2d2_lmeval.decoding.ddtree import DDTree
 from s2d2_lmeval.decoding.decoder import Decoder
 from s2d2_lmeval.decoding.denoising import BlockDenoiser
+from s2d2_lmeval.decoding.dflash import DFlash
 from s2d2_lmeval.decoding.editing import EditingDenoiser, EditingS2D2
 from s2d2_lmeval.decoding.generation import Generation, Progress, Request
 from s2d2_lmeval.decoding.pipelined import PipelinedDenoiser
@@ -20,8 +22,11 @@ from s2d2_lmeval.decoding.pipelined_s2d2 import PipelinedS2D2
 from s2d2_lmeval.decoding.prefixes import SharedPrefixes
 from s2d2_lmeval.decoding.rows import KIND_OF_PHASE
 from s2d2_lmeval.decoding.s2d2 import S2D2
-from s2d2_lmeval.decoding.sliding import Sliding
+from s2d2_lmeval.decoding.sliding import Autoregressive, Sliding
+from s2d2_lmeval.decoding.spiffy import EditingSpiffy, Spiffy
+from s2d2_lmeval.decoding.spiffy_options import misfit
 from s2d2_lmeval.decoding.subblocks import SubblockDenoiser, SubblockS2D2
+from s2d2_lmeval.decoding.target import Target
 from s2d2_lmeval.errors import CapacityError, ConfigError
 from s2d2_lmeval.families import Facts
 from s2d2_lmeval.runtime.memory import RowLimit, out_of_memory
@@ -30,11 +35,17 @@ from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
 
 DECODER_CLASSES: dict[tuple[str, str], type[Decoder]] = {
     **{("block", decoder): BlockDenoiser for decoder in ("ar", *STRATEGY_OF_DECODER)},
+    **{(scheme, "dflash"): DFlash for scheme in ("autoregressive", "block")},
+    **{(scheme, "ddtree"): DDTree for scheme in ("autoregressive", "block")},
+    ("autoregressive", "ar"): Target,
     ("block", "s2d2"): S2D2,
-    ("block", "sliding"): Sliding,
+    ("block", "spiffy"): Spiffy,
+    **{(scheme, "sliding"): Sliding for scheme in ("block", "editing", "subblock", "pipelined")},
     ("editing", "ar"): BlockDenoiser,
     ("editing", "editing"): EditingDenoiser,
     ("editing", "s2d2"): EditingS2D2,
+    ("editing", "spiffy"): EditingSpiffy,
+    ("pipelined", "ar"): Autoregressive,
     ("pipelined", "pipelined"): PipelinedDenoiser,
     ("pipelined", "s2d2"): PipelinedS2D2,
     ("subblock", "ar"): SubblockDenoiser,
@@ -55,6 +66,8 @@ LOGITS_OF_A_ROW = 64
 
 class Engine:
     """Decodes requests: admit, plan, forward, advance, retire."""
+
+    decoder_classes: ClassVar[Mapping[tuple[str, str], type[Decoder]]] = DECODER_CLASSES
 
     def __init__(self, runner: Runner, facts: Facts, config: DecodingConfig, trace: Trace, limit: RowLimit) -> None:
         self.runner = runner
@@ -134,12 +147,9 @@ class Engine:
 
     def _prepare(self, requests: Sequence[Request]) -> None:
         """Seats for the run: rows, their decoder and room in the cache for the longest request."""
-        decoder = DECODER_CLASSES.get((self.facts.scheme, self.config.decoder))
+        decoder = self.decoder_classes.get((self.facts.scheme, self.config.decoder))
         if decoder is None:
-            raise ConfigError(
-                f"decoder={self.config.decoder} does not fit {self.facts.family} checkpoints; use one of: "
-                f"{', '.join(self.facts.decoders)}."
-            )
+            raise ConfigError(misfit(self.config.decoder, self.facts))
         self.config.check_fits(self.facts)
         # Published code prefills a prompt in one forward.
         published = self.config.schedule == "reference"
@@ -176,7 +186,7 @@ class Engine:
             del waiting[place]
             request, self.seated[slot] = requests[index], index
             source, shared = self.prefixes.seat(slot, request.prompt)
-            self.runner.cache.begin(slot, source, shared)
+            self.runner.begin(slot, source, shared)
             self.rows.admit(slot, request)
             self.rows.cached[slot] = shared
             self.decoder.admitted(slot)
@@ -188,7 +198,7 @@ class Engine:
         plan = self.decoder.plan()
         logits = self.runner.forward(plan.request)
         outcome = self.decoder.advance(logits)
-        self.runner.cache.commit(plan.request.layout.slots, outcome.kept, outcome.path)
+        self.runner.commit(plan.request, outcome.kept, outcome.path)
         self.trace.records.append(
             ForwardRecord(
                 kinds=tuple(KIND_OF_PHASE[phase] for phase in plan.phases),
@@ -200,8 +210,12 @@ class Engine:
                 accepted=outcome.accepted,
                 routed=outcome.routed,
                 carried=outcome.carried,
+                deepest=outcome.deepest,
+                windows=outcome.windows,
                 seconds=time.perf_counter() - started,
                 model_seconds=self.runner.model_seconds - model_seconds,
+                states=outcome.states,
+                skipped=outcome.skipped,
             )
         )
 
@@ -220,7 +234,7 @@ class Engine:
         if counted > request.max_new_tokens:
             counted = kept = request.max_new_tokens
             reason = "length"
-        self.trace.finished(counted)
+        self.trace.finished(counted, progress.counts)
         return Generation(new[:kept], reason, progress.stats(counted), progress.decoding_order, progress.steps, canvas)
 
     def _nothing_to_do(self, request: Request) -> Generation:

@@ -64,18 +64,28 @@ class Generation:
     canvas: list[int]
 
 
+FORWARDS = ("prefill", "draft", "verify", "commit", "drafter")
+"""What a forward does for a request; ``drafter`` is a forward of a drafter beside the model."""
+
+
 @dataclass
 class Progress:
     """A request on its way: counters, steps and the published decoding order, filled in as forwards come back."""
 
-    forwards: dict[str, int] = field(default_factory=lambda: {"prefill": 0, "draft": 0, "verify": 0, "commit": 0})
+    forwards: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORWARDS, 0))
     drafts: int = 0
     drafted: int = 0
     accepted: int = 0
     blocks: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    """What only some decoders count."""
     begun: float = field(default_factory=time.perf_counter)
     steps: list[Step] = field(default_factory=list)
     decoding_order: list[PublishedStep] = field(default_factory=list)
+
+    def count(self, name: str, more: int) -> None:
+        """Add ``more`` to a count of the decoder's own."""
+        self.counts[name] = self.counts.get(name, 0) + more
 
     def stats(self, new_tokens: int) -> dict[str, float]:
         """The request's statistics. ``nfe`` counts every forward that it took part in."""
@@ -90,5 +100,6 @@ class Progress:
             "acceptance": self.accepted / self.drafted if self.drafted else 0.0,
             "routed": self.forwards["verify"] / self.drafts if self.drafts else 0.0,
             "blocks": self.blocks,
+            **self.counts,
             "seconds": time.perf_counter() - self.begun,
         }

@@ -30,7 +30,9 @@ class Outcome:
 
     ``kept`` leading queries that became prefix only now, by being accepted; ``committed`` tokens decided; ``drafted``
     tokens put before the verifier; ``accepted`` of these accepted; ``routed`` 1 where a draft goes on to the verifier;
-    ``carried`` 1 where a verification carried the next block's draft along and that came to use. Where what is kept is
+    ``carried`` 1 where a verification carried the next draft along and that came to use; ``deepest`` depth of the draft
+    tree or chain that was run; ``windows`` draft windows that ran beside it; ``states`` draft states of the block that
+    ran beside it and ``skipped`` denoising steps that needed no forward because of them. Where what is kept is
     not the leading queries behind the prefix, ``path`` names them, counted from its end, per row.
     """
 
@@ -40,13 +42,16 @@ class Outcome:
     accepted: np.ndarray
     routed: np.ndarray
     carried: np.ndarray
+    deepest: np.ndarray
+    windows: np.ndarray
+    states: np.ndarray
+    skipped: np.ndarray
     path: dict[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def zeros(cls, rows: int) -> Outcome:
         """Nothing yet, for R rows."""
-        kept, committed, drafted, accepted, routed, carried = np.zeros((6, rows), dtype=np.int64)
-        return cls(kept, committed, drafted, accepted, routed, carried)
+        return cls(*np.zeros((10, rows), dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -93,18 +98,22 @@ def read_back(
 ) -> Readback:
     """Fetch everything in one transfer. This is where the host waits for the device."""
     steps = [step for step in (verified, drafted) if step is not None]
-    flags = torch.stack([moved, sound.expand_as(moved)], dim=1)
-    columns = [span, *(table for step in steps for table in step.all()), flags]
-    packed = torch.cat([column.long() for column in columns], dim=1).cpu().numpy()
-    tables = np.split(packed[:, :-2], len(columns) - 1, axis=1)
+    columns = [span, *(table for step in steps for table in step.all())]
+    *tables, moves, soundness = fetch([*columns, moved.unsqueeze(1), sound.expand_as(moved).unsqueeze(1)])
     host = [StepTables(*tables[first : first + 5]) for first in range(1, len(tables), 5)]
     return Readback(
         verified=host[0] if verified is not None else None,
         drafted=host[-1] if drafted is not None else None,
         span=tables[0].astype(bool),
-        moved=packed[:, -2].astype(bool),
-        sound=bool(packed[:, -1].all()),
+        moved=moves[:, 0].astype(bool),
+        sound=bool(soundness.all()),
     )
+
+
+def fetch(columns: list[torch.Tensor]) -> list[np.ndarray]:
+    """Tables (rows, any) of whole numbers, fetched in one transfer."""
+    packed = torch.cat([column.long() for column in columns], dim=1).cpu().numpy()
+    return np.split(packed, np.cumsum([column.shape[1] for column in columns])[:-1], axis=1)
 
 
 def as_step(step: StepTables[np.ndarray], slot: int, kind: str, start: int) -> Step:

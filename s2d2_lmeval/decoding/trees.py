@@ -9,7 +9,9 @@ then the best N of all. A chain is the tree with one choice per depth.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
 
@@ -28,24 +30,30 @@ class Tree:
     value: torch.Tensor
 
 
-def grow(log_p: torch.Tensor, token: torch.Tensor, nodes: int) -> Tree:
+def grow(log_p: torch.Tensor, token: torch.Tensor, nodes: int, seed_chain: bool = False) -> Tree:
     """The best ``nodes`` prefixes of each row.
 
     ``log_p`` and ``token`` (R, S, K) are the K likeliest tokens of each of S future positions, best first; minus
-    infinity rules a choice out.
+    infinity rules a choice out. With ``seed_chain`` the arg-max chain comes first, then the best others.
     """
     rows, depths, choices = log_p.shape
     score = log_p.new_zeros(rows, 1)
-    scores, parents, picks, offset = [], [], [], 0
+    scores, keys, parents, picks, offset = [], [], [], [], 0
     for depth in range(depths):
-        candidates = (score.unsqueeze(2) + log_p[:, depth].unsqueeze(1)).flatten(1)
-        score, index = candidates.topk(min(nodes, candidates.shape[1]), dim=1)
-        parents.append(offset + index // choices)
-        picks.append(depth * choices + index % choices)
+        above, choice = _promising(score.shape[1], choices, nodes, log_p.device)
+        candidates = score[:, above] + log_p[:, depth, choice]
+        key = candidates.clone()
+        if seed_chain:
+            key[:, :1] = torch.inf  # the first child of the first, which is the chain's
+        key, index = key.topk(min(nodes, candidates.shape[1]), dim=1)
+        score = candidates.gather(1, index)
+        parents.append(offset + above[index])
+        picks.append(depth * choices + choice[index])
         scores.append(score)
+        keys.append(key)
         offset = 1 + sum(part.shape[1] for part in scores[:-1])
     # Stable: among equals the shallower comes first, so a parent precedes its child.
-    every, order = torch.cat(scores, dim=1).sort(dim=1, descending=True, stable=True)
+    order = torch.cat(keys, dim=1).sort(dim=1, descending=True, stable=True).indices
     kept = order[:, :nodes]
     place = torch.zeros_like(order).scatter(
         1, order, torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order)
@@ -57,48 +65,31 @@ def grow(log_p: torch.Tensor, token: torch.Tensor, nodes: int) -> Tree:
         token=token.flatten(1).gather(1, pick),
         parent=place.gather(1, torch.cat(parents, dim=1).gather(1, kept)),
         depth=pick // choices + 1,
-        value=every[:, :nodes].exp(),
+        value=torch.cat(scores, dim=1).gather(1, kept).exp(),
     )
     return Tree(*(pad(table, (0, short)) for table in (tree.token, tree.parent, tree.depth, tree.value)))
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What of a tree is run: ``nodes`` (R,) its first so many, and ``windows`` (R, N + 1) bool, root first."""
-
-    nodes: torch.Tensor
-    windows: torch.Tensor
-
-
-def shape(tree: Tree, budget: int, window: int, window_value: float) -> Shape:
-    """Spend ``budget`` rows per sequence on nodes and on draft windows.
-
-    A node costs its own row and a verifier row, a window ``window`` rows. The walk ends at node n with probability
-    value(n) minus the values of its children in the tree; a window there is worth ``window_value`` tokens of the next
-    round. Chosen is the number of nodes whose expected accepted tokens plus expected window value is largest.
+@lru_cache(maxsize=256)
+def _promising(beam: int, choices: int, nodes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places in a beam and among choices, both best first, whose sum can be one of the ``nodes`` best: fewer than so
+    many others are at least as good in both.
     """
-    rows, most = tree.value.shape
-    value = torch.cat([torch.ones_like(tree.value[:, :1]), tree.value], dim=1)
-    # children[r, m, i]: summed value of the children of i among the first m nodes
-    born = torch.zeros(rows, most, most + 1, dtype=value.dtype, device=value.device)
-    born.scatter_(2, tree.parent.unsqueeze(2), tree.value.unsqueeze(2))
-    children = torch.cat([torch.zeros_like(born[:, :1]), born.cumsum(1)], dim=1)
-    index = torch.arange(most + 1, device=value.device)
-    present = index <= index.unsqueeze(1)
-    ends = (value.unsqueeze(1) - children).clamp_min(0).masked_fill(~present, -1.0)
-    best, order = ends.sort(dim=2, descending=True, stable=True)
-    affordable = ((budget - 2 - 2 * index) // window).clamp(min=0)
-    counted = torch.minimum(affordable, index + 1)
-    won = torch.cat([torch.zeros_like(best[:, :, :1]), best.clamp_min(0).cumsum(2)], dim=2)
-    won = won.gather(2, counted.view(1, -1, 1).expand(rows, -1, 1)).squeeze(2)
-    worth = value.cumsum(1) + window_value * won
-    real = torch.cat([torch.ones_like(tree.value[:, :1], dtype=torch.bool), tree.value > 0], dim=1)
-    worth = worth.masked_fill((budget - 2 - 2 * index < 0) | ~real, -torch.inf)
-    nodes = worth.argmax(1)
-    chosen = nodes.view(-1, 1, 1).expand(rows, 1, most + 1)
-    rank = order.gather(1, chosen).squeeze(1).argsort(dim=1)
-    windows = rank < counted[nodes].unsqueeze(1)
-    return Shape(nodes, windows & (index <= nodes.unsqueeze(1)))
+    place = np.arange(min(beam, nodes))[:, None]
+    above, choice = ((place + 1) * (np.arange(min(choices, nodes)) + 1) <= nodes).nonzero()
+    return torch.from_numpy(above).to(device), torch.from_numpy(choice).to(device)
+
+
+def paths(parent: torch.Tensor, nodes: int) -> torch.Tensor:
+    """Whether node j is node i itself or above it (R, nodes + 1, nodes + 1), from the parents (R, nodes + 1) of nodes
+    behind a root at index 0, which is above all. A few doubling steps on the device: twice as far up in each.
+    """
+    above = torch.eye(nodes + 1, dtype=torch.bool, device=parent.device).expand(len(parent), -1, -1)
+    jump = parent[:, : nodes + 1]
+    for _ in range(max(nodes, 1).bit_length()):
+        above = above | above.gather(1, jump.unsqueeze(2).expand_as(above))
+        jump = jump.gather(1, jump)
+    return above
 
 
 def empty(rows: int, nodes: int, device: torch.device, dtype: torch.dtype) -> Tree:

@@ -9,7 +9,8 @@ from typing import Any
 
 # D2F was trained with, and is published for, one block length; the base checkpoints know nothing of blocks.
 BLOCK_LENGTH = 32
-DECODERS = ("s2d2", "pipelined")
+DECODERS = ("s2d2", "pipelined", "sliding", "ar")
+
 CAVEAT = (
     "decoded block by block, as D2F makes LLaDA and Dream by a LoRA adapter: give it as adapter=… (in --model_args: "
     "peft=…) unless it is in these weights already. Without it the model was trained to see the whole text at once, "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-KINDS = ("prefill", "draft", "verify", "commit", "score")
+KINDS = ("prefill", "draft", "verify", "commit", "drafter", "score")
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,10 @@ class ForwardRecord:
     ``kept`` (R,) queries that became prefix; ``committed`` (R,) tokens decided; ``drafted`` (R,) tokens put before the
     verifier;
     ``accepted`` (R,) of these accepted; ``routed`` (R,) 1 where a draft goes on to the verifier;
-    ``carried`` (R,) 1 where a verification brought the next block's draft along and it came to use.
+    ``carried`` (R,) 1 where a verification brought the next draft along and it came to use; ``deepest`` (R,) depth of
+    the draft tree or chain put before the verifier; ``windows`` (R,) draft windows that ran beside it; ``states`` (R,)
+    draft states of a block that ran beside its current one, and ``skipped`` (R,) denoising steps that needed no forward
+    of their own because of them.
     ``seconds`` is the whole engine step, ``model_seconds`` the part inside the model.
     """
 
@@ -32,8 +36,12 @@ class ForwardRecord:
     accepted: np.ndarray
     routed: np.ndarray
     carried: np.ndarray
+    deepest: np.ndarray
+    windows: np.ndarray
     seconds: float
     model_seconds: float
+    states: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    skipped: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 @dataclass
@@ -51,10 +59,12 @@ class Trace:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     batch_halvings: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
 
     def reset(self) -> None:
         """Forget everything."""
         self.records.clear()
+        self.counts.clear()
         self.new_tokens = self.requests = 0
         self.prompt_tokens = self.reused_tokens = self.batch_halvings = 0
 
@@ -63,10 +73,11 @@ class Trace:
         self.prompt_tokens += prompt
         self.reused_tokens += reused
 
-    def finished(self, new_tokens: int) -> None:
-        """Count a request that is complete."""
+    def finished(self, new_tokens: int, counts: Mapping[str, int] | None = None) -> None:
+        """Count a request that is complete, and what its decoder has counted of it."""
         self.requests += 1
         self.new_tokens += new_tokens
+        self.counts.update(counts or {})
 
     def totals(self) -> dict[str, float]:
         """Sums over all records.
@@ -88,6 +99,8 @@ class Trace:
         nfe = sum(kinds.values())
         drafted, drafts = total("drafted"), kinds["draft"] + total("carried")
         return {
+            **self.counts,
+            **self._two_models(kinds),
             "requests": self.requests,
             "new_tokens": self.new_tokens,
             "prompt_tokens": self.prompt_tokens,
@@ -103,7 +116,49 @@ class Trace:
             "routed": total("routed") / drafts if drafts else 0.0,
             "rows_per_forward": nfe / len(self.records) if self.records else 0.0,
             "queries": total("widths"),
+            **self._drafting(),
             "seconds": seconds,
             "model_seconds": sum(record.model_seconds for record in self.records),
             "tokens_per_second": self.new_tokens / seconds if seconds else 0.0,
         }
+
+    def _two_models(self, kinds: Counter[str]) -> dict[str, float]:
+        """Of decoders with a drafter beside the target: forwards of the target, and what each of both took.
+
+        On a GPU a drafter's step does not wait for the device: what it leaves to do there shows in the target's.
+        """
+        if not kinds["drafter"]:
+            return {}
+        targets = sum(kinds.values()) - kinds["drafter"]
+        drafter = sum(record.seconds for record in self.records if "drafter" in record.kinds)
+        target = sum(record.seconds for record in self.records if "drafter" not in record.kinds)
+        return {
+            "target_forwards": targets,
+            "tokens_per_target_forward": self.new_tokens / targets if targets else 0.0,
+            "drafter_seconds": drafter,
+            "target_seconds": target,
+        }
+
+    def _drafting(self) -> dict[str, float]:
+        """Of decoders that verify trees or chains and carry drafts along: windows run, used and missed, and how many
+        drafts reached a depth and how many of these were accepted there. Of those that draft states of a block: its
+        denoising steps, the states drafted, and those accepted, each of which saved a forward.
+        """
+        depths = [(record.deepest, record.accepted) for record in self.records if record.deepest.any()]
+        counts: dict[str, float] = {}
+        if any(record.windows.any() for record in self.records):
+            rounds = sum(kind != "prefill" for record in self.records for kind in record.kinds)
+            used = sum(int(record.carried.sum()) for record in self.records)
+            windows = sum(int(record.windows.sum()) for record in self.records)
+            counts |= {"windows": windows, "windows_used": used, "windows_missed": rounds - used}
+        states = sum(int(record.states.sum()) for record in self.records)
+        if states:
+            saved = sum(int(record.skipped.sum()) for record in self.records)
+            drafts = sum(kind == "draft" for record in self.records for kind in record.kinds)
+            counts |= {"steps": drafts + saved, "states_drafted": states, "states_accepted": saved}
+        if depths:
+            deepest, accepted = (np.concatenate(column) for column in zip(*depths, strict=True))
+            for depth in range(1, int(deepest.max()) + 1):
+                counts[f"offered_at_{depth}"] = int((deepest >= depth).sum())
+                counts[f"accepted_at_{depth}"] = int(((deepest >= depth) & (accepted >= depth)).sum())
+        return counts

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2d2_lmeval.decoding import trees
-from s2d2_lmeval.decoding.sliding import NOBODY, NODE, TEXT, VERIFIER, WINDOW, ancestors, tree_visibility
+from s2d2_lmeval.decoding import tree_budget, trees
+from s2d2_lmeval.decoding.tree_passes import NOBODY, NODE, TEXT, VERIFIER, WINDOW, ancestors, tree_visibility
 
 
 def marginals(seed: int, rows: int, depths: int, choices: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,40 +76,102 @@ def test_one_choice_per_depth_is_the_chain() -> None:
     assert tree.token[0].tolist() == token[0, :, 0].tolist()
 
 
+def offers(tree: trees.Tree, row: int, terms: tree_budget.Terms) -> list[tuple[int, tuple[int, ...], int, float]]:
+    """Everything that a row can run: nodes, windows, queries, expected tokens (the root's own left out)."""
+    real = int((tree.value[row] > 0).sum())
+    found = []
+    for count in range(real + 1):
+        reach = [1.0, *tree.value[row, :count].tolist()]
+        ends = list(reach)
+        for place in range(count):
+            ends[int(tree.parent[row, place])] -= reach[place + 1]
+        for size in range(count + 2 if terms.window else 1):
+            for windows in itertools.combinations(range(count + 1), size):
+                tokens = sum(reach[1:]) + terms.draft_value * sum(ends[node] for node in windows)
+                found.append((count, windows, terms.node * count + terms.window * size, tokens))
+    return found
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     nodes=st.integers(1, 5),
-    budget=st.integers(4, 24),
-    window=st.integers(1, 5),
-    worth=st.sampled_from([0.0, 0.7, 4.0]),
+    budgets=st.lists(st.integers(0, 22), min_size=3, max_size=3),
+    terms=st.builds(
+        tree_budget.Terms, st.integers(1, 2), st.integers(0, 5), st.sampled_from([0.0, 0.7, 4.0]), st.just(99)
+    ),
 )
-def test_the_budget_is_spent_best(seed: int, nodes: int, budget: int, window: int, worth: float) -> None:
+def test_a_budget_of_its_own_is_spent_best(seed: int, nodes: int, budgets: list[int], terms: tree_budget.Terms) -> None:
     """Against every number of nodes and every choice of windows that fits."""
-    log_p, token = marginals(seed, 1, 3, 2)
-    tree = trees.grow(log_p, token, nodes)
-    chosen = trees.shape(tree, budget, window, worth)
+    tree = trees.grow(*marginals(seed, 3, 3, 2), nodes)
+    chosen = tree_budget.fit(tree, torch.tensor(budgets), terms)
+    for row, budget in enumerate(budgets):
+        every = {(count, windows): (cost, tokens) for count, windows, cost, tokens in offers(tree, row, terms)}
+        count, windows = int(chosen.nodes[row]), tuple(chosen.windows[row].nonzero().flatten().tolist())
+        cost, tokens = every[count, windows]
+        assert cost <= budget
+        assert tokens == pytest.approx(max(tokens for cost, tokens in every.values() if cost <= budget))
 
-    def value(count: int, windows: tuple[int, ...]) -> float:
-        reach = [1.0, *tree.value[0, :count].tolist()]
-        ends = list(reach)
-        for place in range(count):
-            ends[int(tree.parent[0, place])] -= reach[place + 1]
-        return sum(reach) + worth * sum(ends[node] for node in windows)
 
-    real = int((tree.value[0] > 0).sum())
-    best = max(
-        value(count, windows)
-        for count in range(real + 1)
-        for size in range(count + 2)
-        if 2 + 2 * count + size * window <= budget
-        for windows in itertools.combinations(range(count + 1), size)
-    )
-    count = int(chosen.nodes[0])
-    windows = tuple(chosen.windows[0].nonzero().flatten().tolist())
-    assert 2 + 2 * count + len(windows) * window <= budget
-    assert all(node <= count for node in windows)
-    assert value(count, windows) == pytest.approx(best)
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    nodes=st.integers(1, 5),
+    terms=st.builds(
+        tree_budget.Terms,
+        st.integers(1, 2),
+        st.integers(0, 5),
+        st.sampled_from([0.0, 0.7, 4.0]),
+        st.sampled_from([7, 99]),
+    ),
+)
+def test_at_every_price_rows_buy_what_brings_more_than_it_costs(
+    seed: int, nodes: int, terms: tree_budget.Terms
+) -> None:
+    tree = trees.grow(*marginals(seed, 2, 3, 2), nodes)
+    bids = tree_budget.bid(tree, terms)
+    assert bids.queries[:, -1].tolist() == [0, 0]
+    assert (bids.queries <= terms.most).all()
+    for row in range(2):
+        every = offers(tree, row, terms)
+        for place, price in enumerate(bids.prices.tolist()):
+            gain = float(bids.tokens[row, place]) - price * int(bids.queries[row, place])
+            assert gain <= max(tokens - price * cost for *_, cost, tokens in every) + 1e-5
+            if terms.most == 99:
+                assert gain == pytest.approx(max(tokens - price * cost for *_, cost, tokens in every), abs=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), budget=st.integers(0, 60))
+def test_a_shared_budget_is_kept_and_a_larger_one_never_brings_less(seed: int, budget: int) -> None:
+    tree = trees.grow(*marginals(seed, 4, 4, 3), 12)
+    bids = tree_budget.bid(tree, tree_budget.Terms(2, 3, 4.0, 40))
+    brought = []
+    for limit in (budget, budget + 9):
+        price = tree_budget.price_within(bids, torch.tensor(limit))
+        assert bids.queries.index_select(1, price).sum() <= limit
+        brought.append(float(bids.tokens.index_select(1, price).sum()))
+    assert brought[0] <= brought[1] + 1e-6
+
+
+def test_the_price_for_the_rate_is_the_best_of_all_prices() -> None:
+    """Free forwards buy everything, forwards whose every query is dear buy nothing, and a bend is found."""
+    tree = trees.grow(*marginals(1, 2, 4, 3), 12)
+    bids = tree_budget.bid(tree, tree_budget.Terms(2, 3, 4.0, 40))
+    fixed, queries = torch.tensor(4), torch.arange(120.0)
+    spent = {}
+    for name, seconds in {
+        "free": torch.ones(120),
+        "dear": 1 + 10 * queries,
+        "bent": 1 + (queries - 20).clamp_min(0),
+    }.items():
+        price = tree_budget.price_for_rate(bids, seconds, fixed, rate=2.0)
+        spent[name] = int(bids.queries.index_select(1, price).sum())
+        worth = bids.tokens.sum(0) - 2.0 * seconds[bids.queries.sum(0) + 4]
+        assert worth[price] == worth.max()
+    assert spent["free"] > 70
+    assert spent["dear"] == 0
+    assert 0 < spent["bent"] <= 16
 
 
 def test_who_sees_whom() -> None:

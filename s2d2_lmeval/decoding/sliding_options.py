@@ -1,0 +1,42 @@
+"""The decoding options of sliding self-speculation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from s2d2_lmeval.decoding.options import option
+
+_SLIDING = ("sliding",)
+
+
+@dataclass(frozen=True)
+class SlidingOptions:
+    """Part of :class:`~s2d2_lmeval.decoding.config.DecodingConfig`."""
+
+    window: int = option(16, "positions that a draft looks ahead", decoders=_SLIDING, low=2)
+    row_budget: int | str = option(
+        64,
+        "queries per sequence and forward, shared among the sequences in flight; auto: as many as pay, by what forwards "
+        "are measured to cost",
+        decoders=_SLIDING,
+        low=3,
+    )
+    draft: str = option("tree", "what is drafted from a window", decoders=_SLIDING, choices=("chain", "tree"))
+
+    def _sliding_faults(self, decoder: str, acceptance: str | None, source: object) -> Iterator[str]:
+        """What is wrong between options of ``decoder=sliding``."""
+        if decoder != "sliding":
+            return
+        if isinstance(self.row_budget, int) and self.row_budget <= self.window:
+            yield (
+                f"row_budget={self.row_budget} leaves no room for a window of {self.window}: a round without a draft "
+                f"takes {self.window + 1} queries. Raise row_budget or lower window."
+            )
+        if acceptance == "rejection" and self.draft == "tree":
+            yield (
+                "acceptance=rejection compares one drafted token with the verifier at a time: set draft=chain, or use "
+                "acceptance=keyed, which takes trees."
+            )
+        if source not in ("keyed", "fixed"):
+            yield "sliding draws ahead of what it decides, so only keyed draws can be named: use random_source=keyed."

@@ -1,0 +1,168 @@
+"""How the verifier's word on a draft is taken, and how drafts are drawn so that it agrees: both exactly the AR law.
+
+``Keyed``      The verifier chooses a token after every node as ``ar`` would with the same seed: the arg-max, or a draw
+               whose noise is a function of the position. A node stands if it is what was chosen. Drafts are drawn with the
+               same noise, so where drafter and verifier agree in law, they agree in the token. Works on trees.
+``Rejection``  Speculative sampling (Leviathan et al., 2023): a drafted token stands with probability min(1, p / q), and the
+               first that does not is replaced by a draw from (p - q)+ normalised. Works on chains.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+
+from s2d2_lmeval.decoding import random
+from s2d2_lmeval.decoding.acceptance import acceptance_ratio, residual
+from s2d2_lmeval.decoding.sampling import probabilities
+from s2d2_lmeval.decoding.tree_passes import RoundPlan, walk
+
+if TYPE_CHECKING:
+    from s2d2_lmeval.decoding.config import DecodingConfig
+
+CHOICES = 16
+"""Tokens per future position that a tree may branch over."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What stands: ``walked`` (count, N + 1) the nodes on the path, root included; ``end`` (count, 1) the last of them;
+    ``bonus`` (count, 1) the verifier's token behind it.
+    """
+
+    walked: torch.Tensor
+    end: torch.Tensor
+    bonus: torch.Tensor
+
+
+class Acceptance(Protocol):
+    """Both sides of speculation: judging drafts and drawing them."""
+
+    def judge(self, logits: torch.Tensor, plan: RoundPlan) -> Verdict:
+        """The verdict on every row's tree from the verifier ``logits`` (M, V)."""
+
+    def candidates(
+        self, logits: torch.Tensor, position: torch.Tensor, facts: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-values and tokens (count, S, K), best first, for S future positions (count, S) from draft ``logits``
+        (count * S, V).
+        """
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """A draft of depth ``drafted`` stood for ``accepted`` tokens."""
+
+
+def chosen_path(walked: torch.Tensor, facts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(count, 1) the deepest node of ``walked`` (count, N + 1)."""
+    return (walked * facts["depth"].clamp_min(0)).argmax(1, keepdim=True)
+
+
+class Keyed:
+    """Stands what the verifier would choose itself."""
+
+    def __init__(self, config: DecodingConfig, source: random.RandomSource, choices: int) -> None:
+        self.config = config
+        self.source = cast("random.KeyedNoise", source)
+        self.choices = choices
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """Nothing to learn: the drafter's probabilities say what a node is worth."""
+
+    def judge(self, logits: torch.Tensor, plan: RoundPlan) -> Verdict:
+        row, node = plan.verify_at
+        facts, config = plan.facts, self.config
+        if config.sampled:
+            position = facts["length"][row] + facts["depth"][row, node]
+            p = probabilities(logits, config.temperature, config.top_k, config.top_p)
+            tokens = self.source.categorical(p, _key(random.DRAFT, facts["key"][row], position))
+        else:
+            tokens = logits.argmax(-1)
+        chosen = torch.full_like(facts["parent"], -1).index_put(plan.verify_at, tokens)
+        walked = walk(chosen, facts, int(plan.deepest.max(initial=0)))
+        end = chosen_path(walked, facts)
+        return Verdict(walked, end, chosen.gather(1, end))
+
+    def candidates(
+        self, logits: torch.Tensor, position: torch.Tensor, facts: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        config, log_p = self.config, logits.log_softmax(-1)
+        if config.sampled:
+            p = probabilities(logits, config.temperature, config.top_k, config.top_p)
+            owner = facts["key"].repeat_interleave(position.shape[1])
+            noise = self.source.gumbel(p, _key(random.DRAFT, owner, position.flatten()))
+            log_p = (p.log() + noise).log_softmax(-1)
+        best, token = log_p.topk(min(self.choices, log_p.shape[-1]), dim=-1)
+        return best.view(*position.shape, -1), token.view(*position.shape, -1)
+
+
+class Rejection:
+    """Speculative sampling of chains. A draw is named by position and round: drafted again, a position is drawn anew."""
+
+    def __init__(self, config: DecodingConfig, source: random.RandomSource) -> None:
+        self.config = config
+        self.source = source
+        self.law = torch.empty(0)
+        """(count, S, V) what the present drafts were drawn from."""
+        # How often a drafted token stands: what a node is worth, whatever its own probability was.
+        self.stood, self.fell = 3.0, 1.0
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        self.stood += accepted
+        self.fell += accepted < drafted
+
+    def judge(self, logits: torch.Tensor, plan: RoundPlan) -> Verdict:
+        facts = plan.facts
+        p = self._filtered(logits)
+        count, places = facts["parent"].shape
+        order = torch.arange(len(p), device=p.device)
+        row_of = torch.zeros(count, places, dtype=torch.long, device=p.device).index_put(plan.verify_at, order)
+        drafted = facts["depth"][:, 1:] > 0
+        walked = facts["depth"] == 0
+        walked[:, 1:] = False
+        law = self.law
+        if len(law):
+            token, steps = facts["token"][:, 1:, None], min(places - 1, law.shape[1])
+            verifier = p[row_of[:, :-1]].gather(2, token).squeeze(2)[:, :steps]
+            draft = law[:, :steps].gather(2, token[:, :steps]).squeeze(2)
+            position = facts["length"].unsqueeze(1) + torch.arange(steps, device=p.device)
+            key = random.Key(random.ACCEPT, facts["key"].unsqueeze(1), position, facts["round"].unsqueeze(1))
+            agrees = self.source.uniform(key, drafted[:, :steps]) < acceptance_ratio(verifier, draft, 1.0)
+            stands = (agrees & drafted[:, :steps]).long().cumprod(1).bool()
+            walked[:, 1 : steps + 1] = stands
+        end = chosen_path(walked, facts)
+        behind = p[row_of.gather(1, end).squeeze(1)]
+        if len(law):
+            rejected = torch.cat([drafted, drafted[:, :1] & False], dim=1).gather(1, end)
+            at = end.clamp_max(law.shape[1] - 1).unsqueeze(2).expand(-1, -1, law.shape[2])
+            behind = torch.where(rejected, residual(behind, law.gather(1, at).squeeze(1)), behind)
+        position = facts["length"] + end.squeeze(1)
+        bonus = self.source.categorical(behind, random.Key(random.RESAMPLE, facts["key"], position, facts["round"]))
+        return Verdict(walked, end, bonus.unsqueeze(1))
+
+    def candidates(
+        self, logits: torch.Tensor, position: torch.Tensor, facts: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        count, steps = position.shape
+        law = self._filtered(logits)
+        self.law = law.view(count, steps, -1)
+        owner, when = (facts[name].repeat_interleave(steps) for name in ("key", "round"))
+        token = self.source.categorical(law, random.Key(random.DRAFT, owner, position.flatten(), when))
+        worth = math.log(self.stood / (self.stood + self.fell))
+        return torch.full((count, steps, 1), worth, device=law.device), token.view(count, steps, 1)
+
+    def _filtered(self, logits: torch.Tensor) -> torch.Tensor:
+        return probabilities(logits, self.config.temperature, self.config.top_k, self.config.top_p)
+
+
+def _key(purpose: int, request: torch.Tensor, position: torch.Tensor) -> random.Key:
+    return random.Key(purpose, request, position, torch.zeros_like(position))
+
+
+def acceptance_of(config: DecodingConfig, source: random.RandomSource) -> Acceptance:
+    """What the options ``acceptance`` and ``draft`` ask for. A greedy verifier has nothing to reject by chance."""
+    if config.acceptance == "rejection" and config.sampled:
+        return Rejection(config, source)
+    return Keyed(config, source, 1 if config.draft == "chain" else CHOICES)

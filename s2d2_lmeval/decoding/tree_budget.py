@@ -1,0 +1,137 @@
+"""How many queries a round is worth: nodes and draft windows of every row, bought at one price.
+
+A node brings its probability of being accepted. A window at a node brings what a draft is worth in the next round, times
+the probability that the walk ends there: the node's own value less the values of its children. Each costs queries. At a
+price per query every row buys what brings more than it costs, so rows whose drafts are surer buy more, and one number
+divides a budget among all rows in flight: the lowest price at which it suffices. What one row cannot spend on
+anything whole is shared out again, and each row makes the best of what it has. Without a budget the price is the one at
+which the round's tokens less the time it takes, at the going rate of tokens per second, are largest (the rule that
+maximises a long-run rate of reward, where rounds differ in length).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from s2d2_lmeval.decoding.trees import Tree
+
+PRICES = 64
+"""Prices tried, in equal ratios."""
+CHEAPEST = 1e-4
+"""The lowest price, relative to the one at which nobody buys."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What things cost and bring: queries of a node, masks of a window, tokens that a draft is worth, queries that one
+    row may buy at most.
+    """
+
+    node: int
+    window: int
+    draft_value: float
+    most: int
+
+    def prices(self, device: torch.device) -> torch.Tensor:
+        """(P,) rising; at the last nobody buys anything."""
+        highest = max(1 / self.node, self.draft_value / self.window if self.window else 0.0)
+        return torch.logspace(0, 1, PRICES, 1 / CHEAPEST, device=device) * (CHEAPEST * highest * 1.01)
+
+
+@dataclass(frozen=True)
+class Bids:
+    """What each row would buy at each price (R, P): its first ``nodes``, ``queries`` in all, ``tokens`` expected."""
+
+    prices: torch.Tensor
+    nodes: torch.Tensor
+    queries: torch.Tensor
+    tokens: torch.Tensor
+
+    def of(self, rows: torch.Tensor) -> Bids:
+        """Those of ``rows`` (R,) alone; the others buy nothing."""
+        among = rows.unsqueeze(1)
+        return Bids(self.prices, self.nodes * among, self.queries * among, self.tokens * among)
+
+
+@dataclass(frozen=True)
+class Purchase:
+    """What of a tree is run: ``nodes`` (R,) its first so many, and ``windows`` (R, N + 1) bool, root first."""
+
+    nodes: torch.Tensor
+    windows: torch.Tensor
+
+
+def bid(tree: Tree, terms: Terms) -> Bids:
+    """What the rows of ``tree`` would buy at every price.
+
+    Adding a node changes the chance of the walk to end at two places, itself and its parent, so the worth of the first m
+    nodes with their best windows is a running sum over m.
+    """
+    value = tree.value.float()
+    prices = terms.prices(value.device)
+    node = torch.arange(value.shape[1], device=value.device)
+    elder = (tree.parent.unsqueeze(2) == tree.parent.unsqueeze(1)) & (node.unsqueeze(1) > node)
+    taken = torch.where(elder, value.unsqueeze(1), 0).sum(2)
+    one = torch.ones_like(value[:, :1])
+    before = torch.cat([one, value], dim=1).gather(1, tree.parent) - taken
+
+    def windows(chance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        surplus = (terms.draft_value * (terms.window > 0)) * chance.unsqueeze(-1) - terms.window * prices
+        return surplus.clamp_min(0), (surplus > 0).to(value.dtype)
+
+    root, own, was, becomes = windows(one), windows(value), windows(before), windows(before - value)
+    surplus = (value.unsqueeze(-1) - terms.node * prices) + own[0] + becomes[0] - was[0]
+    count = own[1] + becomes[1] - was[1]
+    surplus = torch.cat([root[0], surplus], dim=1).cumsum(1)
+    queries = terms.window * torch.cat([root[1], count], dim=1).cumsum(1)
+    queries += (terms.node * torch.arange(value.shape[1] + 1, device=value.device)).view(-1, 1)
+    real = torch.cat([one > 0, tree.value > 0], dim=1).unsqueeze(-1)
+    # The last price is always within reach of a row that runs no node.
+    surplus = surplus.masked_fill((queries > terms.most + 0.5) | ~real, -torch.inf)
+    best = surplus.argmax(1, keepdim=True)
+    bought = queries.gather(1, best).squeeze(1)
+    gain = surplus.gather(1, best).squeeze(1)
+    within = gain.isfinite()
+    bought, gain = bought.where(within, 0), gain.where(within, 0)
+    return Bids(prices, best.squeeze(1), bought.round().long(), gain + prices * bought)
+
+
+def price_within(bids: Bids, budget: torch.Tensor) -> torch.Tensor:
+    """(1,) index of the lowest price at which all rows together buy at most ``budget`` queries."""
+    return (bids.queries.sum(0) <= budget).long().argmax(0, keepdim=True)
+
+
+def price_for_rate(bids: Bids, seconds: torch.Tensor, fixed: torch.Tensor, rate: float) -> torch.Tensor:
+    """(1,) index of the price with the most tokens, less ``rate`` tokens for every second that the round takes.
+
+    ``seconds`` (Q,) of a forward of 0, 1, ... queries; ``fixed`` queries run at any price.
+    """
+    queries = (bids.queries.sum(0) + fixed).long().clamp_max(len(seconds) - 1)
+    return (bids.tokens.sum(0) - rate * seconds[queries]).argmax(0, keepdim=True)
+
+
+def fit(tree: Tree, budget: torch.Tensor, terms: Terms) -> Purchase:
+    """The best that each row can run with ``budget`` (R,) queries of its own: every number of nodes is tried, each with
+    as many windows as are left, where the walk most likely ends.
+    """
+    rows, most = tree.value.shape
+    value = torch.cat([torch.ones_like(tree.value[:, :1]), tree.value], dim=1)
+    # children[r, m, i]: summed value of the children of i among the first m nodes
+    born = torch.zeros(rows, most, most + 1, dtype=value.dtype, device=value.device)
+    born.scatter_(2, tree.parent.unsqueeze(2), tree.value.unsqueeze(2))
+    children = torch.cat([torch.zeros_like(born[:, :1]), born.cumsum(1)], dim=1)
+    index = torch.arange(most + 1, device=value.device)
+    ends = (value.unsqueeze(1) - children).clamp_min(0).masked_fill(index > index.unsqueeze(1), -1.0)
+    likeliest, order = ends.sort(dim=2, descending=True, stable=True)
+    left = budget.unsqueeze(1) - terms.node * index
+    windows = left.clamp_min(0) // terms.window if terms.window else torch.zeros_like(left)
+    windows = torch.minimum(windows, index + 1)
+    won = torch.cat([torch.zeros_like(likeliest[:, :, :1]), likeliest.clamp_min(0).cumsum(2)], dim=2)
+    worth = value.cumsum(1) + terms.draft_value * won.gather(2, windows.unsqueeze(2)).squeeze(2)
+    real = torch.cat([torch.ones_like(tree.value[:, :1], dtype=torch.bool), tree.value > 0], dim=1)
+    nodes = worth.masked_fill((left < 0) | ~real, -torch.inf).argmax(1, keepdim=True)
+    chosen = nodes.unsqueeze(2).expand(rows, 1, most + 1)
+    rank = order.gather(1, chosen).squeeze(1).argsort(dim=1)
+    return Purchase(nodes.squeeze(1), (rank < windows.gather(1, nodes)) & (index <= nodes))
