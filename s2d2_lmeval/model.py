@@ -65,6 +65,8 @@ def load(
 class BlockDiffusionModel:
     """A loaded checkpoint with its cache: what :func:`load` returns."""
 
+    engine_class = Engine
+
     def __init__(
         self,
         hf_model: PreTrainedModel,
@@ -147,7 +149,7 @@ class BlockDiffusionModel:
             ids = [int(token) for token in prompt]
             self._check(index, ids, budget)
             requests.append(Request(ids, budget, key, None if stop is None else _bound(stop, index)))
-        engine = Engine(self._runner, self.facts, resolved, self.trace, self.rows)
+        engine = self.engine_class(self._runner, self.facts, resolved, self.trace, self.rows)
         return engine.run(requests, on_finished)
 
     def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:

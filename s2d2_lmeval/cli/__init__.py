@@ -23,6 +23,8 @@ COMMANDS = {
     "options": "s2d2_lmeval.cli.options",
     "demo": "s2d2_lmeval.cli.demo",
     "bench": "s2d2_lmeval.cli.bench",
+    "sweep": "s2d2_lmeval.cli.sweep",
+    "calibrate": "s2d2_lmeval.cli.calibrate",
 }
 """Subcommand -> its module."""
 

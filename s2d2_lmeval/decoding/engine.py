@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 
@@ -198,6 +199,7 @@ class Engine:
         plan = self.decoder.plan()
         logits = self.runner.forward(plan.request)
         outcome = self.decoder.advance(logits)
+        self.runner.settle()
         self.runner.commit(plan.request, outcome.kept, outcome.path)
         self.trace.records.append(
             ForwardRecord(

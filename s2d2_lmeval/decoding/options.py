@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -18,7 +19,11 @@ FIXED_STRATEGIES = {**STRATEGY_OF_DECODER, "ar": "sequential", "editing": "low_c
 """Remasking strategies of the decoders that have no choice."""
 
 DENOISERS = (*STRATEGY_OF_DECODER, "editing", "s2d2")
-DECODERS = ("ar", *DENOISERS, "sliding", "pipelined")
+BASES = (*STRATEGY_OF_DECODER, "editing")
+"""Decoders whose steps can be skipped; then their options apply too."""
+DRAFTED = ("dflash", "ddtree")
+"""Decoders that need a drafter beside the model."""
+DECODERS = ("ar", *DENOISERS, "sliding", "spiffy", "pipelined", *DRAFTED)
 
 PROMISES = {
     "ar": "the model's own autoregressive law: one token at a time at block size one",
@@ -29,6 +34,9 @@ PROMISES = {
     "editing": "the definition of block denoising with token editing (LLaDA2)",
     "pipelined": "the definition of pipelined block denoising (D2F)",
     "sliding": "the model's own autoregressive law, token for token the output of ar with the same seed",
+    "dflash": "the target's own autoregressive law, token for token the output of ar with the same seed",
+    "ddtree": "the target's own autoregressive law, token for token the output of ar with the same seed",
+    "spiffy": "the output of the decoder that it accelerates, state by state, with the same seed",
     "s2d2": "the published S2D2 algorithm; the AR law exactly when every draft is sampled and verified under "
     "AR-like caching (in sub-blocks the first tokens too, with sample_first_token), otherwise neither the AR nor the "
     "diffusion law",
@@ -45,7 +53,7 @@ SYNONYMS = {
     "eos_id": "stop_token_ids",
 }
 
-SCHEMES = ("block", "editing", "subblock", "pipelined")
+SCHEMES = ("block", "editing", "subblock", "pipelined", "autoregressive")
 """How a family lays out a generation (:attr:`s2d2_lmeval.families.Facts.scheme`)."""
 
 
@@ -59,8 +67,12 @@ def option(
     low: float | None = None,
     high: float | None = None,
     init: bool = True,
+    reasons: Mapping[str, str] | None = None,
 ) -> Any:
-    """A field of :class:`~s2d2_lmeval.decoding.config.DecodingConfig` with what it takes to check and explain it."""
+    """A field of :class:`~s2d2_lmeval.decoding.config.DecodingConfig` with what it takes to check and explain it.
+
+    ``reasons`` say why some values that one might expect are no choices.
+    """
     metadata = {
         "meaning": meaning,
         "decoders": decoders,
@@ -68,6 +80,7 @@ def option(
         "choices": choices,
         "low": low,
         "high": high,
+        "reasons": reasons or {},
     }
     return dataclasses.field(default=default, init=init, metadata=metadata)
 
@@ -82,6 +95,8 @@ def checked(field: dataclasses.Field[Any], value: Any) -> Any:
     if meta["choices"] is not None and value not in meta["choices"]:
         near = get_close_matches(str(value), [str(choice) for choice in meta["choices"]], n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
+        if value in meta["reasons"]:
+            hint = f" {value} is none: {meta['reasons'][value]}."
         raise ConfigError(f"{name}={value!r} is not one of: {', '.join(map(str, meta['choices']))}.{hint}")
     if value == "auto":
         return value

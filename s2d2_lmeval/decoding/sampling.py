@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.random import Key, RandomSource
+from s2d2_lmeval.decoding.random import Key, KeyedNoise, RandomSource
 from s2d2_lmeval.decoding.row_statistics import likeliest
 
 
@@ -64,3 +66,22 @@ def draft_tokens(
     distribution = probabilities(logits, config.temperature, config.top_k, config.top_p)
     tokens = source.categorical(distribution, key)
     return tokens, distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def ranked_tokens(
+    logits: torch.Tensor, config: DecodingConfig, source: RandomSource, key: Key, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` tokens (M, count) that :func:`draft_tokens` would take first from ``logits`` (M, V) under ``key``,
+    best first, and their log probabilities (M, count). Nothing is drawn.
+
+    A sampled token is known beforehand as far as the noise is; from a sequential source nothing is known but the odds.
+    """
+    if not config.sampled:
+        log_p, tokens = logits.log_softmax(-1).topk(count, dim=-1)
+        return tokens, log_p
+    distribution = probabilities(logits, config.temperature, config.top_k, config.top_p)
+    score = log_p = distribution.log()
+    if not source.sequential:
+        score = log_p + cast(KeyedNoise, source).gumbel(distribution, key)
+    tokens = score.topk(count, dim=-1).indices
+    return tokens, log_p.gather(-1, tokens)

@@ -70,7 +70,9 @@ class Spiffy(BlockDenoiser):
         self.drafter = StateDrafter(graph, length, self.revises, device)
         self.eligibility = Eligibility(graph, length, self.revises)
         self.budget = DraftBudget(graph, config.draft_nodes)
-        self.tables = RankTables.empty(rows.count, length, self.drafter.vocabulary_ranks, device)
+        self.ranks = self.drafter.vocabulary_ranks if graph.nodes else 0
+        """Tokens of each place to rank after a step."""
+        self.tables = RankTables.empty(rows.count, length, max(self.ranks, 1), device)
         self.states = torch.zeros(rows.count, 0, length, dtype=torch.long, device=device)
         self.first_count = scheduled_count(0, config)
         self.counts = torch.from_numpy(scheduled_count(np.arange(config.steps + 1), config)).to(device)
@@ -85,13 +87,17 @@ class Spiffy(BlockDenoiser):
         device: torch.device,
         prefill_chunk: int,
     ) -> Self:
-        graph = load_graph(config.draft_graph, config.base)
-        if config.draft_nodes != "auto":
-            graph = graph.first(int(config.draft_nodes))
-        warn_of_differences(graph, config, facts)
+        graph = cls.graph_of(config, facts)
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         rows = Rows(slots, longest, config.block_length, facts.mask_token_id, device, len(graph.nodes))
         return cls(config, rows, prefill_chunk, graph)
+
+    @classmethod
+    def graph_of(cls, config: DecodingConfig, facts: Facts) -> DraftGraph:
+        """The draft graph that the options name, as far as it is to be used; warns if it is for something else."""
+        graph = load_graph(config.draft_graph, config.base)
+        warn_of_differences(graph, config, facts)
+        return graph if config.draft_nodes == "auto" else graph.first(int(config.draft_nodes))
 
     @property
     def capacity(self) -> int:
@@ -159,7 +165,7 @@ class Spiffy(BlockDenoiser):
             state = torch.where(alive, slot + 1, state)
             crossed = torch.where(alive & ends, state, crossed)
             stage = turn(stage, alive & ends, self.rows.mask_token_id, int(self.first_count))
-        if tables and self.drafter.widest:
+        if tables and self.ranks:
             self._rank(stage, self._logits_of(state, stage, logits))
         return self._read_chain(tables, links, crossed)
 
@@ -200,7 +206,7 @@ class Spiffy(BlockDenoiser):
         """Take in what the latest ``logits`` (M, V) make of the next step: which places and tokens come first."""
         at, tables = self._plan.draft_at, self.tables
         key = stage.draws(random.DRAFT).take(at)
-        tokens, log_p = ranked_tokens(logits, self.config, self.source, key, self.drafter.vocabulary_ranks)
+        tokens, log_p = ranked_tokens(logits, self.config, self.source, key, self.ranks)
         confidence = self.draft.confidence.index_put(at, log_p[:, 0].exp())
         _, order = self._choose(stage.block == self.rows.mask_token_id, torch.ones_like(stage.count), confidence)
         self.tables = RankTables(

@@ -20,9 +20,13 @@ from s2d2_lmeval.runtime.memory import RowLimit
 _RATIOS = {
     "tokens_per_forward": ("new_tokens", "nfe"),
     "tokens_per_second": ("new_tokens", "seconds"),
+    "tokens_per_target_forward": ("new_tokens", "target_forwards"),
     "acceptance": ("accepted", "drafted"),
+    "acceptance_length": ("round_tokens", "rounds"),
+    "acceptance_length_without_bonus": ("round_accepted", "rounds"),
     "routed": ("verify_forwards", "draft_forwards"),
     "rows_per_forward": ("nfe", "forwards"),
+    "forwards_saved": ("states_accepted", "steps"),
 }
 _DERIVED = frozenset(_RATIOS)
 

@@ -1,0 +1,234 @@
+"""Calibrate a draft graph for the decoder `spiffy`: trace its base decoder on some prompts, count, choose.
+
+20 to 50 prompts are enough, from any text that looks like the task. The graph is for one model and one way of decoding:
+give the options that you will decode with.
+
+examples:
+  s2d2-lmeval calibrate --model_args pretrained=toy,base=static,block_length=8 --tasks s2d2_toy_arithmetic \\
+      --nodes 8 --depth 4 --output graph.json
+  s2d2-lmeval eval --model_args pretrained=toy,decoder=spiffy,base=static,block_length=8,draft_graph=graph.json \\
+      --tasks s2d2_toy_programs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2d2_lmeval.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.tree import Tree
+
+    from s2d2_lmeval.decoding.draft_graph import DraftGraph
+
+SUMMARY = "calibrate a draft graph for spiffy, from traces of its base decoder"
+
+_ORDINALS = ("best", "2nd", "3rd", "4th")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "--model_args",
+        required=True,
+        metavar="NAME=VALUE,…",
+        help="pretrained=… and the decoding options, as for eval; base=… names the decoder that is accelerated",
+    )
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--tasks", metavar="LIST", help="take prompts of these tasks of the harness, in equal parts")
+    prompts.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='a text file with a prompt per line, or .jsonl with "prompt"'
+    )
+    parser.add_argument("--limit", type=int, default=48, metavar="N", help="prompts (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=16, metavar="D", help="nodes of the graph (default: %(default)s)")
+    parser.add_argument("--depth", type=int, default=4, metavar="N", help="steps ahead (default: %(default)s)")
+    parser.add_argument(
+        "--score",
+        choices=("own", "parents"),
+        default="own",
+        help="what makes a state worth drafting: its own count, or that and its direct parents' as published "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--output", type=Path, default=Path("draft_graph.json"), help="default: %(default)s")
+    parser.add_argument(
+        "--traces", type=Path, metavar="FILE", help="keeps the traces, to go on from (default: OUTPUT.traces.jsonl)"
+    )
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="put prompts into the chat template (default: if the tokenizer has one)",
+    )
+    parser.add_argument("--max_batch", type=int, default=8, help="rows in flight (default: %(default)s)")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", default="auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, trace, count, choose, show, save."""
+    from s2d2_lmeval.cli.checkpoints import open_model
+    from s2d2_lmeval.cli.console import hide_loading_bars, make_console
+    from s2d2_lmeval.cli.generate import encode
+    from s2d2_lmeval.studies.calibrate import calibrate
+
+    for name, least in (("nodes", 1), ("depth", 1), ("limit", 1)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name} {getattr(args, name)} is too small; it must be at least {least}.")
+    console = make_console()
+    hide_loading_bars()
+    source, options = _arguments(args.model_args)
+    texts = read_prompts(args.prompts, args.limit) if args.prompts else task_prompts(args.tasks, args.limit)
+    model, tokenizer, decoding = open_model(source, options, device=args.device, dtype=args.dtype)
+    model.max_batch = args.max_batch
+    config = model.config(decoding)
+    if "stop_token_ids" not in decoding and tokenizer.eos_token_id is not None:
+        config = config.replace(stop_token_ids=tuple(dict.fromkeys((*config.stop_token_ids, tokenizer.eos_token_id))))
+    traces = args.traces or args.output.with_name(args.output.name + ".traces.jsonl")
+    with _progress(console) as progress:
+        bar = progress.add_task(f"tracing {config.base}", total=len(texts))
+        graph = calibrate(
+            model,
+            config,
+            [encode(tokenizer, text, chat=args.chat) for text in texts],
+            nodes=args.nodes,
+            depth=args.depth,
+            traces=traces,
+            source=source,
+            score=args.score,
+            on_traced=lambda: progress.advance(bar),
+        )
+    if not graph.nodes:
+        raise ConfigError("Every block came out in one step, so there are no states to draft. Nothing was written.")
+    graph.save(args.output)
+    for part in show(graph):
+        console.print(part)
+    console.print(f"written to {args.output}; use it with decoder=spiffy,base={config.base},draft_graph={args.output}")
+    return 0
+
+
+def _arguments(text: str) -> tuple[str, dict[str, Any]]:
+    """The checkpoint and the other options of ``--model_args``."""
+    from s2d2_lmeval.cli.values import parse_options
+
+    options = parse_options(text.split(","))
+    source = options.pop("pretrained", None)
+    if source is None:
+        raise ConfigError("--model_args names no checkpoint; write pretrained=….")
+    return str(source), {"decoder": "spiffy", **options}
+
+
+def read_prompts(path: Path, limit: int) -> list[str]:
+    """Up to ``limit`` prompts of a file.
+
+    :raises RequestError: when there is none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--prompts {path} cannot be read ({error}).") from None
+    lines = [line for line in lines if line.strip()]
+    try:
+        texts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise RequestError(f'--prompts {path}: every line must be an object with "prompt".') from None
+    if not texts:
+        raise RequestError(f"--prompts {path} holds no prompt.")
+    return texts[:limit]
+
+
+def task_prompts(names: str, limit: int) -> list[str]:
+    """Up to ``limit`` prompts of the harness's tasks ``names``, as many of each; the same ones every time.
+
+    :raises RequestError: when a task generates nothing.
+    """
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    from s2d2_lmeval.cli.tasks import include_path, register
+
+    register()
+    manager = TaskManager(include_path=str(include_path()))
+    tasks = _leaves(get_task_dict(names.split(","), manager))
+    share = -(-limit // len(tasks))
+    texts: list[str] = []
+    for task in tasks:
+        task.build_all_requests(limit=None, rank=0, world_size=1)
+        asked = [request.args[0] for request in task.instances if request.request_type == "generate_until"]
+        if not asked:
+            raise RequestError(f"Task {task.config.task} generates nothing; calibrate on tasks that do.")
+        texts += random.Random(0).sample(asked, min(share, len(asked)))
+    return texts[:limit]
+
+
+def _leaves(tree: dict[Any, Any]) -> list[Any]:
+    """The tasks of nested groups."""
+    return [leaf for value in tree.values() for leaf in (_leaves(value) if isinstance(value, dict) else [value])]
+
+
+def _progress(console: Console) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+
+
+def show(graph: DraftGraph) -> list[RenderableType]:
+    """A table of the nodes and a picture of the graph."""
+    from rich import box
+    from rich.table import Table
+
+    about = graph.calibration
+    saved, states = 0, int(about.get("states", 0))
+    table = Table(box=box.SIMPLE_HEAD, title="Draft graph", title_justify="left", title_style="bold")
+    for heading in ("node", "places decided", "from", "came true", "of", "rate", "saved per step so far"):
+        table.add_column(heading, justify="left" if heading in ("places decided", "from") else "right")
+    for number, node in enumerate(graph.nodes, 1):
+        rate = node.count / max(node.chances, 1)
+        saved += node.count
+        origin = ", ".join("now" if parent == 0 else str(parent) for parent in node.parents)
+        cells = (
+            number,
+            _name(node.pairs),
+            origin,
+            node.count,
+            node.chances,
+            f"{rate:.0%}",
+            f"{saved / max(states, 1):.2f}",
+        )
+        table.add_row(*map(str, cells))
+    facts = f"{about.get('prompts', '?')} prompts, {states} states of blocks of {graph.block_length}"
+    return [table, picture(graph), facts]
+
+
+def picture(graph: DraftGraph) -> Tree:
+    """The graph as a tree: every node below the parent that it most often follows, with a bar for how often it comes
+    true.
+    """
+    from rich.tree import Tree
+
+    root = Tree("[bold]now[/]")
+    branches: dict[int, Tree] = {0: root}
+    # Parents have fewer pairs.
+    for number, node in sorted(enumerate(graph.nodes, 1), key=lambda item: len(item[1].pairs)):
+        drawn = max(node.parents, key=lambda parent: (len(graph.nodes[parent - 1].pairs) if parent else 0, -parent))
+        others = [parent for parent in node.parents if parent != drawn]
+        rate = node.count / max(node.chances, 1)
+        before = dict(graph.nodes[drawn - 1].pairs) if drawn else {}
+        added = tuple(pair for pair in node.pairs if pair[0] not in before)
+        also = f" [dim](also from {', '.join('now' if n == 0 else str(n) for n in others)})[/]" if others else ""
+        label = f"{number}  {_name(added)}  [cyan]{'▇' * max(round(12 * rate), 1)}[/] {rate:.0%}{also}"
+        branches[number] = branches[drawn].add(label)
+    return root
+
+
+def _name(pairs: tuple[tuple[int, int], ...]) -> str:
+    """Places by rank of certainty from 1; the rank of the token where it is not the best."""
+    return " ".join(
+        f"{place + 1}" + (f"({_ORDINALS[token] if token < 4 else f'{token + 1}th'})" if token else "")
+        for place, token in pairs
+    )
