@@ -6,10 +6,10 @@ import numpy as np
 
 from s2d2_lmeval.decoding.generation import Progress, Request
 
-IDLE, PREFILL, DRAFT, VERIFY, COMMIT = range(5)
+IDLE, PREFILL, DRAFT, VERIFY, COMMIT, PROPOSE = range(6)
 """Phases of a row: what its next forward does."""
 
-KIND_OF_PHASE = ("idle", "prefill", "draft", "verify", "commit")
+KIND_OF_PHASE = ("idle", "prefill", "draft", "verify", "commit", "drafter")
 
 
 class Seats:

@@ -159,7 +159,10 @@ class Target:
         outcome.deepest[row] = self.depths if drafted else 0
         rows.cached[slot] += len(path)
         self._record(slot, fresh, drafted)
+        begun = len(rows.tokens[slot]) - int(rows.prompt[slot])
         struck = rows.extend(slot, fresh, self.config.stop_token_ids)
+        if drafted:
+            self._count(slot, begun, len(fresh))
         rows.complete[slot] = struck or len(rows.tokens[slot]) >= rows.limit[slot]
 
     def _record(self, slot: int, fresh: list[int], drafted: int) -> None:
@@ -172,6 +175,18 @@ class Target:
         progress.decoding_order.append(list(range(start, start + len(fresh))))
         progress.drafted += drafted
         progress.accepted += len(fresh) - 1
+
+    def _count(self, slot: int, begun: int, fresh: int) -> None:
+        """Count a round with a draft, which decided ``fresh`` tokens behind the first ``begun`` new ones, as far as they
+        are part of the answer: ``round_tokens`` with and ``round_accepted`` without the target's own token.
+        """
+        rows, request = self.rows, self.rows.requests[slot]
+        assert request is not None
+        kept, reason = rows.kept[slot] or (request.max_new_tokens, "length")
+        end = min(kept + (reason == "stop"), request.max_new_tokens)
+        tokens = min(max(end - begun, 0), fresh)
+        for name, more in (("rounds", 1), ("round_tokens", tokens), ("round_accepted", min(tokens, fresh - 1))):
+            rows.progress[slot].count(name, more)
 
     def _enter_round(self, slot: int) -> None:
         """Run a round next, or first a chunk of a long prompt."""

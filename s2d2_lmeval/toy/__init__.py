@@ -20,4 +20,4 @@ def checkpoint_path() -> Path:
 
 def drafter_path() -> Path:
     """Folder of the DFlash drafter for that checkpoint's autoregressive mode."""
-    return Path(__file__).parent / "drafter"
+    return Path(__file__).parent / "drafter_checkpoint"

@@ -55,8 +55,8 @@ class Attention(nn.Module):
         rows, length, _ = x.shape
         split = (rows, length, -1, self.shape.head_size)
         value = self.v_proj(x).view(split).transpose(1, 2)
-        query = _rotate(self.q_norm(self.q_proj(x).view(split)).transpose(1, 2), cos, sin).to(value.dtype)
-        key = _rotate(self.k_norm(self.k_proj(x).view(split)).transpose(1, 2), cos, sin).to(value.dtype)
+        query = rotate(self.q_norm(self.q_proj(x).view(split)).transpose(1, 2), cos, sin).to(value.dtype)
+        key = rotate(self.k_norm(self.k_proj(x).view(split)).transpose(1, 2), cos, sin).to(value.dtype)
         groups = self.shape.heads // self.shape.key_value_heads
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
@@ -135,7 +135,7 @@ class Network(nn.Module):
         return F.linear(self.model.norm(x[wanted]), self.model.embed_tokens.weight)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of ``x`` (rows, heads, length, head size)."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
