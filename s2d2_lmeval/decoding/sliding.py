@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 WIDEST, WIDEST_FORWARD = 256, 1024
 """Queries that ``row_budget=auto`` considers per row, and for all rows together."""
 
-PATIENCE = 0.995
-"""How much of what was learned is kept from round to round."""
+PRICE_UNIT = 2.0**30
+"""Prices travel to the host among integers."""
 
 
 class Sliding:
@@ -62,14 +62,9 @@ class Sliding:
         self.prefill_chunk = chunk
         self.acceptance = acceptance_of(config, random.source_of(config.random_source, config.seed))
         self.window = config.window - 1 if config.decoder == "sliding" else 0
-        # A round runs a token and, in un-shifted models, its verifier; a node likewise.
-        self.node_cost = 1 if self.shifted else 2
-        self.most = most
-        # Learned from this run's rounds, and only how fast they are depends on it: what a draft gains, in tokens less
-        # what its nodes cost; tokens and seconds of the rounds so far.
-        self.gained, self.drafts = 4.0 * 8, 8.0
-        self.tokens, self.seconds = 0.0, 0.0
-        self.seconds_of: torch.Tensor | None = None
+        queries = None if config.row_budget == "auto" else int(config.row_budget)
+        shared = not self.acceptance.depends_on_draft
+        self.budget = tree_budget.QueryBudget(queries, self.queries_of_node(facts), self.window, most, shared)
 
     @classmethod
     def seat(
@@ -84,10 +79,15 @@ class Sliding:
         """A decoder with ``slots`` rows, each with room for any of ``requests``."""
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         most = cls.most_queries(config, slots)
-        nodes = max((most - 1) // (1 if facts.token_shift else 2), 1)
+        nodes = max((most - 1) // cls.queries_of_node(facts), 1)
         if config.draft == "chain":
             nodes = min(nodes, config.window - 1)
         return cls(config, facts, TreeRows(slots, longest, nodes), most, device, prefill_chunk)
+
+    @staticmethod
+    def queries_of_node(facts: Facts) -> int:
+        """A node takes a query and, in un-shifted models, its verifier one more. So does the token before all nodes."""
+        return 1 if facts.token_shift else 2
 
     @staticmethod
     def most_queries(config: DecodingConfig, slots: int) -> int:
@@ -99,14 +99,13 @@ class Sliding:
     @property
     def capacity(self) -> int:
         """Positions that a row may write to in the cache."""
-        return self.rows.length + self.most + 1
+        return self.rows.length + self.budget.most + 1
 
     def weigh(self, measure_costs: MeasureCosts) -> None:
         """With ``row_budget=auto``, learn what forwards cost at this batch."""
-        if self.config.row_budget == "auto":
-            seconds = measure_costs(self.most)(np.arange(self.rows.count * self.most + 1))
-            self.seconds_of = torch.from_numpy(seconds).to(self.device, torch.float32)
-            self.seconds_known = seconds
+        if self.budget.queries is None:
+            most = self.rows.count * self.budget.most
+            self.budget.weigh(measure_costs(self.budget.most)(np.arange(most + 1)), self.rows.count, self.device)
 
     def admitted(self, slot: int) -> None:
         """A request has been seated in ``slot``: its first round has no draft, but a window."""
@@ -138,7 +137,7 @@ class Sliding:
         begins = facts["length"].unsqueeze(1) + facts["depth"].gather(1, verdict.end).clamp_min(0) + 1
         base = facts["window_base"].gather(1, verdict.end)
         tree = self._draft(logits[plan.verifies :], base, begins)
-        nodes, windows, price = self._buy(tree, base >= 0)
+        nodes, windows, price = self.budget.buy(tree, base >= 0, facts["running"].bool())
         sound = logits[: plan.verifies].isnan().any().logical_not().expand_as(base)
         columns = [sound, verdict.bonus, verdict.walked[:, 1:], base >= 0, nodes]
         columns += [tree.token, tree.parent, tree.depth, windows, (price * PRICE_UNIT).expand(len(base), 1)]
@@ -159,38 +158,6 @@ class Sliding:
         room = (position < facts["limit"].unsqueeze(1) - 1) & (base >= 0)
         return trees.grow(best.masked_fill(~room.unsqueeze(2), -torch.inf), token, budget)
 
-    def _buy(self, tree: trees.Tree, drafted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What every row runs next: number of nodes (count, 1), windows (count, N + 1), and the price of a query (1,).
-
-        Rows that have no draft (``drafted`` (count, 1) is false) run a window.
-        """
-        running = self._plan.facts["running"].bool()
-        base, without = self.node_cost, running & ~drafted.squeeze(1)
-        terms = tree_budget.Terms(self.node_cost, self.window, self.gained / self.drafts, self.most - base)
-        bids = tree_budget.bid(tree, terms)
-        counting = running & drafted.squeeze(1)
-        counted = bids.of(counting)
-        if self.seconds_of is None:
-            budget = running.sum() * (int(self.config.row_budget) - base) - without.sum() * self.window
-            price = tree_budget.price_within(counted, budget)
-            spent = counted.queries.index_select(1, price).squeeze(1)
-            spent = spent + (budget - spent.sum()) // counting.sum().clamp_min(1)
-        else:
-            fixed = running.sum() * base + without.sum() * self.window
-            price = tree_budget.price_for_rate(counted, self.seconds_of, fixed, self._rate())
-            spent = counted.queries.index_select(1, price).squeeze(1)
-        bought = tree_budget.fit(tree, spent.clamp_max(terms.most), terms)
-        first = (torch.arange(bought.windows.shape[1], device=drafted.device) == 0) & (self.window > 0)
-        windows = torch.where(drafted, bought.windows, first)
-        return bought.nodes.unsqueeze(1) * drafted, windows, bids.prices[price]
-
-    def _rate(self) -> float:
-        """Tokens per second so far; before the first round, what one round with a draft would give."""
-        if self.seconds:
-            return self.tokens / self.seconds
-        rows = self.rows.count
-        return rows * (1 + self.gained / self.drafts) / float(self.seconds_known[rows * (self.window + self.node_cost)])
-
     # ---- host ----
 
     def _settle(self, read: list[np.ndarray] | None) -> Outcome:
@@ -199,10 +166,7 @@ class Sliding:
         slots = plan.request.layout.slots
         outcome = Outcome.zeros(len(slots))
         rows.cached[slots] += plan.request.keep
-        if self.seconds_of is not None and read is not None:
-            queries = min(plan.request.layout.queries, len(self.seconds_known) - 1)
-            self.seconds = PATIENCE * self.seconds + float(self.seconds_known[queries])
-            self.tokens *= PATIENCE
+        self.budget.forward_ran(plan.request.layout.queries)
         for row, slot in enumerate(slots.tolist()):
             rows.progress[slot].forwards[KIND_OF_PHASE[rows.phase[slot]]] += 1
             rows.progress[slot].count("queries", int(plan.request.layout.widths[row]))
@@ -224,7 +188,7 @@ class Sliding:
         path = np.flatnonzero(walked)
         path = path[np.argsort(rows.depth[slot, path + 1], kind="stable")]
         fresh = [*rows.token[slot, path + 1].tolist(), int(bonus[0])]
-        self._learn(row, slot, len(path), price[0] / PRICE_UNIT)
+        self.budget.round_ran(int(rows.nodes[slot]), len(path), price[0] / PRICE_UNIT)
         outcome.path[row] = path
         outcome.kept[row] = len(path)
         outcome.committed[row] = len(fresh)
@@ -241,14 +205,6 @@ class Sliding:
         rows.nodes[slot], rows.windows[slot] = nodes[0], windows
         rows.token[slot, 1:], rows.parent[slot, 1:], rows.depth[slot, 1:] = token, parent, depth
 
-    def _learn(self, row: int, slot: int, accepted: int, price: float) -> None:
-        """Take note of what a draft was worth."""
-        self.tokens += accepted + 1
-        if self.rows.nodes[slot]:
-            self.gained = PATIENCE * self.gained + accepted - price * self.node_cost * int(self.rows.nodes[slot])
-            self.drafts = PATIENCE * self.drafts + 1
-            self.acceptance.learn(int(self._plan.deepest[row]), accepted)
-
     def _record(self, slot: int, fresh: list[int], met: bool) -> None:
         """Put the round into the request's statistics and its decoding order."""
         rows, progress = self.rows, self.rows.progress[slot]
@@ -261,16 +217,14 @@ class Sliding:
         progress.count("windows_used" if met else "windows_missed", 1)
 
 
-PRICE_UNIT = 2.0**30
-"""Prices travel to the host among integers."""
-
-
 class Autoregressive(Sliding):
     """The decoder ``ar`` where no other has a block length of one: a round of the above without draft and window."""
 
     @staticmethod
+    def queries_of_node(facts: Facts) -> int:
+        """A node takes a query and, in un-shifted models, its verifier one more. So does the token before all nodes."""
+        return 1 if facts.token_shift else 2
+
+    @staticmethod
     def most_queries(config: DecodingConfig, slots: int) -> int:
         return 2
-
-    def weigh(self, measure_costs: MeasureCosts) -> None:
-        """There is nothing to choose."""

@@ -17,8 +17,8 @@ class SlidingOptions:
     window: int = option(16, "positions that a draft looks ahead", decoders=_SLIDING, low=2)
     row_budget: int | str = option(
         64,
-        "queries per sequence and forward, shared among the sequences in flight; auto: as many as pay, by what forwards "
-        "are measured to cost",
+        "queries per sequence and forward, shared among the sequences in flight (unless acceptance=rejection); auto: "
+        "as many as pay, by what forwards are measured to cost",
         decoders=_SLIDING,
         low=3,
     )
@@ -37,6 +37,11 @@ class SlidingOptions:
             yield (
                 "acceptance=rejection compares one drafted token with the verifier at a time: set draft=chain, or use "
                 "acceptance=keyed, which takes trees."
+            )
+        if acceptance == "rejection" and self.row_budget == "auto":
+            yield (
+                "acceptance=rejection draws for what it drafts, so the size of drafts must not depend on the clock: "
+                "give row_budget as a number."
             )
         if source not in ("keyed", "fixed"):
             yield "sliding draws ahead of what it decides, so only keyed draws can be named: use random_source=keyed."

@@ -1,10 +1,10 @@
 """How the verifier's word on a draft is taken, and how drafts are drawn so that it agrees: both exactly the AR law.
 
 ``Keyed``      The verifier chooses a token after every node as ``ar`` would with the same seed: the arg-max, or a draw
-               whose noise is a function of the position. A node stands if it is what was chosen. Drafts are drawn with the
-               same noise, so where drafter and verifier agree in law, they agree in the token. Works on trees.
-``Rejection``  Speculative sampling (Leviathan et al., 2023): a drafted token stands with probability min(1, p / q), and the
-               first that does not is replaced by a draw from (p - q)+ normalised. Works on chains.
+               whose noise is a function of the position. A node stands if it is what was chosen. Drafts are drawn with
+               the same noise, so where drafter and verifier agree in law, they agree in the token. Works on trees.
+``Rejection``  Speculative sampling (Leviathan et al., 2023): a drafted token stands with probability min(1, p / q), and
+               the first that does not is replaced by a draw from (p - q)+ normalised. Works on chains.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 CHOICES = 16
 """Tokens per future position that a tree may branch over."""
 
+STANDS = 0.8
+"""How likely a token drafted by chance is taken to stand, when nodes are weighed against windows."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -41,6 +44,10 @@ class Verdict:
 class Acceptance(Protocol):
     """Both sides of speculation: judging drafts and drawing them."""
 
+    depends_on_draft: bool
+    """Whether other drafts, or more of them, could lead to other tokens. Then what is drafted for a row may depend on
+    that row alone."""
+
     def judge(self, logits: torch.Tensor, plan: RoundPlan) -> Verdict:
         """The verdict on every row's tree from the verifier ``logits`` (M, V)."""
 
@@ -51,9 +58,6 @@ class Acceptance(Protocol):
         (count * S, V).
         """
 
-    def learn(self, drafted: int, accepted: int) -> None:
-        """A draft of depth ``drafted`` stood for ``accepted`` tokens."""
-
 
 def chosen_path(walked: torch.Tensor, facts: dict[str, torch.Tensor]) -> torch.Tensor:
     """(count, 1) the deepest node of ``walked`` (count, N + 1)."""
@@ -63,13 +67,12 @@ def chosen_path(walked: torch.Tensor, facts: dict[str, torch.Tensor]) -> torch.T
 class Keyed:
     """Stands what the verifier would choose itself."""
 
+    depends_on_draft = False
+
     def __init__(self, config: DecodingConfig, source: random.RandomSource, choices: int) -> None:
         self.config = config
         self.source = cast("random.KeyedNoise", source)
         self.choices = choices
-
-    def learn(self, drafted: int, accepted: int) -> None:
-        """Nothing to learn: the drafter's probabilities say what a node is worth."""
 
     def judge(self, logits: torch.Tensor, plan: RoundPlan) -> Verdict:
         row, node = plan.verify_at
@@ -99,19 +102,15 @@ class Keyed:
 
 
 class Rejection:
-    """Speculative sampling of chains. A draw is named by position and round: drafted again, a position is drawn anew."""
+    """Speculative sampling of chains. Draws are named by position and round: drafted again, positions are drawn anew."""
+
+    depends_on_draft = True
 
     def __init__(self, config: DecodingConfig, source: random.RandomSource) -> None:
         self.config = config
         self.source = source
         self.law = torch.empty(0)
         """(count, S, V) what the present drafts were drawn from."""
-        # How often a drafted token stands: what a node is worth, whatever its own probability was.
-        self.stood, self.fell = 3.0, 1.0
-
-    def learn(self, drafted: int, accepted: int) -> None:
-        self.stood += accepted
-        self.fell += accepted < drafted
 
     def judge(self, logits: torch.Tensor, plan: RoundPlan) -> Verdict:
         facts = plan.facts
@@ -129,7 +128,8 @@ class Rejection:
             draft = law[:, :steps].gather(2, token[:, :steps]).squeeze(2)
             position = facts["length"].unsqueeze(1) + torch.arange(steps, device=p.device)
             key = random.Key(random.ACCEPT, facts["key"].unsqueeze(1), position, facts["round"].unsqueeze(1))
-            agrees = self.source.uniform(key, drafted[:, :steps]) < acceptance_ratio(verifier, draft, 1.0)
+            ratio = acceptance_ratio(verifier, draft, 1.0)
+            agrees = self.source.uniform(key, drafted[:, :steps]) < ratio
             stands = (agrees & drafted[:, :steps]).long().cumprod(1).bool()
             walked[:, 1 : steps + 1] = stands
         end = chosen_path(walked, facts)
@@ -150,8 +150,8 @@ class Rejection:
         self.law = law.view(count, steps, -1)
         owner, when = (facts[name].repeat_interleave(steps) for name in ("key", "round"))
         token = self.source.categorical(law, random.Key(random.DRAFT, owner, position.flatten(), when))
-        worth = math.log(self.stood / (self.stood + self.fell))
-        return torch.full((count, steps, 1), worth, device=law.device), token.view(count, steps, 1)
+        worth = torch.full((count, steps, 1), math.log(STANDS), device=law.device)
+        return worth, token.view(count, steps, 1)
 
     def _filtered(self, logits: torch.Tensor) -> torch.Tensor:
         return probabilities(logits, self.config.temperature, self.config.top_k, self.config.top_p)

@@ -1,18 +1,19 @@
 """How many queries a round is worth: nodes and draft windows of every row, bought at one price.
 
-A node brings its probability of being accepted. A window at a node brings what a draft is worth in the next round, times
-the probability that the walk ends there: the node's own value less the values of its children. Each costs queries. At a
-price per query every row buys what brings more than it costs, so rows whose drafts are surer buy more, and one number
-divides a budget among all rows in flight: the lowest price at which it suffices. What one row cannot spend on
-anything whole is shared out again, and each row makes the best of what it has. Without a budget the price is the one at
-which the round's tokens less the time it takes, at the going rate of tokens per second, are largest (the rule that
-maximises a long-run rate of reward, where rounds differ in length).
+A node brings its probability of being accepted. A window at a node brings what a draft is worth in the next round,
+times the probability that the walk ends there: the node's own value less the values of its children. Each costs
+queries. At a price per query every row buys what brings more than it costs, so rows whose drafts are surer buy more,
+and one number divides a budget among all rows in flight: the lowest price at which it suffices. What is left over is
+shared out again, and each row makes the best of what it has. Without a budget the price is the one at which the round's
+tokens, less the time it takes at the going rate of tokens per second, are largest (the rule that maximises a long-run
+rate of reward where rounds differ in length).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.trees import Tree
@@ -21,6 +22,9 @@ PRICES = 64
 """Prices tried, in equal ratios."""
 CHEAPEST = 1e-4
 """The lowest price, relative to the one at which nobody buys."""
+
+PATIENCE = 0.995
+"""How much of what was learned is kept from round to round."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ class Purchase:
 def bid(tree: Tree, terms: Terms) -> Bids:
     """What the rows of ``tree`` would buy at every price.
 
-    Adding a node changes the chance of the walk to end at two places, itself and its parent, so the worth of the first m
-    nodes with their best windows is a running sum over m.
+    Adding a node changes the chance of the walk to end at two places, itself and its parent, so the worth of the first
+    m nodes with their best windows is a running sum over m.
     """
     value = tree.value.float()
     prices = terms.prices(value.device)
@@ -135,3 +139,74 @@ def fit(tree: Tree, budget: torch.Tensor, terms: Terms) -> Purchase:
     chosen = nodes.unsqueeze(2).expand(rows, 1, most + 1)
     rank = order.gather(1, chosen).squeeze(1).argsort(dim=1)
     return Purchase(nodes.squeeze(1), (rank < windows.gather(1, nodes)) & (index <= nodes))
+
+
+class QueryBudget:
+    """What every row runs next, and what this run has taught about its worth. Only speed depends on any of it.
+
+    :param queries: per row in flight; None: as many as pay, by :meth:`weigh`.
+    :param node: queries of a node, and of a row's token before its draft.
+    :param window: masks of a draft window; 0: nothing is drafted.
+    :param most: queries that one row may bring.
+    :param shared: whether rows may take from each other's share, and learn from each other.
+    """
+
+    def __init__(self, queries: int | None, node: int, window: int, most: int, shared: bool) -> None:
+        self.queries = queries
+        self.node = node
+        self.window = window
+        self.most = most
+        self.shared = shared
+        self._gained, self._drafts = 4.0 * 8, 8.0
+        self._tokens, self._seconds = 0.0, 0.0
+        self._known = np.zeros(0)
+        self._seconds_of = torch.zeros(0)
+
+    def weigh(self, seconds: np.ndarray, rows: int, device: torch.device) -> None:
+        """Take note of what forwards of 0, 1, ... queries cost, ``rows`` in flight."""
+        self._known = seconds
+        self._seconds_of = torch.from_numpy(seconds).to(device, torch.float32)
+        # Before the first round: what one round with drafts would give.
+        self._tokens = rows * (1 + self._gained / self._drafts)
+        self._seconds = float(seconds[min(rows * (self.window + self.node), len(seconds) - 1)])
+
+    def buy(
+        self, tree: Tree, drafted: torch.Tensor, running: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Nodes (count, 1) and windows (count, N + 1) of every row, and the price of a query (1,).
+
+        Rows without a draft (``drafted`` (count, 1) is false) run a window; only ``running`` rows (count,) spend.
+        """
+        with_draft, without = running & drafted.squeeze(1), running & ~drafted.squeeze(1)
+        terms = Terms(self.node, self.window, self._gained / self._drafts, self.most - self.node)
+        price, spent = self._spend(bid(tree, terms).of(with_draft), with_draft.sum(), without.sum())
+        bought = fit(tree, spent.clamp(0, terms.most), terms)
+        first = (torch.arange(bought.windows.shape[1], device=drafted.device) == 0) & (self.window > 0)
+        return bought.nodes.unsqueeze(1) * drafted, torch.where(drafted, bought.windows, first), price
+
+    def _spend(self, bids: Bids, drafting: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The price of a query (1,) and what each row may spend (count,)."""
+        if self.queries is None:
+            fixed = (drafting + others) * self.node + others * self.window
+            price = price_for_rate(bids, self._seconds_of, fixed, self._tokens / self._seconds)
+            return bids.prices[price], bids.queries.index_select(1, price).squeeze(1)
+        share = self.queries - self.node
+        if not self.shared:
+            return torch.zeros_like(bids.prices[:1]), torch.full_like(bids.queries[:, 0], share)
+        budget = (drafting + others) * share - others * self.window
+        price = price_within(bids, budget)
+        spent = bids.queries.index_select(1, price).squeeze(1)
+        return bids.prices[price], spent + (budget - spent.sum()) // drafting.clamp_min(1)
+
+    def forward_ran(self, queries: int) -> None:
+        """A forward of so many queries ran."""
+        if self.queries is None:
+            self._seconds = PATIENCE * self._seconds + float(self._known[min(queries, len(self._known) - 1)])
+            self._tokens *= PATIENCE
+
+    def round_ran(self, nodes: int, accepted: int, price: float) -> None:
+        """A draft of so many nodes, each at ``price`` a query, stood for ``accepted`` tokens."""
+        self._tokens += accepted + 1
+        if nodes and self.shared:
+            self._gained = PATIENCE * self._gained + accepted - price * self.node * nodes
+            self._drafts = PATIENCE * self._drafts + 1

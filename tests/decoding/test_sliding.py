@@ -109,7 +109,7 @@ def test_ar_is_what_a_plain_model_writes_without_cache(family: str) -> None:
 
 
 def test_rows_share_the_budget() -> None:
-    """Together no more than their shares, those of rows that have just ended included; one of them more than its own."""
+    """Together no more than their shares, those of rows that just ended included; one of them more than its own."""
     model = engine(dtype=torch.float64)
     model.max_batch = 4
     model.trace.reset()
