@@ -64,9 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="put prompts into the chat template (default: if the tokenizer has one)",
     )
-    parser.add_argument("--max_batch", type=int, default=8, help="rows in flight (default: %(default)s)")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", default="auto")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     hide_loading_bars()
     source, options = _arguments(args.model_args)
     texts = read_prompts(args.prompts, args.limit) if args.prompts else task_prompts(args.tasks, args.limit)
-    model, tokenizer, decoding = open_model(source, options, device=args.device, dtype=args.dtype)
-    model.max_batch = args.max_batch
+    where = {name: str(options.pop(name)) for name in ("device", "dtype", "revision") if name in options}
+    model, tokenizer, decoding = open_model(source, options, **where)
     config = model.config(decoding)
     if "stop_token_ids" not in decoding and tokenizer.eos_token_id is not None:
         config = config.replace(stop_token_ids=tuple(dict.fromkeys((*config.stop_token_ids, tokenizer.eos_token_id))))
@@ -119,7 +116,7 @@ def _arguments(text: str) -> tuple[str, dict[str, Any]]:
     source = options.pop("pretrained", None)
     if source is None:
         raise ConfigError("--model_args names no checkpoint; write pretrained=….")
-    return str(source), {"decoder": "spiffy", **options}
+    return str(source), {"decoder": "spiffy", "max_batch": 8, **options}
 
 
 def read_prompts(path: Path, limit: int) -> list[str]:

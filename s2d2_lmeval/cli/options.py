@@ -26,7 +26,8 @@ is given: with `--model_args pretrained=…,temperature=0.5` and a task's `prese
 
 Under the options you give lie the published settings of the checkpoint's family (last section; `s2d2-lmeval doctor
 PATH` shows those of a checkpoint), and under these the defaults below. A name that is unknown, or belongs to another
-decoder or family, is refused. What `--model_args` may hold besides is in [model-args.md](model-args.md)."""
+decoder or family, is refused; `spiffy` takes the options of the decoder that it accelerates (`base`) as well. What
+`--model_args` may hold besides is in [model-args.md](model-args.md)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

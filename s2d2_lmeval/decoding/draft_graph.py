@@ -136,7 +136,7 @@ def load_graph(source: str, base: str) -> DraftGraph:
     if source == "default":
         # Decoders that decide by a threshold, of whatever kind, behave alike, and so do those of fixed steps.
         like = "static" if base in ("static", "sequential") else "dynamic"
-        text = files("s2d2_lmeval").joinpath("toy", "draft_graphs", f"{like}.json").read_text()
+        text = (files("s2d2_lmeval") / "toy" / "draft_graphs" / f"{like}.json").read_text()
     else:
         try:
             text = Path(source).read_text()
@@ -167,7 +167,7 @@ def parse_graph(text: str) -> DraftGraph:
             f"is of version {plain.get('version')!r}, and this release reads version {VERSION}. Calibrate it anew."
         )
     length, nodes = plain.get("block_length"), plain.get("nodes")
-    if not _whole(length, 1):
+    if not isinstance(length, int) or not _whole(length, 1):
         raise ConfigError(f"has block_length {length!r}, which is no positive whole number.")
     if not isinstance(nodes, list):
         raise ConfigError('has no list of "nodes".')

@@ -1,0 +1,82 @@
+"""Spiffy as a decoding function: lossless speculation over denoising states (arXiv 2509.18085).
+
+``spiffy_generate``  what a block decoder writes, through the same states, in fewer forwards
+
+There is no published implementation whose name or arguments could be kept; those here are named as in
+:mod:`s2d2_lmeval.custom_generate.sdar`. It decodes the rows of a batch together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from s2d2_lmeval.custom_generate.calling import decoding_options, prompts_of, ready, statistics_of, with_answers
+
+
+def spiffy_generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    mask_id: int | None = None,
+    gen_length: int = 128,
+    max_gen_toks: int | None = None,
+    block_length: int | None = None,
+    base: str | None = None,
+    draft_graph: str = "default",
+    draft_nodes: int | str = "auto",
+    lossless: bool = True,
+    stopping_criteria_idx: Sequence[int] | None = None,
+    return_forward_stats: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
+    """Continue prompts with a block decoder, several of its steps per forward.
+
+    Args:
+        model: what :func:`s2d2_lmeval.load` returns, or an SDAR or LLaDA2 model of transformers (its weights are
+            shared).
+        input_ids: the prompts, (R, P); shorter ones are padded on the left, which ``attention_mask`` (R, P) says.
+        mask_id: None is the checkpoint's own.
+        gen_length, max_gen_toks: new tokens at most; ``max_gen_toks`` wins.
+        block_length: None is the checkpoint's own.
+        base: the decoder that is accelerated; None is ``dynamic``, or ``editing`` on LLaDA2.
+        draft_graph: a file that ``s2d2-lmeval calibrate`` wrote, or ``default``.
+        draft_nodes: states to draft per row and forward at most, or ``auto``: as many as pay on this machine.
+        lossless: refuse what would not give the base decoder's output token for token.
+        stopping_criteria_idx: token ids that end an answer; None means the checkpoint's own.
+        return_forward_stats: also answer with the statistics.
+        kwargs: options of the base decoder, such as ``confidence_threshold`` or ``denoising_steps``; what an evaluation
+            harness hands to every model besides is taken and has no effect.
+
+    Returns:
+        ids (R, P + new), answers that are shorter filled up on the right with the first stop token (0 without any);
+        with ``return_forward_stats`` a pair of these ids and, of each row, ``decoding_order`` and the statistics:
+        ``total_forward_steps``, ``steps``, ``states_drafted`` and ``states_accepted``, each of which saved a forward.
+        Of a single row they are as published, not a list.
+
+    Raises:
+        ConfigError: a name that is no decoding option, or a value that is out of range.
+        RequestError: ids that are no table, or a prompt that cannot be decoded.
+    """
+    prompts = prompts_of(input_ids, attention_mask)
+    options: dict[str, Any] = {
+        "decoder": "spiffy",
+        "draft_graph": draft_graph,
+        "draft_nodes": draft_nodes,
+        "lossless": lossless,
+        "max_new_tokens": gen_length if max_gen_toks is None else max_gen_toks,
+        **decoding_options(kwargs),
+    }
+    stops = None if stopping_criteria_idx is None else tuple(stopping_criteria_idx)
+    optional = {"base": base, "block_length": block_length, "stop_token_ids": stops}
+    options |= {name: value for name, value in optional.items() if value is not None}
+    decoder = ready(model, mask_token_id=mask_id, block_length=block_length)
+    config = decoder.config(options)
+    answers = decoder.generate(prompts, config)
+    ids = with_answers(input_ids, answers, config)
+    return (ids, statistics_of(answers, _COUNTS)) if return_forward_stats else ids
+
+
+_COUNTS = ("steps", "states_drafted", "states_accepted")
