@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.generation import Generation
 from s2d2_lmeval.errors import RequestError
 from s2d2_lmeval.families import adopt
 from s2d2_lmeval.model import BlockDiffusionModel, load
@@ -83,3 +84,37 @@ def ready(model: Any, **facts: Any) -> BlockDiffusionModel:
     if engine is None or engine.hf_model is not native or engine.facts != known:
         engine = _ready[model] = load(model, **facts)
     return engine
+
+
+def prompts_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
+    """The ids of every row of ``input_ids`` (R, P), without the padding that ``attention_mask`` (R, P) leaves out.
+
+    Raises:
+        RequestError: ids that are no table.
+    """
+    if input_ids.dim() != 2:
+        raise RequestError(f"input_ids of shape {tuple(input_ids.shape)} are no table of prompts (R, P).")
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return [ids[kept.bool()].tolist() for ids, kept in zip(input_ids, real, strict=True)]
+
+
+def with_answers(input_ids: torch.Tensor, answers: Sequence[Generation], config: DecodingConfig) -> torch.Tensor:
+    """``input_ids`` (R, P) and behind each row its new tokens; shorter ones are filled up on the right with the first
+    stop token (0 without any).
+    """
+    longest = max((len(answer.token_ids) for answer in answers), default=0)
+    fill = config.stop_token_ids[0] if config.stop_token_ids else 0
+    new = [answer.token_ids + [fill] * (longest - len(answer.token_ids)) for answer in answers]
+    return torch.cat([input_ids, input_ids.new_tensor(new).view(len(new), longest)], dim=1)
+
+
+def statistics_of(answers: Sequence[Generation], names: Sequence[str]) -> dict[str, Any]:
+    """Of each answer ``decoding_order``, ``total_forward_steps`` and the counts ``names``: lists, but of a single
+    answer the values themselves, as published.
+    """
+    stats: dict[str, list[Any]] = {
+        "decoding_order": [answer.decoding_order for answer in answers],
+        "total_forward_steps": [int(answer.stats["nfe"]) for answer in answers],
+        **{name: [int(answer.stats.get(name, 0)) for answer in answers] for name in names},
+    }
+    return {name: values[0] if len(answers) == 1 else values for name, values in stats.items()}

@@ -102,7 +102,7 @@ class Keyed:
 
 
 class Rejection:
-    """Speculative sampling of chains. Draws are named by position and round: drafted again, positions are drawn anew."""
+    """Speculative sampling of chains. Draws are named by position and round: drafted again, a place is drawn anew."""
 
     depends_on_draft = True
 
