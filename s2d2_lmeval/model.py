@@ -31,6 +31,7 @@ def load(
     max_batch: int | str | RowLimit = 8,
     max_context: int | None = None,
     draft: str | Path | None = None,
+    static_shapes: bool | None = None,
     **options: Any,
 ) -> BlockDiffusionModel:
     """Load a block-diffusion checkpoint, or an autoregressive one as target of a drafter, onto native transformers
@@ -43,6 +44,8 @@ def load(
     :param max_context: positions that prompt and answer may take together; the checkpoint's own limit if not given.
     :param draft: folder or hub id of a DFlash drafter made for this checkpoint, or ``"toy"``; for the decoders
         ``dflash`` and ``ddtree``.
+    :param static_shapes: pad narrow forwards to a few shapes, captured as graphs on CUDA; where a single CUDA device
+        holds the model if not given.
     :param options: ``dtype``, ``device``, ``revision``, ``device_map``, ``quantization_config`` and what else
         :func:`s2d2_lmeval.families.load_checkpoint` takes.
     :raises CheckpointError: when the checkpoint is not what it says it is.
@@ -51,8 +54,9 @@ def load(
         model, facts = adopt(source, autoregressive=draft is not None, **options)
     else:
         model, facts = load_checkpoint(source, **options)
-    runner = None
-    if draft is not None:
+    if draft is None:
+        runner = Runner(model, attention, static_shapes)
+    else:
         hub = {name: options[name] for name in HUB_OPTIONS if name in options and name not in ("revision", "subfolder")}
         drafter = load_drafter(draft, model, **hub)
         facts = facts.with_drafter(DrafterFacts(drafter.shape.block_length, drafter.shape.mask_token_id))

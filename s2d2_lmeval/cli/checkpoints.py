@@ -9,6 +9,7 @@ from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness.arguments import sort_arguments
 from s2d2_lmeval.harness.loading import choose_device, load_model, load_tokenizer
 from s2d2_lmeval.model import BlockDiffusionModel
+from s2d2_lmeval.runtime.memory import RowLimit
 
 
 def open_model(
@@ -31,7 +32,7 @@ def open_model(
             "trace to show."
         )
     loaded = load_model(
-        arguments, rows=arguments.rows or 1, dtype=dtype, device=choose_device(device, None), revision=revision
+        arguments, rows=arguments.rows or RowLimit(1), dtype=dtype, device=choose_device(device, None), revision=revision
     )
     assert loaded.engine is not None
     tokenizer = load_tokenizer(arguments, loaded.source, revision)

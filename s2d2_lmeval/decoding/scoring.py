@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from s2d2_lmeval.errors import CapacityError
+from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.runtime.memory import RowLimit, out_of_memory
 from s2d2_lmeval.runtime.passes import Layout, Pass
 from s2d2_lmeval.runtime.runner import Runner
@@ -131,10 +132,12 @@ class Scorer:
                 [item.tokens[start : start + n] for item, start, n in zip(items, scored_from, scored, strict=True)]
             )
         )
-        logits[:, self.mask_token_id] = -torch.inf
+        if self.mask_token_id != NO_MASK:
+            logits[:, self.mask_token_id] = -torch.inf
         chosen = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1).double()
         best = logits.argmax(-1) == targets
         values = torch.stack([chosen, best.double()]).cpu().numpy()
+        self.runner.settle()
         for item, part in zip(items, np.split(values, np.cumsum(scored)[:-1], axis=1), strict=True):
             item.log_likelihood += float(part[0].sum())
             item.greedy &= bool(part[1].all())
@@ -157,6 +160,8 @@ class Scorer:
                 accepted=zeros,
                 routed=zeros,
                 carried=zeros,
+                deepest=zeros,
+                windows=zeros,
                 seconds=seconds,
                 model_seconds=model_seconds,
             )

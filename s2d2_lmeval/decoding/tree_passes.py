@@ -31,6 +31,7 @@ class TreeRows(Seats):
 
     def __init__(self, count: int, length: int, nodes: int) -> None:
         super().__init__(count)
+        self.prefix_grain = 1
         self.length = length
         self.limit = np.zeros(count, dtype=np.int64)
         """Length at which the sequence is full."""

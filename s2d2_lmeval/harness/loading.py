@@ -44,7 +44,7 @@ def load_model(arguments: Arguments, *, rows: RowLimit, dtype: Any, device: str 
     source = resolve(arguments.source)
     loading = dict(arguments.loading)
     engine_options: dict[str, Any] = {
-        name: loading.pop(name) for name in ("attention", "max_context") if name in loading
+        name: loading.pop(name) for name in ("attention", "max_context", "static_shapes", "draft") if name in loading
     }
     engine_options["max_batch"] = rows
     if "device_map" not in loading:

@@ -3,12 +3,14 @@
 It is registered with transformers under :data:`NAME`; native models hand it the pass through their keyword arguments.
 Back ends:
 
-``sdpa``   PyTorch's scaled dot product attention with a boolean mask over prefix and fellow queries. Runs everywhere.
+``sdpa``   PyTorch's scaled dot product attention with a mask over prefix and fellow queries. Runs everywhere.
+``flash``  flash-attn over the prefix, torch among fellow queries, merged (:mod:`~s2d2_lmeval.runtime.flash`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,33 +18,48 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.runtime import flash
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.passes import Pass
 
 NAME = "s2d2"
-BACKENDS = ("sdpa",)
+BACKENDS = ("sdpa", "flash")
+
+GROUPED = 64
+"""Queries per row up to which those that share a key head are laid side by side: then every key is read once for all
+of them, where torch would repeat it. A wide pass computes more than it reads, and its mask would grow.
+"""
 
 
-def choose_backend(attention: str) -> str:
-    """Resolve ``attention`` (``auto`` or a back end) to a back end that this machine has.
+def choose_backend(attention: str, device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Resolve ``attention`` (``auto`` or a back end) to a back end for weights of ``dtype`` on ``device`` (a GPU if
+    there is one).
 
-    :raises ConfigError: for a name that is not a back end.
+    :raises ConfigError: for a name that is not a back end, or one that these weights or this machine cannot have.
     """
-    if attention == "auto":
-        return "sdpa"
-    if attention not in BACKENDS:
+    if attention not in ("auto", *BACKENDS):
         raise ConfigError(f"attention={attention!r} is not a back end here; use one of: auto, {', '.join(BACKENDS)}.")
-    return attention
+    if attention == "sdpa":
+        return "sdpa"
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    half = dtype in (torch.bfloat16, torch.float16)
+    if attention == "auto":
+        return "flash" if on_gpu and half and flash.prefix_kernel() is not None else "sdpa"
+    if flash.prefix_kernel() is None:
+        raise ConfigError("attention=flash needs flash-attn: pip install flash-attn, or use attention=sdpa.")
+    if not (on_gpu and half):
+        raise ConfigError("attention=flash runs on CUDA in bfloat16 or float16 only; use attention=sdpa.")
+    return "flash"
 
 
 @dataclass
 class AttentionContext:
-    """What the attention of every layer needs to know of one forward; built once per forward.
+    """What the attention of every layer needs to know of one forward of R rows, W queries in the widest; built once.
 
     ``spread`` (R * W,) packed index of each padded query, or None where all rows are equally wide; ``gather`` (N,) its
-    inverse;
-    ``slots`` (R,) or None where the rows are just the first R slots; ``mask`` (R, 1, W, C) bool; ``span`` C, the number
-    of cache positions that anybody sees.
+    inverse; ``slots`` (R,) or None where the rows are just the first R slots; ``visible`` (R, W, W) who sees whom;
+    ``lengths`` (R,) prefix lengths; ``destinations`` (N,) where the queries' keys lie in the flattened storage;
+    ``span`` C, the number of cache positions that anybody sees; ``mask`` (R, 1, W, C) bool (None under ``flash``).
     """
 
     rows: int
@@ -51,10 +68,15 @@ class AttentionContext:
     slots: torch.Tensor | None
     spread: torch.Tensor | None
     gather: torch.Tensor | None
-    mask: torch.Tensor
+    visible: torch.Tensor
+    lengths: torch.Tensor
+    destinations: torch.Tensor
+    mask: torch.Tensor | None
+    backend: str = "sdpa"
+    _biases: dict[tuple[torch.dtype, int], torch.Tensor] = field(default_factory=dict, init=False)
 
     @classmethod
-    def build(cls, request: Pass, cache: SlotCache) -> AttentionContext:
+    def build(cls, request: Pass, cache: SlotCache, backend: str = "sdpa") -> AttentionContext:
         """Prepare the attention of ``request`` on ``cache``, before the forward that writes to it."""
         layout, device = request.layout, request.tokens.device
         rows, widest = len(layout.slots), layout.widest
@@ -66,12 +88,7 @@ class AttentionContext:
         def upload(values: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
 
-        # Column c of the mask is position c of the slot: prefix, then the queries just written, then nothing.
-        column = torch.arange(span, device=device) - upload(prefix).unsqueeze(1)
-        fellow = column.clamp(0, widest - 1).unsqueeze(1).expand(rows, widest, span)
-        mask = request.visible.gather(2, fellow)
-        mask &= (column < widest).unsqueeze(1)
-        mask |= (column < 0).unsqueeze(1)
+        lengths = upload(prefix)
         return cls(
             rows=rows,
             widest=widest,
@@ -79,26 +96,57 @@ class AttentionContext:
             slots=None if in_order else upload(layout.slots),
             spread=upload(layout.padded(np.arange(layout.queries), 0).reshape(-1)) if ragged else None,
             gather=upload(layout.row_of * widest + layout.local) if ragged else None,
-            mask=mask.unsqueeze(1),
+            visible=request.visible,
+            lengths=lengths,
+            destinations=upload(cache.destinations(layout)),
+            mask=prefix_mask(request.visible, lengths, span) if backend == "sdpa" else None,
+            backend=backend,
         )
 
     def to(self, device: torch.device) -> AttentionContext:
         """The same on another device (models spread over several); itself where it lies there already."""
-        if self.mask.device == device:
+        if self.lengths.device == device:
             return self
+        moved: dict[str, Any] = {
+            one.name: value.to(device)
+            for one in fields(self)
+            for value in [getattr(self, one.name)]
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
-        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(device)
+    def seen(self, storage: torch.Tensor) -> torch.Tensor:
+        """What anybody sees of a layer's ``storage`` (slots, capacity, heads, dim): (R, C, heads, dim)."""
+        if self.slots is None:
+            return storage[: self.rows, : self.span]
+        return storage[:, : self.span].index_select(0, self.slots)
 
-        return AttentionContext(
-            self.rows,
-            self.widest,
-            self.span,
-            moved(self.slots),
-            moved(self.spread),
-            moved(self.gather),
-            self.mask.to(device),
-        )
+    def padded(self, packed: torch.Tensor) -> torch.Tensor:
+        """``packed`` (N, heads, dim) as (R, W, heads, dim); unused places hold anything."""
+        spread = packed if self.spread is None else packed.index_select(0, self.spread)
+        return spread.reshape(self.rows, self.widest, *packed.shape[1:])
+
+    def bias(self, dtype: torch.dtype, groups: int) -> torch.Tensor:
+        """The mask as numbers to add, (R, 1, groups * W, C), the same for every layer."""
+        if (dtype, groups) not in self._biases:
+            assert self.mask is not None
+            bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            bias = bias.masked_fill_(~self.mask, -torch.inf)
+            self._biases[dtype, groups] = bias.repeat(1, 1, groups, 1)
+        return self._biases[dtype, groups]
+
+
+def prefix_mask(visible: torch.Tensor, lengths: torch.Tensor, span: int) -> torch.Tensor:
+    """Who sees which of the first ``span`` positions of its slot, (R, 1, W, span): the prefix, then the queries just
+    written as ``visible`` (R, W, W) says, then nothing.
+    """
+    rows, widest = visible.shape[:2]
+    column = torch.arange(span, device=visible.device) - lengths.unsqueeze(1)
+    fellow = column.clamp(0, widest - 1).unsqueeze(1).expand(rows, widest, span)
+    mask = visible.gather(2, fellow)
+    mask &= (column < widest).unsqueeze(1)
+    mask |= (column < 0).unsqueeze(1)
+    return mask.unsqueeze(1)
 
 
 def pass_attention(
@@ -118,27 +166,49 @@ def pass_attention(
     cache's storage. Returns (1, N, heads, dim), as transformers expects it.
     """
     context = pass_context.to(query.device)
-    packed = query[0].transpose(0, 1)
-    padded = packed if context.spread is None else packed.index_select(0, context.spread)
-    queries = padded.reshape(context.rows, context.widest, *packed.shape[1:]).transpose(1, 2)
-    if context.slots is None:
-        keys, values = key[: context.rows, : context.span], value[: context.rows, : context.span]
-    else:
-        keys = key[:, : context.span].index_select(0, context.slots)
-        values = value[:, : context.span].index_select(0, context.slots)
-    out = scaled_dot_product_attention(
-        queries,
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        attn_mask=context.mask,
-        scale=scaling,
-        enable_gqa=queries.shape[1] != keys.shape[2],
-    )
-    heads, dim = out.shape[1], out.shape[3]
-    out = out.transpose(1, 2).reshape(-1, heads, dim)
+    queries = context.padded(query[0].transpose(0, 1))
+    out = (_flash if context.backend == "flash" else _sdpa)(context, queries, key, value, scaling)
+    out = out.reshape(-1, *out.shape[2:])
     if context.gather is not None:
         out = out.index_select(0, context.gather)
     return out.unsqueeze(0), None
+
+
+def _sdpa(
+    context: AttentionContext, queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """``queries`` and the answer are (R, W, heads, dim)."""
+    rows, widest, heads, dim = queries.shape
+    keys, values = context.seen(key).transpose(1, 2), context.seen(value).transpose(1, 2)
+    groups = heads // keys.shape[1]
+    if groups == 1 or widest > GROUPED:
+        bias = context.bias(queries.dtype, 1)
+        out = scaled_dot_product_attention(
+            queries.transpose(1, 2), keys, values, attn_mask=bias, scale=scaling, enable_gqa=groups > 1
+        )
+        return out.transpose(1, 2)
+    side_by_side = queries.view(rows, widest, -1, groups, dim).permute(0, 2, 3, 1, 4)
+    out = scaled_dot_product_attention(
+        side_by_side.reshape(rows, -1, groups * widest, dim),
+        keys,
+        values,
+        attn_mask=context.bias(queries.dtype, groups),
+        scale=scaling,
+    )
+    return out.view(rows, -1, groups, widest, dim).permute(0, 3, 1, 2, 4).reshape(rows, widest, heads, dim)
+
+
+def _flash(
+    context: AttentionContext, queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """``queries`` and the answer are (R, W, heads, dim)."""
+    kernel = flash.prefix_kernel()
+    assert kernel is not None
+    scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
+    prefix = kernel(queries, key, value, context.lengths, context.slots, scale)
+    fresh = (storage.flatten(0, 1).index_select(0, context.destinations) for storage in (key, value))
+    keys, values = (context.padded(one) for one in fresh)
+    return flash.merge(prefix, flash.among_fellows(queries, keys, values, context.visible, scale), context.lengths)
 
 
 AttentionInterface.register(NAME, pass_attention)

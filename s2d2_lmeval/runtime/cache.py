@@ -12,9 +12,13 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from s2d2_lmeval.runtime.passes import Layout
+
 
 class SlotCache:
     """Keys and values of ``slots`` sequences of up to ``capacity`` positions, in one tensor per layer.
+
+    One slot more takes what queries write that stand for nothing: :attr:`scratch` is its first position.
 
     It answers the part of transformers' cache interface that the native models call while they run
     (:meth:`update`, :meth:`get_seq_length`).
@@ -30,6 +34,16 @@ class SlotCache:
         self._values: dict[int, torch.Tensor] = {}
         self._destinations: torch.Tensor | None = None
 
+    @property
+    def scratch(self) -> int:
+        """A place in the flattened storage that is never read."""
+        return self.slots * self.capacity
+
+    def destinations(self, layout: Layout) -> np.ndarray:
+        """Where the queries of ``layout`` go (N,): behind the prefix of their slots, in the flattened storage."""
+        starts = layout.slots * self.capacity + self.lengths[layout.slots]
+        return starts[layout.row_of] + layout.local
+
     def write_to(self, destinations: torch.Tensor) -> None:
         """Where the next forward's queries go: ``destinations`` (N,) as slot * capacity + position."""
         self._destinations = destinations
@@ -39,13 +53,13 @@ class SlotCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the packed ``keys`` and ``values`` (1, heads, N, dim).
 
-        Return the storage (slots, capacity, heads, dim).
+        Return the storage (slots + 1, capacity, heads, dim).
         """
         if layer not in self._keys:
             # Allocated where the layer lives: a model may be spread over several devices.
             heads, dim = keys.shape[1], keys.shape[3]
-            self._keys[layer] = keys.new_zeros(self.slots, self.capacity, heads, dim)
-            self._values[layer] = values.new_zeros(self.slots, self.capacity, heads, values.shape[3])
+            self._keys[layer] = keys.new_zeros(self.slots + 1, self.capacity, heads, dim)
+            self._values[layer] = values.new_zeros(self.slots + 1, self.capacity, heads, values.shape[3])
         assert self._destinations is not None
         destinations = self._destinations.to(keys.device)
         for storage, fresh in ((self._keys[layer], keys), (self._values[layer], values)):
@@ -71,7 +85,7 @@ class SlotCache:
         self.lengths[slots] += keep
 
     def begin(self, slot: int, source: int = 0, length: int = 0) -> None:
-        """Empty ``slot`` for another sequence, but for the first ``length`` positions, which are those of ``source``."""
+        """Empty ``slot`` for another sequence, but for the first ``length`` positions, taken from ``source``."""
         if length and source != slot:
             for storage in (*self._keys.values(), *self._values.values()):
                 storage[slot, :length] = storage[source, :length]

@@ -148,6 +148,7 @@ def narrowed(context: AttentionContext, positions: torch.Tensor, window: int | N
     packed = positions if context.spread is None else positions.index_select(0, context.spread)
     query = packed.view(context.rows, 1, context.widest, 1)
     key = torch.arange(context.span, device=positions.device)
+    assert context.mask is not None
     visible = context.mask.to(positions.device)
     if causal:
         visible = visible & (key <= query)

@@ -14,16 +14,21 @@ from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.costs import CostCurve, widths_to_measure
 from s2d2_lmeval.runtime.memory import SHARE, bytes_per_row, free_bytes
 from s2d2_lmeval.runtime.passes import TARGET, Layout, Pass
+from s2d2_lmeval.runtime.static import StaticShapes
 
 
 class Runner:
     """A model, its cache and its attention back end.
 
     The model's config object is taken over (``_attn_implementation`` lives on it): give each runner a model of its own.
+
+    :param static_shapes: pad narrow passes to a few shapes, captured as graphs on CUDA
+        (:mod:`~s2d2_lmeval.runtime.static`); None: where a single CUDA device holds the model.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: str = "auto") -> None:
-        self.attention = choose_backend(attention)
+    def __init__(self, model: PreTrainedModel, attention: str = "auto", static_shapes: bool | None = None) -> None:
+        devices = {parameter.device for parameter in model.parameters()}
+        self.attention = choose_backend(attention, next(iter(devices)), model.dtype)
         model.config._attn_implementation = NAME
         self.model = model.eval()
         self.backbone = model.get_decoder()
@@ -31,6 +36,12 @@ class Runner:
         self.device = model.get_input_embeddings().weight.device
         self.cache = SlotCache(0, 0)
         self.model_seconds = 0.0
+        """Time inside the model; on CUDA as of the last :meth:`settle`."""
+        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        on_cuda = self.device.type == "cuda" and len(devices) == 1
+        self.static: StaticShapes | None = None
+        if on_cuda if static_shapes is None else static_shapes:
+            self.static = StaticShapes(self._run, self.attention, self.device, captures=on_cuda)
 
     def reserve(self, slots: int, capacity: int) -> None:
         """Make room for ``slots`` sequences of ``capacity`` positions and empty all slots.
@@ -42,8 +53,10 @@ class Runner:
         self.cache.lengths[:] = 0
 
     def release(self) -> None:
-        """Give the cache's memory back."""
+        """Give the cache's memory back, and that of captured graphs."""
         self.cache = SlotCache(0, 0)
+        if self.static is not None:
+            self.static.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -93,23 +106,51 @@ class Runner:
             self.forward(request).flatten()[0].item()  # the read waits for the device
             taken.append(time.perf_counter() - started)
         self.cache.lengths[:] = 0
+        self.settle()
         return float(np.median(taken[1:]))
 
     @torch.inference_mode()
     def forward(self, request: Pass) -> torch.Tensor:
         """Run one pass; return the wanted logits (M, V), at least in float32. The kept queries become prefix."""
-        started = time.perf_counter()
-        layout = request.layout
-        destinations = layout.slots * self.cache.capacity + self.cache.lengths[layout.slots]
-        self.cache.write_to(torch.from_numpy(destinations[layout.row_of] + layout.local).to(self.device))
+        started, mark = time.perf_counter(), self._mark()
+        logits = None if self.static is None else self.static.forward(request, self.cache)
+        if logits is None:
+            context = AttentionContext.build(request, self.cache, self.attention)
+            logits = self._run(request.tokens, request.positions, context, request.wanted)
+        self.cache.commit(request.layout.slots, request.keep)
+        end = self._mark()
+        if mark is None or end is None:
+            self.model_seconds += time.perf_counter() - started
+        else:
+            self._marks.append((mark, end))
+        return logits
+
+    def settle(self) -> None:
+        """Count the device's time of forwards in :attr:`model_seconds`; to be called when the device is through."""
+        for start, end in self._marks:
+            end.synchronize()
+            self.model_seconds += start.elapsed_time(end) / 1000
+        self._marks.clear()
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """A point in the device's time; None on the CPU, whose time is the host's."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _run(
+        self, tokens: torch.Tensor, positions: torch.Tensor, context: AttentionContext, wanted: torch.Tensor
+    ) -> torch.Tensor:
+        """The model on ``tokens`` (N,) at ``positions`` (N,): logits (M, V) of the queries ``wanted`` (M,)."""
+        self.cache.write_to(context.destinations)
         hidden = self.backbone(
-            input_ids=request.tokens.unsqueeze(0),
-            position_ids=request.positions.unsqueeze(0),
+            input_ids=tokens.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
             past_key_values=self.cache,
             use_cache=True,
-            pass_context=AttentionContext.build(request, self.cache),
+            pass_context=context,
         ).last_hidden_state
-        self.cache.commit(layout.slots, request.keep)
-        logits = self.head(hidden[0].index_select(0, request.wanted.to(hidden.device)))
-        self.model_seconds += time.perf_counter() - started
+        logits = self.head(hidden[0].index_select(0, wanted.to(hidden.device)))
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -1,0 +1,329 @@
+"""Padded shapes and split attention give the tokens of the plain path, for every decoder."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from s2d2_lmeval import BlockDiffusionModel, Generation
+from s2d2_lmeval.decoding import scoring
+from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.runtime import attention, flash, static
+from s2d2_lmeval.runtime.cache import SlotCache
+from s2d2_lmeval.runtime.passes import Layout, Pass
+from s2d2_lmeval.runtime.runner import Runner
+from s2d2_lmeval.runtime.static import Bucket
+
+from . import editing_tiny, pipelined_cases, subblocks_drawn
+from .tiny import engine
+
+PROMPTS = [[(3 * i + j) % 19 for j in range(1 + (5 * i) % 23)] for i in range(7)]
+AR_LIKE = {"block_length": 4, "cache_ver": True, "draft_ver": True, "do_sample": True}
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ar": (engine, {"decoder": "ar", "do_sample": True}),
+    "dynamic": (engine, {"decoder": "dynamic", "block_length": 4}),
+    "s2d2": (engine, {"decoder": "s2d2", "block_length": 8, "do_sample": True}),
+    "lookahead": (engine, {"schedule": "lookahead", **AR_LIKE}),
+    "reference": (engine, {"schedule": "reference", **AR_LIKE}),
+    "sliding": (engine, {"decoder": "sliding", "do_sample": True}),
+    "editing": (editing_tiny.engine, {"decoder": "s2d2", "block_length": 4}),
+    "sub-blocks": (subblocks_drawn.engine, {"decoder": "s2d2", "block_length": 8}),
+    "pipelined": (lambda max_batch: pipelined_cases.engine("llada", max_batch), {"decoder": "s2d2", "block_length": 4}),
+}
+
+
+@cache
+def answers(case: str) -> list[list[int]]:
+    make, options = CASES[case]
+    return canvases(make(max_batch=3).generate(PROMPTS, {**options, "max_new_tokens": 11}))
+
+
+def canvases(generations: list[Generation]) -> list[list[int]]:
+    return [generation.canvas for generation in generations]
+
+
+def around(case: str, runner: Runner) -> BlockDiffusionModel:
+    model = CASES[case][0](max_batch=3)
+    return BlockDiffusionModel(model.hf_model, model.facts, max_batch=3, runner=runner)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", ["sdpa", "flash"])
+def test_padded_shapes_change_no_token(case: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static, "SHORTEST_SPAN", 8)
+    runner = Runner(CASES[case][0](max_batch=3).hf_model, static_shapes=True)
+    assert runner.static is not None
+    runner.static.backend = runner.attention = backend
+    monkeypatch.setattr(flash, "prefix_kernel", lambda: flash.prefix_in_torch)
+    got = around(case, runner).generate(PROMPTS, {**CASES[case][1], "max_new_tokens": 11})
+    assert canvases(got) == answers(case)
+    assert runner.static.forwards
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_in_two_parts_changes_no_token(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(CASES[case][0](max_batch=3).hf_model)
+    runner.attention = "flash"
+    monkeypatch.setattr(flash, "prefix_kernel", lambda: flash.prefix_in_torch)
+    got = around(case, runner).generate(PROMPTS, {**CASES[case][1], "max_new_tokens": 11})
+    assert canvases(got) == answers(case)
+
+
+def test_scores_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "CHUNK", 4)
+    pairs = [([1, 2, 3], [4] * (1 + i)) for i in range(7)]
+    runner = Runner(engine().hf_model, static_shapes=True)
+    for (score, best), (expected, greedy) in zip(around("ar", runner).score(pairs), engine().score(pairs), strict=True):
+        assert score == pytest.approx(expected)
+        assert best == greedy
+
+
+# ---- buckets ----
+
+
+def pass_of(slots: list[int], widths: list[int], wanted: int = 1) -> Pass:
+    layout = Layout(np.array(slots), np.array(widths))
+    tokens = torch.arange(layout.queries) % 19
+    visible = torch.ones(layout.widest, layout.widest, dtype=torch.bool).tril().expand(len(slots), -1, -1)
+    keep = np.zeros(len(slots), dtype=np.int64)
+    return Pass(layout, tokens, torch.from_numpy(layout.local), visible, torch.arange(wanted), keep)
+
+
+@pytest.mark.parametrize(
+    ("slots", "widths", "wanted", "expected"),
+    [
+        ([0], [1], 1, Bucket(1, 1, 256, 1)),
+        ([0, 2], [3, 5], 6, Bucket(4, 8, 256, 8)),
+        ([0, 1, 2, 3, 4], [16] * 5, 80, Bucket(6, 16, 256, 96)),  # no more rows than slots
+        ([0], [257], 1, None),
+        ([0, 1, 2, 3, 4, 5], [64, 1, 1, 1, 1, 1], 6, None),  # mostly padding
+    ],
+)
+def test_buckets(slots: list[int], widths: list[int], wanted: int, expected: Bucket | None) -> None:
+    assert Bucket.of(pass_of(slots, widths, wanted), SlotCache(6, 1000)) == expected
+
+
+def test_spans_double() -> None:
+    cache = SlotCache(1, 1000)
+    spans = []
+    for length in (0, 255, 256, 600, 990):
+        cache.lengths[0] = length
+        bucket = Bucket.of(pass_of([0], [1]), cache)
+        assert bucket is not None
+        spans.append(bucket.span)
+    assert spans == [256, 256, 512, 1000, 1000]
+
+
+def stored(cache: SlotCache) -> list[torch.Tensor]:
+    return [layer.clone() for layer in (*cache._keys.values(), *cache._values.values())]
+
+
+def test_padding_writes_to_no_slot_but_the_scratch_one() -> None:
+    runner = Runner(engine().hf_model, static_shapes=True)
+    runner.reserve(4, 64)
+    plain = Runner(engine().hf_model)
+    plain.reserve(4, 64)
+    first, second = pass_of([0, 1, 2, 3], [9, 8, 7, 6]), pass_of([1, 3], [3, 1], wanted=4)
+    for machine in (runner, plain):
+        machine.forward(first)
+        machine.cache.lengths[:] = [9, 8, 7, 6]
+    before = stored(runner.cache)
+    torch.testing.assert_close(runner.forward(second), plain.forward(second))
+    touched = torch.zeros(5, 64, dtype=torch.bool)
+    touched[1, 8:11] = touched[3, 6] = touched[4, 0] = True  # the two rows' queries, and scratch
+    for old, new in zip(before, stored(runner.cache), strict=True):
+        assert torch.equal(old[~touched], new[~touched])
+        assert not torch.equal(old[touched], new[touched])
+    for mine, theirs in zip(stored(runner.cache), stored(plain.cache), strict=True):
+        torch.testing.assert_close(mine[:4], theirs[:4])
+
+
+def test_a_bucket_is_captured_when_met_again_and_dropped_with_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = []
+
+    def capture(self: static.StaticForward, pool: object) -> None:
+        captured.append(self.bucket)
+        self.graph = Replayed(self)  # type: ignore[assignment]
+
+    class Replayed:
+        """A graph that runs what it was made of."""
+
+        def __init__(self, forward: static.StaticForward) -> None:
+            self.forward = forward
+
+        def replay(self) -> None:
+            self.forward.logits = self.forward.forward()
+
+    monkeypatch.setattr(static.StaticForward, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    runner = Runner(engine().hf_model, static_shapes=True)
+    assert runner.static is not None
+    runner.static.captures = True
+    runner.reserve(4, 64)
+    narrow, wide = pass_of([0], [1]), pass_of([0], [2])
+    once = runner.forward(narrow)
+    runner.forward(wide)
+    assert not captured
+    again = runner.forward(narrow)
+    third = runner.forward(narrow)
+    assert [bucket.width for bucket in captured] == [1]
+    torch.testing.assert_close(again, once)
+    assert third.data_ptr() != again.data_ptr()  # the caller keeps its own
+    runner.reserve(5, 64)
+    runner.forward(narrow)
+    assert len(runner.static.forwards) == 1
+    runner.release()
+    assert not runner.static.forwards
+
+
+def test_the_least_recently_used_bucket_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static, "MOST_GRAPHS", 2)
+    runner = Runner(engine().hf_model, static_shapes=True)
+    assert runner.static is not None
+    runner.reserve(4, 64)
+    for width in (1, 2, 1, 4):
+        runner.forward(pass_of([0], [width]))
+    assert [bucket.width for bucket in runner.static.forwards] == [1, 4]
+
+
+def test_a_model_that_cannot_be_captured_runs_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def capture(self: static.StaticForward, pool: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(static.StaticForward, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    runner = Runner(engine().hf_model, static_shapes=True)
+    assert runner.static is not None
+    runner.static.captures = True
+    runner.reserve(4, 64)
+    for _ in range(3):
+        runner.forward(pass_of([0], [1]))
+    assert caplog.text.count("cannot be captured") == 1
+
+
+# ---- flash ----
+
+
+def case(rows: int, width: int, heads: int, groups: int, lengths: list[int], slots: list[int] | None) -> Any:
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    queries = drawn(rows, width, heads, 8)
+    storage = [drawn(6, 40, heads // groups, 8) for _ in range(2)]
+    visible = torch.rand(rows, width, width, generator=generator) < 0.5
+    visible |= torch.eye(width, dtype=torch.bool)
+    return queries, *storage, visible, torch.tensor(lengths), None if slots is None else torch.tensor(slots)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("width", [1, 5])
+@pytest.mark.parametrize(("lengths", "slots"), [([7, 0, 20], [4, 1, 2]), ([0, 0, 0], None), ([33, 1, 2], None)])
+def test_both_parts_merged_are_the_attention_over_everything(
+    groups: int, width: int, lengths: list[int], slots: list[int] | None
+) -> None:
+    queries, keys, values, visible, prefix, at = case(3, width, 6, groups, lengths, slots)
+    rows = torch.arange(3) if at is None else at
+    place = prefix.unsqueeze(1) + torch.arange(width)
+    fresh = [storage[rows.unsqueeze(1), place] for storage in (keys, values)]
+    part = flash.prefix_in_torch(queries, keys, values, prefix, at, 0.3)
+    got = flash.merge(part, flash.among_fellows(queries, *fresh, visible, 0.3), prefix)
+    mask = attention.prefix_mask(visible, prefix, 40)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        queries.transpose(1, 2),
+        keys[rows].transpose(1, 2),
+        values[rows].transpose(1, 2),
+        attn_mask=mask,
+        scale=0.3,
+        enable_gqa=True,
+    )
+    torch.testing.assert_close(got, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("log_mass", [torch.inf, -torch.inf, torch.nan])
+def test_whatever_a_kernel_makes_of_an_empty_prefix_does_not_matter(log_mass: float) -> None:
+    queries, keys, values, visible, prefix, _ = case(2, 3, 4, 2, [0, 5], None)
+    out, mass = flash.prefix_in_torch(queries, keys, values, prefix, None, 1.0)
+    fresh = [storage[:2, :3] for storage in (keys, values)]
+    here = flash.among_fellows(queries, *fresh, visible, 1.0)
+    expected = flash.merge((out, mass), here, prefix)
+    out[0], mass[0] = torch.nan, log_mass
+    torch.testing.assert_close(flash.merge((out, mass), here, prefix), expected)
+    torch.testing.assert_close(expected[0], here[0][0])
+
+
+def test_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert attention.choose_backend("sdpa", cuda) == "sdpa"
+    with pytest.raises(ConfigError, match="is not a back end"):
+        attention.choose_backend("flex")
+    monkeypatch.setattr(flash, "prefix_kernel", lambda: None)
+    assert attention.choose_backend("auto", cuda) == "sdpa"
+    with pytest.raises(ConfigError, match="needs flash-attn"):
+        attention.choose_backend("flash", cuda)
+    monkeypatch.setattr(flash, "prefix_kernel", lambda: flash.prefix_in_torch)
+    assert attention.choose_backend("auto", cuda) == "flash"
+    assert attention.choose_backend("auto", cuda, torch.float32) == "sdpa"
+    assert attention.choose_backend("auto", cpu) == "sdpa"
+    with pytest.raises(ConfigError, match="in bfloat16 or float16 only"):
+        attention.choose_backend("flash", cuda, torch.float32)
+
+
+def test_the_librarys_arguments() -> None:
+    """Both releases of flash-attn take a cache, a length and a slot per row, and return the log-sum-exp on request."""
+    seen: dict[str, Any] = {}
+
+    def library(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **given: Any) -> Any:
+        seen.update(given, keys=keys)
+        return "out", "mass", "more of flash-attn 3"
+
+    queries, keys, values, _, prefix, at = case(3, 2, 4, 2, [1, 2, 3], [4, 1, 2])
+    assert flash._of_library(library)(queries, keys, values, prefix, at, 0.5) == ("out", "mass")
+    assert seen["keys"] is keys
+    assert seen["cache_seqlens"].dtype == seen["cache_batch_idx"].dtype == torch.int32
+    assert seen["cache_batch_idx"].tolist() == [4, 1, 2]
+    assert (seen["softmax_scale"], seen["causal"], seen["return_softmax_lse"]) == (0.5, False, True)
+    flash._of_library(library)(queries, keys, values, prefix, None, 0.5)
+    assert (len(seen["keys"]), seen["cache_batch_idx"]) == (3, None)
+
+
+# ---- on a device ----
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("case", ["ar", "dynamic", "s2d2", "lookahead", "sliding"])
+def test_captured_graphs_change_no_token(case: str) -> None:
+    from copy import deepcopy
+
+    plain = deepcopy(CASES[case][0](max_batch=3).hf_model).to("cuda")
+    runner = Runner(plain)
+    assert runner.static is not None
+    got = around(case, runner).generate(PROMPTS, {**CASES[case][1], "max_new_tokens": 11})
+    assert canvases(got) == answers(case)
+    assert any(forward.graph is not None for forward in runner.static.forwards.values())
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_flash_attn_is_its_twin() -> None:
+    kernel = flash.prefix_kernel()
+    if kernel is None:
+        pytest.skip("flash-attn is not installed")
+    generator = torch.Generator("cuda").manual_seed(0)
+    half = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+    queries, keys, values = (torch.randn(*s, **half) for s in ((3, 5, 8, 64), (6, 300, 2, 64), (6, 300, 2, 64)))
+    lengths, slots = torch.tensor([7, 120, 299], device="cuda"), torch.tensor([4, 1, 2], device="cuda")
+    out, mass = kernel(queries, keys, values, lengths, slots, 0.125)
+    twin, twin_mass = flash.prefix_in_torch(queries.float(), keys.float(), values.float(), lengths, slots, 0.125)
+    torch.testing.assert_close(out.float(), twin, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(mass, twin_mass, rtol=1e-3, atol=1e-3)
