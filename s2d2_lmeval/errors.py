@@ -25,3 +25,7 @@ class NumericalError(S2D2Error):
 
 class CapacityError(S2D2Error):
     """Memory that does not hold a single request."""
+
+
+class StudyError(S2D2Error):
+    """A study that contradicts itself, or a folder of results that cannot be gone on with."""

@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": "s2d2_lmeval.cli.demo",
     "bench": "s2d2_lmeval.cli.bench",
     "sweep": "s2d2_lmeval.cli.sweep",
+    "report": "s2d2_lmeval.cli.report",
     "calibrate": "s2d2_lmeval.cli.calibrate",
 }
 """Subcommand -> its module."""

@@ -7,6 +7,7 @@ decoding inside a block, and every response carries its statistics.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from s2d2_lmeval.harness.arguments import rows_in_flight, sort_arguments
 from s2d2_lmeval.harness.custom import CustomFunction
 from s2d2_lmeval.harness.generation_arguments import BUDGET_NAMES, token_budget
 from s2d2_lmeval.harness.prompts import logger
+from s2d2_lmeval.harness.responses import ResponseStore
 from s2d2_lmeval.harness.run import GenerationRun
 
 _SCORED_AT_ONCE = 16
@@ -89,12 +91,28 @@ class S2D2LM(HFLM):
         self.engine = loaded.engine
         self.custom: CustomFunction | None = arguments.custom
         self.decoding = self.configuration({})
+        self.store: ResponseStore | None = None
         self._check_max_length()
         self.told: set[Any] = set()
         self.reset_totals()
         if self.rank == 0:
             name = self.custom.name if self.custom else None
             logger.info("%s", report.header(loaded.source, self.engine, self.decoding, name, rows))
+
+    def decode_with(self, options: Mapping[str, Any]) -> None:
+        """Take ``options`` in place of the decoding options of ``--model_args``, and start counting anew.
+
+        :raises ConfigError: for options that are wrong, or do not fit this checkpoint; nothing is changed then.
+        """
+        before = self.arguments
+        self.arguments = dataclasses.replace(before, decoding=dict(options))
+        try:
+            self.decoding = self.configuration({})
+        except ConfigError:
+            self.arguments = before
+            raise
+        self.told.clear()
+        self.reset_totals()
 
     def configuration(self, asked: Mapping[str, Any]) -> DecodingConfig | None:
         """The options ``asked`` for by a task, over those of ``--model_args``, over what is published for the model.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ class Prompt:
     """One request, ready to be decoded.
 
     ``place`` is its index in the harness's list, ``text`` and ``gen_kwargs`` its arguments there, ``ids`` its tokens,
-    ``key`` the name of its randomness (int64), ``task`` the task it comes from (empty if unknown).
+    ``key`` the name of its randomness (int64), ``task`` the task it comes from (empty if unknown), ``document`` which
+    document of it, and ``occurrence`` the how-manieth time that document asks it.
     """
 
     place: int
@@ -30,6 +32,15 @@ class Prompt:
     ids: list[int]
     key: int
     task: str
+    document: int | None = None
+    occurrence: int = 0
+
+    @property
+    def name(self) -> str:
+        """The same in every run of the same request: task, document, repetition, tokens and generation arguments."""
+        asked = hashlib.blake2b(json.dumps(self.gen_kwargs, sort_keys=True, default=repr).encode(), digest_size=4)
+        key = f"{self.key % (1 << 64):016x}-{asked.hexdigest()}"
+        return f"{self.task}/{self.document}/{self.occurrence}/{key}"
 
 
 def request_key(ids: Sequence[int], occurrence: int) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from s2d2_lmeval.decoding.generation import Step
+    from s2d2_lmeval.harness.prompts import Prompt
 
 
 class TracedResponse(str):
@@ -22,3 +26,19 @@ class TracedResponse(str):
 
     def __reduce__(self) -> tuple[type[TracedResponse], tuple[str, dict[str, Any]]]:
         return type(self), (str(self), self.stats)
+
+
+class ResponseStore(Protocol):
+    """Keeps the responses of a run that may be interrupted (``S2D2LM.store``).
+
+    Requests that it knows are not decoded again, and the others keep the randomness that they have without it.
+    """
+
+    def find(self, prompt: Prompt) -> TracedResponse | None:
+        """The response to this very request, if it is kept."""
+
+    def decoding_begins(self) -> None:
+        """What follows until the last :meth:`add` is decoding."""
+
+    def add(self, prompt: Prompt, response: TracedResponse, steps: Sequence[Step]) -> None:
+        """Keep a response as soon as it is complete; ``steps`` are empty where a function of the user's decoded."""

@@ -10,7 +10,7 @@ import torch
 from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 
 from s2d2_lmeval.decoding.config import SYNONYMS
-from s2d2_lmeval.decoding.generation import Generation
+from s2d2_lmeval.decoding.generation import Generation, Step
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness import prompts, report
 from s2d2_lmeval.harness.generation_arguments import BUDGET_NAMES, GenerationArguments
@@ -37,13 +37,18 @@ class GenerationRun:
         self.groups: dict[str, Group] = {}
         self.copies: dict[int, int] = {}
         self._prepare(requests)
+        self.groups = {name: group for name, group in self.groups.items() if group.prompts}
         for name, group in self.groups.items():
             lm.configurations[name] = group.describe(group.prompts[0].gen_kwargs)
         self.size = len(requests)
-        self.progress = DecodingProgress(self.size - len(self.copies), disable=quiet)
+        left = self.size - len(self.copies) - len(self.answers)
+        # Whoever keeps the responses shows how far they are.
+        self.progress = DecodingProgress(left, disable=quiet or lm.store is not None)
 
     def answer(self) -> list[str]:
         """Decode everything; a :class:`TracedResponse` per request, in the order of the requests."""
+        if self.lm.store is not None:
+            self.lm.store.decoding_begins()
         try:
             for group in self.groups.values():
                 if self.lm.custom is None:
@@ -79,7 +84,13 @@ class GenerationRun:
             group = self.groups[name]
             fitting = room.fit(ids, group.budget, prompts.name_of(request))
             key = prompts.request_key(fitting, occurrence)
-            group.prompts.append(Prompt(place, text, gen_kwargs, fitting, key, request.task_name or ""))
+            task = request.task_name or ""
+            prompt = Prompt(place, text, gen_kwargs, fitting, key, task, request.doc_id, occurrence)
+            known = lm.store.find(prompt) if lm.store is not None else None
+            if known is not None:
+                self.answers[place] = known
+            else:
+                group.prompts.append(prompt)
 
     def _group(self, gen_kwargs: Any) -> Group:
         """What a set of generation arguments comes to, over ``--model_args``."""
@@ -129,7 +140,7 @@ class GenerationRun:
         def finished(index: int, generation: Generation) -> None:
             stats = {**generation.stats, "finish_reason": generation.finish_reason}
             stats["decoding_order"] = generation.decoding_order
-            self._answer(group, queue[index], generation.token_ids, stats)
+            self._answer(group, queue[index], generation.token_ids, stats, generation.steps)
 
         before, started = lm.engine.trace.totals(), time.perf_counter()
         generations = lm.engine.generate(
@@ -182,14 +193,18 @@ class GenerationRun:
             return StopStrings(decode, until, after_token(end))
         return StopStrings(decode, until, after_string(decode, end) if end else None)
 
-    def _answer(self, group: Group, prompt: Prompt, tokens: list[int], stats: dict[str, Any]) -> None:
-        """Text with statistics; into the answers, the totals, the response cache and the progress bar."""
+    def _answer(
+        self, group: Group, prompt: Prompt, tokens: list[int], stats: dict[str, Any], steps: Sequence[Step] = ()
+    ) -> None:
+        """Text with statistics; into the answers, the totals, the store, the response cache and the progress bar."""
         lm = self.lm
         stats["prompt_tokens"] = len(prompt.ids)
         if not lm.arguments.log_decoding_order:
             stats.pop("decoding_order", None)
         response = TracedResponse(self._text(tokens, group.until), stats)
         self.answers[prompt.place] = response
+        if lm.store is not None:
+            lm.store.add(prompt, response, steps)
         lm.totals.add_response(prompt.task, stats)
         lm.cache_hook.add_partial("generate_until", (prompt.text, prompt.gen_kwargs), response)
         self.progress.finished(stats)

@@ -1,0 +1,43 @@
+"""The report of a study: tables, figures, and one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "tables, figures and a page from the results of a sweep"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the results of `s2d2-lmeval sweep`")
+    parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="where to (default: DIR/report)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the report, and show its tables."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from s2d2_lmeval.cli.console import make_console
+    from s2d2_lmeval.studies import tables
+    from s2d2_lmeval.studies.report import write_report
+
+    console = make_console()
+    with console.status("drawing"):
+        results, written = write_report(args.folder, args.output)
+    for (model, task), rows in results.groups().items():
+        lines = [tables.cells(row) for row in rows]
+        columns = [place for place in range(len(tables.HEADER)) if any(line[place] for line in lines)]
+        table = Table(box=box.SIMPLE_HEAD, title=f"{model}, {task}", title_justify="left", title_style="bold")
+        for place in columns:
+            table.add_column(tables.HEADER[place], justify="right" if place else "left")
+        for row, line in zip(rows, lines, strict=True):
+            table.add_row(*(Text(line[place]) for place in columns), style="bold" if row.on_front else "")
+        console.print(table)
+        console.print(Text(f"{tables.about(rows)}. Bold: on the front of accuracy and speed.", "dim"))
+    for problem in results.problems:
+        console.print(Text(problem, "yellow"))
+    console.print(f"Written to {written[0]} and beside it.", markup=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,211 @@
+"""Run a study: decoding configurations on tasks, models and seeds, unattended.
+
+Every finished sample is on disk at once. Interrupted or killed, the same command goes on where it was. What comes out
+is read by `s2d2-lmeval report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from s2d2_lmeval.studies.backends import Backend
+    from s2d2_lmeval.studies.evaluation import Outcome
+    from s2d2_lmeval.studies.planning import Job
+    from s2d2_lmeval.studies.store import Line
+    from s2d2_lmeval.studies.sweep import Progress, Sweep
+
+SUMMARY = "run a study: many decoding configurations, resumable"
+
+SOME_FAILED = 1
+ROWS_SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="what to run (docs/studies.md)")
+    parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="results (default: out/NAME)")
+    parser.add_argument("--model", metavar="NAME", help="one model, in place of those of the study")
+    parser.add_argument("--limit", type=int, metavar="N", help="documents per task")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="requests in flight")
+    parser.add_argument("--data-dir", metavar="DIR", help="benchmark files, for machines without a connection")
+    parser.add_argument(
+        "--confirm_run_unsafe_code", action="store_true", help="allow tasks that run what the model wrote"
+    )
+    parser.add_argument("--anew", action="store_true", help="in a folder of another code version: start again in it")
+    parser.add_argument("--plan", action="store_true", help="check everything, show the points, and stop")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--backend", choices=("local", "ray"), default="local", help="where points run")
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="of a running cluster (default: a new local one)")
+    parser.add_argument("--num-gpus", type=float, default=0, help="of a point, with Ray (default: %(default)s)")
+    parser.add_argument("--num-cpus", type=float, default=1, help="of a point, with Ray (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, run, and say what came of it."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars; there is a table
+    from s2d2_lmeval.cli.console import hide_loading_bars, make_console
+    from s2d2_lmeval.studies.planning import Plan
+    from s2d2_lmeval.studies.study import read_study
+    from s2d2_lmeval.studies.sweep import FAILED, Sweep
+
+    console = make_console()
+    hide_loading_bars()
+    overrides: dict[str, Any] = {"limit": args.limit, "batch_size": args.batch_size, "data_dir": args.data_dir}
+    study = read_study(args.study, {**overrides, "models": [args.model] if args.model else None})
+    folder = args.output or Path("out") / study.name
+    with console.status("reading tasks"):
+        plan = Plan(study, folder, unsafe_code=args.confirm_run_unsafe_code, anew=args.anew)
+    if args.plan:
+        _show_plan(console, plan)
+        return 0
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    backend = _backend(args)
+    sweep = Sweep(plan, backend)
+    try:
+        with Display(console, sweep):
+            counts = sweep.run()
+    finally:
+        backend.close()
+    for progress in sweep.points.values():
+        if progress.unreadable:
+            console.print(
+                f"{progress.job.point.label}: {progress.unreadable} unreadable lines in {progress.job.path} were "
+                "skipped, and their samples decoded again."
+            )
+        if progress.state == FAILED:
+            console.print(f"[red]failed[/red] {progress.job.point.label}: {progress.error}", markup=True)
+    ended = ", ".join(f"{count} {state}" for state, count in counts.items())
+    console.print(f"{ended}. Results in {folder}; s2d2-lmeval report {folder}")
+    return SOME_FAILED if counts[FAILED] else 0
+
+
+def _backend(args: argparse.Namespace) -> Backend:
+    from s2d2_lmeval.studies.backends import LocalBackend, RayBackend
+
+    if args.backend == "ray":
+        return RayBackend(address=args.ray_address, num_gpus=args.num_gpus, num_cpus=args.num_cpus)
+    return LocalBackend()
+
+
+def _show_plan(console: Console, plan: Any) -> None:
+    points = plan.study.points()
+    documents = sum(plan.documents[point.task.task] for point in points)
+    for point in points:
+        options = ", ".join(f"{name}={value}" for name, value in point.options.items())
+        console.print(f"{point.label}: {options}", markup=False, soft_wrap=True)
+    console.print(f"{len(points)} points, {documents} samples.")
+    if plan.study.search is not None:
+        console.print(f"Then a search of {plan.study.search.trials} trials per model.")
+
+
+class Display:
+    """The live table on a terminal; elsewhere a line per point."""
+
+    def __init__(self, console: Console, sweep: Sweep) -> None:
+        from rich.live import Live
+
+        self.console, self.sweep = console, sweep
+        sweep.watcher = self
+        self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+
+    def __enter__(self) -> Display:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._refresh()
+            self._live.stop()
+
+    def started(self, job: Job) -> None:
+        """See :class:`~s2d2_lmeval.studies.backends.Observer`."""
+        self._refresh()
+
+    def sample(self, job: Job, line: Line) -> None:
+        """See :class:`~s2d2_lmeval.studies.backends.Observer`."""
+        self._refresh()
+
+    def ended(self, job: Job, outcome: Outcome) -> None:
+        """See :class:`~s2d2_lmeval.studies.backends.Observer`."""
+        if self._live is not None:
+            self._refresh()
+            return
+        progress = self.sweep.points[job.digest]
+        done = sum(one.state in ("complete", "failed") for one in self.sweep.points.values())
+        left = self.sweep.seconds_left
+        self.console.print(
+            f"{done}/{len(self.sweep.points)} {progress.state}: {job.point.label}: {progress.done} samples, "
+            f"{progress.tokens_per_second:.1f} tokens/s, {progress.tokens_per_forward:.2f} tokens/forward"
+            + (f"; {duration(left)} left" if left else ""),
+            markup=False,
+            soft_wrap=True,
+        )
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(self._table())
+
+    def _table(self) -> RenderableType:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        points = list(self.sweep.points.values())
+        table = Table(box=box.SIMPLE_HEAD, title=self.sweep.plan.study.name, title_justify="left", title_style="bold")
+        for name in ("", "model", "task", "decoding", "seed"):
+            table.add_column(name)
+        for name in ("samples", "tokens/s", "tokens/forward"):
+            table.add_column(name, justify="right")
+        shown = window(points)
+        for progress in shown:
+            point = progress.job.point
+            table.add_row(
+                Text(*_STATES[progress.state]),
+                *(Text(text) for text in (point.model, point.task.task, point.decoding, str(point.seed))),
+                f"{progress.done}/{progress.job.documents}",
+                f"{progress.tokens_per_second:.1f}" if progress.seconds else "",
+                f"{progress.tokens_per_forward:.2f}" if progress.nfe else "",
+            )
+        left = self.sweep.seconds_left
+        done, samples = sum(one.done for one in points), sum(one.job.documents for one in points)
+        ended = sum(one.state in ("complete", "failed") for one in points)
+        line = f"{ended} of {len(points)} points, {done} of {samples} samples"
+        if left is not None and done < samples:
+            line += f", {duration(left)} left"
+        if len(shown) < len(points):
+            line += f"; {len(points) - len(shown)} points not shown"
+        return Group(table, Text(line))
+
+
+_STATES = {"waiting": ("·", "dim"), "running": ("▶", "cyan"), "complete": ("✓", "green"), "failed": ("✗", "red")}
+
+
+def window(points: list[Progress]) -> list[Progress]:
+    """What there is room for: the running point in the middle."""
+    if len(points) <= ROWS_SHOWN:
+        return points
+    active = [place for place, one in enumerate(points) if one.state == "running"]
+    ended = [place for place, one in enumerate(points) if one.state in ("complete", "failed")]
+    middle = active[0] if active else ended[-1] if ended else 0
+    first = min(max(0, middle - ROWS_SHOWN // 2), len(points) - ROWS_SHOWN)
+    return points[first : first + ROWS_SHOWN]
+
+
+def duration(seconds: float) -> str:
+    """For people: the two largest units."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minute} min"
+    return f"{minute} min {second} s" if minute else f"{second} s"

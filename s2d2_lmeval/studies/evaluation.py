@@ -1,0 +1,196 @@
+"""One point through the harness: finished samples from disk, the others from the engine."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from s2d2_lmeval.errors import S2D2Error
+from s2d2_lmeval.studies.planning import Job, load_tasks, quiet, task_manager
+from s2d2_lmeval.studies.store import Line, PointStore, StorageError
+
+if TYPE_CHECKING:
+    from s2d2_lmeval.harness.model import S2D2LM
+
+OnSample = Callable[[Job, Line], None]
+
+FEWSHOT_SEED = 1234
+"""The harness's own default: the same examples as from its command line."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a point ended: ``error`` is empty where it is complete. ``decoded`` samples were new in this run."""
+
+    decoded: int
+    seconds: float
+    error: str = ""
+
+
+class Evaluator:
+    """Evaluates points one after the other, and keeps a model loaded as long as points ask for it."""
+
+    def __init__(self, on_sample: OnSample | None = None) -> None:
+        self.on_sample = on_sample
+        self._loaded: tuple[Any, S2D2LM] | None = None
+
+    def run(self, job: Job) -> Outcome:
+        """Complete a point, or record why it cannot be.
+
+        :raises StorageError: when nothing can be recorded.
+        """
+        started = time.perf_counter()
+
+        def on_sample(line: Line) -> None:
+            nonlocal decoded
+            decoded += 1
+            if self.on_sample is not None:
+                self.on_sample(job, line)
+
+        decoded = 0
+        with PointStore(job.path, on_sample) as store:
+            if is_complete(store, job):
+                return Outcome(0, 0.0)
+            if not store.record.point:
+                store.append("point", definition=job.definition, label=job.point.label)
+            try:
+                self._complete(job, store)
+                error = ""
+            except StorageError:
+                raise
+            except Exception as failure:
+                error = _described(failure)
+                store.append("failure", error=error, traceback=traceback.format_exc()[-4000:])
+        return Outcome(decoded, time.perf_counter() - started, error)
+
+    def _complete(self, job: Job, store: PointStore) -> None:
+        from s2d2_lmeval.harness.report import environment
+
+        lm = self._model(job)
+        engine = lm.engine
+        assert engine is not None
+        lm.decode_with(job.point.decoding_options)
+        engine.max_batch = job.point.batch_size
+        halvings = engine.trace.batch_halvings
+        store.append(
+            "segment",
+            environment=environment(lm.device, engine.dtype, engine.attention),
+            rows=engine.max_batch,
+            batch_size=job.point.batch_size,
+            decoding=lm.decoding.to_dict() if lm.decoding is not None else None,
+            begun=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        )
+        if len(store.record.samples) < job.documents:
+            _warm_up(lm)
+        lm.store = store
+        try:
+            results = _evaluate(lm, job)
+        finally:
+            lm.store = None
+            if engine.trace.batch_halvings > halvings:
+                count = engine.trace.batch_halvings - halvings
+                store.append("memory", halvings=count, rows=engine.max_batch)
+            engine.trace.reset()
+        store.append("result", settings=job.settings(), **_scores(results, job.point.task.task))
+
+    def _model(self, job: Job) -> S2D2LM:
+        """The point's model: the loaded one, or a new one in its place."""
+        wanted = (job.identity, tuple(sorted((key, str(value)) for key, value in job.point.model_args.items())))
+        if self._loaded is None or self._loaded[0] != wanted:
+            self.close()
+            with quiet():
+                from s2d2_lmeval.harness.model import S2D2LM
+
+                self._loaded = (wanted, S2D2LM(**job.point.model_args, batch_size=job.point.batch_size))
+        return self._loaded[1]
+
+    def close(self) -> None:
+        """Let go of the model."""
+        if self._loaded is None:
+            return
+        import gc
+
+        import torch
+
+        self._loaded = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def is_complete(store: PointStore, job: Job) -> bool:
+    """Whether the point's result is on disk, with as many documents as are wanted now."""
+    result = store.record.result
+    return result is not None and result["settings"] == job.settings()
+
+
+def _warm_up(lm: S2D2LM) -> None:
+    """Decode a little, so that the first sample does not pay for what all of them use."""
+    assert lm.engine is not None
+    assert lm.decoding is not None
+    length = 2 * max(lm.decoding.block_length, 8)
+    prompt = list(lm.tokenizer("Question:")["input_ids"])
+    lm.engine.generate([prompt] * lm.engine.max_batch, lm.decoding, max_new_tokens=length)
+
+
+def _evaluate(lm: S2D2LM, job: Job) -> dict[str, Any]:
+    """What the harness makes of the task; its own numbers.
+
+    As ``simple_evaluate``, but for the report on the whole system, which takes longer than many a point.
+    """
+    from lm_eval.evaluator import evaluate
+
+    settings = job.point.task
+    with quiet():
+        manager = task_manager(job.data_dir, job.include_path, [settings.task])
+        task = load_tasks(manager, settings.task)[settings.task]
+        if settings.gen_kwargs:
+            task.set_config(key="generation_kwargs", value=dict(settings.gen_kwargs), update=True)
+        # As the harness has it: a task that says 0 means 0.
+        if settings.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=settings.num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        results = evaluate(
+            lm=lm,
+            task_dict={settings.task: task},
+            limit=settings.limit,
+            apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=settings.fewshot_as_multiturn and bool(settings.apply_chat_template),
+            system_instruction=settings.system_instruction,
+            confirm_run_unsafe_code=job.unsafe_code,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+    assert results is not None
+    return dict(results)
+
+
+def _scores(results: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """The task's metrics, and every document's, by ``metric,filter``."""
+    documents: dict[str, list[list[Any]]] = {}
+    for sample in results["samples"][task]:
+        for metric in sample["metrics"]:
+            value = sample.get(metric)
+            if isinstance(value, (bool, int, float)):
+                documents.setdefault(f"{metric},{sample['filter']}", []).append([sample["doc_id"], float(value)])
+    metrics = {name: value for name, value in results["results"][task].items() if isinstance(value, (int, float))}
+    config = results["configs"][task]
+    return {
+        "metrics": metrics,
+        "documents": documents,
+        "metric_list": [entry["metric"] for entry in config.get("metric_list", []) if isinstance(entry["metric"], str)],
+        "filters": list(dict.fromkeys(sample["filter"] for sample in results["samples"][task])),
+        "task_hash": results.get("task_hashes", {}).get(task),
+        "version": results.get("versions", {}).get(task),
+        "generation_kwargs": config.get("generation_kwargs"),
+    }
+
+
+def _described(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text if isinstance(error, S2D2Error) else f"{type(error).__name__}: {text}"

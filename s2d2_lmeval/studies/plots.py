@@ -1,0 +1,244 @@
+"""Figures of a study, drawn with matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, isnan
+from typing import TYPE_CHECKING, Any
+
+from s2d2_lmeval.errors import StudyError
+from s2d2_lmeval.studies.results import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C8C00")
+_AR = "#555555"
+_STYLE = {
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E8E8E8",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#888888",
+    "axes.titlesize": 10.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "figure.dpi": 110,
+    "savefig.bbox": "tight",
+    "svg.hashsalt": "s2d2-lmeval",
+}
+MOST_HISTOGRAMS = 6
+ORDER_WIDTH = 32
+"""Positions in a line of the decoding-order picture."""
+
+SPEEDS = {"tokens_per_second": "new tokens per second", "tokens_per_forward": "new tokens per forward"}
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise StudyError("figures need matplotlib: pip install 's2d2-lmeval[plot]'.") from None
+    matplotlib.use("Agg", force=False)
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _colors(rows: Sequence[Row]) -> dict[str, str]:
+    """Decoder -> colour; ar is grey."""
+    others = [decoder for decoder in dict.fromkeys(row.decoder for row in rows) if decoder != "ar"]
+    return {"ar": _AR, **{decoder: _COLORS[place % len(_COLORS)] for place, decoder in enumerate(others)}}
+
+
+def accuracy_and_speed(tasks: dict[str, list[Row]], speed: str) -> Figure:
+    """Accuracy (with its interval) over speed: a panel per task, a colour per decoder, the front as a line."""
+    pyplot = _pyplot()
+    with pyplot.rc_context(_STYLE):
+        columns = min(3, len(tasks))
+        lines = ceil(len(tasks) / columns)
+        figure, axes = pyplot.subplots(
+            lines, columns, figsize=(max(5.2, 3.9 * columns), 3.3 * lines + 0.5), squeeze=False, layout="constrained"
+        )
+        colors = _colors([row for rows in tasks.values() for row in rows])
+        for axis in axes.flat[len(tasks) :]:
+            axis.set_axis_off()
+        for axis, (task, rows) in zip(axes.flat, tasks.items(), strict=False):
+            _scatter(axis, rows, speed, colors)
+            axis.set_title(task)
+            axis.set_xlabel(SPEEDS[speed])
+            axis.set_ylabel(f"{rows[0].metric.partition(',')[0]} (%)")
+        handles = [
+            pyplot.Line2D([], [], marker="o", linestyle="", color=color, label=decoder)
+            for decoder, color in colors.items()
+            if any(row.decoder == decoder for rows in tasks.values() for row in rows)
+        ]
+        handles.append(pyplot.Line2D([], [], color="#999999", linestyle="--", linewidth=1, label="front"))
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(8, len(handles)), frameon=False)
+    return figure
+
+
+def _scatter(axis: Axes, rows: Sequence[Row], speed: str, colors: dict[str, str]) -> None:
+    from s2d2_lmeval.studies.statistics import pareto
+
+    for row in rows:
+        x, y = getattr(row, speed), 100 * row.accuracy
+        if not isnan(row.low):
+            axis.plot([x, x], [100 * row.low, 100 * row.high], color=colors[row.decoder], alpha=0.35, linewidth=1.2)
+        marker = {"ar": "s"}.get(row.decoder, "o")
+        axis.plot(x, y, marker, color=colors[row.decoder], markersize=5.5, markeredgecolor="white", markeredgewidth=0.6)
+    on_front = pareto([(getattr(row, speed), row.accuracy) for row in rows])
+    front = sorted(
+        ((getattr(row, speed), 100 * row.accuracy, row) for row, on in zip(rows, on_front, strict=True) if on),
+        key=lambda point: point[0],
+    )
+    axis.plot([p[0] for p in front], [p[1] for p in front], "--", color="#999999", linewidth=1, zorder=1)
+    axis.margins(x=0.18, y=0.12)
+    _label(axis, [*front, *((getattr(r, speed), 100 * r.accuracy, r) for r in rows if r.decoder == "ar")])
+
+
+def _label(axis: Axes, points: Sequence[tuple[float, float, Row]]) -> None:
+    """Names beside the points that matter, alternately above and below, and each only once."""
+    seen: set[str] = set()
+    for place, (x, y, row) in enumerate(points):
+        if row.decoding in seen:
+            continue
+        seen.add(row.decoding)
+        above = place % 2 == 0
+        axis.annotate(
+            short(row.decoding),
+            (x, y),
+            textcoords="offset points",
+            xytext=(0, 7 if above else -13),
+            ha="center",
+            fontsize=7,
+            color="#333333",
+        )
+
+
+def short(name: str) -> str:
+    """A name from a grid without the option names: what was varied is in the tables."""
+    words = name.split(" ")
+    return " ".join(word.rpartition("=")[2] if "=" in word else word for word in words)
+
+
+def acceptance_histogram(rows: Sequence[Row]) -> Figure | None:
+    """How many drafted tokens a verification accepts; None where nothing was verified."""
+    verified = [row for row in rows if sum(row.acceptance_lengths.values())]
+    if not verified:
+        return None
+    verified = sorted(verified, key=lambda row: not row.on_front)[:MOST_HISTOGRAMS]
+    pyplot = _pyplot()
+    with pyplot.rc_context(_STYLE):
+        columns = min(3, len(verified))
+        lines = ceil(len(verified) / columns)
+        figure, axes = pyplot.subplots(
+            lines,
+            columns,
+            figsize=(max(3.6, 3.1 * columns), 2.2 * lines),
+            squeeze=False,
+            sharex=True,
+            sharey=True,
+            layout="constrained",
+        )
+        colors = _colors(rows)
+        for axis in axes.flat[len(verified) :]:
+            axis.set_axis_off()
+        for axis, row in zip(axes.flat, verified, strict=False):
+            total = sum(row.acceptance_lengths.values())
+            lengths = list(range(max(row.acceptance_lengths) + 1))
+            shares = [100 * row.acceptance_lengths.get(length, 0) / total for length in lengths]
+            mean = sum(length * share for length, share in zip(lengths, shares, strict=True)) / 100
+            axis.bar(lengths, shares, color=colors[row.decoder], width=0.8)
+            axis.axvline(mean, color="#333333", linewidth=1, linestyle=":")
+            axis.annotate(
+                f"mean {mean:.2f}", (mean, 1), (4, -2), xycoords=("data", "axes fraction"),
+                textcoords="offset points", fontsize=7, va="top",
+            )  # fmt: skip
+            axis.set_title(short(row.decoding), fontsize=8)
+            axis.grid(axis="x", visible=False)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        figure.supxlabel("drafted tokens accepted by a verification", fontsize=9)
+        figure.supylabel("% of verifications", fontsize=9)
+    return figure
+
+
+def decoding_order(rows: Sequence[Row]) -> Figure | None:
+    """In which step each place of one document was decided: a panel per configuration, read like a page.
+
+    None where no configuration has a document of which the order was kept.
+    """
+    import numpy as np
+
+    shown = _with_order(rows)
+    if shown is None:
+        return None
+    document, chosen = shown
+    pyplot = _pyplot()
+    with pyplot.rc_context({**_STYLE, "axes.grid": False}):
+        heights = [ceil(len(order) / ORDER_WIDTH) for _, order in chosen]
+        figure, axes = pyplot.subplots(
+            len(chosen),
+            1,
+            figsize=(7.6, sum(0.26 * height + 0.62 for height in heights)),
+            height_ratios=heights,
+            squeeze=False,
+            layout="constrained",
+        )
+        for axis, (row, order), height in zip(axes.flat, chosen, heights, strict=True):
+            first = min(position for position, _, _ in order)
+            picture = np.full((height, ORDER_WIDTH), np.nan)
+            for position, step, _ in order:
+                place = position - first
+                if place < height * ORDER_WIDTH:
+                    picture[place // ORDER_WIDTH, place % ORDER_WIDTH] = step + 1
+            image = axis.imshow(picture, cmap="viridis", aspect="auto", interpolation="nearest")
+            _mark(axis, order, first)
+            steps = int(np.nanmax(picture))
+            axis.set_title(f"{row.decoding}: {len(order)} places in {steps} steps", fontsize=8)
+            axis.set_yticks([])
+            axis.set_xticks(range(0, ORDER_WIDTH + 1, 8), [str(place) for place in range(0, ORDER_WIDTH + 1, 8)])
+            axis.tick_params(labelsize=7)
+            figure.colorbar(image, ax=axis, pad=0.01, aspect=max(4, 5 * height)).ax.tick_params(labelsize=7)
+        figure.supxlabel(
+            f"document {document}, in lines of {ORDER_WIDTH} places; colour: the step that decided a place; "
+            "×: the verifier overruled the draft",
+            fontsize=8,
+        )
+    return figure
+
+
+def _mark(axis: Axes, order: Sequence[Sequence[int]], first: int) -> None:
+    from s2d2_lmeval.decoding.generation import RESAMPLED
+
+    places = [position - first for position, _, mark in order if mark == RESAMPLED]
+    axis.plot(
+        [place % ORDER_WIDTH for place in places],
+        [place // ORDER_WIDTH for place in places],
+        "x",
+        color="white",
+        markersize=4,
+    )
+
+
+def _with_order(rows: Sequence[Row]) -> tuple[str, list[tuple[Row, list[list[int]]]]] | None:
+    """The first document of which most have the order, and up to four configurations: one per decoder, the front
+    first.
+    """
+    chosen: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: not row.on_front):
+        if row.orders and row.decoder not in chosen and len(chosen) < 4:
+            chosen[row.decoder] = row
+    if not chosen:
+        return None
+    documents = [document for row in chosen.values() for document, _ in row.orders]
+    document = max(dict.fromkeys(sorted(documents)), key=documents.count)
+    orders = [(row, dict(row.orders).get(document)) for row in chosen.values()]
+    return document, [(row, order) for row, order in orders if order]

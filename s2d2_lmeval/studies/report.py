@@ -1,0 +1,167 @@
+"""The report of a study: one HTML page that needs nothing else, figures, and tables for papers and READMEs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2d2_lmeval.studies import plots, tables
+from s2d2_lmeval.studies.results import Results, Row, read_results
+from s2d2_lmeval.studies.store import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+
+def write_report(folder: Path, output: Path | None = None) -> tuple[Results, list[Path]]:
+    """Read the results in ``folder``, and write the report of them.
+
+    :param output: where to; ``folder/report`` if not given.
+    :returns: the results, and the files that were written, the page first.
+    :raises StudyError: when there are none.
+    """
+    results = read_results(folder)
+    output = output or folder / "report"
+    figures = Figures(output / "figures")
+    page = output / "index.html"
+    written = [page, output / "tables.md", output / "tables.tex", output / "results.json"]
+    write_whole(page, _page(results, figures))
+    write_whole(written[1], _markdown(results))
+    write_whole(written[2], "\n\n".join(tables.latex(rows) for rows in results.groups().values()) + "\n")
+    write_whole(written[3], json.dumps(_plain(results), indent=1) + "\n")
+    return results, [*written, *figures.files]
+
+
+class Figures:
+    """Figures as files (PNG, and PDF for papers) and as they stand in the page."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: list[Path] = []
+
+    def add(self, name: str, figure: Figure | None, caption: str) -> list[dict[str, str]]:
+        """A list of one entry for the template; empty where there is no figure."""
+        if figure is None:
+            return []
+        from matplotlib import pyplot
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for suffix in (".png", ".pdf"):
+            path = self.folder / f"{_file_name(name)}{suffix}"
+            figure.savefig(path, dpi=160)
+            self.files.append(path)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+        data = base64.b64encode(drawn.getvalue()).decode()
+        return [{"data": f"data:image/svg+xml;base64,{data}", "alt": name, "caption": caption}]
+
+
+def _page(results: Results, figures: Figures) -> str:
+    from jinja2 import Environment
+
+    models = list(dict.fromkeys(row.model for row in results.rows))
+    template = Environment(autoescape=True).from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    environment = results.rows[-1].environment
+    return template.render(
+        name=results.name,
+        rows=len({(row.model, row.decoding) for row in results.rows}),
+        models=len(models),
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        problems=results.problems,
+        header=tables.HEADER,
+        overview=[{"name": model, "figures": _overview(results, model, figures)} for model in models],
+        groups=[_group(rows, figures) for rows in results.groups().values()],
+        environment=[*environment.items(), ("code", results.manifest["code"])],
+        study=json.dumps(results.manifest.get("study"), indent=1, ensure_ascii=False),
+    )
+
+
+def _overview(results: Results, model: str, figures: Figures) -> list[dict[str, str]]:
+    by_task = {task: rows for (name, task), rows in results.groups().items() if name == model}
+    drawn = []
+    for speed, words in plots.SPEEDS.items():
+        name = f"{model} accuracy and {speed}"
+        caption = f"Accuracy over {words}; bars are 95 % intervals."
+        drawn += figures.add(name, plots.accuracy_and_speed(by_task, speed), caption)
+    return drawn
+
+
+def _group(rows: Sequence[Row], figures: Figures) -> dict[str, Any]:
+    model, task = rows[0].model, rows[0].task
+    name = f"{model} {task}"
+    return {
+        "model": model,
+        "task": task,
+        "about": tables.about(rows),
+        "headline": headline(rows),
+        "lines": [{"cells": tables.cells(row), "front": row.on_front, "verdict": _verdict(row)} for row in rows],
+        "notes": [f"{row.decoding}: {note}." for row in rows for note in row.notes],
+        "figures": [
+            *figures.add(
+                f"{name} acceptance",
+                plots.acceptance_histogram(rows),
+                "How many drafted tokens each verification accepted.",
+            ),
+            *figures.add(f"{name} order", plots.decoding_order(rows), "The order in which one answer was decided."),
+        ],
+    }
+
+
+def _verdict(row: Row) -> str:
+    if row.p_value is None or row.difference is None or row.p_value >= tables.SIGNIFICANT:
+        return ""
+    return "better" if row.difference > 0 else "worse"
+
+
+def headline(rows: Sequence[Row]) -> dict[str, str] | None:
+    """The fastest configuration that is not significantly less accurate than the baseline (or, without one, than the
+    interval of the most accurate).
+    """
+    best = max(rows, key=lambda row: row.accuracy)
+    fine = [
+        row for row in rows if (_verdict(row) != "worse" if row.difference is not None else row.accuracy >= best.low)
+    ]
+    if not fine:
+        return None
+    fastest = max(fine, key=lambda row: row.tokens_per_second)
+    speed = f"{fastest.tokens_per_second:.0f} tokens/s"
+    if fastest.speedup_over_ar is not None and fastest.decoder != "ar":
+        speed = f"{fastest.speedup_over_ar:.2f}× ar"
+    return {"speed": speed, "text": f"{fastest.decoding}: accuracy {100 * fastest.accuracy:.1f} %"}
+
+
+def _markdown(results: Results) -> str:
+    parts = [f"# {results.name}"]
+    for (model, task), rows in results.groups().items():
+        parts += [
+            f"## {model}, {task}",
+            tables.about(rows) + "; bold: on the accuracy–speed front",
+            tables.markdown(rows),
+        ]
+        parts += [f"- {row.decoding}: {note}" for row in rows for note in row.notes]
+    parts.append("\n".join(f"- {name}: {value}" for name, value in results.rows[-1].environment.items()))
+    parts += [f"- {problem}" for problem in results.problems]
+    return "\n\n".join(parts) + "\n"
+
+
+def _plain(results: Results) -> dict[str, Any]:
+    rows = []
+    for row in results.rows:
+        content = asdict(row)
+        for name in ("orders", "scores"):
+            del content[name]
+        rows.append(content)
+    return {"name": results.name, "rows": rows, "problems": results.problems, "manifest": dict(results.manifest)}
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)

@@ -1,0 +1,139 @@
+"""Looks for thresholds: optuna proposes decoding options, the sweep evaluates them, the trials are on disk.
+
+Several objectives are maximized at once (accuracy and speed), so what comes out is a front, not a best trial. A trial
+is one configuration on all tasks and seeds of the study; its points are points like any others, so a trial that was
+interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from s2d2_lmeval.errors import StudyError
+from s2d2_lmeval.studies.planning import Job
+from s2d2_lmeval.studies.results import accuracy_of
+from s2d2_lmeval.studies.store import PointRecord
+from s2d2_lmeval.studies.study import Search
+
+if TYPE_CHECKING:
+    import optuna
+
+    from s2d2_lmeval.studies.sweep import Sweep
+
+STORAGE = "search.db"
+
+
+def search(sweep: Sweep) -> None:
+    """Run the trials of the study's search that are not done yet, for every model; ``sweep`` evaluates them."""
+    try:
+        import optuna
+    except ImportError:
+        raise StudyError("search needs the package optuna: pip install 's2d2-lmeval[sweep]'.") from None
+    wanted = sweep.plan.study.search
+    assert wanted is not None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    for model in sweep.plan.study.models:
+        _search_model(sweep, model, wanted)
+
+
+def _search_model(sweep: Sweep, model: str, wanted: Search) -> None:
+    import optuna
+    from optuna.trial import TrialState
+
+    storage = f"sqlite:///{(sweep.plan.folder / STORAGE).resolve()}"
+    # Another space, other weights or other code are another search.
+    name = f"{model} {sweep.plan.identities[model]} {sweep.plan.code} {_fixed(wanted)}"
+    study = optuna.create_study(
+        storage=storage, study_name=name, directions=["maximize"] * len(wanted.objectives), load_if_exists=True
+    )
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        # Its process is gone. The same options again: what it had finished is found by its name.
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params, skip_if_exists=False)
+    # Trials that were done are evaluated again as well, which costs nothing: they become points of this run.
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        sweep.evaluate(_jobs(sweep, model, wanted, trial.number, trial.params))
+    while (done := len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))) < wanted.trials:
+        # The sampler has no memory of its own, so what it draws depends on how far the search is.
+        study.sampler = optuna.samplers.TPESampler(seed=wanted.seed + done, multivariate=True, n_startup_trials=8)
+        count = min(wanted.parallel, wanted.trials - done)
+        failures = [_tell(study, *trial) for trial in _run_trials(sweep, model, wanted, study, count)]
+        if all(failures):
+            raise StudyError(f"search: every trial of a round failed, the last one with: {failures[-1]}")
+
+
+def _run_trials(
+    sweep: Sweep, model: str, wanted: Search, study: optuna.Study, count: int
+) -> list[tuple[optuna.Trial, list[float] | str]]:
+    """``count`` trials side by side: each with its objectives, or with why it has none."""
+    trials = [study.ask() for _ in range(count)]
+    jobs = [_jobs(sweep, model, wanted, trial.number, _suggest(trial, wanted.space)) for trial in trials]
+    records = iter(sweep.evaluate([job for several in jobs for job in several]))
+    return [
+        (trial, _objectives(wanted, several, [next(records) for _ in several]))
+        for trial, several in zip(trials, jobs, strict=True)
+    ]
+
+
+def _tell(study: optuna.Study, trial: optuna.Trial, found: list[float] | str) -> str:
+    """Tell optuna how a trial ended; why it failed, or ""."""
+    from optuna.trial import TrialState
+
+    if isinstance(found, str):
+        study.tell(trial, state=TrialState.FAIL)
+        return found
+    study.tell(trial, found)
+    return ""
+
+
+def _suggest(trial: optuna.Trial, space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    chosen: dict[str, Any] = {}
+    for name, axis in space.items():
+        if "choices" in axis:
+            chosen[name] = trial.suggest_categorical(name, list(axis["choices"]))
+        elif isinstance(axis["low"], int) and isinstance(axis["high"], int):
+            step = axis.get("step", 1)
+            chosen[name] = trial.suggest_int(name, axis["low"], axis["high"], step=step, log=axis.get("log", False))
+        else:
+            bounds = float(axis["low"]), float(axis["high"])
+            chosen[name] = trial.suggest_float(name, *bounds, step=axis.get("step"), log=axis.get("log", False))
+    return chosen
+
+
+def _jobs(sweep: Sweep, model: str, wanted: Search, number: int, chosen: Mapping[str, Any]) -> list[Job]:
+    study = sweep.plan.study
+    options = {**wanted.decoding, **chosen}
+    known = {job.path: job for job in (progress.job for progress in sweep.points.values())}
+    points = [
+        study.point(model, f"trial {number}", options, task, seed) for task in study.tasks for seed in study.seeds
+    ]
+    return [known.get(job.path, job) for job in sweep.plan.jobs(points)]
+
+
+def _objectives(wanted: Search, jobs: Sequence[Job], records: Sequence[PointRecord]) -> list[float] | str:
+    """Accuracy is the mean over tasks and seeds; speed is sum over sum."""
+    for job, record in zip(jobs, records, strict=True):
+        if record.result is None or record.failure is not None:
+            return record.failure["error"] if record.failure else f"{job.point.label} did not complete"
+    tokens = sum(record.new_tokens for record in records)
+    nfe = sum(sample["stats"].get("nfe", 0) for record in records for sample in record.samples.values())
+    seconds = sum(record.decoding_seconds for record in records)
+    values = {
+        "accuracy": fmean(
+            accuracy_of(record, job.point.task.metric)[1] for job, record in zip(jobs, records, strict=True)
+        ),
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
+        "tokens_per_forward": tokens / nfe if nfe else 0.0,
+    }
+    return [values[name] for name in wanted.objectives]
+
+
+def _fixed(wanted: Search) -> str:
+    """What makes trials comparable."""
+    import hashlib
+    import json
+
+    content = [wanted.space, wanted.decoding, wanted.objectives]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
