@@ -111,6 +111,6 @@ class DFlash(Target):
         super()._enter_round(slot)
         rows = self.rows
         left = rows.limit[slot] - len(rows.tokens[slot])
-        published = self.config.schedule == "reference"
-        if rows.phase[slot] != PREFILL and rows.progress[slot].steps and (left > 1 or published):
+        useful = rows.depth.shape[1] > 1 and (left > 1 or self.config.schedule == "reference")
+        if rows.phase[slot] != PREFILL and rows.progress[slot].steps and useful:
             rows.phase[slot] = PROPOSE

@@ -1,0 +1,165 @@
+"""DFlash and DDTree under their published names: block-diffusion drafts for an autoregressive target.
+
+``dflash_generate``  the drafter's arg-max chain is verified by the target (arXiv 2602.06036)
+``ddtree_generate``  the best tree of ``tree_budget`` nodes out of the same draft is (arXiv 2604.12989)
+
+Both continue one prompt with exactly the target's own law, and answer with an object that has the published fields.
+With the defaults ``random_source="torch"`` and ``schedule="reference"`` tokens and acceptance lengths equal the
+published code's for the same seed. The model is what ``s2d2_lmeval.load(target, draft=drafter)`` returns, or a
+transformers model together with ``draft=``, the folder or hub id of its drafter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from s2d2_lmeval.custom_generate.calling import decoding_options, one_prompt
+from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.model import BlockDiffusionModel, load
+
+GREEDY = 1e-5
+"""Temperatures below this are zero, as published."""
+
+_ready: WeakKeyDictionary[nn.Module, dict[str, BlockDiffusionModel]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class DraftedAnswer:
+    """What the published functions answer with.
+
+    ``output_ids`` (1, P + new), a stop token included; ``acceptance_lengths`` tokens per round of the target, its own
+    included and nothing cut behind a stop or the limit; ``stats`` this package's statistics.
+    """
+
+    output_ids: torch.Tensor
+    num_input_tokens: int
+    num_output_tokens: int
+    acceptance_lengths: list[int]
+    stats: dict[str, float]
+
+
+def dflash_generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    mask_token_id: int | None = None,
+    max_new_tokens: int = 2048,
+    block_size: int | None = None,
+    stop_token_ids: Sequence[int] | None = None,
+    temperature: float = 0.0,
+    *,
+    draft: Any = None,
+    random_source: Any = "torch",
+    schedule: str = "reference",
+    **kwargs: Any,
+) -> DraftedAnswer:
+    """Continue one prompt with DFlash.
+
+    Args:
+        model: what :func:`s2d2_lmeval.load` returns for a target with ``draft=``, or a transformers model.
+        input_ids: the prompt, (1, P).
+        mask_token_id: None is the drafter's own; another is refused.
+        block_size: positions of a drafted block, the last decided token included; None is what the drafter was trained
+            for. At 1 nothing is drafted.
+        stop_token_ids: ids that end the answer and are part of it; None is none.
+        temperature: of the target; the arg-max below :data:`GREEDY`.
+        draft: for a transformers model, its drafter.
+        random_source: ``torch`` (the global generator, in the published order), ``keyed``, ``fixed`` or an object.
+        schedule: ``reference`` (a whole block is drafted in every round), or ``fused`` (not where nothing can come of
+            it; the same tokens).
+        kwargs: what evaluation harnesses hand to every model is taken and has no effect; every other name is a decoding
+            option.
+
+    Raises:
+        ConfigError: no drafter, a name that is no decoding option, or a value out of range.
+        RequestError: not exactly one prompt, or a prompt that cannot be decoded.
+    """
+    decoder = "ar" if block_size == 1 else "dflash"
+    return _decode(decoder, {}, dict(locals()), kwargs)
+
+
+def ddtree_generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    mask_token_id: int | None = None,
+    max_new_tokens: int = 2048,
+    block_size: int | None = None,
+    stop_token_ids: Sequence[int] | None = None,
+    temperature: float = 0.0,
+    tree_budget: int | str | None = None,
+    *,
+    draft: Any = None,
+    random_source: Any = "torch",
+    schedule: str = "reference",
+    **kwargs: Any,
+) -> DraftedAnswer:
+    """Continue one prompt with DDTree.
+
+    Arguments and answer are those of :func:`dflash_generate`, and ``tree_budget``: nodes of a tree, as many as a chain
+    has if None, ``auto`` for as many as pay on this machine.
+    """
+    decoder = "ar" if block_size == 1 else "ddtree"
+    return _decode(decoder, {} if decoder == "ar" else {"tree_budget": tree_budget}, dict(locals()), kwargs)
+
+
+def _decode(
+    decoder: str, options: dict[str, Any], arguments: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> DraftedAnswer:
+    prompt = one_prompt(arguments["input_ids"])
+    engine = _engine(arguments["model"], arguments["draft"])
+    drafter = engine.facts.drafter
+    if drafter is None:
+        raise ConfigError("this model has no drafter: load it with draft=…, or hand draft=… to this function.")
+    if arguments["mask_token_id"] not in (None, drafter.mask_token_id):
+        raise ConfigError(
+            f"mask_token_id={arguments['mask_token_id']} is not the drafter's ({drafter.mask_token_id}); leave it out."
+        )
+    block = arguments["block_size"] or drafter.block_length
+    if decoder != "ar":
+        options["draft_block_size"] = block
+    if options.get("tree_budget", 0) is None:
+        options["tree_budget"] = block - 1
+    budget, sampled = int(arguments["max_new_tokens"]), arguments["temperature"] >= GREEDY
+    # The published loop goes on until one token more than asked for is decided.
+    more = decoder != "ar" and len(prompt) + budget < engine.max_context
+    config = DecodingConfig(
+        **options,
+        decoder=decoder,
+        max_new_tokens=budget + more,
+        stop_token_ids=tuple(arguments["stop_token_ids"] or ()),
+        trim_stop_tokens=False,
+        do_sample=sampled,
+        temperature=arguments["temperature"] if sampled else 1.0,
+        random_source=arguments["random_source"],
+        schedule=arguments["schedule"],
+    ).replace(**decoding_options({name: value for name, value in kwargs.items() if name != "do_sample"}))
+    answer = engine.generate([prompt], config)[0]
+    new = answer.token_ids[:budget]
+    rounds = answer.steps[1:]
+    return DraftedAnswer(
+        output_ids=torch.tensor([prompt + new], device=arguments["input_ids"].device),
+        num_input_tokens=len(prompt),
+        num_output_tokens=len(new),
+        acceptance_lengths=[len(step.tokens) for step in rounds],
+        stats=answer.stats,
+    )
+
+
+def _engine(model: Any, draft: Any) -> BlockDiffusionModel:
+    """``model`` as an engine; the one around a transformers model and its drafter is kept for the next call."""
+    if isinstance(model, BlockDiffusionModel):
+        if draft is not None:
+            raise ConfigError("this model was loaded already: give draft=… to s2d2_lmeval.load, not to this function.")
+        return model
+    if draft is None:
+        raise ConfigError("a drafter is needed: give draft=…, the folder or hub id of one made for this model.")
+    engines = _ready.setdefault(model, {})
+    if str(draft) not in engines:
+        engines[str(draft)] = load(model, draft=draft)
+    return engines[str(draft)]

@@ -1,0 +1,386 @@
+"""Chains and trees from a drafter: the target's own output, whatever was drafted, in fewer of its forwards."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from s2d2_lmeval import BlockDiffusionModel
+from s2d2_lmeval.decoding import target as rounds
+from s2d2_lmeval.decoding import trees
+from s2d2_lmeval.decoding.ddtree import nodes_worth_running
+from s2d2_lmeval.decoding.target_passes import TargetPlan
+from s2d2_lmeval.errors import ConfigError, NumericalError
+from s2d2_lmeval.families import adopt
+from s2d2_lmeval.runtime.passes import TARGET, Layout, Pass
+from s2d2_lmeval.runtime.runner import Runner
+
+from .drafting_tiny import BLOCK, drafter_for, pair, with_drafter
+from .tiny import VOCABULARY, tiny_model
+
+MASK = VOCABULARY - 1
+SAMPLING = (
+    {},
+    {"do_sample": True, "temperature": 0.6},
+    {"do_sample": True, "temperature": 1.0, "top_k": 8, "top_p": 0.9},
+)
+DRAFTS = (
+    {"decoder": "dflash"},
+    {"decoder": "dflash", "couple_drafts": False},
+    {"decoder": "dflash", "draft_block_size": 3},
+    {"decoder": "ddtree", "tree_budget": 1},
+    {"decoder": "ddtree", "tree_budget": 12},
+    {"decoder": "ddtree", "tree_budget": 12, "tree_seed_chain": True},
+    {"decoder": "ddtree", "tree_budget": 90, "tree_sharpen": 2.0},
+    {"decoder": "ddtree", "tree_budget": "auto"},
+    {"decoder": "ddtree", "tree_budget": 12, "schedule": "reference"},
+)
+SHIFTS = pytest.mark.parametrize("shifted", [True, False], ids=["autoregressive", "sdar"])
+
+
+def drawn_case(rng: random.Random) -> tuple[list[list[int]], list[int], dict[str, Any]]:
+    prompts = [[rng.randrange(MASK) for _ in range(rng.randrange(1, 30))] for _ in range(rng.randrange(1, 5))]
+    shared = {
+        **rng.choice(SAMPLING),
+        "seed": rng.randrange(1000),
+        "stop_token_ids": tuple(rng.sample(range(MASK), rng.randrange(3))),
+        "trim_stop_tokens": rng.random() < 0.5,
+    }
+    return prompts, [rng.randrange(1, 24) for _ in prompts], shared
+
+
+@SHIFTS
+@pytest.mark.parametrize("number", range(len(DRAFTS)))
+def test_equals_ar(shifted: bool, number: int) -> None:
+    model, rng = pair(shifted), random.Random(number)
+    for _ in range(2):
+        prompts, budgets, shared = drawn_case(rng)
+        model.max_batch = rng.choice([1, 2, 8])
+        expected = model.generate(prompts, {"decoder": "ar", **shared}, max_new_tokens=budgets)
+        model.max_batch = rng.choice([1, 2, 8])
+        answers = model.generate(prompts, {**DRAFTS[number], **shared}, max_new_tokens=budgets)
+        for one, other in zip(expected, answers, strict=True):
+            assert one.token_ids == other.token_ids
+            assert one.finish_reason == other.finish_reason
+            assert other.stats["new_tokens"] == one.stats["new_tokens"]
+            assert other.stats["verify_forwards"] + other.stats["draft_forwards"] <= one.stats["nfe"]
+
+
+def test_long_prompts_come_in_chunks_and_like_prompts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s2d2_lmeval.decoding.engine.PREFILL_CHUNK", 16)
+    model = pair()
+    model.max_batch = 2
+    shared = [(7 * i) % MASK for i in range(70)]
+    prompts = [[*shared, 1], [*shared, 2, 3], [5] * 40, [*shared, 4]]
+    expected = model.generate(prompts, {"decoder": "ar"}, max_new_tokens=10)
+    model.trace.reset()
+    with checked_caches(model):
+        answers = model.generate(prompts, {"decoder": "ddtree", "tree_budget": 12}, max_new_tokens=10)
+    assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
+    assert model.trace.reused_tokens >= 70, "what prompts share is run once, for the drafter too"
+
+
+@SHIFTS
+@pytest.mark.parametrize("budget", [5, 40])
+def test_every_node_says_what_a_plain_forward_of_its_path_says(shifted: bool, budget: int) -> None:
+    model, plain, checked = pair(shifted), tiny_model(), 0
+
+    def check(plan: TargetPlan, logits: torch.Tensor, rows: Any) -> int:
+        for row, node, said in zip(*plan.at, logits, strict=True):
+            if plan.depth[row, node] < 0:
+                continue  # a place without a node
+            path, place = [], int(node)
+            while place:
+                path.append(int(rows.token[row, place]))
+                place = int(rows.parent[row, place])
+            text = [*rows.tokens[int(row)], *reversed(path), *([] if shifted else [MASK])]
+            with torch.no_grad():
+                expected = plain(torch.tensor([text])).logits[0, -1]
+            expected[MASK] = said[MASK]
+            torch.testing.assert_close(said, expected, rtol=0, atol=1e-9)
+        return len(logits)
+
+    say = rounds.Target._say
+
+    def saying(self: rounds.Target, logits: torch.Tensor) -> torch.Tensor:
+        nonlocal checked
+        checked += check(self._plan, logits, self.rows)
+        return say(self, logits)
+
+    with patch.object(rounds.Target, "_say", saying):
+        prompts = [[3, 1, 4, 1, 5], [2, 7]]
+        model.generate(prompts, {"decoder": "ddtree", "tree_budget": budget}, max_new_tokens=5)
+    assert checked > 4 * budget
+
+
+@contextmanager
+def checked_caches(model: BlockDiffusionModel) -> Iterator[None]:
+    """After every round both caches hold what a fresh prefill of the same tokens does."""
+    runner = model._runner
+    fresh = Runner(tiny_model_copy(model), "sdpa")
+    drafter = runner.drafter.model  # type: ignore[attr-defined]
+    commit = runner.commit
+
+    def committing(request: Pass, *arguments: Any) -> None:
+        commit(request, *arguments)
+        if request.model != TARGET:
+            return
+        for slot in request.layout.slots.tolist():
+            length = int(runner.cache.lengths[slot])
+            assert runner.drafter.cache.lengths[slot] == length  # type: ignore[attr-defined]
+            text = torch.tensor(committed[slot](length))
+            fresh.reserve(1, length)
+            fresh.forward(prefill(text))
+            for layer, keys in fresh.cache._keys.items():
+                torch.testing.assert_close(runner.cache._keys[layer][slot, :length], keys[0, :length])
+                torch.testing.assert_close(
+                    runner.cache._values[layer][slot, :length], fresh.cache._values[layer][0, :length]
+                )
+            with torch.no_grad():
+                states = plain(text.view(1, -1), output_hidden_states=True).hidden_states
+            features = torch.cat([states[index + 1][0] for index in drafter.shape.layer_ids], -1)
+            scratch = type(runner.cache)(1, length)
+            scratch.write_to(torch.arange(length))
+            drafter.absorb(features, torch.arange(length).view(1, -1), scratch)
+            for layer, keys in scratch._keys.items():
+                mine = runner.drafter.cache._keys[layer][slot, :length]  # type: ignore[attr-defined]
+                torch.testing.assert_close(mine, keys[0, :length])
+
+    committed: dict[int, Any] = {}
+    plain = tiny_model(layers=model.hf_model.config.num_hidden_layers)
+    advance = rounds.Target.advance
+
+    def advancing(self: rounds.Target, logits: torch.Tensor) -> Any:
+        outcome = advance(self, logits)
+        for slot in range(self.rows.count):
+            committed[slot] = lambda length, slot=slot: self.rows.tokens[slot][:length]
+        return outcome
+
+    with patch.object(runner, "commit", committing), patch.object(rounds.Target, "advance", advancing):
+        yield
+
+
+def tiny_model_copy(model: BlockDiffusionModel) -> Any:
+    return adopt(tiny_model(layers=model.hf_model.config.num_hidden_layers), family="qwen3")[0]
+
+
+def prefill(text: torch.Tensor) -> Pass:
+    width = len(text)
+    layout = Layout(np.zeros(1, dtype=np.int64), np.array([width]))
+    causal = torch.ones(1, width, width, dtype=torch.bool).tril()
+    return Pass(layout, text, torch.arange(width), causal, torch.tensor([width - 1]), keep=np.array([width]))
+
+
+@pytest.mark.parametrize("options", [{"decoder": "dflash"}, {"decoder": "ddtree", "tree_budget": 40}])
+def test_caches_after_every_round_are_those_of_a_fresh_prefill(options: dict[str, Any]) -> None:
+    model = pair()
+    with checked_caches(model):
+        answers = model.generate([[3, 1, 4, 1, 5], [2, 7], [9] * 20], options, max_new_tokens=12)
+    if options["decoder"] == "ddtree":
+        assert sum(a.stats["accepted"] for a in answers) > 0, "nothing accepted, nothing compacted"
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize("options", [{"decoder": "dflash"}, {"decoder": "ddtree", "tree_budget": 9}])
+def test_the_law_is_the_targets(options: dict[str, Any], coupled: bool) -> None:
+    """Chi-square of three-token answers against their exact probabilities, 4 tokens and a mask."""
+    model = pair(vocabulary=5, max_batch=512)
+    options = {**options, "couple_drafts": coupled, "do_sample": True, "temperature": 0.9}
+    prompt, samples = [1, 2, 0], 2048
+    answers = model.generate([prompt] * samples, options, max_new_tokens=3)
+    seen: dict[tuple[int, ...], int] = {}
+    for answer in answers:
+        seen[tuple(answer.token_ids)] = seen.get(tuple(answer.token_ids), 0) + 1
+    plain, statistic, cells, rest, rare = tiny_model(vocabulary=5), 0.0, 0, 0.0, 0
+    for continuation in itertools.product(range(5), repeat=3):
+        probability, text = 1.0, list(prompt)
+        for token in continuation:
+            with torch.no_grad():
+                logits = plain(torch.tensor([text])).logits[0, -1] / 0.9
+            probability *= float(logits.softmax(-1)[token])
+            text.append(token)
+        expected, count = samples * probability, seen.get(continuation, 0)
+        if expected < 5:
+            rest, rare = rest + expected, rare + count
+        else:
+            statistic, cells = statistic + (count - expected) ** 2 / expected, cells + 1
+    if rest >= 5:
+        statistic, cells = statistic + (rare - rest) ** 2 / rest, cells + 1
+    degrees = cells - 1
+    # Wilson and Hilferty: the cube root of chi-square per degree is nearly normal; 3.3 deviations are p = 0.0005.
+    deviations = ((statistic / degrees) ** (1 / 3) - 1 + 2 / (9 * degrees)) / (2 / (9 * degrees)) ** 0.5
+    assert cells > 10
+    assert deviations < 3.3
+    assert sum(answer.stats["accepted"] for answer in answers) > samples / 20
+
+
+def test_noise_that_is_known_makes_better_drafts() -> None:
+    native, facts = adopt(tiny_model(), family="qwen3")
+    model = with_drafter(native, facts, drafter_for(native))
+    options = {"decoder": "ddtree", "tree_budget": 24, "do_sample": True, "temperature": 1.0}
+
+    def accepted(coupled: bool) -> float:
+        answers = model.generate([[1, 2, 3]] * 24, {**options, "couple_drafts": coupled}, max_new_tokens=12)
+        return sum(answer.stats["accepted"] for answer in answers)
+
+    assert accepted(True) > 1.1 * accepted(False)
+
+
+class Oracle:
+    """A drafter's runner that knows what the target will say."""
+
+    def __init__(self, runner: Runner, answers: dict[tuple[int, ...], list[int]], tokens: Any) -> None:
+        self.runner, self.answers, self.tokens = runner, answers, tokens
+
+    def forward(self, request: Pass) -> torch.Tensor:
+        logits = Runner.forward(self.runner, request)
+        known = torch.zeros_like(logits)
+        at = 0
+        for slot in request.layout.slots.tolist():
+            done = self.tokens(slot)
+            ahead = self.answers[tuple(done[:3])][len(done) - 3 :]
+            for token in [*ahead, *[0] * BLOCK][: BLOCK - 1]:
+                known[at, token] = 9.0
+                at += 1
+        return known
+
+
+@pytest.mark.parametrize("options", [{"decoder": "dflash"}, {"decoder": "ddtree", "tree_budget": 12}])
+def test_a_drafter_that_knows_is_accepted_whole(options: dict[str, Any]) -> None:
+    native, facts = adopt(tiny_model(), family="qwen3")
+    model = with_drafter(native, facts, drafter_for(native))
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    truth = model.generate(prompts, {"decoder": "ar"}, max_new_tokens=40)
+    answers = {tuple(prompt): one.token_ids for prompt, one in zip(prompts, truth, strict=True)}
+    holder: dict[str, Any] = {}
+    admitted = rounds.Target.admitted
+
+    def admitting(self: rounds.Target, slot: int) -> None:
+        holder["rows"] = self.rows
+        admitted(self, slot)
+
+    runner = model._runner.drafter  # type: ignore[attr-defined]
+    oracle = Oracle(runner, answers, lambda slot: holder["rows"].tokens[slot])
+    with patch.object(runner, "forward", oracle.forward), patch.object(rounds.Target, "admitted", admitting):
+        drafted = model.generate(prompts, options, max_new_tokens=1 + 3 * BLOCK)
+    for one, other in zip(drafted, truth, strict=True):
+        assert one.token_ids == other.token_ids[: 1 + 3 * BLOCK]
+        assert [len(step.tokens) for step in one.steps] == [1, BLOCK, BLOCK, BLOCK]
+        assert one.stats["verify_forwards"] == one.stats["drafter_forwards"] == one.stats["rounds"] == 3
+        assert one.stats["round_tokens"] == 3 * BLOCK
+        assert one.stats["round_accepted"] == 3 * (BLOCK - 1)
+
+
+def test_acceptance_is_counted_up_to_the_stop() -> None:
+    model = pair()
+    options = {"decoder": "ddtree", "tree_budget": 90, "tree_sharpen": 2.0}
+    whole = model.generate([[3, 1, 4]], options, max_new_tokens=30)[0]
+    step = next(step for step in whole.steps[1:] if len(step.tokens) > 2)
+    stop = step.tokens[0]
+    first = whole.token_ids.index(stop)
+    cut = model.generate([[3, 1, 4]], {**options, "stop_token_ids": (stop,)}, max_new_tokens=30)[0]
+    assert cut.token_ids == whole.token_ids[:first]
+    assert cut.stats["round_tokens"] == first + 1 - 1, "up to the stop and with it, without the prefill's token"
+    assert len(cut.steps) - 1 == cut.stats["rounds"]
+    totals = model.trace.totals()
+    assert totals["target_forwards"] == totals["nfe"] - totals["drafter_forwards"]
+    assert totals["drafter_seconds"] > 0
+    assert totals["target_seconds"] > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_seeded_chain_comes_first_then_the_best_others(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    log_p, token = torch.randn(2, 5, 4, generator=generator).log_softmax(-1).sort(dim=-1, descending=True)
+    for nodes in (3, 5, 9, 20):
+        tree = trees.grow(log_p, token, nodes, seed_chain=True)
+        for row in range(2):
+            paths: list[tuple[int, ...]] = [()]
+            for place in range(nodes):
+                paths.append((*paths[int(tree.parent[row, place])], int(tree.token[row, place])))
+            chain = [tuple(token[row, :depth, 0].tolist()) for depth in range(1, min(nodes, 5) + 1)]
+            assert paths[1 : len(chain) + 1] == chain
+
+            def value(path: tuple[int, ...], row: int = row) -> float:
+                return sum(float(log_p[row, d, token[row, d].tolist().index(t)]) for d, t in enumerate(path))
+
+            others = [
+                tuple(path)
+                for depth in range(1, 6)
+                for path in itertools.product(*(token[row, d].tolist() for d in range(depth)))
+                if tuple(path) not in chain
+            ]
+            best = sorted(others, key=value, reverse=True)[: nodes - len(chain)]
+            assert set(paths[len(chain) + 1 :]) == set(best)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_auto_stops_where_the_rate_stops_rising(seed: int) -> None:
+    """Against every number of nodes per row."""
+    generator = torch.Generator().manual_seed(seed)
+    log_p, token = torch.randn(2, 3, 3, generator=generator).log_softmax(-1).sort(dim=-1, descending=True)
+    tree = trees.grow(log_p, token, 6)
+    seconds = torch.tensor([1.0 + 0.02 * max(queries - 4, 0) ** 1.5 for queries in range(15)])
+    chosen = nodes_worth_running(tree, seconds, 1)
+
+    def rate(first: int, second: int) -> float:
+        tokens = 2 + float(tree.value[0, :first].sum() + tree.value[1, :second].sum())
+        return tokens / float(seconds[2 + first + second])
+
+    best = max(rate(first, second) for first in range(7) for second in range(7))
+    assert rate(*chosen.tolist()) == pytest.approx(best)
+    free = torch.ones(15)
+    assert nodes_worth_running(tree, free, 1).tolist() == [6, 6], "what costs nothing is run"
+
+
+def test_paths_are_ancestors() -> None:
+    rng = random.Random(0)
+    parents = torch.tensor([[0, 0, *(rng.randrange(place) for place in range(2, 20))] for _ in range(3)])
+    above = trees.paths(parents, 19)
+    for row in range(3):
+        for node in range(20):
+            line, place = {0, node}, node
+            while place:
+                place = int(parents[row, place])
+                line.add(place)
+            assert set(above[row, node].nonzero().flatten().tolist()) == line
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"decoder": "ddtree", "tree_budget": -1}, "tree_budget=-1 is too small"),
+        ({"decoder": "ddtree", "tree_budget": "many"}, "whole number or auto"),
+        ({"decoder": "dflash", "tree_budget": 16}, "tree_budget is an option of decoder ddtree"),
+        ({"decoder": "dflash", "draft_block_size": 1}, "too small"),
+        ({"decoder": "ddtree", "block_length": 8}, "block_length is an option of decoder"),
+    ],
+)
+def test_refused_options(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        pair().config(options)
+
+
+def test_without_a_drafter() -> None:
+    native, facts = adopt(tiny_model(), family="qwen3")
+    model = BlockDiffusionModel(native, facts)
+    assert model.config({}).decoder == "ar"
+    assert pair().config({}).decoder == "ddtree"
+    with pytest.raises(ConfigError, match=r"without a drafter.*draft="):
+        model.config({"decoder": "ddtree"})
+
+
+def test_a_drafter_that_breaks_is_told_of() -> None:
+    native, facts = adopt(tiny_model(), family="qwen3")
+    drafter = drafter_for(native)
+    drafter.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(NumericalError):
+        with_drafter(native, facts, drafter).generate([[1, 2]], {"decoder": "dflash"}, max_new_tokens=4)
