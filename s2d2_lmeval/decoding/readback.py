@@ -139,24 +139,27 @@ def record_step(
         progress.decoding_order.append(["|", *entries] if first else entries)
 
 
+_PUBLISHED = ((ACCEPTED, 1, 0), (KEPT, 1, 0), (RESAMPLED, 1, 0.5), (RATIO, 1, 0.2), (HIGH_CONFIDENCE, -1, -0.4))
+_PUBLISHED += ((DENOISED, -1, 0), (AUTOREGRESSIVE, -1, -0.5))
+_SHOWN = [(sign, offset) for _, sign, offset in _PUBLISHED]
+"""Sign and offset of a position in the published notation, in the order in which kinds of decisions are listed."""
+_SHOWN_AFTER = {mark: kind for kind, (mark, _, _) in enumerate(_PUBLISHED)}
+_DENOISED = _SHOWN_AFTER[DENOISED]
+
+
 def published_order(marks: np.ndarray, order: np.ndarray, start: int, verifies: bool) -> list[int | float | str]:
     """Positions decided in a step in the published notation.
 
     p accepted or kept without resampling, p + 0.5 resampled, p + 0.2 by ratio, -p - 0.4 by high confidence, -p - 0.5
     from the last row of committed text, and -p (plain p in a decoder without a verifier) by the remasking strategy.
     """
-    sign = -1 if verifies else 1
-    shown = {
-        ACCEPTED: lambda p: p,
-        KEPT: lambda p: p,
-        RESAMPLED: lambda p: p + 0.5,
-        RATIO: lambda p: p + 0.2,
-        HIGH_CONFIDENCE: lambda p: -p - 0.4,
-        DENOISED: lambda p: sign * p,
-        AUTOREGRESSIVE: lambda p: -p - 0.5,
-    }
+    found = [
+        (_SHOWN_AFTER[mark], rank, start + place)
+        for place, (mark, rank) in enumerate(zip(marks.tolist(), order.tolist(), strict=True))
+        if mark in _SHOWN_AFTER
+    ]
     entries: list[int | float | str] = []
-    for mark, show in shown.items():
-        places = np.flatnonzero(marks == mark)
-        entries += [show(start + int(place)) for place in places[np.argsort(order[places], kind="stable")]]
+    for kind, _, position in sorted(found):
+        sign, offset = _SHOWN[kind]
+        entries.append(position if kind == _DENOISED and not verifies else sign * position + offset)
     return entries

@@ -25,8 +25,9 @@ class DraftingRunner(Runner):
     """Runs passes on a target or on its drafter."""
 
     def __init__(self, model: PreTrainedModel, drafter: DFlash, attention: str = "auto") -> None:
-        super().__init__(model, attention)
-        self.drafter = Runner(drafter, attention)
+        # Features are tapped from packed, eager forwards; the drafter narrows its masks by layer.
+        super().__init__(model, attention, static_shapes=False)
+        self.drafter = Runner(drafter, "sdpa", static_shapes=False)
         self.tap = FeatureTap(self.backbone, drafter.shape.layer_ids)
 
     def reserve(self, slots: int, capacity: int) -> None:
@@ -53,10 +54,13 @@ class DraftingRunner(Runner):
     def forward(self, request: Pass) -> torch.Tensor:
         if request.model == TARGET:
             return super().forward(request)
-        before = self.drafter.model_seconds
-        logits = self.drafter.forward(request)
-        self.model_seconds += self.drafter.model_seconds - before
-        return logits
+        return self.drafter.forward(request)
+
+    def settle(self) -> None:
+        super().settle()
+        self.drafter.settle()
+        self.model_seconds += self.drafter.model_seconds
+        self.drafter.model_seconds = 0.0
 
     @torch.inference_mode()
     def commit(self, request: Pass, kept: np.ndarray, paths: Mapping[int, np.ndarray] | None = None) -> None:
