@@ -51,8 +51,9 @@ def mark(native: PreTrainedConfig, facts: Facts) -> None:
     setattr(native, FAMILY_FIELD, facts.family)
     if facts.adapter is not None:
         setattr(native, ADAPTER_FIELD, facts.adapter)
-    native.mask_token_id = facts.mask_token_id
-    native.block_length = facts.block_length
+    if facts.scheme != AUTOREGRESSIVE:
+        native.mask_token_id = facts.mask_token_id
+        native.block_length = facts.block_length
 
 
 def family_named(name: str) -> Family:

@@ -104,6 +104,8 @@ class CustomFunction:
         input_ids = torch.tensor([list(prompt)], dtype=torch.long, device=device)
         with torch.inference_mode():
             answer = self.function(model, input_ids, **{**options, budget_name: budget})
+        if hasattr(answer, "output_ids"):
+            answer = (answer.output_ids, getattr(answer, "stats", {}))
         ids, extras = (answer[0], answer[1:]) if isinstance(answer, tuple) else (answer, ())
         tokens = self._row(ids)
         if tokens[: len(prompt)] != list(prompt):
