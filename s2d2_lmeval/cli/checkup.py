@@ -16,18 +16,14 @@ _ONLY_TO_TRY = {"entropy_bounded": {"eb_threshold": 0.35}}
 
 def checkpoint(source: str, revision: str | None, *, load: bool) -> Iterator[Finding]:
     """Everything about ``source``, in the order in which it would go wrong."""
-    from s2d2_lmeval.families import identify, read_config
+    from s2d2_lmeval.families import checkpoint_facts
     from s2d2_lmeval.families.facts import AUTOREGRESSIVE
-    from s2d2_lmeval.families.files import read_json, resolve
+    from s2d2_lmeval.families.files import resolve
 
     section = "checkpoint"
     try:
         where = resolve(source)
-        config = read_config(where, revision)
-        family = identify(config)
-        native = family.native_config(config)
-        generation = read_json(where, "generation_config.json", revision=revision) or {}
-        facts = family.facts(config, native, generation, source=where)
+        facts = checkpoint_facts(where, revision)
     except S2D2Error as error:
         yield Finding(section, "config.json", str(error), PROBLEM)
         return

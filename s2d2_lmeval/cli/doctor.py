@@ -21,12 +21,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", nargs="?", metavar="PATH", help='a checkpoint: folder, hub id, or "toy"')
     parser.add_argument("--revision", help="of a hub id")
     parser.add_argument("--load", action="store_true", help="also load it and decode two blocks with every decoder")
+    parser.add_argument(
+        "--ar-quality",
+        action="store_true",
+        help="also answer --tasks in the autoregressive mode and by block decoding, and compare: whether the mode that "
+        "lossless decoders are lossless to is worth it",
+    )
+    parser.add_argument("--tasks", metavar="A,B", help="tasks of --ar-quality (default for toy: its own)")
+    parser.add_argument("--limit", type=int, default=100, help="documents per task (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="requests in flight (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 if any is a problem."""
     findings = list(examine(args.path, args.revision, load=args.load))
+    if args.ar_quality:
+        from s2d2_lmeval.cli.ar_quality import ar_quality
+
+        findings += ar_quality(args.path, args.tasks, limit=args.limit, rows=args.rows)
     if args.json:
         print(json.dumps([vars(finding) for finding in findings], ensure_ascii=False, indent=1))
     else:

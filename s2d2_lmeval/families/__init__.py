@@ -5,7 +5,7 @@ from __future__ import annotations
 from s2d2_lmeval.families.adoption import adopt
 from s2d2_lmeval.families.facts import Facts, Family
 from s2d2_lmeval.families.files import read_config
-from s2d2_lmeval.families.loading import load_checkpoint
+from s2d2_lmeval.families.loading import checkpoint_facts, load_checkpoint
 from s2d2_lmeval.families.registry import FAMILIES, family_named, identify, register
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Facts",
     "Family",
     "adopt",
+    "checkpoint_facts",
     "family_named",
     "identify",
     "load_checkpoint",

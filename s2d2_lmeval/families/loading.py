@@ -95,6 +95,15 @@ def load_checkpoint(
     return model, facts
 
 
+def checkpoint_facts(source: str | Path, revision: str | None = None) -> Facts:
+    """The facts of a checkpoint from its small files alone; arguments and errors as of :func:`load_checkpoint`."""
+    source = resolve(source)
+    config = read_config(source, revision)
+    family = identify(config)
+    generation = read_json(source, "generation_config.json", revision=revision) or {}
+    return family.facts(config, family.native_config(config), generation, source=source)
+
+
 def _dtype(dtype: str | torch.dtype, device_map: Any) -> str | torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype

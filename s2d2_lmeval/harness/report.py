@@ -26,9 +26,11 @@ _RATIOS = {
     "acceptance_length_without_bonus": ("round_accepted", "rounds"),
     "routed": ("verify_forwards", "draft_forwards"),
     "rows_per_forward": ("nfe", "forwards"),
+    "queries_per_forward": ("queries", "nfe"),
     "forwards_saved": ("states_accepted", "steps"),
 }
 _DERIVED = frozenset(_RATIOS)
+_BY_DEPTH = ("offered_at_", "accepted_at_")
 
 
 @dataclass
@@ -101,9 +103,16 @@ def _add(counts: dict[str, float], more: Mapping[str, float]) -> None:
         counts[name] = counts.get(name, 0) + value
 
 
-def _with_ratios(counts: Mapping[str, float]) -> dict[str, float]:
+def _with_ratios(counts: Mapping[str, float]) -> dict[str, Any]:
+    """``counts`` and their ratios; ``offered_at_1``, ``accepted_at_1`` and so on as one list by depth."""
     known = {ratio: parts for ratio, parts in _RATIOS.items() if all(part in counts for part in parts)}
-    return {**counts, **{ratio: counts[a] / counts[b] if counts[b] else 0.0 for ratio, (a, b) in known.items()}}
+    plain = {name: value for name, value in counts.items() if not name.startswith(_BY_DEPTH)}
+    ratios: dict[str, Any] = {r: counts[a] / counts[b] if counts[b] else 0.0 for r, (a, b) in known.items()}
+    offered = [counts[f"offered_at_{depth}"] for depth in range(1, len(counts)) if f"offered_at_{depth}" in counts]
+    if offered:
+        stood = [counts[f"accepted_at_{depth}"] for depth in range(1, len(offered) + 1)]
+        ratios["acceptance_by_depth"] = [round(a / o, 4) if o else 0.0 for a, o in zip(stood, offered, strict=True)]
+    return {**plain, **ratios}
 
 
 def environment(device: torch.device, dtype: torch.dtype | None, attention: str | None) -> dict[str, Any]:
@@ -149,6 +158,8 @@ def header(
         lines.append(
             ("family", f"{model.facts.family}, {_short(size)} parameters, {str(model.dtype).removeprefix('torch.')}")
         )
+    if model is not None and model.facts.drafter is not None:
+        lines.append(("drafter", f"blocks of {model.facts.drafter.block_length}"))
     if custom is not None:
         lines.append(("decoder", f"{custom}, one request at a time"))
     elif config is not None and model is not None:

@@ -13,11 +13,15 @@ from s2d2_lmeval.cli.demo import CONFIGURATIONS, TASKS, Row, compare, markdown, 
 
 def test_speed_is_relative_to_the_first_configuration() -> None:
     sums = {"tokens_per_forward": 1.0, "seconds": 2.0}
-    slow, fast = compare({"ar": {"tokens_per_second": 50.0, **sums}, "s2d2": {"tokens_per_second": 125.0, **sums}})
+    slow, fast = compare(
+        {"ar": {"tokens_per_second": 50.0, **sums}, "s2d2": {"tokens_per_second": 125.0, **sums}},
+        {"ar": ["one", "two", "three"], "s2d2": ["one", "2", "three"]},
+    )
     assert (slow.speedup, fast.speedup) == (1.0, 2.5)
     header, cells = speed_cells([slow, fast])
-    assert header[2] == "speed-up over ar"
-    assert cells[1] == ["s2d2", "125", "2.50x", "1.00", "2.0"]
+    assert header == ["decoder", "tokens per forward", "tokens/s", "speed-up over ar", "seconds", "answers as ar"]
+    assert cells[0][-1] == "3 of 3"
+    assert cells[1] == ["s2d2", "1.00", "125", "2.50x", "2.0", "2 of 3"]
 
 
 def test_a_table_is_markdown_too() -> None:
@@ -42,5 +46,8 @@ def test_the_demo_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFi
         (name, task) for name in CONFIGURATIONS for task in TASKS
     }
     assert all(row["documents"] == 3 for row in written["tasks"])
-    assert [row["tokens_per_forward"] for row in written["speed"] if row["configuration"] == "ar"] == [1.0]
+    speed = {row["configuration"]: row for row in written["speed"]}
+    assert speed["ar"]["tokens_per_forward"] == 1.0
+    assert speed["sliding"]["equal"] == speed["sliding 192"]["equal"] == speed["ar"]["documents"] == 9
+    assert speed["sliding"]["tokens_per_forward"] > 2
     assert "| task | decoder |" in (tmp_path / "demo" / "results.md").read_text()

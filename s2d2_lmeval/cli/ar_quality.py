@@ -1,0 +1,85 @@
+"""Is a checkpoint's autoregressive mode worth being lossless to? Its answers beside those of block decoding.
+
+``sliding``, and ``ar`` itself, follow the law of the model at block size one under token-causal attention. A checkpoint
+trained on larger blocks may or may not be good at that. Both modes answer the same documents; the difference is tested
+in pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from s2d2_lmeval.cli.findings import NOTE, OK, Finding
+from s2d2_lmeval.errors import ConfigError
+
+NOT_BLOCKWISE = frozenset({"ar", "sliding", "s2d2", "spiffy"})
+"""Decoders that are, or are measured by, another one."""
+SIGNIFICANT = 0.05
+_SECTION = "autoregressive mode"
+
+
+def ar_quality(path: str | None, tasks: str | None, *, limit: int, rows: int) -> Iterator[Finding]:
+    """Findings: the accuracy of both modes on each task, and what follows.
+
+    :param tasks: names, separated by commas; None for the toy means its own.
+    :raises ConfigError: without a checkpoint or tasks, or where no block decoder fits.
+    """
+    from s2d2_lmeval.cli import demo
+    from s2d2_lmeval.cli.console import hide_loading_bars
+    from s2d2_lmeval.families import checkpoint_facts
+    from s2d2_lmeval.studies.statistics import paired_p_value
+
+    hide_loading_bars()
+    if path is None:
+        raise ConfigError("--ar-quality compares two modes of a checkpoint: name one, as in doctor toy --ar-quality.")
+    names = tasks.split(",") if tasks else list(demo.TASKS) if path == "toy" else []
+    if not names:
+        raise ConfigError("--ar-quality needs a task at hand: name one or more, as in --tasks s2d2_gsm8k.")
+    facts = checkpoint_facts(path)
+    blockwise = [decoder for decoder in facts.decoders if decoder not in NOT_BLOCKWISE]
+    if not blockwise or "ar" not in facts.decoders:
+        raise ConfigError(f"{facts.family} checkpoints have no two modes to compare: {', '.join(facts.decoders)}.")
+    ran = {
+        decoder: demo.evaluate(path, {"decoder": decoder}, names, limit=limit, rows=rows)
+        for decoder in ("ar", blockwise[0])
+    }
+    verdicts = []
+    for name in names:
+        (ar, block), metric = _paired(ran, name)
+        p_value = paired_p_value(ar, block)
+        means = [sum(document[0] for document in mode) / len(mode) for mode in (ar, block)]
+        verdicts.append(_sign(means[0] - means[1], p_value))
+        value = (
+            f"{metric} {means[0]:.3f} by ar, {means[1]:.3f} by {blockwise[0]} on {len(ar)} documents "
+            f"(paired test: p = {p_value:.2g})"
+        )
+        yield Finding(_SECTION, name, value, NOTE if verdicts[-1] < 0 else OK)
+    yield Finding(_SECTION, "so", _CONCLUSIONS[min(verdicts)], NOTE if min(verdicts) < 0 else OK)
+
+
+_CONCLUSIONS = {
+    -1: "block decoding answers better: what equals the autoregressive mode (sliding, ar) gives that up",
+    0: "no difference was found: the autoregressive mode is as good a reference, as far as this many documents tell",
+    1: "the autoregressive mode answers better than block decoding: sliding keeps that, and is faster than ar",
+}
+
+
+def _sign(difference: float, p_value: float) -> int:
+    if p_value >= SIGNIFICANT:
+        return 0
+    return 1 if difference > 0 else -1
+
+
+def _paired(ran: Mapping[str, dict[str, Any]], task: str) -> tuple[list[list[list[float]]], str]:
+    """The task's first metric of every document, per mode in the order of the documents, and the metric's name."""
+    from s2d2_lmeval.harness.task_helpers import METRICS
+
+    modes, metric = [], ""
+    for results in ran.values():
+        samples = results["samples"][task]
+        metric = next(name for sample in samples for name in sample["metrics"] if name not in METRICS)
+        first = next(sample["filter"] for sample in samples if metric in sample["metrics"])
+        scored = {sample["doc_id"]: float(sample[metric]) for sample in samples if sample["filter"] == first}
+        modes.append([[scored[document]] for document in sorted(scored)])
+    return modes, metric
