@@ -236,7 +236,7 @@ class DecodingConfig(
             object.__setattr__(self, "denoising_steps", self.block_length)
         sliding = self._sliding_faults(self.decoder, self.acceptance, self.random_source)
         keyed = self.random_source in ("keyed", "fixed")
-        spiffy = self._spiffy_faults(self.decoder, self.schedule, keyed, self.sampled)
+        spiffy = self._spiffy_faults(self.decoder, self.schedule, keyed, self.sampled, self.use_block_cache)
         for message in (*self._contradictions(), *self._unmet_needs(), *sliding, *spiffy):
             raise ConfigError(message)
 

@@ -135,8 +135,21 @@ class BlockDenoiser:
         prefill_chunk: int,
     ) -> Self:
         """A decoder with ``slots`` rows, each with room for any of ``requests``."""
+        return cls(config, cls.rows_for(config, facts, requests, slots, device), prefill_chunk)
+
+    @classmethod
+    def rows_for(
+        cls,
+        config: DecodingConfig,
+        facts: Facts,
+        requests: Sequence[Request],
+        slots: int,
+        device: torch.device,
+        draft_states: int = 0,
+    ) -> Rows:
+        """``slots`` rows, each with room for any of ``requests`` and so many drafted states."""
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        return cls(config, Rows(slots, longest, config.block_length, facts.mask_token_id, device), prefill_chunk)
+        return Rows(slots, longest, config.block_length, facts.mask_token_id, device, draft_states)
 
     @property
     def capacity(self) -> int:

@@ -26,6 +26,7 @@ from s2d2_lmeval.decoding.s2d2 import S2D2
 from s2d2_lmeval.decoding.sliding import Autoregressive, Sliding
 from s2d2_lmeval.decoding.spiffy import EditingSpiffy, Spiffy
 from s2d2_lmeval.decoding.spiffy_options import misfit
+from s2d2_lmeval.decoding.subblock_spiffy import SubblockSpiffy
 from s2d2_lmeval.decoding.subblocks import SubblockDenoiser, SubblockS2D2
 from s2d2_lmeval.decoding.target import Target
 from s2d2_lmeval.errors import CapacityError, ConfigError
@@ -52,6 +53,7 @@ DECODER_CLASSES: dict[tuple[str, str], type[Decoder]] = {
     ("subblock", "ar"): SubblockDenoiser,
     ("subblock", "dynamic"): SubblockDenoiser,
     ("subblock", "s2d2"): SubblockS2D2,
+    ("subblock", "spiffy"): SubblockSpiffy,
 }
 """(scheme of the family, decoder) -> what decodes."""
 

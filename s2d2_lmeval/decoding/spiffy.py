@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
 
 
+_COUNTS = ("steps", "states_drafted", "states_accepted")
+
+
 @dataclass(frozen=True)
 class ChainReadback(Readback):
     """What came back of a chain of steps: the tables of each, how many ``links`` (rows,) of it every row made, and
@@ -63,19 +66,22 @@ class Spiffy(BlockDenoiser):
     revises = False
     """Whether a block without masks may need further steps."""
 
-    def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int, graph: DraftGraph) -> None:
+    def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
         super().__init__(config, rows, prefill_chunk)
-        length, device = rows.block_length, rows.device
-        self.graph = graph
+        steps = np.arange(self.config.steps + 1)
+        self.counts = torch.from_numpy(scheduled_count(steps, self.config)).to(rows.device)
+        self.states = torch.zeros(rows.count, 0, rows.block_length, dtype=torch.long, device=rows.device)
+
+    def draft_from(self, graph: DraftGraph, ranks: int = 0) -> None:
+        """Draft the states that ``graph`` names; rank ``ranks`` tokens of each place after a step, or as many as it
+        needs.
+        """
+        rows, length, device = self.rows, self.rows.block_length, self.rows.device
         self.drafter = StateDrafter(graph, length, self.revises, device)
         self.eligibility = Eligibility(graph, length, self.revises)
-        self.budget = DraftBudget(graph, config.draft_nodes)
-        self.ranks = self.drafter.vocabulary_ranks if graph.nodes else 0
-        """Tokens of each place to rank after a step."""
+        self.budget = DraftBudget(graph, self.config.draft_nodes)
+        self.ranks = ranks or (self.drafter.vocabulary_ranks if graph.nodes else 0)
         self.tables = RankTables.empty(rows.count, length, max(self.ranks, 1), device)
-        self.states = torch.zeros(rows.count, 0, length, dtype=torch.long, device=device)
-        self.first_count = scheduled_count(0, config)
-        self.counts = torch.from_numpy(scheduled_count(np.arange(config.steps + 1), config)).to(device)
 
     @classmethod
     def seat(
@@ -88,9 +94,10 @@ class Spiffy(BlockDenoiser):
         prefill_chunk: int,
     ) -> Self:
         graph = cls.graph_of(config, facts)
-        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        rows = Rows(slots, longest, config.block_length, facts.mask_token_id, device, len(graph.nodes))
-        return cls(config, rows, prefill_chunk, graph)
+        rows = cls.rows_for(config, facts, requests, slots, device, len(graph.nodes))
+        decoder = cls(config, rows, prefill_chunk)
+        decoder.draft_from(graph)
+        return decoder
 
     @classmethod
     def graph_of(cls, config: DecodingConfig, facts: Facts) -> DraftGraph:
@@ -101,30 +108,37 @@ class Spiffy(BlockDenoiser):
 
     @property
     def capacity(self) -> int:
-        return self.rows.length + (1 + 2 * self.rows.draft_states) * self.rows.block_length
+        return self.rows.length + self.rows.block_length + self.rows.draft_states * max(self.widths)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Queries of a draft state that leaves a mask, and of one that does not."""
+        return self.rows.block_length, 2 * self.rows.block_length
 
     def weigh(self, measure_costs: MeasureCosts) -> None:
         if self.budget.automatic:
-            self.budget.costs = measure_costs((1 + self.rows.draft_states) * self.rows.block_length)
+            self.budget.costs = measure_costs(self.rows.block_length + self.rows.draft_states * self.widths[0])
+
+    def admitted(self, slot: int) -> None:
+        super().admitted(slot)
+        for name in _COUNTS:
+            self.rows.progress[slot].count(name, 0)
 
     def plan(self) -> StatePlan:
-        rows = self.rows
-        inside, finishing = self._offers()
-        self._plan = plan_states(
-            rows, self.config, self.prefill_chunk, inside.sum(1), finishing.sum(1), self._write_states
-        )
+        self._plan = plan_states(self.rows, self.config, self.prefill_chunk, *self._offers(), self._write_states)
         return self._plan
 
     def _offers(self) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, D) the nodes that every row may draft now: those that leave a mask, and those that do not."""
+        """(rows,) states that every row drafts now: those that leave a mask, and those that do not."""
         rows = self.rows
         masks = np.where(rows.phase == DRAFT, rows.masks.sum(1), 0)
         # Before a block's first step there is no distribution to draft from.
         masks = np.where(rows.step > 0, masks, 0)
         finishes = self._may_finish()
         heads = np.where(rows.phase == DRAFT, rows.start + rows.block_length - rows.cached, 0)
-        most = self.budget.choose(self.eligibility, masks, finishes, heads.sum(), rows.block_length)
-        return self.eligibility.drafts(masks, finishes, most)
+        most = self.budget.choose(self.eligibility, masks, finishes, heads.sum(), self.widths)
+        inside, finishing = self.eligibility.drafts(masks, finishes, most)
+        return inside.sum(1), finishing.sum(1)
 
     def _may_finish(self) -> np.ndarray:
         """(rows,) where a state that finishes the block is of use: the next block may begin in the same forward."""
@@ -145,7 +159,7 @@ class Spiffy(BlockDenoiser):
         if self.config.suppress_mask_token:
             logits[:, self.rows.mask_token_id] = -torch.inf
 
-    def _decide(self, stage: Stage, logits: torch.Tensor) -> ChainReadback:
+    def _decide(self, stage: Stage, logits: torch.Tensor) -> Readback:
         """As many steps of every row as there are logits for."""
         plan = self._plan
         tables: list[StepTables[torch.Tensor]] = []
@@ -164,7 +178,7 @@ class Spiffy(BlockDenoiser):
             alive = alive & found & (crossed == 0) & (ends | self._open(decisions, alive))
             state = torch.where(alive, slot + 1, state)
             crossed = torch.where(alive & ends, state, crossed)
-            stage = turn(stage, alive & ends, self.rows.mask_token_id, int(self.first_count))
+            stage = turn(stage, alive & ends, self.rows.mask_token_id, int(scheduled_count(0, self.config)))
         if tables and self.ranks:
             self._rank(stage, self._logits_of(state, stage, logits))
         return self._read_chain(tables, links, crossed)
@@ -223,14 +237,15 @@ class Spiffy(BlockDenoiser):
         flags = torch.stack([links, crossed, sound.long()], dim=1)
         flags_read, *read = fetch([flags, *(table for step in tables for table in step.all())])
         links_made, crossings, soundness = flags_read.T
+        chain = [StepTables(*read[first : first + 5]) for first in range(0, len(read), 5)]
         nowhere = np.zeros((len(links), self.rows.block_length), dtype=bool)
         return ChainReadback(
             verified=None,
-            drafted=None,
+            drafted=chain[0] if chain else None,
             span=nowhere,
             moved=crossings > 0,
             sound=bool(soundness.all()),
-            chain=[StepTables(*read[first : first + 5]) for first in range(0, len(read), 5)],
+            chain=chain,
             links=links_made,
             crossed=crossings,
         )
@@ -252,7 +267,7 @@ class Spiffy(BlockDenoiser):
         outcome.skipped[row] = made - 1
         self.budget.learn(made - 1)
         progress.drafts += made
-        for name, count in (("steps", made), ("states_drafted", outcome.states[row]), ("states_accepted", made - 1)):
+        for name, count in zip(_COUNTS, (made, outcome.states[row], made - 1), strict=True):
             progress.count(name, int(count))
 
     def _keep_block(self, row: int, slot: int, state: int, outcome: Outcome) -> None:
@@ -268,11 +283,11 @@ class Spiffy(BlockDenoiser):
 class EditingSpiffy(Spiffy, EditingDenoiser):
     """The decoder ``spiffy`` where decided tokens may be edited: the state is the whole block."""
 
-    def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int, graph: DraftGraph) -> None:
+    def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
+        super().__init__(config, rows, prefill_chunk)
         self.revises = config.max_post_steps > 0
-        super().__init__(config, rows, prefill_chunk, graph)
 
-    def _decide(self, stage: Stage, logits: torch.Tensor) -> ChainReadback:
+    def _decide(self, stage: Stage, logits: torch.Tensor) -> Readback:
         self._posted = torch.from_numpy(self.post_steps).to(stage.block.device)
         return super()._decide(stage, logits)
 

@@ -38,11 +38,12 @@ class DraftBudget:
         self.hits = self.expected = 0.0
 
     def choose(
-        self, eligibility: Eligibility, masks: np.ndarray, finishes: np.ndarray, queries: int, block_length: int
+        self, eligibility: Eligibility, masks: np.ndarray, finishes: np.ndarray, queries: int, widths: tuple[int, int]
     ) -> int:
         """States that each row may draft now; ``queries`` is what the forward is wide without any.
 
-        ``masks`` (rows,) is 0 for rows that draft none; ``finishes`` as for :meth:`Eligibility.drafts`.
+        ``masks`` (rows,) is 0 for rows that draft none; ``finishes`` as for :meth:`Eligibility.drafts`;
+        ``widths`` queries of a state that leaves a mask, and of one that does not.
         """
         if self.costs is None or not len(self.frequency):
             return self.most
@@ -55,9 +56,9 @@ class DraftBudget:
             return np.bincount(at, values[drafted], minlength=self.most + 1).cumsum()
 
         hits = by_number(np.broadcast_to(self.frequency, drafted.shape))
-        widths = by_number(np.where(finishing, 2, 1) * block_length)
+        wider = by_number(np.where(finishing, widths[1], widths[0]))
         stepping = max(int((masks > 0).sum()), 1)
-        worth = (stepping + self.confidence * hits) / self.costs(queries + widths)
+        worth = (stepping + self.confidence * hits) / self.costs(queries + wider)
         chosen = int(worth.argmax())
         self.expected += float(hits[chosen])
         return chosen

@@ -49,12 +49,19 @@ class SpiffyOptions:
         decoders=_SPIFFY,
     )
 
-    def _spiffy_faults(self, decoder: str, schedule: str, keyed: bool, sampled: bool) -> Iterator[str]:
+    def _spiffy_faults(
+        self, decoder: str, schedule: str, keyed: bool, sampled: bool, block_cache: bool
+    ) -> Iterator[str]:
         """What is wrong between these options and those of every decoder."""
         if decoder != "spiffy":
             return
         if schedule == "lookahead":
             yield "schedule=lookahead is for verifications; spiffy skips a block's first draft under schedule=fused."
+        if block_cache:
+            yield (
+                "use_block_cache drafts against keys that an earlier forward left behind, and which forward that was "
+                "depends on those that spiffy skips: switch one of them off."
+            )
         if self.lossless and sampled and not keyed:
             yield (
                 "spiffy draws once for each step, also for those whose forward it skips, but not in the order of "
@@ -85,5 +92,4 @@ _NOT_FOR = {
     "pipelined": " (several blocks are open at once and see each other's unfinished text, so the state of one is not "
     "what its next step depends on, and drafts could be exact only against a frozen prefix and suffix, which no "
     "decoder of these checkpoints keeps here)",
-    "subblock": " (a block's first token comes from the last row of the text before it, in a forward of its own)",
 }

@@ -52,7 +52,7 @@ class WriteStates(Protocol):
 
 
 @dataclass(frozen=True)
-class _Groups:
+class StateGroups:
     """Where each packed query (N,) of ``layout`` belongs.
 
     ``state`` is the row's draft state, -1 in the head; ``place`` counts from the block's first position on. ``heads``
@@ -70,7 +70,7 @@ class _Groups:
     @classmethod
     def of(
         cls, slots: np.ndarray, heads: np.ndarray, inside: np.ndarray, finishing: np.ndarray, length: int
-    ) -> _Groups:
+    ) -> StateGroups:
         layout = Layout(slots, heads + (inside + 2 * finishing) * length)
         r = layout.row_of
         behind = layout.local - heads[r]
@@ -104,7 +104,7 @@ def plan_states(
     drafting, masks = phase == DRAFT, rows.masks[slots]
     wanted = rows.wanted[slots] & drafting[:, None]
     heads = np.where(phase == PREFILL, prefill_end(rows, slots, chunk), start + length) - cached
-    groups = _Groups.of(slots, heads, inside[slots], finishing[slots], length)
+    groups = StateGroups.of(slots, heads, inside[slots], finishing[slots], length)
     layout, state, place = groups.layout, groups.state, groups.place
     r, drafted = layout.row_of, groups.state >= 0
     positions = np.where(drafted, start[r] + place, cached[r] + layout.local)
@@ -154,7 +154,7 @@ def plan_states(
         block = rows.store.view(-1)[sent["block"]]
         states = write_states(block, sent["inside"], sent["finishing"])
         if config.draft_ver:
-            reaches = _causal_up_to_first_mask(states == rows.mask_token_id, sent, reaches)
+            reaches = causal_up_to_first_mask(states == rows.mask_token_id, sent, reaches)
     return StatePlan(
         request=Pass(
             layout=layout,
@@ -184,12 +184,13 @@ def plan_states(
     )
 
 
-def _causal_up_to_first_mask(masks: torch.Tensor, sent: dict[str, torch.Tensor], reach: torch.Tensor) -> torch.Tensor:
+def causal_up_to_first_mask(masks: torch.Tensor, sent: dict[str, torch.Tensor], reach: torch.Tensor) -> torch.Tensor:
     """``reach`` (R, W) where the decided prefix of a draft state, as that of any open block, sees no later token.
 
     ``masks`` (rows, D, B) are those of the draft states.
     """
-    first_mask = masks.long().argmax(-1).view(-1)
+    length = masks.shape[-1]
+    first_mask = torch.where(masks.any(-1), masks.long().argmax(-1), length).view(-1)
     state = sent["open_state"]
     causal = (state >= 0) & (sent["place"] < first_mask[state.clamp_min(0)])
     return torch.where(causal, sent["rank"], reach)

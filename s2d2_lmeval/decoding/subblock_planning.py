@@ -51,7 +51,7 @@ class SubblockPlan(BlockPlan):
 
 
 @dataclass(frozen=True)
-class _Order:
+class Order:
     """Which positions each row brings, in which order.
 
     A row brings ``heads`` (R,) queries: the positions from ``begin`` (R,) on. Where ``turned`` (R,), the sub-block's
@@ -68,7 +68,7 @@ class _Order:
     part: int
 
     @classmethod
-    def of(cls, rows: Rows, frame: Frame, wanted: np.ndarray, narrow: np.ndarray, block_cache: bool) -> _Order:
+    def of(cls, rows: Rows, frame: Frame, wanted: np.ndarray, narrow: np.ndarray, block_cache: bool) -> Order:
         """The order of the active rows (R,): ``wanted`` (R, part) places, ``narrow`` (R,) drafts."""
         slots, part, block = rows.active(), rows.block_length, frame.block_length
         phase, cached, start = rows.phase[slots], rows.cached[slots], rows.start[slots]
@@ -104,8 +104,8 @@ class _Order:
         return layout.offsets[row] + np.where(inside, last, position - self.begin[row])
 
 
-def _reach(rows: Rows, frame: Frame, layout: Layout, positions: np.ndarray) -> np.ndarray:
-    """(N,) last position that each query sees."""
+def reach_of(rows: Rows, frame: Frame, layout: Layout, positions: np.ndarray) -> np.ndarray:
+    """(N,) last position that each query of the rows' own text sees."""
     r, phase, start = layout.row_of, rows.phase[layout.slots], rows.start[layout.slots]
     first_mask = start + rows.masks[layout.slots].argmax(1)
     block = start // frame.block_length * frame.block_length
@@ -120,7 +120,7 @@ def plan_subblocks(rows: Rows, config: DecodingConfig, frame: Frame, narrow: np.
     phase, start = rows.phase[slots], rows.start[slots]
     drafting, verifying = phase == DRAFT, phase == VERIFY
     wanted = rows.wanted[slots] & (drafting | verifying)[:, None]
-    order = _Order.of(rows, frame, wanted, narrow[slots] & drafting, config.use_block_cache)
+    order = Order.of(rows, frame, wanted, narrow[slots] & drafting, config.use_block_cache)
     layout = Layout(slots, order.heads)
     r, positions = layout.row_of, order.positions(layout)
     first_rows = np.isin(phase, (PREFILL, COMMIT)) & (order.begin + order.heads == start) & rows.masks[slots, 0]
@@ -137,7 +137,7 @@ def plan_subblocks(rows: Rows, config: DecodingConfig, frame: Frame, narrow: np.
         source=slots[r] * rows.stride + source,
         positions=positions,
         rank=layout.padded(positions, NOBODY),
-        reach=layout.padded(_reach(rows, frame, layout, positions), NOTHING),
+        reach=layout.padded(reach_of(rows, frame, layout, positions), NOTHING),
         read=np.concatenate([order.predictors(layout, *verify_at), order.predictors(layout, *draft_at), firsts]),
         verify_row=slots[verify_at[0]],
         verify_place=verify_at[1],

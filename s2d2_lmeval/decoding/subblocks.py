@@ -36,8 +36,6 @@ from s2d2_lmeval.decoding.subblock_planning import Frame, SubblockPlan, plan_sub
 from s2d2_lmeval.errors import ConfigError
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from s2d2_lmeval.families import Facts
 
 
@@ -64,20 +62,20 @@ class SubblockDenoiser(BlockDenoiser):
         self.stops = np.array(config.stop_token_ids, dtype=np.int64)
 
     @classmethod
-    def seat(
+    def rows_for(
         cls,
         config: DecodingConfig,
         facts: Facts,
         requests: Sequence[Request],
         slots: int,
         device: torch.device,
-        prefill_chunk: int,
-    ) -> Self:
+        draft_states: int = 0,
+    ) -> Rows:
         block, part = config.block_length, config.small_block_size or config.block_length
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         # Room for whole blocks, and for the first token behind the last one.
         length = -(-longest // block) * block + part
-        return cls(config, Rows(slots, length, part, facts.mask_token_id, device), prefill_chunk)
+        return Rows(slots, length, part, facts.mask_token_id, device, draft_states)
 
     def admitted(self, slot: int) -> None:
         request = self.rows.requests[slot]
@@ -160,11 +158,17 @@ class SubblockDenoiser(BlockDenoiser):
         for step, phases in ((read.drafted, (PREFILL, DRAFT, COMMIT)), (read.verified, (VERIFY,))):
             if step is not None:
                 after = np.where(np.isin(rows.phase, phases)[:, None], step.after, after)
-        stops = np.isin(after, self.stops)
+        self.decided, self.stop = self._extent(after)
+
+    def _extent(self, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(rows,) how far each ``block`` (rows, part) is decided, and its first stop token (its end if there is
+        none).
+        """
+        rows = self.rows
+        stops = np.isin(block, self.stops)
         stops &= rows.start[:, None] + np.arange(rows.block_length) >= rows.prompt[:, None]
         beyond = np.ones((rows.count, 1), dtype=bool)
-        self.decided = np.hstack([after == rows.mask_token_id, beyond]).argmax(1)
-        self.stop = np.hstack([stops, beyond]).argmax(1)
+        return np.hstack([block == rows.mask_token_id, beyond]).argmax(1), np.hstack([stops, beyond]).argmax(1)
 
     def _after_prefill(self, row: int, slot: int, read: Readback, outcome: Outcome) -> None:
         if self._plan.first_rows[row]:

@@ -5,13 +5,12 @@ Source: Efficient-Large-Model/Fast_dLLM_v2_*; settings from the S2D2 README (con
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import gcd
 from typing import Any
 
 from transformers import Qwen2Config
 
-from s2d2_lmeval.families.config_map import NO_WINDOW, SIZES, translate
+from s2d2_lmeval.families.config_map import qwen2
 from s2d2_lmeval.families.facts import Family
 
 
@@ -47,20 +46,16 @@ def _long_spans_only() -> dict[str, Any]:
     }
 
 
-def _qwen2(config: Mapping[str, Any]) -> Qwen2Config:
-    return translate(config, Qwen2Config, SIZES, optional=("hidden_act",), assumes=NO_WINDOW)
-
-
 FAST_DLLM_V2 = Family(
     name="fast_dllm_v2",
     model_types=("Fast_dLLM_Qwen",),
     native_class="Qwen2ForCausalLM",
     config_class=Qwen2Config,
-    config_map=_qwen2,
+    config_map=qwen2,
     token_shift=True,
     block_alignment="absolute",
     scheme="subblock",
-    decoders=("s2d2", "sliding", "dynamic", "ar"),
+    decoders=("s2d2", "sliding", "spiffy", "dynamic", "ar"),
     defaults=defaults,
     presets={"fast-a": defaults(32, 4), "fast-b": defaults(32, 16), "fast-c": _long_spans_only()},
     published_mask_ids={152064: 151665, 151936: 151665},

@@ -31,6 +31,7 @@ from s2d2_lmeval.decoding.engine import Engine
 from s2d2_lmeval.decoding.generation import Generation, Step
 from s2d2_lmeval.decoding.readback import Outcome, StepTables
 from s2d2_lmeval.decoding.spiffy import ChainReadback, EditingSpiffy, Spiffy, signature
+from s2d2_lmeval.decoding.subblock_spiffy import SubblockSpiffy
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.families import Facts
 from s2d2_lmeval.model import BlockDiffusionModel
@@ -52,12 +53,8 @@ class RankedStep(Step):
 class _Logging(Spiffy):
     """Drafts nothing, so every step is a forward of the base decoder; logs ranks with each."""
 
-    def __init__(self, config: DecodingConfig, rows: Any, prefill_chunk: int, graph: DraftGraph) -> None:
-        super().__init__(config, rows, prefill_chunk, graph)
-        self.ranks = VOCABULARY_RANKS
-        tables = self.tables
-        self.tables.tokens = tables.tokens.repeat(1, 1, self.ranks)
-        self.tables.log_p = tables.log_p.repeat(1, 1, self.ranks)
+    def draft_from(self, graph: DraftGraph, ranks: int = 0) -> None:
+        super().draft_from(graph, VOCABULARY_RANKS)
 
     @classmethod
     def graph_of(cls, config: DecodingConfig, facts: Facts) -> DraftGraph:
@@ -76,14 +73,19 @@ class _Logging(Spiffy):
         steps[-1] = RankedStep(**vars(steps[-1]), places=places, ranks=ranks)
 
 
-class _LoggingEdits(_Logging, EditingSpiffy):
+class _LoggingEdits(EditingSpiffy, _Logging):
     """The same where decided tokens may be edited."""
+
+
+class _LoggingSubblocks(SubblockSpiffy, _Logging):
+    """The same of sub-blocks."""
 
 
 class _LoggingEngine(Engine):
     decoder_classes: ClassVar[Mapping[tuple[str, str], type[Decoder]]] = {
         ("block", "spiffy"): _Logging,
         ("editing", "spiffy"): _LoggingEdits,
+        ("subblock", "spiffy"): _LoggingSubblocks,
     }
 
 

@@ -11,6 +11,8 @@ from s2d2_lmeval.decoding.draft_graph import DraftGraph
 
 from .drawn import MASK, prompts
 
+SUBBLOCKS = "sub-blocks"
+"""``dynamic`` where blocks are decided in parts."""
 BLOCK_BASES = ("static", "dynamic", "sequential", "entropy_bounded")
 
 
@@ -49,6 +51,7 @@ def graphs(draw: st.DrawFn, length: int) -> DraftGraph:
 def cases(draw: st.DrawFn, bases: tuple[str, ...]) -> Case:
     """Requests for one of the decoders ``bases``."""
     base, length = draw(st.sampled_from(bases)), draw(st.integers(1, 8))
+    subblocks = base == SUBBLOCKS
     options: dict[str, Any] = {
         "block_length": length,
         "do_sample": draw(st.booleans()),
@@ -69,21 +72,29 @@ def cases(draw: st.DrawFn, bases: tuple[str, ...]) -> Case:
             "num_to_transfer": draw(st.integers(1, length)),
             "eos_early_stop": draw(st.booleans()),
         }
+    elif subblocks:
+        parts = draw(st.sampled_from([part for part in range(1, length + 1) if length % part == 0]))
+        options |= {
+            "small_block_size": parts,
+            "sample_first_token": draw(st.booleans()),
+            "cache_ver": draw(st.booleans()),
+            "draft_ver": draw(st.booleans()),
+        }
     else:
         options |= {
             "denoising_steps": draw(st.integers(1, length)),
             "cache_ver": draw(st.booleans()),
             "draft_ver": draw(st.booleans()),
         }
-    if base == "dynamic":
+    if base in ("dynamic", SUBBLOCKS):
         options["confidence_threshold"] = draw(st.sampled_from([0.2, 0.4, 0.85]))
     if base == "entropy_bounded":
         options |= {"eb_threshold": draw(st.sampled_from([0.2, 1.5, 4.0])), "collapse_entropy": draw(st.booleans())}
     asked = draw(st.lists(prompts(), min_size=1, max_size=5))
     return Case(
-        base=base,
+        base="dynamic" if subblocks else base,
         options=options,
-        graph=draw(graphs(length)),
+        graph=draw(graphs(options.get("small_block_size", length))),
         nodes=draw(st.integers(0, 10)),
         prompts=asked,
         budgets=draw(st.lists(st.integers(0, 20), min_size=len(asked), max_size=len(asked))),

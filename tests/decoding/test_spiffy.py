@@ -22,16 +22,17 @@ from s2d2_lmeval.decoding.spiffy import Spiffy
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.runtime.costs import CostCurve
 
-from . import editing_tiny
-from .spiffy_drawn import BLOCK_BASES, Case, cases
+from . import editing_tiny, subblocks_drawn
+from .spiffy_drawn import BLOCK_BASES, SUBBLOCKS, Case, cases
 from .tiny import VOCABULARY, engine, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The draft graph")
 ENGINES: dict[str, Callable[[int], BlockDiffusionModel]] = {
     "block": lambda seed: engine(seed=seed),
     "editing": editing_tiny.engine,
+    "subblock": lambda seed: subblocks_drawn.engine(seed),
 }
-BASES = {"block": BLOCK_BASES, "editing": ("editing",)}
+BASES = {"block": BLOCK_BASES, "editing": ("editing",), "subblock": (SUBBLOCKS,)}
 TRACED = ("token_ids", "canvas", "steps", "decoding_order", "finish_reason")
 
 
@@ -56,7 +57,7 @@ def check_same_states(case: Case, scheme: str, folder: Path) -> tuple[int, int]:
         if not base.stats["nfe"]:
             continue
         stats = spiffy.stats
-        assert stats["steps"] == base.stats["draft_forwards"] == len(base.steps)
+        assert stats["steps"] == base.stats["draft_forwards"] == sum(step.kind == "draft" for step in base.steps)
         assert stats["draft_forwards"] == stats["steps"] - stats["states_accepted"]
         assert stats["nfe"] == base.stats["nfe"] - stats["states_accepted"] <= base.stats["nfe"]
         assert 0 <= stats["states_accepted"] <= stats["states_drafted"]
@@ -66,7 +67,7 @@ def check_same_states(case: Case, scheme: str, folder: Path) -> tuple[int, int]:
     return steps, accepted
 
 
-@pytest.mark.parametrize("scheme", ["block", "editing"])
+@pytest.mark.parametrize("scheme", list(BASES))
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_states_and_output_are_those_of_the_base_decoder(
@@ -76,7 +77,7 @@ def test_states_and_output_are_those_of_the_base_decoder(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["block", "editing"])
+@pytest.mark.parametrize("scheme", list(BASES))
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_states_and_output_are_those_of_the_base_decoder_at_length(

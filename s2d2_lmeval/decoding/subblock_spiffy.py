@@ -1,0 +1,162 @@
+"""Speculation over denoising states of sub-blocks (Fast-dLLM v2): a draft state is the whole block around it.
+
+The state of a step is the sub-block being decided; the rest of its block is decided or masked. A draft state brings the
+whole block, because every row of it sees all others. One that leaves no mask gives the next sub-block's first logits.
+The end of a block is a forward of its own in this scheme, so no state goes beyond it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.denoising import Decisions
+from s2d2_lmeval.decoding.planning import send_facts
+from s2d2_lmeval.decoding.readback import Outcome, StepTables
+from s2d2_lmeval.decoding.rows import COMMIT, DRAFT, PREFILL, Rows
+from s2d2_lmeval.decoding.spiffy import ChainReadback, Spiffy
+from s2d2_lmeval.decoding.spiffy_planning import StateGroups, StatePlan, WriteStates, causal_up_to_first_mask
+from s2d2_lmeval.decoding.subblock_planning import Frame, Order, SubblockPlan, reach_of
+from s2d2_lmeval.decoding.subblocks import SubblockDenoiser
+from s2d2_lmeval.runtime.passes import Pass
+from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, block_end, by_reach, in_branches
+
+
+class SubblockSpiffy(SubblockDenoiser, Spiffy):
+    """The decoder ``spiffy`` of shifted models. The rows' "block" is a sub-block here."""
+
+    _plan: SubblockStatePlan
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.frame.block_length, self.frame.block_length
+
+    def plan(self) -> SubblockStatePlan:
+        self._plan = plan_subblock_states(self.rows, self.config, self.frame, *self._offers(), self._write_states)
+        return self._plan
+
+    def _may_finish(self) -> np.ndarray:
+        """(rows,) where another sub-block of the same block follows and will be decoded."""
+        end = self.rows.start + self.rows.block_length
+        return (end % self.frame.block_length != 0) & ((end < self.limit) | self.finishes_blocks)
+
+    def _read_chain(
+        self, tables: list[StepTables[torch.Tensor]], links: torch.Tensor, crossed: torch.Tensor
+    ) -> ChainReadback:
+        """First tokens come along in the tables of the first step: a row has one or the other."""
+        if self._plan.firsts:
+            none = Decisions(self._stage.block, self.rows.mask_token_id).tables(self.draft.tokens)
+            tables = [self._begin_blocks(tables[0] if tables else none), *tables[1:]]
+        return super()._read_chain(tables, links, crossed)
+
+    def _record(self, row: int, slot: int, step: StepTables[np.ndarray], kind: str, outcome: Outcome) -> None:
+        super()._record(row, slot, step, kind, outcome)
+        decided, stop = self._extent(self.rows.block)
+        self.decided[slot], self.stop[slot] = decided[slot], stop[slot]
+
+    def _keep_block(self, row: int, slot: int, state: int, outcome: Outcome) -> None:
+        """The block is still open: no keys are kept."""
+
+
+@dataclass(frozen=True)
+class SubblockStatePlan(StatePlan, SubblockPlan):
+    """A pass over current blocks and draft states whose last logits begin a block."""
+
+
+def plan_subblock_states(
+    rows: Rows,
+    config: DecodingConfig,
+    frame: Frame,
+    inside: np.ndarray,
+    finishing: np.ndarray,
+    write_states: WriteStates,
+) -> SubblockStatePlan:
+    """Lay out the next forward of all active rows, which offer so many draft states ``inside`` and ``finishing``
+    (rows,).
+    """
+    slots, part, block = rows.active(), rows.block_length, frame.block_length
+    phase, start = rows.phase[slots], rows.start[slots]
+    drafting = phase == DRAFT
+    wanted = rows.wanted[slots] & drafting[:, None]
+    order = Order.of(rows, frame, wanted, np.zeros(len(slots), dtype=bool), False)
+    states = inside[slots] + finishing[slots]
+    groups = StateGroups.of(slots, order.heads, states, np.zeros_like(states), block)
+    layout, state, place = groups.layout, groups.state, groups.place
+    r, drafted = layout.row_of, state >= 0
+    positions = np.where(drafted, order.block[r] + place, order.begin[r] + layout.local)
+    # From where the sub-block begins; a draft state replaces it.
+    local = positions - start[r]
+    source = np.where(drafted & (local >= 0) & (local < part), rows.states_at + state * part + local, positions)
+    reach = np.where(drafted, block_end(positions, block), reach_of(rows, frame, layout, positions))
+    first_rows = np.isin(phase, (PREFILL, COMMIT)) & (order.begin + order.heads == start) & rows.masks[slots, 0]
+
+    row, at = np.nonzero(wanted | (finishing[slots] > 0)[:, None])
+    # The row before a token predicts it; in a state that finishes the sub-block, a token of the next one.
+    number = np.arange(1 + int(states.max(initial=0)))
+    within = number <= inside[slots][row][:, None]
+    predictor = np.maximum((start - order.block)[row] + at - 1, 0)[:, None] + np.where(within, 0, part)
+    copies = layout.offsets[row][:, None] + order.heads[row][:, None] + (number - 1) * block + predictor
+    queries = np.where(number == 0, order.predictors(layout, row, at)[:, None], copies)
+    read = np.where(within, wanted[row, at][:, None], number <= states[row][:, None])
+    lookup = np.zeros_like(queries)
+    lookup[read] = np.arange(read.sum())
+    slot = np.arange(max(queries.shape[1] - 1, 0))
+    sent = send_facts(
+        rows,
+        config,
+        source=slots[r] * rows.stride + source,
+        positions=positions,
+        rank=layout.padded(positions, NOBODY),
+        reach=layout.padded(reach, NOTHING),
+        branch=layout.padded(np.where(drafting[r] & (positions >= order.block[r]), 2 + state, 0), 0),
+        open_state=layout.padded(np.where(drafted, slots[r] * rows.draft_states + state, -1), -1),
+        place=layout.padded(local, 0),
+        read=np.concatenate([queries[read], (layout.offsets + layout.widths - 1)[first_rows]]),
+        fresh_row=slots[row],
+        fresh_place=at,
+        lookup=lookup,
+        inside=inside,
+        finishing=finishing,
+        offered=slot < (inside + finishing)[:, None],
+        ends=slot >= inside[:, None],
+        first_slots=slots[first_rows],
+        # Progress is the share of the sub-block that is decided, whoever decided it.
+        given=np.zeros(rows.count),
+    )
+    reaches = sent["reach"]
+    if slot.size:
+        drafts = write_states(rows.store.view(-1)[sent["block"]], sent["inside"], sent["finishing"])
+        if frame.draft_ver:
+            reaches = causal_up_to_first_mask(drafts == rows.mask_token_id, sent, reaches)
+    return SubblockStatePlan(
+        request=Pass(
+            layout=layout,
+            tokens=rows.store.view(-1)[sent["source"]],
+            positions=sent["positions"],
+            visible=in_branches(by_reach(sent["rank"], reaches), sent["branch"]),
+            wanted=sent["read"],
+            keep=np.where(drafting, order.block - rows.cached[slots], order.heads),
+        ),
+        phases=phase,
+        heads=order.heads,
+        wanted_counts=np.bincount(row, read.sum(1), minlength=len(slots)).astype(np.int64) + first_rows,
+        verifies=0,
+        drafts=len(row),
+        aheads=0,
+        verify_at=(sent["fresh_row"][:0], sent["fresh_place"][:0]),
+        fresh_at=(sent["fresh_row"], sent["fresh_place"]),
+        verify_rows=sent["verifying"].bool(),
+        draft_rows=sent["drafting"].bool(),
+        ahead_rows=torch.zeros_like(sent["drafting"], dtype=torch.bool),
+        facts=sent,
+        inside=inside[slots],
+        finishing=finishing[slots],
+        offered=sent["offered"].bool(),
+        ends=sent["ends"].bool(),
+        lookup=sent["lookup"],
+        first_slots=sent["first_slots"],
+        first_rows=first_rows,
+    )
