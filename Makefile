@@ -4,11 +4,24 @@
 #   JOBS         test processes
 #   TORCH_INDEX  where Linux machines without an NVIDIA driver get torch from: PyPI's Linux build brings several GB of
 #                CUDA libraries along. Empty: PyPI
+#
+# Of the bench-, sweep- and report targets:
+#
+#   MODEL        a folder, a hub id, or toy
+#   DECODER      bench-: what decodes (default: s2d2); sweep-: only configurations of this decoder, and of ar
+#   LIMIT        documents per task (default: all)
+#   BATCH        requests in flight
+#   OUT          folder of results
+#   DATA         folder with the benchmark files, for machines without a connection
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 DOCUMENTS ?= 100
+MODEL ?= JetLM/SDAR-1.7B-Chat
+BATCH ?= 8
+OUT ?= out
+DATA ?=
 
 ifeq ($(shell uname -s)$(shell command -v nvidia-smi 2>/dev/null),Linux)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -23,10 +36,11 @@ TEST_ENV := $(OFFLINE) TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint test-fast test-slow toy docs clean
+.PHONY: help install demo test lint test-fast test-slow bench toy docs clean report demo-sweep \
+    bench-gsm8k bench-humaneval bench-ifeval sweep-gsm8k sweep-humaneval sweep-ifeval
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /  make \1\t/' | expand -t 24
 
 install: $(VENV)/.installed  ## make .venv with everything in it (the other targets do that by themselves)
 
@@ -46,11 +60,45 @@ test-fast: $(VENV)/.installed  ## the tests without lint
 test-slow: $(VENV)/.installed  ## the slow tests, and those for a GPU where there is one
 	$(PYTEST) -q -m "slow or gpu"
 
+bench: $(VENV)/.installed  ## measure decoders on this machine: the toy model, and a random 100M shape; tables in out/bench/
+	$(OFFLINE) $(BIN)/s2d2-lmeval bench --output out/bench/toy.json --plot out/bench/toy.png
+	$(OFFLINE) $(BIN)/s2d2-lmeval bench --model sdar-100m --scripted-acceptance 0.8 --prompts 8 --new-tokens 32 \
+	    --output out/bench/sdar-100m.json --plot out/bench/sdar-100m.png
+
 toy: $(VENV)/.installed  ## train the embedded toy model anew
 	$(BIN)/python -m s2d2_lmeval.toy.train
 
 docs: $(VENV)/.installed  ## write docs/options.md anew from the code
 	$(BIN)/s2d2-lmeval options --markdown > docs/options.md
+
+bench-gsm8k bench-humaneval bench-ifeval: bench-%: $(VENV)/.installed
+	$(BIN)/s2d2-lmeval eval --model s2d2 --model_args pretrained=$(MODEL),decoder=$(or $(DECODER),s2d2) \
+	    --tasks s2d2_$* --apply_chat_template --batch_size $(BATCH) $(if $(LIMIT),--limit $(LIMIT)) \
+	    $(if $(DATA),--metadata s2d2_data_dir=$(DATA)) $(UNSAFE_$*) --log_samples --output_path $(OUT)/bench-$*
+
+sweep-gsm8k sweep-humaneval sweep-ifeval: sweep-%: $(VENV)/.installed
+	$(BIN)/s2d2-lmeval sweep studies/thresholds.yaml --model $(MODEL) --task s2d2_$* --batch-size $(BATCH) \
+	    $(if $(DECODER),--decoder $(DECODER)) $(if $(LIMIT),--limit $(LIMIT)) $(if $(DATA),--data-dir $(DATA)) \
+	    $(UNSAFE_$*) --output $(OUT)/sweep-$*
+	$(BIN)/s2d2-lmeval report $(OUT)/sweep-$*
+
+# HumanEval runs what the model wrote, in a limited process.
+UNSAFE_humaneval := --confirm_run_unsafe_code
+
+bench-gsm8k:  ## evaluate MODEL with DECODER on GSM8K
+bench-humaneval:  ## on HumanEval
+bench-ifeval:  ## on IFEval
+sweep-gsm8k:  ## a grid of decoders and thresholds on GSM8K, resumable, and its report in OUT/sweep-gsm8k/report
+sweep-humaneval:  ## on HumanEval
+sweep-ifeval:  ## on IFEval
+
+report: $(VENV)/.installed  ## the report of the results in OUT
+	$(BIN)/s2d2-lmeval report $(OUT)
+
+demo-sweep: $(VENV)/.installed  ## a grid on the toy model, ending in out/demo-sweep/report/index.html
+	$(OFFLINE) $(BIN)/s2d2-lmeval sweep studies/demo.yaml --confirm_run_unsafe_code --threads 1 \
+	    $(if $(LIMIT),--limit $(LIMIT)) --output $(OUT)/demo-sweep
+	$(OFFLINE) $(BIN)/s2d2-lmeval report $(OUT)/demo-sweep
 
 clean:  ## remove .venv and everything that the tools left behind
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from s2d2_lmeval.model import BlockDiffusionModel
     from s2d2_lmeval.studies.bench import Measurement, Workload
+    from s2d2_lmeval.studies.scripted import Script
 
 SUMMARY = "measure decoders, schedules and batches on this machine"
 
@@ -55,10 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="of the weights (default: bfloat16 on CUDA, else float32)")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write everything as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw tokens per second (needs matplotlib)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print a table, write a file."""
+    """Measure, print a table, write files."""
     import torch
 
     from s2d2_lmeval.cli.console import hide_loading_bars, make_console
@@ -79,39 +81,65 @@ def run(args: argparse.Namespace) -> int:
     if args.scripted_acceptance is not None:
         script = Script(args.scripted_acceptance, model.facts.vocab_size)
         model = follow_script(model, script)
+    with console.status("measuring") as status:
+        found = _measure(args, plain, model, script, work, status.update)
+    about = environment(device, dtype, model.attention)
+    console.print(_table(found))
+    floor = bench.floor_milliseconds(model.hf_model)
+    console.print(
+        f"{args.model} on {about['device']}, {about['dtype']}, {about['threads']} threads, torch {about['torch']}, "
+        f"transformers {about['transformers']}; {len(work.prompts)} prompts, {args.new_tokens} new tokens each, median "
+        f"of {args.repeats}. The floor reads the weights once: {floor:.2f} ms."
+    )
+    if script is not None:
         console.print(
             f"[bold]Scripted:[/bold] the model runs in full, then its logits are replaced so that "
             f"{args.scripted_acceptance:.0%} of drafted tokens are right. Tokens mean nothing here; timings do."
         )
-    found: list[Measurement] = []
-    with console.status("measuring") as status:
-        if not args.no_baselines and plain is not None:
-            status.update("transformers generate")
-            for batch in _numbers(args.batch):
-                found += [
-                    bench.measure_transformers(plain, batch, kind, work, args.repeats) for kind in (None, "static")
-                ]
-            status.update("plain eager loop")
-            mask = model.facts.mask_token_id
-            found.append(bench.measure_plain(plain, mask, args.block_length, script, work, args.repeats))
-        for entry in args.decoders.split(","):
-            for batch in _numbers(args.batch):
-                status.update(f"{entry}, batch {batch}")
-                found.append(bench.measure(model, entry, _options(entry, args), batch, work, args.repeats))
-    about = environment(device, dtype, model.attention)
-    console.print(_table(found))
-    console.print(
-        f"{args.model} on {about['device']}, {about['dtype']}, {about['threads']} threads, torch {about['torch']}, "
-        f"transformers {about['transformers']}; {args.prompts} prompts, {args.new_tokens} new tokens each, median of "
-        f"{args.repeats}. The floor reads the weights once: {bench.floor_milliseconds(model.hf_model):.2f} ms."
-    )
     if args.output:
         settings = {name: str(value) for name, value in vars(args).items() if name != "run"}
-        report = {"settings": settings, "environment": about, "measurements": bench.as_json(found)}
+        report = {
+            "settings": settings,
+            "scripted": script is not None,
+            "environment": about,
+            "floor_milliseconds": floor,
+            "measurements": bench.as_json(found),
+        }
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         console.print(f"Written to {args.output}.")
+    if args.plot:
+        bench.plot(found, f"{args.model} on {about['device']}, {about['dtype']}", args.plot)
+        console.print(f"Drawn to {args.plot}.")
     return 0
+
+
+def _measure(
+    args: argparse.Namespace,
+    plain: PreTrainedModel | None,
+    model: BlockDiffusionModel,
+    script: Script | None,
+    work: Workload,
+    tell: Callable[[str], None],
+) -> list[Measurement]:
+    """Everything that was asked for, baselines first."""
+    from s2d2_lmeval.studies import bench
+
+    found: list[Measurement] = []
+    batches = _numbers(args.batch)
+    if not args.no_baselines and plain is not None:
+        tell("transformers generate")
+        for batch in batches:
+            found += [bench.measure_transformers(plain, batch, kind, work, args.repeats) for kind in (None, "static")]
+        tell(bench.PLAIN)
+        found.append(
+            bench.measure_plain(plain, model.facts.mask_token_id, args.block_length, script, work, args.repeats)
+        )
+    for entry in args.decoders.split(","):
+        for batch in batches:
+            tell(f"{entry}, batch {batch}")
+            found.append(bench.measure(model, entry, _options(entry, args), batch, work, args.repeats))
+    return found
 
 
 def _models(name: str, device: Any, dtype: Any) -> tuple[PreTrainedModel | None, BlockDiffusionModel]:
@@ -121,13 +149,13 @@ def _models(name: str, device: Any, dtype: Any) -> tuple[PreTrainedModel | None,
 
     if name in SHAPES:
         plain = random_model(name, device, dtype)
-        return plain, load(plain, mask_token_id=plain.config.vocab_size - 1, block_length=4)
+        return plain, load(plain, family="sdar", mask_token_id=plain.config.vocab_size - 1, block_length=4)
     model = load(name, dtype=dtype, device=device)
     if model.facts.token_shift or model.facts.scheme != "block":
         return None, model
     from s2d2_lmeval.families import adopt
 
-    plain, _ = adopt(model.hf_model)
+    plain, _ = adopt(model.hf_model, family=model.facts.family)
     plain.config._attn_implementation = "sdpa"
     return plain, model
 
@@ -166,7 +194,7 @@ def _options(entry: str, args: argparse.Namespace) -> dict[str, Any]:
     options: dict[str, Any] = {"decoder": decoder}
     if schedule:
         options["schedule"] = schedule
-    if decoder not in ("ar", "sliding"):
+    if decoder not in ("ar", "sliding", "dflash", "ddtree"):
         options["block_length"] = args.block_length
     for item in given:
         name, _, value = item.partition("=")
@@ -177,11 +205,14 @@ def _options(entry: str, args: argparse.Namespace) -> dict[str, Any]:
 def _table(found: Sequence[Measurement]) -> Any:
     from rich.table import Table
 
+    from s2d2_lmeval.studies.bench import over_plain
+
     table = Table(title="Decoders", title_justify="left")
     table.add_column("decoder")
     for column in (
         "batch",
         "tokens/s",
+        "over plain",
         "decode tokens/s",
         "tokens/forward",
         "ms/forward",
@@ -194,11 +225,12 @@ def _table(found: Sequence[Measurement]) -> Any:
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    for one in found:
+    for one, ratio in zip(found, over_plain(found), strict=True):
         table.add_row(
             one.name,
             str(one.batch),
             f"{one.tokens_per_second:.1f}",
+            shown(ratio, ".2f"),
             shown(one.decode_tokens_per_second, ".1f"),
             shown(one.tokens_per_forward, ".2f"),
             shown(one.milliseconds, ".2f"),

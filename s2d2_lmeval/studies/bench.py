@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.studies.plain import PlainS2D2
 from s2d2_lmeval.studies.scripted import Script
+
+PLAIN = "plain eager S2D2 loop"
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,15 @@ def measure_plain(
     seconds = []
     for repeat in range(repeats + 1):
         loop = PlainS2D2(plain, mask_token_id, block_length, scripted)
+        _synchronise(plain.device)
         started = time.perf_counter()
         for prompt in work.prompts if repeat else work.prompts[:1]:
             loop.generate(list(prompt), work.new_tokens)
+        _synchronise(plain.device)
         seconds.append(time.perf_counter() - started)
     tokens = len(work.prompts) * work.new_tokens
     return Measurement(
-        name="plain eager S2D2 loop",
+        name=PLAIN,
         batch=1,
         tokens_per_second=tokens / statistics.median(seconds[1:]),
         decode_tokens_per_second=None,
@@ -133,8 +138,10 @@ def measure_transformers(
     seconds = []
     for repeat in range(repeats + 1):
         started = time.perf_counter()
+        # The first run compiles and fills caches: one batch of it is enough.
         for part in ids.split(batch) if repeat else ids[:batch].split(batch):
             plain.generate(part, attention_mask=torch.ones_like(part), generation_config=settings)
+        _synchronise(plain.device)
         seconds.append(time.perf_counter() - started)
     parts = len(ids.split(batch))
     return Measurement(
@@ -187,6 +194,36 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def over_plain(found: Sequence[Measurement]) -> list[float | None]:
+    """Tokens per second of each over those of the plain eager loop of the same run; None without one."""
+    plain = next((one.tokens_per_second for one in found if one.name == PLAIN), None)
+    return [one.tokens_per_second / plain if plain else None for one in found]
+
+
 def as_json(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
     """Plain values."""
-    return [asdict(measurement) for measurement in measurements]
+    ratios = over_plain(measurements)
+    return [{**asdict(one), "over_plain": ratio} for one, ratio in zip(measurements, ratios, strict=True)]
+
+
+def plot(measurements: Sequence[Measurement], title: str, path: Path) -> None:
+    """Draw tokens per second by decoder, a bar per batch size, into ``path`` (its ending names the format)."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(one.name for one in measurements))
+    batches = sorted({one.batch for one in measurements})
+    figure = Figure(figsize=(8, 1 + 0.25 * len(names) * len(batches)), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(batches)
+    for place, batch in enumerate(batches):
+        rows = [one for one in measurements if one.batch == batch]
+        where = [names.index(one.name) + height * (place - (len(batches) - 1) / 2) for one in rows]
+        bars = axes.barh(where, [one.tokens_per_second for one in rows], height, label=f"batch {batch}")
+        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens per second, end to end")
+    axes.set_title(title, fontsize=9)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
