@@ -46,9 +46,14 @@ HARNESS_ARGUMENTS = frozenset(
 _ready: WeakKeyDictionary[nn.Module, BlockDiffusionModel] = WeakKeyDictionary()
 
 
-def decoding_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """``arguments`` without those of the harness; what is left must be decoding options."""
-    return {name: value for name, value in arguments.items() if name not in HARNESS_ARGUMENTS}
+def decoding_options(arguments: Mapping[str, Any], *, sampled_by_temperature: bool = False) -> dict[str, Any]:
+    """``arguments`` without those of the harness; what is left must be decoding options.
+
+    Where the published function is ``sampled_by_temperature``, ``do_sample`` is left out too: harnesses say False
+    whatever the temperature.
+    """
+    without = HARNESS_ARGUMENTS | {"do_sample"} if sampled_by_temperature else HARNESS_ARGUMENTS
+    return {name: value for name, value in arguments.items() if name not in without}
 
 
 def one_prompt(input_ids: torch.Tensor) -> list[int]:

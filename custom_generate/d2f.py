@@ -159,8 +159,7 @@ def _decode(
             "suppress_mask_token": False,  # the published code may predict the mask
         }
     )
-    # Harnesses say do_sample=False whatever the temperature; published, the temperature alone decides.
-    extra = {name: value for name, value in decoding_options(kwargs).items() if name != "do_sample"}
+    extra = decoding_options(kwargs, sampled_by_temperature=True)
     budget = extra.pop("max_gen_toks", arguments["max_new_tokens"])
     blocks = min(budget, arguments["max_length"] - len(prompt)) // block
     config = config.replace(**extra, max_new_tokens=max(blocks, 0) * block)

@@ -143,9 +143,7 @@ def _decode(decoder: str, arguments: Mapping[str, Any], kwargs: Mapping[str, Any
             "suppress_mask_token": False,  # the published code may predict the mask
         }
     )
-    # Harnesses say do_sample=False whatever the temperature; published, the temperature alone decides.
-    options = {name: value for name, value in decoding_options(kwargs).items() if name != "do_sample"}
-    config = config.replace(**options)
+    config = config.replace(**decoding_options(kwargs, sampled_by_temperature=True))
     engine = ready(
         arguments["model"], family="llada2", mask_token_id=arguments["mask_id"], block_length=config.block_length
     )

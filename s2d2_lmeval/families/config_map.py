@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, Qwen2Config
 
 from s2d2_lmeval.errors import CheckpointError
 
@@ -68,6 +68,11 @@ def translate(
     fields.update(tie_word_embeddings=bool(config.get(tied, False)), rope_parameters=_rope(config), **fixed)
     _check_heads(fields)
     return configured(native, fields)
+
+
+def qwen2(config: Mapping[str, Any]) -> Qwen2Config:
+    """Qwen2's configuration from one that names its fields as transformers does."""
+    return translate(config, Qwen2Config, SIZES, optional=("hidden_act",), assumes=NO_WINDOW)
 
 
 def configured(native: type[Config], fields: Mapping[str, Any]) -> Config:

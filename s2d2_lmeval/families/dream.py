@@ -5,13 +5,12 @@ Source: Dream-org/Dream-v0-*; settings from the S2D2 README.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from transformers import Qwen2Config
 
 from s2d2_lmeval.families import d2f
-from s2d2_lmeval.families.config_map import NO_WINDOW, SIZES, translate
+from s2d2_lmeval.families.config_map import qwen2
 from s2d2_lmeval.families.facts import Family
 
 
@@ -25,16 +24,12 @@ def defaults(block_length: int) -> dict[str, Any]:
     }
 
 
-def _qwen2(config: Mapping[str, Any]) -> Qwen2Config:
-    return translate(config, Qwen2Config, SIZES, optional=("hidden_act",), assumes=NO_WINDOW)
-
-
 DREAM = Family(
     name="dream",
     model_types=("Dream",),
     native_class="Qwen2ForCausalLM",
     config_class=Qwen2Config,
-    config_map=_qwen2,
+    config_map=qwen2,
     token_shift=True,
     block_alignment="prompt",
     scheme="pipelined",
