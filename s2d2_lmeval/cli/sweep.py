@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from s2d2_lmeval.studies.evaluation import Outcome
     from s2d2_lmeval.studies.planning import Job
     from s2d2_lmeval.studies.store import Line
+    from s2d2_lmeval.studies.study import Study
     from s2d2_lmeval.studies.sweep import Progress, Sweep
 
 SUMMARY = "run a study: many decoding configurations, resumable"
@@ -31,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="what to run (docs/studies.md)")
     parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="results (default: out/NAME)")
     parser.add_argument("--model", metavar="NAME", help="one model, in place of those of the study")
+    parser.add_argument("--task", action="append", metavar="NAME", help="only this task of the study; may be repeated")
+    parser.add_argument("--decoder", metavar="NAME", help="only configurations of this decoder, and of ar")
     parser.add_argument("--limit", type=int, metavar="N", help="documents per task")
     parser.add_argument("--batch-size", type=int, metavar="N", help="requests in flight")
     parser.add_argument("--data-dir", metavar="DIR", help="benchmark files, for machines without a connection")
@@ -58,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     hide_loading_bars()
     overrides: dict[str, Any] = {"limit": args.limit, "batch_size": args.batch_size, "data_dir": args.data_dir}
     study = read_study(args.study, {**overrides, "models": [args.model] if args.model else None})
+    study = chosen(study, args.task, args.decoder)
     folder = args.output or Path("out") / study.name
     with console.status("reading tasks"):
         plan = Plan(study, folder, unsafe_code=args.confirm_run_unsafe_code, anew=args.anew)
@@ -86,6 +90,32 @@ def run(args: argparse.Namespace) -> int:
     ended = ", ".join(f"{count} {state}" for state, count in counts.items())
     console.print(f"{ended}. Results in {folder}; s2d2-lmeval report {folder}")
     return SOME_FAILED if counts[FAILED] else 0
+
+
+def chosen(study: Study, tasks: list[str] | None, decoder: str | None) -> Study:
+    """A part of a study.
+
+    :raises StudyError: when nothing is left, or a task is none of the study's.
+    """
+    from dataclasses import replace
+
+    from s2d2_lmeval.errors import StudyError
+    from s2d2_lmeval.harness.arguments import nearest
+
+    if tasks:
+        names = [task.task for task in study.tasks]
+        for task in tasks:
+            if task not in names:
+                raise StudyError(f"--task {task}: the study has {', '.join(names)}.{nearest(task, names)}")
+        study = replace(study, tasks=tuple(task for task in study.tasks if task.task in tasks))
+    if decoder is None:
+        return study
+    kept = {name: options for name, options in study.decoding.items() if options.get("decoder") in (decoder, "ar")}
+    known = list(dict.fromkeys(str(options.get("decoder")) for options in study.decoding.values()))
+    if decoder not in known:
+        raise StudyError(f"--decoder {decoder}: the study has {', '.join(known)}.{nearest(decoder, known)}")
+    baselines = {kind: name for kind, name in study.baselines.items() if name in kept}
+    return replace(study, decoding=kept, baselines=baselines)
 
 
 def _backend(args: argparse.Namespace) -> Backend:

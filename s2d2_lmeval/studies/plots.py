@@ -76,13 +76,17 @@ def accuracy_and_speed(tasks: dict[str, list[Row]], speed: str) -> Figure:
             axis.set_xlabel(SPEEDS[speed])
             axis.set_ylabel(f"{rows[0].metric.partition(',')[0]} (%)")
         handles = [
-            pyplot.Line2D([], [], marker="o", linestyle="", color=color, label=decoder)
+            pyplot.Line2D([], [], marker=_marker(decoder), linestyle="", color=color, label=decoder)
             for decoder, color in colors.items()
             if any(row.decoder == decoder for rows in tasks.values() for row in rows)
         ]
         handles.append(pyplot.Line2D([], [], color="#999999", linestyle="--", linewidth=1, label="front"))
         figure.legend(handles=handles, loc="outside upper center", ncols=min(8, len(handles)), frameon=False)
     return figure
+
+
+def _marker(decoder: str) -> str:
+    return "s" if decoder == "ar" else "o"
 
 
 def _scatter(axis: Axes, rows: Sequence[Row], speed: str, colors: dict[str, str]) -> None:
@@ -92,8 +96,15 @@ def _scatter(axis: Axes, rows: Sequence[Row], speed: str, colors: dict[str, str]
         x, y = getattr(row, speed), 100 * row.accuracy
         if not isnan(row.low):
             axis.plot([x, x], [100 * row.low, 100 * row.high], color=colors[row.decoder], alpha=0.35, linewidth=1.2)
-        marker = {"ar": "s"}.get(row.decoder, "o")
-        axis.plot(x, y, marker, color=colors[row.decoder], markersize=5.5, markeredgecolor="white", markeredgewidth=0.6)
+        axis.plot(
+            x,
+            y,
+            _marker(row.decoder),
+            color=colors[row.decoder],
+            markersize=5.5,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+        )
     on_front = pareto([(getattr(row, speed), row.accuracy) for row in rows])
     front = sorted(
         ((getattr(row, speed), 100 * row.accuracy, row) for row, on in zip(rows, on_front, strict=True) if on),
@@ -182,50 +193,50 @@ def decoding_order(rows: Sequence[Row]) -> Figure | None:
         return None
     document, chosen = shown
     pyplot = _pyplot()
+    last = max(step for _, order in chosen for _, step, _ in order) + 1
     with pyplot.rc_context({**_STYLE, "axes.grid": False}):
-        heights = [ceil(len(order) / ORDER_WIDTH) for _, order in chosen]
+        heights = [_lines(order) for _, order in chosen]
         figure, axes = pyplot.subplots(
             len(chosen),
             1,
-            figsize=(7.6, sum(0.26 * height + 0.62 for height in heights)),
+            figsize=(8.4, sum(0.25 * height + 0.42 for height in heights) + 0.5),
             height_ratios=heights,
             squeeze=False,
             layout="constrained",
         )
         for axis, (row, order), height in zip(axes.flat, chosen, heights, strict=True):
-            first = min(position for position, _, _ in order)
             picture = np.full((height, ORDER_WIDTH), np.nan)
+            first = min(position for position, _, _ in order)
             for position, step, _ in order:
-                place = position - first
-                if place < height * ORDER_WIDTH:
-                    picture[place // ORDER_WIDTH, place % ORDER_WIDTH] = step + 1
-            image = axis.imshow(picture, cmap="viridis", aspect="auto", interpolation="nearest")
-            _mark(axis, order, first)
-            steps = int(np.nanmax(picture))
-            axis.set_title(f"{row.decoding}: {len(order)} places in {steps} steps", fontsize=8)
-            axis.set_yticks([])
-            axis.set_xticks(range(0, ORDER_WIDTH + 1, 8), [str(place) for place in range(0, ORDER_WIDTH + 1, 8)])
-            axis.tick_params(labelsize=7)
-            figure.colorbar(image, ax=axis, pad=0.01, aspect=max(4, 5 * height)).ax.tick_params(labelsize=7)
+                picture[divmod(position - first, ORDER_WIDTH)] = step + 1
+            axis.pcolormesh(picture, cmap="viridis", vmin=1, vmax=last, edgecolors="white", linewidth=0.8)
+            _number(axis, order, first, last)
+            axis.set_title(f"{row.decoding}: {len(order)} places, {int(np.nanmax(picture))} steps", fontsize=8)
+            axis.set(xticks=[], yticks=[], ylim=(height, 0), xlim=(0, ORDER_WIDTH))
+            axis.spines[:].set_visible(False)
         figure.supxlabel(
-            f"document {document}, in lines of {ORDER_WIDTH} places; colour: the step that decided a place; "
-            "×: the verifier overruled the draft",
+            f"document {document}, read like a page; number and colour: the step that decided the place; "
+            "underlined: the verifier overruled the draft",
             fontsize=8,
         )
     return figure
 
 
-def _mark(axis: Axes, order: Sequence[Sequence[int]], first: int) -> None:
+def _lines(order: Sequence[Sequence[int]]) -> int:
+    positions = [position for position, _, _ in order]
+    return ceil((max(positions) - min(positions) + 1) / ORDER_WIDTH)
+
+
+def _number(axis: Axes, order: Sequence[Sequence[int]], first: int, last: int) -> None:
+    """The step in every place."""
     from s2d2_lmeval.decoding.generation import RESAMPLED
 
-    places = [position - first for position, _, mark in order if mark == RESAMPLED]
-    axis.plot(
-        [place % ORDER_WIDTH for place in places],
-        [place // ORDER_WIDTH for place in places],
-        "x",
-        color="white",
-        markersize=4,
-    )
+    for position, step, mark in order:
+        line, column = divmod(position - first, ORDER_WIDTH)
+        color = "white" if step + 1 < 0.6 * last else "#222222"
+        axis.text(column + 0.5, line + 0.52, str(step + 1), ha="center", va="center", fontsize=6, color=color)
+        if mark == RESAMPLED:
+            axis.plot([column + 0.2, column + 0.8], [line + 0.86] * 2, color=color, linewidth=1.3)
 
 
 def _with_order(rows: Sequence[Row]) -> tuple[str, list[tuple[Row, list[list[int]]]]] | None:
