@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from s2d2_lmeval import BlockDiffusionModel
+from s2d2_lmeval import BlockDiffusionModel, load
 from s2d2_lmeval.decoding import target as rounds
 from s2d2_lmeval.decoding import trees
 from s2d2_lmeval.decoding.ddtree import nodes_worth_running
@@ -23,6 +23,7 @@ from s2d2_lmeval.families import adopt
 from s2d2_lmeval.runtime.passes import TARGET, Layout, Pass
 from s2d2_lmeval.runtime.runner import Runner
 
+from .ddtree_recorded import DATA
 from .drafting_tiny import BLOCK, drafter_for, pair, with_drafter
 from .tiny import VOCABULARY, tiny_model
 
@@ -192,9 +193,9 @@ def test_caches_after_every_round_are_those_of_a_fresh_prefill(options: dict[str
 @pytest.mark.parametrize("options", [{"decoder": "dflash"}, {"decoder": "ddtree", "tree_budget": 9}])
 def test_the_law_is_the_targets(options: dict[str, Any], coupled: bool) -> None:
     """Chi-square of three-token answers against their exact probabilities, 4 tokens and a mask."""
-    model = pair(vocabulary=5, max_batch=512)
+    model = pair(vocabulary=5, max_batch=64)
     options = {**options, "couple_drafts": coupled, "do_sample": True, "temperature": 0.9}
-    prompt, samples = [1, 2, 0], 2048
+    prompt, samples = [1, 2, 0], 1024
     answers = model.generate([prompt] * samples, options, max_new_tokens=3)
     seen: dict[tuple[int, ...], int] = {}
     for answer in answers:
@@ -217,9 +218,9 @@ def test_the_law_is_the_targets(options: dict[str, Any], coupled: bool) -> None:
     degrees = cells - 1
     # Wilson and Hilferty: the cube root of chi-square per degree is nearly normal; 3.3 deviations are p = 0.0005.
     deviations = ((statistic / degrees) ** (1 / 3) - 1 + 2 / (9 * degrees)) / (2 / (9 * degrees)) ** 0.5
-    assert cells > 10
+    assert cells > 8
     assert deviations < 3.3
-    assert sum(answer.stats["accepted"] for answer in answers) > samples / 20
+    assert sum(answer.stats["accepted"] for answer in answers) > samples / 40
 
 
 def test_noise_that_is_known_makes_better_drafts() -> None:
@@ -280,18 +281,24 @@ def test_a_drafter_that_knows_is_accepted_whole(options: dict[str, Any]) -> None
 
 
 def test_acceptance_is_counted_up_to_the_stop() -> None:
-    model = pair()
-    options = {"decoder": "ddtree", "tree_budget": 90, "tree_sharpen": 2.0}
-    whole = model.generate([[3, 1, 4]], options, max_new_tokens=30)[0]
-    step = next(step for step in whole.steps[1:] if len(step.tokens) > 2)
-    stop = step.tokens[0]
-    first = whole.token_ids.index(stop)
-    cut = model.generate([[3, 1, 4]], {**options, "stop_token_ids": (stop,)}, max_new_tokens=30)[0]
-    assert cut.token_ids == whole.token_ids[:first]
-    assert cut.stats["round_tokens"] == first + 1 - 1, "up to the stop and with it, without the prefill's token"
+    model = load(DATA / "target", draft=DATA / "draft")
+    options, prompt = {"decoder": "ddtree", "tree_budget": 32, "stop_token_ids": ()}, [3, 1, 4, 1, 5, 9, 2, 6]
+    whole = model.generate([prompt], options, max_new_tokens=40)[0]
+    new = whole.token_ids
+    first = next(
+        step.start - len(prompt)
+        for step in whole.steps[1:]
+        if len(step.tokens) > 2 and step.tokens[0] not in new[: step.start - len(prompt)]
+    )
+    model.trace.reset()
+    cut = model.generate([prompt], {**options, "stop_token_ids": (new[first],)}, max_new_tokens=40)[0]
+    assert cut.token_ids == new[:first]
+    assert cut.stats["round_tokens"] == first, "up to the stop and with it, without the token that the prefill gave"
+    assert cut.stats["accepted"] > cut.stats["round_accepted"], "more was accepted behind the stop"
     assert len(cut.steps) - 1 == cut.stats["rounds"]
     totals = model.trace.totals()
     assert totals["target_forwards"] == totals["nfe"] - totals["drafter_forwards"]
+    assert totals["tokens_per_target_forward"] == (first + 1) / totals["target_forwards"]
     assert totals["drafter_seconds"] > 0
     assert totals["target_seconds"] > 0
 

@@ -43,3 +43,18 @@ def test_what_was_recorded() -> None:
         parent != place for run in RUNS for one in run["rounds"] for place, parent in enumerate(one["parents"])
     )
     assert branched > 100, "trees without branches test no tree"
+
+
+@pytest.mark.parametrize("options", [{"decoder": "dflash"}, {"decoder": "ddtree", "tree_budget": 16}])
+def test_wrong_features_cost_acceptance_and_nothing_else(options: dict[str, Any]) -> None:
+    """A drafter that reads its layers in another order is a worse drafter; the output cannot tell."""
+    right, wrong = recorded_pair(), load(DATA / "target", draft=DATA / "draft", max_batch=1)
+    tap = wrong._runner.tap  # type: ignore[attr-defined]
+    rows = tap.rows
+    tap.rows = lambda index: rows(index).roll(64, dims=-1)  # two layers of 64: swapped
+    prompts = [run["prompt"] for run in RUNS if run["method"] == "ar" and run["temperature"] == 0]
+    told = {**options, "stop_token_ids": ()}
+    answers = [model.generate(prompts, told, max_new_tokens=32) for model in (right, wrong)]
+    assert [one.token_ids for one in answers[0]] == [one.token_ids for one in answers[1]]
+    good, bad = (sum(one.stats["accepted"] for one in some) for some in answers)
+    assert good > 1.1 * bad
