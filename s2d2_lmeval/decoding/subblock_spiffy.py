@@ -97,7 +97,8 @@ def plan_subblock_states(
     # The row before a token predicts it; in a state that finishes the sub-block, a token of the next one.
     number = np.arange(1 + int(states.max(initial=0)))
     within = number <= inside[slots][row][:, None]
-    predictor = np.maximum((start - order.block)[row] + at - 1, 0)[:, None] + np.where(within, 0, part)
+    before = (start - order.block)[row] + at - 1
+    predictor = np.where(within, before.clip(0)[:, None], before[:, None] + part)
     copies = layout.offsets[row][:, None] + order.heads[row][:, None] + (number - 1) * block + predictor
     queries = np.where(number == 0, order.predictors(layout, row, at)[:, None], copies)
     read = np.where(within, wanted[row, at][:, None], number <= states[row][:, None])

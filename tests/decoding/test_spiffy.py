@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,22 @@ def fixed_case(base: str, graph: DraftGraph, **options: Any) -> Case:
 def test_the_chain_of_best_tokens_saves_forwards(base: str, sampling: dict[str, Any], tmp_path: Path) -> None:
     steps, accepted = check_same_states(fixed_case(base, DraftGraph.chain(8, 4), **sampling), "block", tmp_path)
     assert 0.1 * steps < accepted < steps
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_sub_blocks_finished_by_a_draft_go_on_in_the_next(seed: int, caching: bool, tmp_path: Path) -> None:
+    options = {"small_block_size": 4, "confidence_threshold": 0.85, "cache_ver": caching, "draft_ver": caching}
+    case = replace(fixed_case("dynamic", DraftGraph.chain(4, 4), **options), model_seed=seed)
+    steps, accepted = check_same_states(case, "subblock", tmp_path)
+    assert accepted > 0.05 * steps
+
+
+@pytest.mark.parametrize("post_steps", [0, 2])
+def test_edited_blocks_are_drafted_whole(post_steps: int, tmp_path: Path) -> None:
+    options = {"editing_threshold": 0.9, "confidence_threshold": 0.9, "max_post_steps": post_steps}
+    steps, accepted = check_same_states(fixed_case("editing", DraftGraph.chain(8, 4), **options), "editing", tmp_path)
+    assert accepted > 0.05 * steps
 
 
 def test_all_successors_as_drafts_skip_every_second_forward_or_more(tmp_path: Path) -> None:
