@@ -8,7 +8,7 @@ import pytest
 
 from s2d2_lmeval import BlockDiffusionModel, Generation
 
-from . import pipelined_cases, subblocks_drawn
+from . import drafting_tiny, pipelined_cases, subblocks_drawn
 from .tiny import engine
 
 BLOCK = {"decoder": "s2d2", "block_length": 4, "do_sample": True}
@@ -136,3 +136,18 @@ def test_the_reference_schedule_runs_every_prompt_whole() -> None:
     model.generate(prompts(100, 4), {**BLOCK, "max_new_tokens": 4, "schedule": "reference"})
     assert model.trace.reused_tokens == 0
     assert model.trace.totals()["prefill_forwards"] == 4
+
+
+@pytest.mark.parametrize("decoder", ["ar", "dflash", "ddtree"])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_a_drafter_reads_a_shared_beginning_once_too(decoder: str, shifted: bool) -> None:
+    options = {"decoder": decoder, "max_new_tokens": 9}
+    texts = prompts(100, 5)
+    expected = whole(drafting_tiny.pair(shifted=shifted, max_batch=1), texts, options)
+    model = drafting_tiny.pair(shifted=shifted, max_batch=3)
+    model.trace.reset()
+    together = model.generate(texts, options)
+    assert ids(together) == ids(expected)
+    # What is drafted, and so what is accepted, is the same as well.
+    assert [answer.stats["accepted"] for answer in together] == [answer.stats["accepted"] for answer in expected]
+    assert model.trace.reused_tokens >= 4 * 99
