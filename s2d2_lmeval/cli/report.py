@@ -28,13 +28,12 @@ def run(args: argparse.Namespace) -> int:
     with console.status("drawing"):
         results, written = write_report(args.folder, args.output)
     for (model, task), rows in results.groups().items():
-        lines = [tables.cells(row) for row in rows]
-        columns = [place for place in range(len(tables.HEADER)) if any(line[place] for line in lines)]
+        header, lines = tables.filled(rows)
         table = Table(box=box.SIMPLE_HEAD, title=f"{model}, {task}", title_justify="left", title_style="bold")
-        for place in columns:
-            table.add_column(tables.HEADER[place], justify="right" if place else "left")
+        for place, name in enumerate(header):
+            table.add_column(name, justify="right" if place else "left")
         for row, line in zip(rows, lines, strict=True):
-            table.add_row(*(Text(line[place]) for place in columns), style="bold" if row.on_front else "")
+            table.add_row(*map(Text, line), style="bold" if row.on_front else "")
         console.print(table)
         console.print(Text(f"{tables.about(rows)}. Bold: on the front of accuracy and speed.", "dim"))
     for problem in results.problems:

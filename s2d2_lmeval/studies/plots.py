@@ -117,6 +117,8 @@ def _scatter(axis: Axes, rows: Sequence[Row], speed: str, colors: dict[str, str]
 
 def _label(axis: Axes, points: Sequence[tuple[float, float, Row]]) -> None:
     """Names beside the points that matter, alternately above and below, and each only once."""
+    from matplotlib.patheffects import withStroke
+
     seen: set[str] = set()
     for place, (x, y, row) in enumerate(points):
         if row.decoding in seen:
@@ -131,6 +133,7 @@ def _label(axis: Axes, points: Sequence[tuple[float, float, Row]]) -> None:
             ha="center",
             fontsize=7,
             color="#333333",
+            path_effects=[withStroke(linewidth=2, foreground="white")],
         )
 
 
@@ -169,9 +172,10 @@ def acceptance_histogram(rows: Sequence[Row]) -> Figure | None:
             mean = sum(length * share for length, share in zip(lengths, shares, strict=True)) / 100
             axis.bar(lengths, shares, color=colors[row.decoder], width=0.8)
             axis.axvline(mean, color="#333333", linewidth=1, linestyle=":")
+            left = mean > 0.6 * lengths[-1]
             axis.annotate(
-                f"mean {mean:.2f}", (mean, 1), (4, -2), xycoords=("data", "axes fraction"),
-                textcoords="offset points", fontsize=7, va="top",
+                f"mean {mean:.2f}", (mean, 1), (-4 if left else 4, -2), xycoords=("data", "axes fraction"),
+                textcoords="offset points", fontsize=7, va="top", ha="right" if left else "left",
             )  # fmt: skip
             axis.set_title(short(row.decoding), fontsize=8)
             axis.grid(axis="x", visible=False)

@@ -77,7 +77,6 @@ def _page(results: Results, figures: Figures) -> str:
         models=len(models),
         written=time.strftime("%Y-%m-%d %H:%M"),
         problems=results.problems,
-        header=tables.HEADER,
         overview=[{"name": model, "figures": _overview(results, model, figures)} for model in models],
         groups=[_group(rows, figures) for rows in results.groups().values()],
         environment=[*environment.items(), ("code", results.manifest["code"])],
@@ -98,12 +97,18 @@ def _overview(results: Results, model: str, figures: Figures) -> list[dict[str, 
 def _group(rows: Sequence[Row], figures: Figures) -> dict[str, Any]:
     model, task = rows[0].model, rows[0].task
     name = f"{model} {task}"
+    header, lines = tables.filled(rows)
     return {
         "model": model,
         "task": task,
         "about": tables.about(rows),
         "headline": headline(rows),
-        "lines": [{"cells": tables.cells(row), "front": row.on_front, "verdict": _verdict(row)} for row in rows],
+        "header": header,
+        "difference": header.index(tables.DIFFERENCE) if tables.DIFFERENCE in header else None,
+        "lines": [
+            {"cells": line, "front": row.on_front, "verdict": _verdict(row)}
+            for row, line in zip(rows, lines, strict=True)
+        ],
         "notes": [f"{row.decoding}: {note}." for row in rows for note in row.notes],
         "figures": [
             *figures.add(

@@ -7,8 +7,9 @@ from math import isnan
 
 from s2d2_lmeval.studies.results import KINDS, Row
 
+DIFFERENCE = "vs. baseline"
 HEADER = (
-    *("decoding", "accuracy", "95 % interval", "vs. baseline", "p", "tokens/forward", "tokens/s", "× ar", "× baseline"),
+    *("decoding", "accuracy", "95 % interval", DIFFERENCE, "p", "tokens/forward", "tokens/s", "× ar", "× baseline"),
     *("accepted", "forwards", *KINDS),
 )
 """``vs. baseline`` is the difference in accuracy; ``forwards`` and its kinds are means per answer."""
@@ -38,6 +39,13 @@ def cells(row: Row) -> list[str]:
     ]
 
 
+def filled(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of ``rows``, without the columns that are empty in every row."""
+    lines = [cells(row) for row in rows]
+    columns = [place for place in range(len(HEADER)) if any(line[place] for line in lines)]
+    return [HEADER[place] for place in columns], [[line[place] for place in columns] for line in lines]
+
+
 def about(rows: Sequence[Row]) -> str:
     """What the rows of a table have in common."""
     first = rows[0]
@@ -49,10 +57,11 @@ def about(rows: Sequence[Row]) -> str:
 
 def markdown(rows: Sequence[Row]) -> str:
     """A table; the front is in bold."""
-    lines = [HEADER, (":--", *("--:" for _ in HEADER[1:]))]
-    for row in rows:
-        first, *rest = (cell.replace("|", "\\|") for cell in cells(row))
-        lines.append((f"**{first}**" if row.on_front else first, *rest))
+    header, table = filled(rows)
+    lines = [header, [":--", *("--:" for _ in header[1:])]]
+    for row, line in zip(rows, table, strict=True):
+        first, *rest = (cell.replace("|", "\\|") for cell in line)
+        lines.append([f"**{first}**" if row.on_front else first, *rest])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -74,21 +83,20 @@ def escaped(text: str) -> str:
 
 
 def latex(rows: Sequence[Row]) -> str:
-    """A table in the manner of booktabs, without the columns that are empty in every row; the front is in bold."""
-    table = [cells(row) for row in rows]
-    columns = [place for place in range(len(HEADER)) if any(line[place] for line in table)]
+    """A table in the manner of booktabs; the front is in bold."""
+    header, table = filled(rows)
     caption = f"{rows[0].model}, {rows[0].task}: {about(rows)}. Bold: on the accuracy--speed front."
     lines = [
         r"% needs \usepackage{booktabs}",
         r"\begin{table}[t]\centering\small",
         rf"\caption{{{escaped(caption).replace('----', '--')}}}",
-        rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
         r"\toprule",
-        " & ".join(escaped(HEADER[place]) for place in columns) + r" \\",
+        " & ".join(map(escaped, header)) + r" \\",
         r"\midrule",
     ]
     for row, line in zip(rows, table, strict=True):
-        shown = [escaped(line[place]) for place in columns]
+        shown = [escaped(cell) for cell in line]
         if row.on_front:
             shown[0] = rf"\textbf{{{shown[0]}}}"
         lines.append(" & ".join(shown) + r" \\")

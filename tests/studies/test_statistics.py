@@ -1,0 +1,62 @@
+"""Intervals, tests and fronts against what is known of them."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from s2d2_lmeval.studies.statistics import holm, interval, paired_p_value, pareto
+
+
+def yes_no(right: int, of: int) -> list[list[float]]:
+    return [[1.0]] * right + [[0.0]] * (of - right)
+
+
+def test_wilson_intervals() -> None:
+    assert interval(yes_no(8, 10)) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    low, high = interval(yes_no(10, 10))
+    assert (low, high) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert all(map(math.isnan, interval([])))
+
+
+def test_intervals_of_several_seeds_take_documents_as_the_sample() -> None:
+    """Repeating every document says nothing new about documents."""
+    rng = random.Random(0)
+    once = [[float(rng.random() < 0.6)] for _ in range(100)]
+    low, high = interval(once)
+    many_low, many_high = interval([document * 20 for document in once])
+    assert (many_low, many_high) == pytest.approx((low, high), abs=0.03)
+
+
+def test_the_paired_test_is_mcnemars() -> None:
+    first, second = yes_no(8, 20), yes_no(0, 20)
+    assert paired_p_value(first, second) == pytest.approx(2 * 0.5**8)
+    assert paired_p_value(second, first) == pytest.approx(2 * 0.5**8)
+    assert paired_p_value(first, first) == 1.0
+
+
+def test_the_permutation_test_agrees_with_mcnemar() -> None:
+    rng = random.Random(1)
+    first = [[float(rng.random() < 0.7)] for _ in range(80)]
+    second = [[float(rng.random() < 0.5)] for _ in range(80)]
+    exact = paired_p_value(first, second)
+    permuted = paired_p_value([a * 2 for a in first], [b * 2 for b in second])
+    assert permuted == pytest.approx(exact, abs=0.03)
+    assert paired_p_value([[0.5]], [[0.5]]) == 1.0
+
+
+def test_a_paired_test_needs_the_same_documents() -> None:
+    with pytest.raises(ValueError, match="the same ones"):
+        paired_p_value(yes_no(1, 2), yes_no(1, 3))
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_fronts() -> None:
+    assert pareto([(1, 5), (2, 4), (1, 4), (3, 1), (2, 4)]) == [True, True, False, True, True]
