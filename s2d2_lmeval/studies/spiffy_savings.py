@@ -1,0 +1,234 @@
+"""What Spiffy saves on the toy: ``python -m s2d2_lmeval.studies.spiffy_savings`` prints the tables of docs/spiffy.md.
+
+Graphs are calibrated on prompts of the training corpora and measured on held-out problems, which share no prompt with
+them. Every line decodes the same problems, and is checked to write the same tokens as its base decoder.
+``--make-default-graphs`` writes the graphs that come with the package instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from s2d2_lmeval.decoding.draft_graph import DraftGraph, Pairs
+from s2d2_lmeval.decoding.generation import Generation
+from s2d2_lmeval.model import BlockDiffusionModel, load
+from s2d2_lmeval.studies.calibrate import calibrate
+from s2d2_lmeval.toy.corpora import CORPORA, held_out, training_stream
+from s2d2_lmeval.toy.problem import Problem
+
+BLOCK_LENGTH, NEW_TOKENS = 16, 96
+CALIBRATION_PROMPTS = 16
+"""Of each corpus."""
+DEPTH = 4
+DEFAULT_NODES = 16
+BASES: dict[str, dict[str, Any]] = {"static": {}, "dynamic": {"confidence_threshold": 0.9}}
+SHARED = {"block_length": BLOCK_LENGTH, "max_new_tokens": NEW_TOKENS}
+DEFAULT_GRAPHS = Path(__file__).parent.parent / "toy" / "draft_graphs"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A way of decoding, summed over problems: forwards as requests see them, steps, states drafted and accepted,
+    queries of all forwards, those that steps without a cache would bring (the whole text up to the block's end), and
+    prompt tokens taken from another prompt's keys.
+    """
+
+    name: str
+    forwards: int
+    steps: int
+    drafted: int
+    accepted: int
+    queries: int
+    uncached: int
+    reused: int
+    outputs: list[list[int]]
+
+    @property
+    def saved(self) -> float:
+        """Share of the base decoder's steps that needed no forward."""
+        return self.accepted / self.steps
+
+
+def prompt_of(tokenizer: Any, problem: Problem) -> list[int]:
+    """The problem as a chat message, as the tasks ask it."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": problem.prompt}], add_generation_prompt=True, tokenize=False
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def open_toy() -> tuple[BlockDiffusionModel, Any]:
+    """The toy in float32, and its tokenizer."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from s2d2_lmeval.toy import checkpoint_path
+
+    model = load("toy", dtype=torch.float32, device="cpu", max_batch=8)
+    return model, AutoTokenizer.from_pretrained(checkpoint_path())
+
+
+def calibration_prompts(tokenizer: Any) -> list[list[int]]:
+    """Prompts of all corpora in turn, none of them held out."""
+    streams = [islice(training_stream(name, seed=7), CALIBRATION_PROMPTS) for name in CORPORA]
+    return [prompt_of(tokenizer, problem) for problems in zip(*streams, strict=True) for problem in problems]
+
+
+def options_of(model: BlockDiffusionModel, tokenizer: Any, base: str, **more: Any) -> dict[str, Any]:
+    """Options of ``base`` under spiffy."""
+    stops = tuple(dict.fromkeys((*model.facts.stop_token_ids, tokenizer.eos_token_id)))
+    return {"decoder": "spiffy", "base": base, "stop_token_ids": stops, **SHARED, **BASES[base], **more}
+
+
+def calibrated(
+    model: BlockDiffusionModel, tokenizer: Any, base: str, traces: Path, nodes: int, score: str = "own", **more: Any
+) -> DraftGraph:
+    """A graph from traces on the calibration prompts."""
+    config = model.config(options_of(model, tokenizer, base, **more))
+    prompts = calibration_prompts(tokenizer)
+    return calibrate(model, config, prompts, nodes=nodes, depth=DEPTH, traces=traces, source="toy", score=score)
+
+
+def random_graph(nodes: int, seed: int) -> DraftGraph:
+    """A connected graph of random sets of up to :data:`DEPTH` of the first places, tokens among the two best."""
+    rng = random.Random(seed)
+    sets: list[Pairs] = []
+    while len(sets) < nodes:
+        below = rng.choice([pairs for pairs in ((), *sets) if len(pairs) < DEPTH])
+        free = [place for place in range(BLOCK_LENGTH) if place not in dict(below)]
+        pairs = tuple(sorted((*below, (rng.choice(free), rng.randrange(2)))))
+        if pairs not in sets:
+            sets.append(pairs)
+    return DraftGraph.of(sets, BLOCK_LENGTH)
+
+
+def measure(model: BlockDiffusionModel, name: str, options: Mapping[str, Any], prompts: Sequence[list[int]]) -> Line:
+    """Decode ``prompts``."""
+    model.trace.reset()
+    answers = model.generate(prompts, options)
+    totals = model.trace.totals()
+    return Line(
+        name=name,
+        forwards=_sum(answers, "nfe"),
+        steps=_sum(answers, "steps") or sum(len(answer.steps) for answer in answers),
+        drafted=_sum(answers, "states_drafted"),
+        accepted=_sum(answers, "states_accepted"),
+        queries=int(totals["queries"]),
+        uncached=sum(step.start + len(step.tokens) for answer in answers for step in answer.steps),
+        reused=int(totals["reused_tokens"]),
+        outputs=[answer.canvas for answer in answers],
+    )
+
+
+def _sum(answers: Iterable[Generation], name: str) -> int:
+    return int(sum(answer.stats.get(name, 0) for answer in answers))
+
+
+def with_graph(
+    model: BlockDiffusionModel, name: str, options: Mapping[str, Any], graph: DraftGraph, prompts: Sequence[list[int]]
+) -> Line:
+    """Decode ``prompts`` by ``graph``, all of its nodes."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.json"
+        # Measured for what it is: no warning that it was made for something else.
+        replace(graph, model={}, decoding={}).save(path)
+        return measure(model, name, {**options, "draft_graph": str(path), "draft_nodes": len(graph.nodes)}, prompts)
+
+
+def check_same(base: Line, lines: Iterable[Line]) -> None:
+    """Every line must have written what the base decoder did.
+
+    :raises AssertionError: naming the line that did not.
+    """
+    for line in lines:
+        if line.outputs != base.outputs:
+            raise AssertionError(f"{line.name} wrote something else than {base.name}.")
+
+
+def by_graph(
+    model: BlockDiffusionModel, tokenizer: Any, base: str, traces: Path, problems: int, nodes: Sequence[int]
+) -> Iterator[str]:
+    """Rows of the table: share of steps saved by each graph on each corpus."""
+    options = options_of(model, tokenizer, base)
+    plain = {**{name: value for name, value in options.items() if name != "base"}, "decoder": base}
+    graphs: dict[str, DraftGraph] = {}
+    for count in nodes:
+        graphs[f"calibrated, {count} nodes"] = calibrated(model, tokenizer, base, traces, count)
+        graphs[f"calibrated by the published score, {count} nodes"] = calibrated(
+            model, tokenizer, base, traces, count, "parents"
+        )
+    graphs[f"chain of best tokens, {DEPTH} nodes"] = DraftGraph.chain(BLOCK_LENGTH, DEPTH)
+    for seed in range(3):
+        graphs[f"random {seed + 1}, {nodes[-1]} nodes"] = random_graph(nodes[-1], seed)
+    prompts = {name: [prompt_of(tokenizer, one) for one in held_out(name)[:problems]] for name in CORPORA}
+    bases = {name: measure(model, base, plain, asked) for name, asked in prompts.items()}
+    yield f"| {base} itself | " + " | ".join(f"{line.forwards}" for line in bases.values()) + " | 1.00 |"
+    for title, graph in graphs.items():
+        lines = {name: with_graph(model, title, options, graph, asked) for name, asked in prompts.items()}
+        for name, line in lines.items():
+            check_same(bases[name], [line])
+        cells = " | ".join(f"{line.forwards} ({line.saved:.0%})" for line in lines.values())
+        ratio = np.sum([line.forwards for line in bases.values()]) / np.sum([line.forwards for line in lines.values()])
+        yield f"| {title} | {cells} | {ratio:.2f} |"
+
+
+def by_part(model: BlockDiffusionModel, tokenizer: Any, folder: Path, problems: int, nodes: int) -> Iterator[str]:
+    """Rows of the table: what threshold, schedule, prefix caching and drafts each add, all corpora together."""
+    asked = [prompt_of(tokenizer, one) for name in CORPORA for one in held_out(name)[:problems]]
+    first: Line | None = None
+    for base in BASES:
+        graph = calibrated(model, tokenizer, base, folder / f"{base}.jsonl", nodes)
+        for schedule in ("reference", "fused"):
+            options = options_of(model, tokenizer, base, schedule=schedule)
+            plain = {**{name: value for name, value in options.items() if name != "base"}, "decoder": base}
+            alone = measure(model, f"{base}, {schedule}", plain, asked)
+            drafted = with_graph(model, f"{base}, {schedule}, spiffy", options, graph, asked)
+            check_same(alone, [drafted])
+            first = first or alone
+            for line in (alone, drafted):
+                yield (
+                    f"| {line.name} | {line.forwards} | {first.forwards / line.forwards:.2f} | "
+                    f"{line.queries / line.forwards:.1f} | {line.uncached / line.steps:.1f} | {line.reused} |"
+                )
+
+
+def main() -> None:
+    """Print the tables, or write the default graphs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", type=int, default=40, help="held-out problems of each corpus (default: 40)")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[4, 8, 16], help="sizes of calibrated graphs")
+    parser.add_argument("--traces", type=Path, help="folder that keeps the calibration traces")
+    parser.add_argument("--make-default-graphs", action="store_true", help="write the graphs of the package")
+    args = parser.parse_args()
+    console = Console(highlight=False, soft_wrap=True)
+    model, tokenizer = open_toy()
+    with TemporaryDirectory() as temporary:
+        folder = args.traces or Path(temporary)
+        if args.make_default_graphs:
+            for base in BASES:
+                graph = calibrated(model, tokenizer, base, folder / f"{base}.jsonl", DEFAULT_NODES)
+                graph.save(DEFAULT_GRAPHS / f"{base}.json")
+                console.print(f"{DEFAULT_GRAPHS / base}.json: {len(graph.nodes)} nodes", markup=False)
+            return
+        for base in BASES:
+            console.print(f"\n| {base} | {' | '.join(CORPORA)} | fewer |\n| :-- |{' --: |' * (len(CORPORA) + 1)}")
+            for row in by_graph(model, tokenizer, base, folder / f"{base}.jsonl", args.problems, args.nodes):
+                console.print(row, markup=False)
+        headings = ("forwards", "fewer", "queries per forward", "per step without a cache", "prompt tokens reused")
+        console.print(f"\n| | {' | '.join(headings)} |\n| :-- |{' --: |' * len(headings)}")
+        for row in by_part(model, tokenizer, folder, args.problems, args.nodes[-1]):
+            console.print(row, markup=False)
+
+
+if __name__ == "__main__":
+    main()
