@@ -36,7 +36,7 @@ TEST_ENV := $(OFFLINE) TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint test-fast test-slow bench toy docs clean report demo-sweep \
+.PHONY: help install demo demo-ddtree test lint test-fast test-slow bench toy docs clean report demo-sweep \
     bench-gsm8k bench-humaneval bench-ifeval sweep-gsm8k sweep-humaneval sweep-ifeval
 
 help:  ## list the targets
@@ -46,6 +46,9 @@ install: $(VENV)/.installed  ## make .venv with everything in it (the other targ
 
 demo: $(VENV)/.installed  ## the toy model on three tasks, decoders side by side; tables in out/demo/
 	$(OFFLINE) $(BIN)/s2d2-lmeval demo --limit $(DOCUMENTS)
+
+demo-ddtree: $(VENV)/.installed  ## drafts for an autoregressive target: ar, dflash, ddtree; table in out/demo-ddtree/
+	$(OFFLINE) $(BIN)/s2d2-lmeval demo-ddtree --limit $(DOCUMENTS)
 
 test: lint test-fast  ## lint, types, and every test that is neither slow nor for a GPU
 
@@ -67,6 +70,9 @@ bench: $(VENV)/.installed  ## measure decoders on this machine: the toy model, a
 
 toy: $(VENV)/.installed  ## train the embedded toy model anew
 	$(BIN)/python -m s2d2_lmeval.toy.train
+
+draft-graphs: $(VENV)/.installed  ## calibrate the draft graphs that come with the package, on the toy model
+	$(OFFLINE) $(BIN)/python -m s2d2_lmeval.studies.spiffy_savings --make-default-graphs
 
 docs: $(VENV)/.installed  ## write docs/options.md anew from the code
 	$(BIN)/s2d2-lmeval options --markdown > docs/options.md

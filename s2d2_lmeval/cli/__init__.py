@@ -22,6 +22,7 @@ COMMANDS = {
     "doctor": "s2d2_lmeval.cli.doctor",
     "options": "s2d2_lmeval.cli.options",
     "demo": "s2d2_lmeval.cli.demo",
+    "demo-ddtree": "s2d2_lmeval.cli.demo_ddtree",
     "bench": "s2d2_lmeval.cli.bench",
     "sweep": "s2d2_lmeval.cli.sweep",
     "report": "s2d2_lmeval.cli.report",

@@ -232,18 +232,19 @@ def speed_cells(speeds: Sequence[Speed]) -> tuple[list[str], list[list[str]]]:
 def quality_table(rows: Sequence[Row]) -> Table:
     """For the terminal; a rule between tasks."""
     header, cells = quality_cells(rows)
-    return _table("What the decoders answer", header, cells, texts=2, sections=True)
+    return framed("What the decoders answer", header, cells, texts=2, sections=True)
 
 
 def speed_table(speeds: Sequence[Speed]) -> Table:
     """For the terminal."""
     header, cells = speed_cells(speeds)
-    return _table("How fast, all tasks together", header, cells, texts=1)
+    return framed("How fast, all tasks together", header, cells, texts=1)
 
 
-def _table(
+def framed(
     title: str, header: Sequence[str], cells: Sequence[Sequence[str]], *, texts: int, sections: bool = False
 ) -> Table:
+    """A table for the terminal; the first ``texts`` columns hold text, the others numbers."""
     from rich import box
     from rich.table import Table
 

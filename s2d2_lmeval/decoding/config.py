@@ -310,7 +310,7 @@ class DecodingConfig(
     def layout(self) -> str:
         """How much is decoded at a time, and in which schedule, in a few words."""
         if self.decoder == "sliding":
-            return f"{self.draft} of {self.row_budget} queries, window of {self.window}"
+            return f"{self.draft_shape} of {self.row_budget} queries, window of {self.window}"
         if self.decoder in DRAFTED:
             return "chain of a block" if self.decoder == "dflash" else f"tree of {self.tree_budget} nodes"
         base = f"{self.base}, " if self.decoder == "spiffy" else ""

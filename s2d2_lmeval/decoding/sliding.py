@@ -80,7 +80,7 @@ class Sliding:
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
         most = cls.most_queries(config, slots)
         nodes = max((most - 1) // cls.queries_of_node(facts), 1)
-        if config.draft == "chain":
+        if config.draft_shape == "chain":
             nodes = min(nodes, config.window - 1)
         return cls(config, facts, TreeRows(slots, longest, nodes), most, device, prefill_chunk)
 

@@ -22,7 +22,7 @@ class SlidingOptions:
         decoders=_SLIDING,
         low=3,
     )
-    draft: str = option("tree", "what is drafted from a window", decoders=_SLIDING, choices=("chain", "tree"))
+    draft_shape: str = option("tree", "what is drafted from a window", decoders=_SLIDING, choices=("chain", "tree"))
 
     def _sliding_faults(self, decoder: str, acceptance: str | None, source: object) -> Iterator[str]:
         """What is wrong between options of ``decoder=sliding``."""
@@ -33,10 +33,10 @@ class SlidingOptions:
                 f"row_budget={self.row_budget} leaves no room for a window of {self.window}: a round without a draft "
                 f"takes {self.window + 1} queries. Raise row_budget or lower window."
             )
-        if acceptance == "rejection" and self.draft == "tree":
+        if acceptance == "rejection" and self.draft_shape == "tree":
             yield (
-                "acceptance=rejection compares one drafted token with the verifier at a time: set draft=chain, or use "
-                "acceptance=keyed, which takes trees."
+                "acceptance=rejection compares one drafted token with the verifier at a time: set draft_shape=chain, "
+                "or use acceptance=keyed, which takes trees."
             )
         if acceptance == "rejection" and self.row_budget == "auto":
             yield (

@@ -162,7 +162,7 @@ def _key(purpose: int, request: torch.Tensor, position: torch.Tensor) -> random.
 
 
 def acceptance_of(config: DecodingConfig, source: random.RandomSource) -> Acceptance:
-    """What the options ``acceptance`` and ``draft`` ask for. A greedy verifier has nothing to reject by chance."""
+    """What the options ``acceptance`` and ``draft_shape`` ask for. A greedy verifier rejects nothing by chance."""
     if config.acceptance == "rejection" and config.sampled:
         return Rejection(config, source)
-    return Keyed(config, source, 1 if config.draft == "chain" else CHOICES)
+    return Keyed(config, source, 1 if config.draft_shape == "chain" else CHOICES)

@@ -123,20 +123,22 @@ class Trace:
         }
 
     def _two_models(self, kinds: Counter[str]) -> dict[str, float]:
-        """Of decoders with a drafter beside the target: forwards of the target, and what each of both took.
+        """Of decoders with a drafter beside the target: the target's forwards, engine steps of each and their time.
 
         On a GPU a drafter's step does not wait for the device: what it leaves to do there shows in the target's.
         """
         if not kinds["drafter"]:
             return {}
         targets = sum(kinds.values()) - kinds["drafter"]
-        drafter = sum(record.seconds for record in self.records if "drafter" in record.kinds)
-        target = sum(record.seconds for record in self.records if "drafter" not in record.kinds)
+        drafter = [record.seconds for record in self.records if "drafter" in record.kinds]
+        target = [record.seconds for record in self.records if "drafter" not in record.kinds]
         return {
             "target_forwards": targets,
             "tokens_per_target_forward": self.new_tokens / targets if targets else 0.0,
-            "drafter_seconds": drafter,
-            "target_seconds": target,
+            "drafter_steps": len(drafter),
+            "target_steps": len(target),
+            "drafter_seconds": sum(drafter),
+            "target_seconds": sum(target),
         }
 
     def _drafting(self) -> dict[str, float]:

@@ -42,7 +42,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "dynamic": [{"block_length": 8}],
     "entropy_bounded": [{**ONE, "eb_threshold": 0.5}],
     "s2d2": [{"block_length": 8}, {"block_length": 8, "do_sample": True, "top_p": 0.9}],
-    "sliding": [{"row_budget": 48}, {"row_budget": 48, "do_sample": True, "draft": "chain"}],
+    "sliding": [{"row_budget": 48}, {"row_budget": 48, "do_sample": True, "draft_shape": "chain"}],
     "spiffy": [{**ONE, "draft_nodes": 2}],
     "dflash": [{}, {"do_sample": True}],
     "ddtree": [{"tree_budget": 8}],

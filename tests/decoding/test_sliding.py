@@ -52,7 +52,7 @@ def random_case(rng: random.Random) -> tuple[list[list[int]], list[int], dict[st
     own = {
         "window": window,
         "row_budget": rng.choice(["auto", *(window + more for more in (1, 2, 9, 48, 160))]),
-        "draft": rng.choice(["chain", "tree"]),
+        "draft_shape": rng.choice(["chain", "tree"]),
     }
     return prompts, budgets, shared, own
 
@@ -163,11 +163,11 @@ def test_a_long_prompt_is_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -
     [
         ({"window": 16, "row_budget": 16}, "leaves no room for a window"),
         ({"random_source": "torch"}, "random_source=keyed"),
-        ({"acceptance": "rejection"}, "draft=chain"),
+        ({"acceptance": "rejection"}, "draft_shape=chain"),
         ({"acceptance": "greedy"}, "takes keyed or rejection"),
         ({"row_budget": "most"}, "a whole number or auto"),
         ({"block_length": 8}, "block_length is an option of decoder"),
-        ({"draft": "trees"}, "Did you mean tree"),
+        ({"draft_shape": "trees"}, "Did you mean tree"),
     ],
 )
 def test_refusals(options: dict[str, object], said: str) -> None:

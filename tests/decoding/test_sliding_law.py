@@ -101,7 +101,13 @@ def test_the_residual_matters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_keyed_rejection_does_not_depend_on_the_batch() -> None:
     prompts = [[(5 * i + n) % 22 for i in range(4 + n)] for n in range(5)]
-    options = {"decoder": "sliding", "acceptance": "rejection", "draft": "chain", "do_sample": True, "row_budget": 40}
+    options = {
+        "decoder": "sliding",
+        "acceptance": "rejection",
+        "draft_shape": "chain",
+        "do_sample": True,
+        "row_budget": 40,
+    }
     model = engine(dtype=torch.float64)
     answers = []
     for batch in (1, 2, 8):

@@ -1,0 +1,137 @@
+"""The embedded toy model in its autoregressive mode with its drafter: ar, dflash, and ddtree at several budgets.
+
+All of them answer alike; what differs is how many forwards of the target that takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SUMMARY = "drafts for an autoregressive target: ar, dflash and ddtree side by side; needs no network"
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "ar": {"decoder": "ar"},
+    "dflash": {"decoder": "dflash"},
+    **{f"ddtree {budget}": {"decoder": "ddtree", "tree_budget": budget} for budget in (16, 32, 64)},
+}
+"""Name in the table -> ``--model_args``. The first one is what answers are compared with."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One configuration on all tasks together.
+
+    ``acceptance_length`` tokens per round with a draft, the target's own included (None without drafts);
+    ``without_bonus`` the accepted drafts of them; milliseconds per forward, all rows in it together.
+    """
+
+    configuration: str
+    accuracy: float
+    tokens_per_target_forward: float
+    acceptance_length: float | None
+    without_bonus: float | None
+    target_milliseconds: float
+    drafter_milliseconds: float | None
+    tokens_per_second: float
+    equal: int
+    documents: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--model", default="toy", metavar="PATH", help="another target than the embedded model")
+    parser.add_argument("--draft", default="toy", metavar="PATH", help="another drafter than the embedded one")
+    parser.add_argument("--limit", type=int, default=100, help="documents per task (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help="requests in flight (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature (default: arg-max)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads on a CPU (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("out/demo-ddtree"), help="folder for the table as files")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate every configuration, then show and write the table."""
+    import torch
+
+    from s2d2_lmeval.cli.console import hide_loading_bars, make_console
+    from s2d2_lmeval.cli.demo import TASKS, evaluate, framed, markdown, texts
+
+    console = make_console()
+    hide_loading_bars()
+    torch.set_num_threads(args.threads)
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {}
+    measured: list[Measured] = []
+    expected: list[str] = []
+    environment: Mapping[str, Any] = {}
+    started = time.perf_counter()
+    for number, (name, options) in enumerate(CONFIGURATIONS.items(), 1):
+        options = {"draft": args.draft, **options, **sampling}
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        console.print(f"[bold]{number}/{len(CONFIGURATIONS)} {name}[/bold]  --model s2d2 --model_args {given}")
+        results = evaluate(args.model, options, TASKS, limit=args.limit, rows=args.rows)
+        answers = [text for task in TASKS for text in texts(results["samples"][task])]
+        expected = expected or answers
+        scores = [results["results"][task]["accuracy,none"] for task in TASKS]
+        about = results["config"]["s2d2"]
+        environment = about["environment"]
+        equal = sum(one == other for one, other in zip(answers, expected, strict=True))
+        measured.append(measure(name, sum(scores) / len(scores), about["totals"], equal, len(answers)))
+    header, cells = table_cells(measured)
+    console.print()
+    console.print(framed("Drafts for an autoregressive target, all tasks together", header, cells, texts=1))
+    args.output.mkdir(parents=True, exist_ok=True)
+    lines = "\n".join(f"- {name}: {value}" for name, value in environment.items())
+    table = markdown(header, cells, texts=1)
+    (args.output / "results.md").write_text(f"# Demo: drafts for the toy model\n\n{table}\n\n{lines}\n", "utf-8")
+    everything = {"configurations": CONFIGURATIONS, "measured": [asdict(one) for one in measured]}
+    content = json.dumps({**everything, "environment": dict(environment)}, indent=1)
+    (args.output / "results.json").write_text(content + "\n", "utf-8")
+    seconds = time.perf_counter() - started
+    console.print(
+        f"{args.limit} documents per task, {args.rows} requests in flight, {seconds:.0f} s in all. Written to "
+        f"{args.output}/results.md and {args.output}/results.json."
+    )
+    return 0
+
+
+def measure(name: str, accuracy: float, totals: Mapping[str, float], equal: int, documents: int) -> Measured:
+    """One line of the table from a run's totals. Without drafts every forward is the target's."""
+    rounds, drafts = totals.get("rounds", 0), totals.get("drafter_forwards", 0)
+    targets, steps = totals.get("target_forwards", totals["nfe"]), totals.get("target_steps", totals["forwards"])
+    return Measured(
+        configuration=name,
+        accuracy=accuracy,
+        tokens_per_target_forward=totals["new_tokens"] / targets,
+        acceptance_length=totals["round_tokens"] / rounds if rounds else None,
+        without_bonus=totals["round_accepted"] / rounds if rounds else None,
+        target_milliseconds=1000 * totals.get("target_seconds", totals["seconds"]) / steps,
+        drafter_milliseconds=1000 * totals["drafter_seconds"] / totals["drafter_steps"] if drafts else None,
+        tokens_per_second=totals["tokens_per_second"],
+        equal=equal,
+        documents=documents,
+    )
+
+
+def table_cells(measured: Sequence[Measured]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells, a line per configuration."""
+    first = measured[0].configuration
+    header = ["decoder", "accuracy", "tokens per target forward", "acceptance length", "without bonus"]
+    header += ["target ms", "drafter ms", "tokens/s", f"answers as {first}"]
+
+    def shown(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    return header, [
+        [
+            *(one.configuration, f"{one.accuracy:.1%}", f"{one.tokens_per_target_forward:.2f}"),
+            *(shown(one.acceptance_length), shown(one.without_bonus), f"{one.target_milliseconds:.1f}"),
+            "" if one.drafter_milliseconds is None else f"{one.drafter_milliseconds:.1f}",
+            *(f"{one.tokens_per_second:.0f}", f"{one.equal} of {one.documents}"),
+        ]
+        for one in measured
+    ]
