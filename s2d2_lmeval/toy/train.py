@@ -1,4 +1,4 @@
-"""Train the toy model: ``python -m s2d2_lmeval.toy.train --minutes 70 --out s2d2_lmeval/toy/checkpoint``.
+"""Train the toy model: ``python -m s2d2_lmeval.toy.train --minutes 80 --out build/toy``.
 
 Every step draws new problems of the three corpora, renders half of them raw and half in the chat format, and trains on
 one block size of 1, 4, 8 and 16. The learning rate decays to the end of the time given, so the recipe fits any machine
@@ -201,9 +201,9 @@ def _loop(network: Network, tokenizer: Tokenizer, options: Options, progress: Pr
 def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(prog="python -m s2d2_lmeval.toy.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=70.0, help="training time")
+    parser.add_argument("--minutes", type=float, default=80.0, help="training time")
     parser.add_argument("--out", type=Path, default=Path("build/toy"), help="folder of the checkpoint")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of torch; a model this small gains little from more")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rate", type=float, default=3e-3, help="largest learning rate")
     parser.add_argument("--start", type=Path, help="continue from the weights of this checkpoint (use another seed)")

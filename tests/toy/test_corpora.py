@@ -102,7 +102,7 @@ def test_every_kind_of_instruction_has_a_strict_checker(kind: str) -> None:
 
 
 def test_checkers_accept_other_ways_to_follow_an_instruction() -> None:
-    distinct = Problem("instructions", "distinct", "", "", " ", '{"number": 2, "avoid": "red"}')
+    distinct = Problem("instructions", "distinct", "", "", " ", '{"number": 2, "avoid": ["red"]}')
     assert score(distinct, "Blue, pink") == 1.0
     assert score(distinct, "red, pink") == 0.0
     bullets = Problem("instructions", "bullets", "", "", " ", '{"items": ["cat", "dog"]}')
