@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, Qwen2Config
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from s2d2_lmeval.errors import CheckpointError
 
@@ -25,6 +27,7 @@ SIZES = (
 )
 # Some published code has the switch, but no checkpoint uses it; a window would not fit one attention for all.
 NO_WINDOW = {"use_sliding_window": False}
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Says nothing about the arithmetic, but loading and tokenizing want it.
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
 
@@ -65,8 +68,13 @@ def translate(
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype is not None:
         fields["dtype"] = dtype
+        _check_known("dtype", dtype, _DTYPES)
+    _check_known("hidden_act", fields.get("hidden_act", "silu"), ACT2FN)
+    if not isinstance(fields.get("quantization_config", {}), Mapping):
+        raise CheckpointError("config.json says something else than an object as quantization_config.")
     fields.update(tie_word_embeddings=bool(config.get(tied, False)), rope_parameters=_rope(config), **fixed)
     _check_heads(fields)
+    _check_experts(fields)
     return configured(native, fields)
 
 
@@ -127,14 +135,44 @@ def _check_heads(fields: Mapping[str, Any]) -> None:
         )
 
 
+def _check_experts(fields: Mapping[str, Any]) -> None:
+    """That a mixture of experts can choose as many as it says, from as many groups."""
+    experts = fields.get("num_experts", fields.get("n_routed_experts"))
+    if experts is None:
+        return
+    groups, open_groups = fields.get("n_group", 1), fields.get("topk_group", 1)
+    if experts % groups or open_groups > groups:
+        raise CheckpointError(
+            f"config.json says {experts} experts in {groups} groups, {open_groups} of which are open: the experts must "
+            "be a multiple of the groups, and these at least as many as are open."
+        )
+    reachable, chosen = experts // groups * open_groups, fields["num_experts_per_tok"]
+    if chosen > reachable:
+        raise CheckpointError(f"config.json says that each token takes {chosen} of {reachable} experts.")
+    if fields.get("decoder_sparse_step", 1) < 1:
+        raise CheckpointError("config.json says decoder_sparse_step=0; a positive integer is needed.")
+
+
+def _check_known(name: str, value: Any, known: Collection[str]) -> None:
+    if value not in tuple(known):
+        raise CheckpointError(f"config.json says {name}={value!r}; known are {', '.join(sorted(known))}.")
+
+
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     # transformers 5 writes rope_parameters, older ones rope_theta and rope_scaling next to each other.
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"config.json says rope_scaling={given!r}; an object is needed.")
+    rope = dict(given)
     rope.setdefault("rope_type", rope.pop("type", "default"))
+    _check_known("rope_type", rope["rope_type"], {"default", *ROPE_INIT_FUNCTIONS})
     for name in ("rope_theta", "partial_rotary_factor"):
         if config.get(name) is not None:
             rope.setdefault(name, config[name])
     theta = rope.get("rope_theta")
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
         raise CheckpointError(f"config.json says rope_theta={theta!r}; a positive number is needed.")
+    part = rope.get("partial_rotary_factor", 1.0)
+    if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 < part <= 1:
+        raise CheckpointError(f"config.json says partial_rotary_factor={part!r}; a share from 0 to 1 is needed.")
     return rope

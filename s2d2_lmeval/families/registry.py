@@ -58,7 +58,7 @@ def mark(native: PreTrainedConfig, facts: Facts) -> None:
 
 def family_named(name: str) -> Family:
     """The family of that name; CheckpointError names the known ones."""
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(f"no family is called {name!r}. Known families: {', '.join(FAMILIES)}.")
     return FAMILIES[name]
 

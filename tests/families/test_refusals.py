@@ -163,11 +163,39 @@ def test_stop_token_out_of_range(publish, stop):
         ({"rope_theta": None}, "rope_theta=None"),
         ({"num_key_value_heads": 3}, "must be a multiple"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
-        ({"hidden_act": 3}, "does not describe"),
+        ({"hidden_act": 3}, "hidden_act=3"),
+        ({"hidden_act": "sigmund"}, "hidden_act='sigmund'; known are"),
+        ({"attention_bias": "yes"}, "does not describe"),
+        ({"head_dim": 15}, "even rotary dimension"),
+        ({"torch_dtype": "float7"}, "dtype='float7'; known are"),
+        ({"rope_scaling": {"type": "warp"}}, "rope_type='warp'; known are"),
+        ({"rope_scaling": "linear"}, "an object is needed"),
+        ({"partial_rotary_factor": 7}, "partial_rotary_factor=7"),
+        ({"quantization_config": 3}, "quantization_config"),
+        ({"block_diffusion_family": ["sdar"]}, "no family is called ['sdar']"),
     ],
 )
 def test_configuration_out_of_range(publish, changes, needed):
     published = publish("sdar")
+    (published.folder / "config.json").write_text(json.dumps(published.config | changes))
+    refused(published.folder, needed)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "needed"),
+    [
+        ("sdar_moe", {"num_experts_per_tok": 99}, "takes 99 of 6 experts"),
+        ("sdar_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
+        ("llada2", {"num_experts_per_tok": 9}, "takes 9 of 8 experts"),
+        ("llada2", {"n_group": 5}, "12 experts in 5 groups"),
+        ("llada2", {"topk_group": 9}, "9 of which are open"),
+        ("llada2", {"first_k_dense_replace": 9}, "does not fit Glm4MoeForCausalLM"),
+        ("llada", {"n_kv_heads": 3}, "must be a multiple"),
+        ("fast_dllm_v2", {"bd_size": "32"}, "'32' is not a positive integer"),
+    ],
+)
+def test_sizes_out_of_range(publish, name, changes, needed):
+    published = publish(name)
     (published.folder / "config.json").write_text(json.dumps(published.config | changes))
     refused(published.folder, needed)
 
