@@ -25,6 +25,7 @@ from s2d2_lmeval.runtime.runner import Runner
 
 from .ddtree_recorded import DATA
 from .drafting_tiny import BLOCK, drafter_for, pair, with_drafter
+from .test_device_reads import counted
 from .tiny import VOCABULARY, tiny_model
 
 MASK = VOCABULARY - 1
@@ -391,3 +392,24 @@ def test_a_drafter_that_breaks_is_told_of() -> None:
     drafter.norm.weight.data.fill_(float("nan"))
     with pytest.raises(NumericalError):
         with_drafter(native, facts, drafter).generate([[1, 2]], {"decoder": "dflash"}, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "reads_drafts"),
+    [({"decoder": "dflash"}, False), ({"tree_budget": 12}, False), ({"tree_budget": "auto"}, True)],
+)
+def test_a_draft_stays_on_the_device(
+    options: dict[str, Any], reads_drafts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host reads the device once per step of the target; of a draft only how many nodes ``auto`` has chosen."""
+    model = pair()
+    prompts = [[3, 1, 4], [1, 5], [9, 2, 6, 5]]
+    model.generate(prompts, options, max_new_tokens=8)
+    model.trace.reset()
+    with counted(monkeypatch) as seen:
+        model.generate(prompts, {"decoder": "ddtree", **options}, max_new_tokens=8)
+    totals = model.trace.totals()
+    steps = totals["target_steps"] + totals["drafter_steps"] * reads_drafts
+    timing = seen.count("item")  # forwards are timed before a run that asks for it
+    assert len(seen) - timing == steps
+    assert (timing > 0) == reads_drafts
