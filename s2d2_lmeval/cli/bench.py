@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SUMMARY = "measure decoders, schedules and batches on this machine"
 
+_CLOCKS = {"wall": "wall clock", "cpu": "processor time"}
+
 DECODERS = "ar,dynamic,s2d2,s2d2:reference,s2d2:lookahead,sliding"
 
 
@@ -55,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cuda, cpu, … (default: cuda if there is one)")
     parser.add_argument("--dtype", help="of the weights (default: bfloat16 on CUDA, else float32)")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument(
+        "--clock",
+        choices=tuple(_CLOCKS),
+        default="wall",
+        help="cpu: processor time of this process, for a machine that others use too; with --threads 1 on a CPU",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw tokens per second (needs matplotlib)")
 
@@ -66,11 +74,13 @@ def run(args: argparse.Namespace) -> int:
     from s2d2_lmeval.cli.console import hide_loading_bars, make_console
     from s2d2_lmeval.harness.loading import choose_device
     from s2d2_lmeval.harness.report import environment
+    from s2d2_lmeval.runtime import clock
     from s2d2_lmeval.studies import bench
     from s2d2_lmeval.studies.scripted import Script, follow_script
 
     hide_loading_bars()
     console = make_console()
+    clock.choose(args.clock)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(choose_device(args.device, None))
@@ -89,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(
         f"{args.model} on {about['device']}, {about['dtype']}, {about['threads']} threads, torch {about['torch']}, "
         f"transformers {about['transformers']}; {len(work.prompts)} prompts, {args.new_tokens} new tokens each, median "
-        f"of {args.repeats}. The floor reads the weights once: {floor:.2f} ms."
+        f"of {args.repeats} by the {_CLOCKS[args.clock]}. The floor reads the weights once: {floor:.2f} ms."
     )
     if script is not None:
         console.print(

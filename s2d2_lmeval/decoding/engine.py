@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,6 +30,7 @@ from s2d2_lmeval.decoding.subblocks import SubblockDenoiser, SubblockS2D2
 from s2d2_lmeval.decoding.target import Target
 from s2d2_lmeval.errors import CapacityError, ConfigError
 from s2d2_lmeval.families import Facts
+from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.memory import RowLimit, out_of_memory
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
@@ -197,7 +197,7 @@ class Engine:
 
     def _step(self) -> None:
         """One engine step: plan, forward, advance; and its record in the trace."""
-        started, model_seconds = time.perf_counter(), self.runner.model_seconds
+        started, model_seconds = clock.now(), self.runner.model_seconds
         plan = self.decoder.plan()
         logits = self.runner.forward(plan.request)
         outcome = self.decoder.advance(logits)
@@ -216,7 +216,7 @@ class Engine:
                 carried=outcome.carried,
                 deepest=outcome.deepest,
                 windows=outcome.windows,
-                seconds=time.perf_counter() - started,
+                seconds=clock.now() - started,
                 model_seconds=self.runner.model_seconds - model_seconds,
                 states=outcome.states,
                 skipped=outcome.skipped,

@@ -9,7 +9,6 @@ which has no tractable one.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ import torch
 
 from s2d2_lmeval.errors import CapacityError
 from s2d2_lmeval.families.facts import NO_MASK
+from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.memory import RowLimit, out_of_memory
 from s2d2_lmeval.runtime.passes import Layout, Pass
 from s2d2_lmeval.runtime.runner import Runner
@@ -93,7 +93,7 @@ class Scorer:
 
     def _step(self, items: list[_Item], slots: np.ndarray) -> None:
         """One forward: the next chunk of every row, scored where it is to be."""
-        started, model_seconds = time.perf_counter(), self.runner.model_seconds
+        started, model_seconds = clock.now(), self.runner.model_seconds
         done = np.array([item.done for item in items])
         take = np.array([min(CHUNK, len(item.tokens) - item.done) for item in items])
         length = np.array([len(item.tokens) for item in items])
@@ -143,7 +143,7 @@ class Scorer:
             item.greedy &= bool(part[1].all())
         for item, n in zip(items, take, strict=True):
             item.done += int(n)
-        self._record(layout, scored, take, time.perf_counter() - started, self.runner.model_seconds - model_seconds)
+        self._record(layout, scored, take, clock.now() - started, self.runner.model_seconds - model_seconds)
 
     def _record(
         self, layout: Layout, scored: np.ndarray, take: np.ndarray, seconds: float, model_seconds: float

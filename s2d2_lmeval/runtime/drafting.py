@@ -7,13 +7,13 @@ the same text.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.costs import CostCurve
 from s2d2_lmeval.runtime.drafter import DFlash, FeatureTap
 from s2d2_lmeval.runtime.memory import bytes_per_position
@@ -66,9 +66,9 @@ class DraftingRunner(Runner):
     def commit(self, request: Pass, kept: np.ndarray, paths: Mapping[int, np.ndarray] | None = None) -> None:
         super().commit(request, kept, paths) if request.model == TARGET else self.drafter.commit(request, kept, paths)
         if request.feeds_drafter:
-            started = time.perf_counter()
+            started = clock.now()
             self._hand_over(request, kept, paths or {})
-            self.model_seconds += time.perf_counter() - started
+            self.model_seconds += clock.now() - started
 
     def _hand_over(self, request: Pass, kept: np.ndarray, paths: Mapping[int, np.ndarray]) -> None:
         """Let the drafter absorb what ``request`` has added to the prefix: leading queries, then those kept later."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.costs import CostCurve, widths_to_measure
@@ -102,9 +102,9 @@ class Runner:
         taken = []
         for _ in range(1 + repeats):
             self.cache.lengths[:rows] = prefix
-            started = time.perf_counter()
+            started = clock.now()
             self.forward(request).flatten()[0].item()  # the read waits for the device
-            taken.append(time.perf_counter() - started)
+            taken.append(clock.now() - started)
         self.cache.lengths[:] = 0
         self.settle()
         return float(np.median(taken[1:]))
@@ -112,7 +112,7 @@ class Runner:
     @torch.inference_mode()
     def forward(self, request: Pass) -> torch.Tensor:
         """Run one pass; return the wanted logits (M, V), at least in float32. The kept queries become prefix."""
-        started, mark = time.perf_counter(), self._mark()
+        started, mark = clock.now(), self._mark()
         logits = None if self.static is None else self.static.forward(request, self.cache)
         if logits is None:
             context = AttentionContext.build(request, self.cache, self.attention)
@@ -120,7 +120,7 @@ class Runner:
         self.cache.commit(request.layout.slots, request.keep)
         end = self._mark()
         if mark is None or end is None:
-            self.model_seconds += time.perf_counter() - started
+            self.model_seconds += clock.now() - started
         else:
             self._marks.append((mark, end))
         return logits

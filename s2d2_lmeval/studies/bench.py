@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from s2d2_lmeval.model import BlockDiffusionModel
+from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.studies.plain import PlainS2D2
 from s2d2_lmeval.studies.scripted import Script
 
@@ -57,9 +57,9 @@ def measure(
     runs = []
     for repeat in range(repeats + 1):
         model.trace.reset()
-        started = time.perf_counter()
+        started = clock.now()
         model.generate(work.prompts, config)
-        totals = {**model.trace.totals(), "wall": time.perf_counter() - started}
+        totals = {**model.trace.totals(), "wall": clock.now() - started}
         alone = (record for record in model.trace.records if set(record.kinds) == {"prefill"})
         totals["prefill_seconds"] = sum(record.seconds for record in alone)
         if repeat:
@@ -102,11 +102,11 @@ def measure_plain(
     for repeat in range(repeats + 1):
         loop = PlainS2D2(plain, mask_token_id, block_length, scripted)
         _synchronise(plain.device)
-        started = time.perf_counter()
+        started = clock.now()
         for prompt in work.prompts if repeat else work.prompts[:1]:
             loop.generate(list(prompt), work.new_tokens)
         _synchronise(plain.device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock.now() - started)
     tokens = len(work.prompts) * work.new_tokens
     return Measurement(
         name=PLAIN,
@@ -137,12 +137,12 @@ def measure_transformers(
     )
     seconds = []
     for repeat in range(repeats + 1):
-        started = time.perf_counter()
+        started = clock.now()
         # The first run compiles and fills caches: one batch of it is enough.
         for part in ids.split(batch) if repeat else ids[:batch].split(batch):
             plain.generate(part, attention_mask=torch.ones_like(part), generation_config=settings)
         _synchronise(plain.device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock.now() - started)
     parts = len(ids.split(batch))
     return Measurement(
         name=f"transformers generate, {cache or 'dynamic'} cache",
@@ -177,10 +177,10 @@ def copy_bandwidth(device: torch.device) -> float:
         seconds = []
         for _ in range(8):
             _synchronise(device)
-            started = time.perf_counter()
+            started = clock.now()
             target.copy_(source)
             _synchronise(device)
-            seconds.append(time.perf_counter() - started)
+            seconds.append(clock.now() - started)
         # A copy reads and writes; reading alone has the bandwidth of both together.
         _BANDWIDTHS[device] = 2 * source.numel() / statistics.median(seconds)
     return _BANDWIDTHS[device]
