@@ -20,9 +20,9 @@ class TreeOptions:
         low=2,
     )
     couple_drafts: bool = option(
-        True,
-        "at a temperature, draft with the keyed noise that the target will be drawn with, so that more is accepted; "
-        "otherwise drafts know no temperature, as published",
+        False,
+        "at a temperature, draft with the keyed noise that the target will be drawn with; otherwise drafts know no "
+        "temperature, as published",
         decoders=DRAFTED,
     )
     tree_budget: int | str = option(

@@ -36,11 +36,11 @@ SAMPLING = (
 )
 DRAFTS = (
     {"decoder": "dflash"},
-    {"decoder": "dflash", "couple_drafts": False},
+    {"decoder": "dflash", "couple_drafts": True},
     {"decoder": "dflash", "draft_block_size": 3},
     {"decoder": "ddtree", "tree_budget": 1},
     {"decoder": "ddtree", "tree_budget": 12},
-    {"decoder": "ddtree", "tree_budget": 12, "tree_seed_chain": True},
+    {"decoder": "ddtree", "tree_budget": 12, "tree_seed_chain": True, "couple_drafts": True},
     {"decoder": "ddtree", "tree_budget": 90, "tree_sharpen": 2.0},
     {"decoder": "ddtree", "tree_budget": "auto"},
     {"decoder": "ddtree", "tree_budget": 12, "schedule": "reference"},
