@@ -41,6 +41,14 @@ def test_json_holds_what_python_answers(checkpoint: Path, capsys: pytest.Capture
     assert "steps" not in told
 
 
+def test_a_preset_and_what_is_given_beside_it(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = answer(capsys, checkpoint, "-p", "hi", "--no-chat", "-n", "4", "-o", "preset=sdar-b", "temperature=0.5")
+    decoding = told["decoding"]
+    assert (decoding["preset"], decoding["block_length"], decoding["temperature"]) == ("sdar-b", 16, 0.5)
+    assert run(checkpoint, "-p", "hi", "-o", "preset=fast-a") == 2
+    assert "sdar has sdar-a, sdar-b" in capsys.readouterr().err
+
+
 def test_steps_come_with_trace(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = answer(capsys, checkpoint, "-p", "hello", "-n", "8", "--trace", "-o", ALWAYS)
     assert {step["kind"] for step in told["steps"]} == {"draft", "verify"}

@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 
 import s2d2_lmeval
 from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.harness import report
 from s2d2_lmeval.harness.prompts import request_key
 
 from ..families.conftest import LAYOUTS, random_native, write_weights
@@ -116,6 +117,14 @@ def test_an_adapter_of_another_base(tmp_path: Path, task_folder: Path) -> None:
     _, adapter = write_folder(tmp_path / "llada", "llada")
     with pytest.raises(CheckpointError, match=r"changes model\.transformer\.blocks.*Load the base model"):
         simple_evaluate(model="s2d2", model_args=model_arguments(base, adapter), tasks=["tiny_free"], device="cpu")
+
+
+def test_the_header_of_a_run_says_that_a_base_lacks_its_adapter(tmp_path: Path) -> None:
+    base, adapter = write_folder(tmp_path, "llada")
+    for given in (None, adapter):
+        model = s2d2_lmeval.load(base, adapter=given, device="cpu")
+        told = report.header("here", model, model.config({}), None, 1)
+        assert ("by a LoRA adapter: give it as" in told) == (given is None)
 
 
 @pytest.mark.slow
