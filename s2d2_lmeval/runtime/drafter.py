@@ -60,7 +60,7 @@ class DFlash(nn.Module):
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
         # Of the target, in a list: they are no part of this model.
-        self._shared: list[nn.Module] = []
+        self._shared: list[Any] = []
 
     def attach(self, target: PreTrainedModel) -> DFlash:
         """Use the target's embedding and head."""

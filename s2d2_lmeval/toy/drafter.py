@@ -1,8 +1,9 @@
-"""Train the toy model's drafter: ``python -m s2d2_lmeval.toy.drafter --minutes 20 --out s2d2_lmeval/toy/drafter_checkpoint``.
+"""Train the toy model's drafter: ``python -m s2d2_lmeval.toy.drafter --out s2d2_lmeval/toy/drafter_checkpoint``.
 
 As published (DFlash, arXiv 2602.06036): the target stays as it is; out of each answer come a few blocks that begin at a
 random token of it, all masks behind; places near the block's beginning count more. The target reads the text token by
-token, as in its autoregressive mode, whose greedy tokens the drafter is to guess.
+token, as in its autoregressive mode, whose greedy tokens the drafter is to guess. Not as published: the drafter begins
+as three of the target's four layers, which can fill masks already, so that minutes on a CPU are enough.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ LOG_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of a batch: arguments of :meth:`DrafterNetwork.forward`, and ``truth`` and ``place`` (number of wanted,) of
-    what is to be guessed.
+    """Blocks of a batch: arguments of :meth:`DrafterNetwork.forward`, and ``truth`` and ``place`` (number of wanted,)
+    of what is to be guessed.
     """
 
     tokens: Tensor

@@ -59,7 +59,7 @@ class DrafterNetwork(nn.Module):
         """
         for layer, index in zip(self.layers, layer_ids, strict=True):
             layer.load_state_dict(target.model.layers[index].state_dict())
-        norms = [layer.input_layernorm.weight for layer in self.layers]
+        norms = [target.model.layers[index].get_submodule("input_layernorm").weight for index in layer_ids]
         self.hidden_norm.weight.copy_(torch.stack(norms).mean(0))  # type: ignore[arg-type]
         self.norm.load_state_dict(target.model.norm.state_dict())
         count, size = len(self.target_layer_ids), self.shape.hidden

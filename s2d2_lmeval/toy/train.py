@@ -60,7 +60,7 @@ class Options:
 class Optimizers:
     """Muon for the matrices of the layers, AdamW for the embedding and the norms, under one schedule."""
 
-    def __init__(self, network: Network, rate: float) -> None:
+    def __init__(self, network: nn.Module, rate: float) -> None:
         matrices = [w for name, w in network.named_parameters() if w.dim() == 2 and "embed" not in name]
         others = [w for name, w in network.named_parameters() if w.dim() != 2 or "embed" in name]
         self.rate = rate
