@@ -42,7 +42,7 @@ class Evaluator:
 
         :raises StorageError: when nothing can be recorded.
         """
-        started = time.perf_counter()
+        started, decoded = time.perf_counter(), 0
 
         def on_sample(line: Line) -> None:
             nonlocal decoded
@@ -50,7 +50,6 @@ class Evaluator:
             if self.on_sample is not None:
                 self.on_sample(job, line)
 
-        decoded = 0
         with PointStore(job.path, on_sample) as store:
             if is_complete(store, job):
                 return Outcome(0, 0.0)

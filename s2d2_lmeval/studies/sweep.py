@@ -65,7 +65,8 @@ class Sweep(Observer):
     watcher: Observer | None = None
     new_samples: int = 0
     _begun: float = 0.0
-    _before: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _seconds_before: dict[str, float] = field(default_factory=dict)
+    _told: Counter[str] = field(default_factory=Counter)
 
     def run(self) -> Counter[str]:
         """Run what is left of the study; how many points ended how.
@@ -103,7 +104,8 @@ class Sweep(Observer):
         """See :class:`~s2d2_lmeval.studies.backends.Observer`."""
         progress = self.points[job.digest]
         progress.state = RUNNING
-        self._before[job.digest] = (progress.seconds, progress.new_tokens)
+        self._seconds_before[job.digest] = progress.seconds
+        self._told[job.digest] = 0
         if self.watcher is not None:
             self.watcher.started(job)
 
@@ -111,19 +113,19 @@ class Sweep(Observer):
         """See :class:`~s2d2_lmeval.studies.backends.Observer`."""
         progress = self.points[job.digest]
         self.new_samples += 1
+        self._told[job.digest] += 1
         progress.done = min(progress.done + 1, job.documents)
         progress.new_tokens += line["stats"].get("new_tokens", 0)
         progress.nfe += line["stats"].get("nfe", 0)
-        progress.seconds = self._before[job.digest][0] + line["elapsed"]
+        progress.seconds = self._seconds_before[job.digest] + line["elapsed"]
         if self.watcher is not None:
             self.watcher.sample(job, line)
 
     def ended(self, job: Job, outcome: Outcome) -> None:
         """See :class:`~s2d2_lmeval.studies.backends.Observer`."""
-        told = self.points[job.digest]
         progress = self.points[job.digest] = Progress.of(job)
-        # A worker on another machine tells of its samples only now.
-        self.new_samples += max(0, outcome.decoded - int(told.done > 0) * outcome.decoded)
+        # A worker in another process tells of its samples only now.
+        self.new_samples += outcome.decoded - self._told[job.digest]
         if outcome.error:
             progress.state, progress.error = FAILED, outcome.error
         if self.watcher is not None:

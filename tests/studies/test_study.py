@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 
 from s2d2_lmeval.cli import main
+from s2d2_lmeval.cli.sweep import chosen
+from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.errors import S2D2Error, StudyError
+from s2d2_lmeval.families.facts import Facts
+from s2d2_lmeval.families.registry import family_named
 from s2d2_lmeval.studies.planning import Plan
 from s2d2_lmeval.studies.study import make_study, read_study
 
@@ -119,3 +123,50 @@ def test_the_packaged_studies_are_studies(path: Path) -> None:
     made = read_study(path)
     assert made.points()
     assert "ar" in {options.get("decoder") for options in made.decoding.values()}
+
+
+PUBLISHED = {
+    "paper-sdar": ("sdar", {"sdar-8b-A": 4, "sdar-8b-B": 16}),
+    "paper-fast-dllm-v2": ("fast_dllm_v2", {"fast-dllm-v2-7b": 32}),
+    "paper-llada2": ("llada2", {"llada2.1-mini": 32}),
+    "paper-d2f": ("llada", {"d2f-llada": 32}),
+    "thresholds": ("sdar", {"SDAR-1.7B-Chat": 4}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_packaged_studies_fit_their_families(name: str) -> None:
+    """No checkpoint is at hand, so the facts are put together from the family's table."""
+    family_name, lengths = PUBLISHED[name]
+    family = family_named(family_name)
+    made = read_study(ROOT / "studies" / f"{name}.yaml")
+    for model, length in lengths.items():
+        assert model in made.models
+        facts = Facts(
+            family=family.name,
+            native_class=family.native_class,
+            mask_token_id=1,
+            block_length=length,
+            vocab_size=100,
+            token_shift=family.token_shift,
+            block_alignment=family.block_alignment,
+            stop_token_ids=(2,),
+            max_context=4096,
+            decoders=family.decoders,
+            defaults=family.defaults(length),
+            scheme=family.scheme,
+        )
+        configurations = {name: DecodingConfig.from_options(options, facts) for name, options in made.decoding.items()}
+        assert len(set(map(str, configurations.values()))) == len(configurations)
+
+
+def test_a_part_of_a_study() -> None:
+    whole = read_study(ROOT / "studies" / "thresholds.yaml")
+    part = chosen(whole, ["s2d2_gsm8k"], "dynamic")
+    assert [task.task for task in part.tasks] == ["s2d2_gsm8k"]
+    assert {options["decoder"] for options in part.decoding.values()} == {"ar", "dynamic"}
+    assert chosen(whole, None, None) is whole
+    with pytest.raises(StudyError, match=r"Did you mean s2d2_gsm8k\?"):
+        chosen(whole, ["s2d2_gms8k"], None)
+    with pytest.raises(StudyError, match=r"Did you mean dynamic\?"):
+        chosen(whole, None, "dynamics")

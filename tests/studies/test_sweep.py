@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
+import multiprocessing.process
 import random
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,8 +17,11 @@ from s2d2_lmeval.cli import main
 from s2d2_lmeval.errors import NumericalError, StudyError
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.studies import evaluation
-from s2d2_lmeval.studies.planning import read_manifest
+from s2d2_lmeval.studies.backends import LocalBackend
+from s2d2_lmeval.studies.planning import Plan, read_manifest
 from s2d2_lmeval.studies.store import PointStore, StorageError, read_point
+from s2d2_lmeval.studies.study import make_study
+from s2d2_lmeval.studies.sweep import Sweep
 
 from .conftest import RunStudy
 from .small import STUDY, outcomes
@@ -28,10 +30,6 @@ from .small import STUDY, outcomes
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, backend: Any) -> Path:
     """The small study, uninterrupted."""
-    from s2d2_lmeval.studies.planning import Plan
-    from s2d2_lmeval.studies.study import make_study
-    from s2d2_lmeval.studies.sweep import Sweep
-
     folder = tmp_path_factory.mktemp("reference")
     sweep = Sweep(Plan(make_study(STUDY), folder), backend)
     assert sweep.run() == {"complete": 2}
@@ -207,10 +205,6 @@ def test_a_manifest_that_cannot_be_read(study: dict[str, Any], run_study: RunStu
 
 def test_each_model_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, study: dict[str, Any]) -> None:
     from s2d2_lmeval.harness import model
-    from s2d2_lmeval.studies.backends import LocalBackend
-    from s2d2_lmeval.studies.planning import Plan
-    from s2d2_lmeval.studies.study import make_study
-    from s2d2_lmeval.studies.sweep import Sweep
 
     loaded = []
     load = model.S2D2LM.__init__
@@ -251,27 +245,34 @@ def test_a_failure_shows_in_the_exit_code(
     assert "RuntimeError: no such luck" in capsys.readouterr().out
 
 
+def _in_a_process(study: dict[str, Any], folder: Path) -> multiprocessing.process.BaseProcess:
+    """The study in a process of its own; forked, so that it need not import everything anew."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=lambda: Sweep(Plan(make_study(study), folder), LocalBackend()).run())
+    process.start()
+    return process
+
+
 @pytest.mark.slow
-def test_killed_at_ten_moments_it_ends_the_same(reference: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="forks after threads were started")
+def test_killed_at_ten_moments_it_ends_the_same(reference: Path, study: dict[str, Any], tmp_path: Path) -> None:
     """``kill -9`` at random moments of ten runs, then one that is left alone."""
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump({**STUDY, "models": {"toy": "toy"}}))
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "s2d2_lmeval", "sweep", str(path), "--output", str(out), "--threads", "1"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    rng, kills = random.Random(0), 0
-    while kills < 10:
-        before = sum(file.stat().st_size for file in out.glob("points/*"))
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        # From the moment in which it writes again, a random while; the first kills come before that.
-        deadline = time.monotonic() + (rng.uniform(0, 5) if kills < 2 else 120)
-        while time.monotonic() < deadline and process.poll() is None:
-            if sum(file.stat().st_size for file in out.glob("points/*")) > before:
+    rng, writing = random.Random(0), 0
+    for kill in range(10):
+        before = sum(file.stat().st_size for file in tmp_path.glob("points/*"))
+        process = _in_a_process(study, tmp_path)
+        # The first kills come at any moment, the others a random while after it has begun to write again.
+        deadline = time.monotonic() + (rng.uniform(0, 2) if kill < 2 else 120)
+        while time.monotonic() < deadline and process.is_alive():
+            if sum(file.stat().st_size for file in tmp_path.glob("points/*")) > before:
+                writing += 1
+                time.sleep(rng.uniform(0, 0.5))
                 break
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.15))
-        kills += 1
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert outcomes(out) == outcomes(reference)
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+    assert writing >= 5
+    process = _in_a_process(study, tmp_path)
+    process.join()
+    assert process.exitcode == 0
+    assert outcomes(tmp_path) == outcomes(reference)
