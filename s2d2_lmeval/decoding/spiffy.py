@@ -188,7 +188,10 @@ class Spiffy(BlockDenoiser):
         plan = self._plan
         if not plan.drafts:
             return 0
-        return 1 + (self.drafter.widest if plan.offered.shape[1] else 0)
+        if not plan.offered.shape[1]:
+            return 1
+        masks = self.rows.masks[plan.request.layout.slots[plan.inside + plan.finishing > 0]].sum(1)
+        return 1 + min(self.drafter.widest, int(masks.max()))
 
     def _logits_of(self, state: torch.Tensor, stage: Stage, logits: torch.Tensor) -> torch.Tensor:
         """Logits (M, V) of every place that is read, in the ``state`` (rows,) of its row: 0 for the current one."""

@@ -31,7 +31,7 @@ CALIBRATION_PROMPTS = {"static": 16, "dynamic": 120}
 """Of each corpus. The toy is so sure of itself that most of its blocks come out of one dynamic step, which is no state
 to count; a model that works harder needs no more prompts for one decoder than for another.
 """
-DEPTH = 4
+DEPTH = 6
 DEFAULT_NODES = 16
 BASES: dict[str, dict[str, Any]] = {"static": {}, "dynamic": {"confidence_threshold": 0.9}}
 SHARED = {"block_length": BLOCK_LENGTH, "max_new_tokens": NEW_TOKENS}
@@ -207,8 +207,8 @@ def by_part(model: BlockDiffusionModel, tokenizer: Any, folder: Path, problems: 
 def main() -> None:
     """Print the tables, or write the default graphs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=int, default=40, help="held-out problems of each corpus (default: 40)")
-    parser.add_argument("--nodes", type=int, nargs="+", default=[4, 8, 16], help="sizes of calibrated graphs")
+    parser.add_argument("--problems", type=int, default=16, help="held-out problems of each corpus (default: 16)")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[8, 16], help="sizes of calibrated graphs")
     parser.add_argument("--traces", type=Path, help="folder that keeps the calibration traces")
     parser.add_argument("--make-default-graphs", action="store_true", help="write the graphs of the package")
     args = parser.parse_args()

@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from s2d2_lmeval import BlockDiffusionModel, DecodingConfig, load
-from s2d2_lmeval.decoding.draft_graph import DraftGraph, parse_graph
+from s2d2_lmeval.decoding.draft_graph import DraftGraph, load_graph, parse_graph
 from s2d2_lmeval.decoding.engine import DECODER_CLASSES
 from s2d2_lmeval.decoding.generation import Generation
 from s2d2_lmeval.decoding.spiffy import Spiffy
 from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.harness.report import Totals
 from s2d2_lmeval.runtime.costs import CostCurve
 
 from . import editing_tiny, subblocks_drawn
@@ -300,3 +301,36 @@ def test_a_graph_of_another_configuration_warns_that_it_is_only_slower(tmp_path:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         engine(seed=0).generate([[1, 2]], {**options, "base": "static", "block_length": 8}, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("base", ["static", "dynamic", "sequential", "entropy_bounded", "editing"])
+def test_default_graphs_come_with_the_package_and_know_their_counts(base: str) -> None:
+    graph = load_graph("default", base)
+    assert graph.counted
+    assert len(graph.nodes) >= 8
+    assert graph.model["source"] == "toy"
+    counts = [node.count for node in graph.nodes]
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_statistics_reach_the_results(tmp_path: Path) -> None:
+    path = tmp_path / "graph.json"
+    DraftGraph.chain(8, 4).save(path)
+    model = engine(seed=0)
+    model.trace.reset()
+    config = DecodingConfig(decoder="spiffy", base="static", block_length=8, draft_graph=str(path), draft_nodes=4)
+    answers = model.generate(PROMPTS, config, max_new_tokens=16)
+    totals = Totals()
+    totals.add_run({}, model.trace.totals(), 1.0)
+    for answer in answers:
+        totals.add_response("some task", answer.stats)
+    summary = totals.summary()
+    for counts in (summary["totals"], summary["tasks"]["some task"]):
+        assert counts["steps"] == sum(len(answer.steps) for answer in answers)
+        assert 0 < counts["states_accepted"] < counts["states_drafted"]
+        assert counts["forwards_saved"] == counts["states_accepted"] / counts["steps"]
+        assert counts["draft_forwards"] == counts["steps"] - counts["states_accepted"]
+    for record in model.trace.records:
+        offered = record.states > 0
+        assert (record.widths[offered] >= 8 * (1 + record.states[offered])).all()
+        assert (record.skipped <= record.states).all()
