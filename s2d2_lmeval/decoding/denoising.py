@@ -7,14 +7,13 @@ takes the logits. A step of a row:
 2. choose  by the remasking strategy which masks to decide
 3. decide  write them into the block; a finished block is committed and the next begins
 
-The device part works on all rows at once (:class:`Stage`, :class:`Decisions`). It never waits; the host learns what
+The device part (:mod:`~s2d2_lmeval.decoding.stages`) works on all rows at once. It never waits; the host learns what
 happened from one read at the end and moves every row to its next phase.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +27,7 @@ from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, read_ba
 from s2d2_lmeval.decoding.remasking import choose
 from s2d2_lmeval.decoding.rows import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Rows
 from s2d2_lmeval.decoding.sampling import draft_tokens
+from s2d2_lmeval.decoding.stages import Decisions, Draft, Stage
 from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
@@ -35,75 +35,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from s2d2_lmeval.families import Facts
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Where every row stands, on the device.
-
-    ``block`` (rows, B) tokens; ``index`` (rows, B) their places in the flattened store; ``position`` (rows, B);
-    ``step`` (rows, 1) of the block; ``count`` (rows,) tokens that the schedule asks of it; ``given`` (rows,) prompt
-    tokens in the block; ``key`` (rows, 1) names the request's randomness.
-    """
-
-    block: torch.Tensor
-    index: torch.Tensor
-    position: torch.Tensor
-    step: torch.Tensor
-    count: torch.Tensor
-    given: torch.Tensor
-    key: torch.Tensor
-
-    def draws(self, purpose: int) -> random.Key:
-        """Names draws at every place: a place is drawn at most once per purpose and step."""
-        return random.Key(purpose, self.key, self.position, self.step)
-
-
-@dataclass
-class Draft:
-    """The latest draft of every row (rows, B).
-
-    Tokens, their confidence, and the entropy (nats) of their distribution if it is needed. ``sound`` is false once
-    logits were no numbers.
-    """
-
-    tokens: torch.Tensor
-    confidence: torch.Tensor
-    entropy: torch.Tensor
-    sound: torch.Tensor
-
-    @classmethod
-    def empty(cls, shape: tuple[int, int], device: torch.device) -> Draft:
-        """Before the first draft."""
-        zeros = torch.zeros(shape, device=device)
-        return cls(zeros.long(), zeros, zeros, torch.ones((), dtype=torch.bool, device=device))
-
-
-class Decisions:
-    """What one step decides: ``block``, ``masks``, ``marks`` and the ``order`` within equal marks, all (rows, B)."""
-
-    def __init__(self, block: torch.Tensor, mask_token_id: int) -> None:
-        self.block = self.before = block
-        self.masks = self.masked_before = block == mask_token_id
-        self.marks = self.order = torch.full_like(block, NOTHING)
-
-    def decide(self, places: torch.Tensor, tokens: torch.Tensor, mark: int, order: torch.Tensor | None = None) -> None:
-        """Write ``tokens`` at ``places``."""
-        self.block = torch.where(places, tokens, self.block)
-        self.masks = self.masks & ~places
-        self.marks = self.marks.masked_fill(places, mark)
-        if order is not None:
-            self.order = torch.where(places, order, self.order)
-
-    @property
-    def count(self) -> torch.Tensor:
-        """(rows,) tokens decided so far."""
-        return (self.masked_before & ~self.masks).sum(-1)
-
-    def tables(self, draft: torch.Tensor) -> StepTables[torch.Tensor]:
-        """For the host; ``draft`` (rows, B) are the drafted tokens."""
-        drafted = torch.where(self.masked_before, draft, self.before)
-        return StepTables(self.before, drafted, self.block, self.marks, self.order)
 
 
 class BlockDenoiser:
@@ -254,13 +185,17 @@ class BlockDenoiser:
             table = table.to(values.dtype)
             return table.index_put(at, values if valid is None else torch.where(valid, values, table[at]))
 
-        tokens, confidence = draft_tokens(logits, self.config, self.source, stage.draws(random.DRAFT).take(at))
+        tokens, confidence = self._draw(logits, stage.draws(random.DRAFT).take(at))
         draft.tokens = put(draft.tokens, tokens)
         draft.confidence = put(draft.confidence, confidence)
         draft.sound = draft.sound & ~confidence.isnan().any()
         if self.config.strategy == "entropy_bounded" and not self.config.collapse_entropy:
             p = logits.softmax(-1)
             draft.entropy = put(draft.entropy, -torch.special.xlogy(p, p).sum(-1))
+
+    def _draw(self, logits: torch.Tensor, key: random.Key) -> tuple[torch.Tensor, torch.Tensor]:
+        """A token (M,) and its probability (M,) from each row of ``logits`` (M, V)."""
+        return draft_tokens(logits, self.config, self.source, key)
 
     def _revise(self, decisions: Decisions, stage: Stage, drafting: torch.Tensor) -> None:
         """Change decided tokens of the rows ``drafting`` (rows,), in schemes that do: here what is decided stays."""
@@ -403,18 +338,3 @@ class BlockDenoiser:
         most = 0 if self.config.schedule == "reference" else max(self.prefill_chunk, rows.block_length)
         rows.phase[slot] = DRAFT if waiting <= most else PREFILL
         rows.wanted[slot] = True if self.read_whole_block else rows.masks[slot]
-
-
-def turn(stage: Stage, moved: torch.Tensor, mask_token_id: int, first_count: int) -> Stage:
-    """The stage with the rows ``moved`` (rows,) at the beginning of their next block."""
-    across = moved.unsqueeze(1)
-    length = stage.block.shape[1]
-    return replace(
-        stage,
-        block=stage.block.masked_fill(across, mask_token_id),
-        index=stage.index + across * length,
-        position=stage.position + across * length,
-        step=stage.step.masked_fill(across, 0),
-        count=stage.count.masked_fill(moved, first_count),
-        given=stage.given.masked_fill(moved, 0),
-    )

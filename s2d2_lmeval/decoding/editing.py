@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.denoising import BlockDenoiser, Decisions, Stage
+from s2d2_lmeval.decoding.denoising import BlockDenoiser
 from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, EDITED, RESAMPLED
 from s2d2_lmeval.decoding.readback import Outcome, StepTables, as_step
 from s2d2_lmeval.decoding.rows import Rows
 from s2d2_lmeval.decoding.s2d2 import S2D2
+from s2d2_lmeval.decoding.stages import Decisions, Stage
 
 _SHOWN = {ACCEPTED: lambda p: -p, RESAMPLED: lambda p: -p - 0.5, DENOISED: lambda p: p}
 """How a mask was decided -> the published notation of its position."""

@@ -20,7 +20,6 @@ import torch
 
 from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.denoising import Decisions
 from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, HIGH_CONFIDENCE, NOTHING, RESAMPLED, Request, Step
 from s2d2_lmeval.decoding.pipelined_planning import PipelinePlan, Wanted, Window, plan_pipeline
 from s2d2_lmeval.decoding.pipelined_rows import PipelineRows
@@ -28,6 +27,7 @@ from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, read_ba
 from s2d2_lmeval.decoding.remasking import ranks
 from s2d2_lmeval.decoding.sampling import probabilities
 from s2d2_lmeval.decoding.seats import KIND_OF_PHASE, VERIFY
+from s2d2_lmeval.decoding.stages import Decisions
 from s2d2_lmeval.errors import ConfigError, NumericalError
 from s2d2_lmeval.runtime.costs import MeasureCosts
 

@@ -17,7 +17,6 @@ import torch
 from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.acceptance import Verdict, acceptance_ratio, judge, residual
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.denoising import Decisions
 from s2d2_lmeval.decoding.estimators import acceptance_estimate
 from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, RESAMPLED
 from s2d2_lmeval.decoding.pipelined import PipelinedDenoiser
@@ -27,6 +26,7 @@ from s2d2_lmeval.decoding.routing import DraftView, policy_of
 from s2d2_lmeval.decoding.row_statistics import row_statistics
 from s2d2_lmeval.decoding.s2d2 import first_run
 from s2d2_lmeval.decoding.sampling import filtered
+from s2d2_lmeval.decoding.stages import Decisions
 from s2d2_lmeval.errors import ConfigError
 
 

@@ -22,7 +22,7 @@ import torch
 from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.acceptance import acceptance_ratio, judge, residual
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.denoising import BlockDenoiser, Decisions, Stage, turn
+from s2d2_lmeval.decoding.denoising import BlockDenoiser
 from s2d2_lmeval.decoding.estimators import acceptance_estimate, normalised
 from s2d2_lmeval.decoding.generation import ACCEPTED, HIGH_CONFIDENCE, KEPT, RATIO, RESAMPLED
 from s2d2_lmeval.decoding.planning import BlockPlan, scheduled_count
@@ -32,6 +32,7 @@ from s2d2_lmeval.decoding.routing import DraftView, RoutingPolicy, policy_of
 from s2d2_lmeval.decoding.row_statistics import arg_max, probability_of, row_statistics
 from s2d2_lmeval.decoding.rows import Rows
 from s2d2_lmeval.decoding.sampling import filtered
+from s2d2_lmeval.decoding.stages import Decisions, Stage, turn
 from s2d2_lmeval.decoding.throughput import ThroughputPolicy, VerifyCosts
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
@@ -55,6 +56,7 @@ class S2D2(BlockDenoiser):
         self.watches_entropy = config.do_verify_policy == "contextual_bandit_ucb"
         self.estimate = torch.zeros((rows.count, rows.block_length), device=rows.device)
         self.entropy = torch.zeros_like(self.estimate)
+        self.statistics = row_statistics(torch.empty(0, 1, device=rows.device))
         # Draft logits wait here for the verification that follows at once; ``slot`` says which of them is of a place.
         self.draft_logits = torch.empty(0, device=rows.device)
         self.draft_slot = torch.zeros((rows.count, rows.block_length), dtype=torch.long, device=rows.device)
@@ -111,6 +113,18 @@ class S2D2(BlockDenoiser):
         self._write(stage, decisions)
         return span, decisions.tables(self.draft.tokens)
 
+    def _draw(self, logits: torch.Tensor, key: random.Key) -> tuple[torch.Tensor, torch.Tensor]:
+        """As everywhere; what routing wants to know of the draft's law comes along, for nothing where that is what was
+        drafted from.
+        """
+        if not (self.scores or self.watches_entropy):
+            return super()._draw(logits, key)
+        law = self._law(logits)
+        self.statistics = row_statistics(law)
+        if law is logits and not self.config.sampled:
+            return self.statistics.token, self.statistics.first
+        return super()._draw(logits, key)
+
     def _route(
         self,
         masks: torch.Tensor,
@@ -122,7 +136,7 @@ class S2D2(BlockDenoiser):
         """The span (rows, B) of every drafting row that is to be verified; empty elsewhere."""
         config = self.config
         if self.scores or self.watches_entropy:
-            statistics = row_statistics(self._law(logits))
+            statistics = self.statistics
             if self.scores:
                 estimate = acceptance_estimate(statistics, logits.shape[1], self.draft.confidence[at], config)
                 self.estimate = self.estimate.to(estimate.dtype).index_put(at, estimate)

@@ -25,7 +25,7 @@ import torch
 
 from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.denoising import BlockDenoiser, Decisions, Stage, turn
+from s2d2_lmeval.decoding.denoising import BlockDenoiser
 from s2d2_lmeval.decoding.draft_graph import DraftGraph, load_graph
 from s2d2_lmeval.decoding.draft_states import Eligibility, RankTables, StateDrafter
 from s2d2_lmeval.decoding.editing import EditingDenoiser
@@ -36,6 +36,7 @@ from s2d2_lmeval.decoding.rows import DRAFT, Rows
 from s2d2_lmeval.decoding.sampling import ranked_tokens
 from s2d2_lmeval.decoding.spiffy_budget import DraftBudget
 from s2d2_lmeval.decoding.spiffy_planning import StatePlan, plan_states
+from s2d2_lmeval.decoding.stages import Decisions, Stage, turn
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.denoising import Decisions
 from s2d2_lmeval.decoding.planning import send_facts
 from s2d2_lmeval.decoding.readback import Outcome, StepTables
 from s2d2_lmeval.decoding.rows import COMMIT, DRAFT, PREFILL, Rows
 from s2d2_lmeval.decoding.spiffy import ChainReadback, Spiffy
 from s2d2_lmeval.decoding.spiffy_planning import StateGroups, StatePlan, WriteStates, causal_up_to_first_mask
+from s2d2_lmeval.decoding.stages import Decisions
 from s2d2_lmeval.decoding.subblock_planning import Frame, Order, SubblockPlan, reach_of
 from s2d2_lmeval.decoding.subblocks import SubblockDenoiser
 from s2d2_lmeval.runtime.passes import Pass

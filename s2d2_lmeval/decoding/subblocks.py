@@ -26,12 +26,13 @@ import torch
 
 from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.denoising import BlockDenoiser, Decisions, Stage
+from s2d2_lmeval.decoding.denoising import BlockDenoiser
 from s2d2_lmeval.decoding.generation import AUTOREGRESSIVE, NOTHING, Request
 from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, record_step
 from s2d2_lmeval.decoding.rows import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Rows
 from s2d2_lmeval.decoding.s2d2 import S2D2
 from s2d2_lmeval.decoding.sampling import draft_tokens
+from s2d2_lmeval.decoding.stages import Decisions, Stage
 from s2d2_lmeval.decoding.subblock_planning import Frame, SubblockPlan, plan_subblocks
 from s2d2_lmeval.errors import ConfigError
 
