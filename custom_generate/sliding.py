@@ -63,7 +63,7 @@ def sliding_generate(
         "decoder": "sliding",
         "window": window,
         "row_budget": row_budget,
-        "draft": draft,
+        "draft_shape": draft,
         "acceptance": acceptance,
         "max_new_tokens": gen_length if max_gen_toks is None else max_gen_toks,
         **decoding_options(kwargs),

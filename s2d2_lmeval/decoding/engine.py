@@ -22,7 +22,7 @@ from s2d2_lmeval.decoding.pipelined_s2d2 import PipelinedS2D2
 from s2d2_lmeval.decoding.prefixes import SharedPrefixes
 from s2d2_lmeval.decoding.rows import KIND_OF_PHASE
 from s2d2_lmeval.decoding.s2d2 import S2D2
-from s2d2_lmeval.decoding.sliding import Autoregressive, Sliding
+from s2d2_lmeval.decoding.sliding import Sliding
 from s2d2_lmeval.decoding.spiffy import EditingSpiffy, Spiffy
 from s2d2_lmeval.decoding.spiffy_options import misfit
 from s2d2_lmeval.decoding.subblock_spiffy import SubblockSpiffy
@@ -47,7 +47,7 @@ DECODER_CLASSES: dict[tuple[str, str], type[Decoder]] = {
     ("editing", "editing"): EditingDenoiser,
     ("editing", "s2d2"): EditingS2D2,
     ("editing", "spiffy"): EditingSpiffy,
-    ("pipelined", "ar"): Autoregressive,
+    ("pipelined", "ar"): Target,
     ("pipelined", "pipelined"): PipelinedDenoiser,
     ("pipelined", "s2d2"): PipelinedS2D2,
     ("subblock", "ar"): SubblockDenoiser,

@@ -139,8 +139,10 @@ def record_step(
         progress.decoding_order.append(["|", *entries] if first else entries)
 
 
-_PUBLISHED = ((ACCEPTED, 1, 0), (KEPT, 1, 0), (RESAMPLED, 1, 0.5), (RATIO, 1, 0.2), (HIGH_CONFIDENCE, -1, -0.4))
-_PUBLISHED += ((DENOISED, -1, 0), (AUTOREGRESSIVE, -1, -0.5))
+_PUBLISHED = (
+    *((ACCEPTED, 1, 0), (KEPT, 1, 0), (RESAMPLED, 1, 0.5), (RATIO, 1, 0.2)),
+    *((HIGH_CONFIDENCE, -1, -0.4), (DENOISED, -1, 0), (AUTOREGRESSIVE, -1, -0.5)),
+)
 _SHOWN = [(sign, offset) for _, sign, offset in _PUBLISHED]
 """Sign and offset of a position in the published notation, in the order in which kinds of decisions are listed."""
 _SHOWN_AFTER = {mark: kind for kind, (mark, _, _) in enumerate(_PUBLISHED)}

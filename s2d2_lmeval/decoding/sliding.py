@@ -29,7 +29,7 @@ import torch
 from s2d2_lmeval.decoding import random, tree_budget, trees
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.generation import ACCEPTED, AUTOREGRESSIVE, Request, Step
-from s2d2_lmeval.decoding.readback import Outcome
+from s2d2_lmeval.decoding.readback import Outcome, fetch
 from s2d2_lmeval.decoding.seats import KIND_OF_PHASE, PREFILL
 from s2d2_lmeval.decoding.tree_acceptance import acceptance_of
 from s2d2_lmeval.decoding.tree_passes import RoundPlan, TreeRows, plan_round
@@ -61,7 +61,7 @@ class Sliding:
         self.device = device
         self.prefill_chunk = chunk
         self.acceptance = acceptance_of(config, random.source_of(config.random_source, config.seed))
-        self.window = config.window - 1 if config.decoder == "sliding" else 0
+        self.window = config.window - 1
         queries = None if config.row_budget == "auto" else int(config.row_budget)
         shared = not self.acceptance.depends_on_draft
         self.budget = tree_budget.QueryBudget(queries, self.queries_of_node(facts), self.window, most, shared)
@@ -110,7 +110,7 @@ class Sliding:
     def admitted(self, slot: int) -> None:
         """A request has been seated in ``slot``: its first round has no draft, but a window."""
         self.rows.nodes[slot] = 0
-        self.rows.windows[slot] = (np.arange(self.rows.windows.shape[1]) == 0) & (self.window > 0)
+        self.rows.windows[slot] = np.arange(self.rows.windows.shape[1]) == 0
         self.rows.enter_round(slot, self.prefill_chunk)
 
     def plan(self) -> RoundPlan:
@@ -139,10 +139,9 @@ class Sliding:
         tree = self._draft(logits[plan.verifies :], base, begins)
         nodes, windows, price = self.budget.buy(tree, base >= 0, facts["running"].bool())
         sound = logits[: plan.verifies].isnan().any().logical_not().expand_as(base)
-        columns = [sound, verdict.bonus, verdict.walked[:, 1:], base >= 0, nodes]
+        columns = [sound, verdict.bonus, verdict.path, base >= 0, nodes]
         columns += [tree.token, tree.parent, tree.depth, windows, (price * PRICE_UNIT).expand(len(base), 1)]
-        packed = torch.cat([column.long() for column in columns], dim=1).cpu().numpy()
-        return self._settle(np.split(packed, np.cumsum([column.shape[1] for column in columns])[:-1], axis=1))
+        return self._settle(fetch(columns))
 
     def _draft(self, logits: torch.Tensor, base: torch.Tensor, begins: torch.Tensor) -> trees.Tree:
         """Grow each row's next tree from the window at ``base`` (count, 1; -1: none) of the window ``logits``, whose
@@ -178,15 +177,14 @@ class Sliding:
         return outcome
 
     def _after_round(self, row: int, slot: int, read: list[np.ndarray], outcome: Outcome) -> None:
-        sound, bonus, walked, met, nodes, token, parent, depth, windows, price = read
+        sound, bonus, path, met, nodes, token, parent, depth, windows, price = read
         if not sound[0]:
             raise NumericalError(
                 "The model answered with logits that are not numbers (NaN or infinite). "
                 "Check the checkpoint, or load it with dtype=float32."
             )
         rows = self.rows
-        path = np.flatnonzero(walked)
-        path = path[np.argsort(rows.depth[slot, path + 1], kind="stable")]
+        path = path[path > 0] - 1
         fresh = [*rows.token[slot, path + 1].tolist(), int(bonus[0])]
         self.budget.round_ran(int(rows.nodes[slot]), len(path), price[0] / PRICE_UNIT)
         outcome.path[row] = path
@@ -215,16 +213,3 @@ class Sliding:
         progress.drafted += int(rows.nodes[slot])
         progress.accepted += len(fresh) - 1
         progress.count("windows_used" if met else "windows_missed", 1)
-
-
-class Autoregressive(Sliding):
-    """The decoder ``ar`` where no other has a block length of one: a round of the above without draft and window."""
-
-    @staticmethod
-    def queries_of_node(facts: Facts) -> int:
-        """A node takes a query and, in un-shifted models, its verifier one more. So does the token before all nodes."""
-        return 1 if facts.token_shift else 2
-
-    @staticmethod
-    def most_queries(config: DecodingConfig, slots: int) -> int:
-        return 2

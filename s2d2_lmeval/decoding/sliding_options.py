@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from s2d2_lmeval.decoding.options import option
 
+DRAFT_SHAPES = ("chain", "tree")
 _SLIDING = ("sliding",)
 
 
@@ -22,7 +23,7 @@ class SlidingOptions:
         decoders=_SLIDING,
         low=3,
     )
-    draft_shape: str = option("tree", "what is drafted from a window", decoders=_SLIDING, choices=("chain", "tree"))
+    draft_shape: str = option("tree", "what is drafted from a window", decoders=_SLIDING, choices=DRAFT_SHAPES)
 
     def _sliding_faults(self, decoder: str, acceptance: str | None, source: object) -> Iterator[str]:
         """What is wrong between options of ``decoder=sliding``."""

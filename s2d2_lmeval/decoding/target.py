@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding import random
+from s2d2_lmeval.decoding import random, trees
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.decoder import Plan
 from s2d2_lmeval.decoding.generation import ACCEPTED, AUTOREGRESSIVE, Request, Step
@@ -105,7 +105,7 @@ class Target:
         if self.facts.mask_token_id != NO_MASK:
             logits[:, self.facts.mask_token_id] = -torch.inf
         follows = torch.full_like(rows.parent, -1).index_put(plan.at, self._say(logits))
-        path = descend(follows, rows.token, rows.parent, plan.depth, self.depths)
+        path = trees.descend(follows, rows.token, rows.parent, plan.depth, self.depths)
         end = path.max(1, keepdim=True).values
         fresh = torch.cat([rows.token, follows], dim=1)
         tokens = fresh.gather(1, torch.cat([path, end + rows.token.shape[1]], dim=1))
@@ -177,8 +177,8 @@ class Target:
         progress.accepted += len(fresh) - 1
 
     def _count(self, slot: int, begun: int, fresh: int) -> None:
-        """Count a round with a draft, which decided ``fresh`` tokens behind the first ``begun`` new ones, as far as they
-        are part of the answer: ``round_tokens`` with and ``round_accepted`` without the target's own token.
+        """Count a round with a draft, which decided ``fresh`` tokens behind the first ``begun`` new ones, as far as
+        they are part of the answer: ``round_tokens`` with and ``round_accepted`` without the target's own token.
         """
         rows, request = self.rows, self.rows.requests[slot]
         assert request is not None
@@ -193,21 +193,3 @@ class Target:
         rows = self.rows
         rows.nodes[slot] = 0
         rows.phase[slot] = PREFILL if len(rows.tokens[slot]) - rows.cached[slot] > self.prefill_chunk else DRAFT
-
-
-def descend(
-    follows: torch.Tensor, token: torch.Tensor, parent: torch.Tensor, depth: torch.Tensor, depths: int
-) -> torch.Tensor:
-    """The nodes (count, 1 + depths) on the way down, the root first; 0 behind the last.
-
-    Tables (count, N + 1) with the root at index 0: ``follows`` what comes behind each node, and the nodes' ``token``,
-    ``parent`` and ``depth`` (-1: no node). Children of a node have different tokens, so there is one way at most.
-    """
-    here = torch.zeros_like(parent[:, :1])
-    walking = torch.ones_like(here, dtype=torch.bool)
-    path = [here]
-    for level in range(1, depths + 1):
-        child = walking & (depth == level) & (parent == here) & (token == follows.gather(1, here))
-        walking, here = child.any(1, keepdim=True), child.long().argmax(1, keepdim=True)
-        path.append(here)
-    return torch.cat(path, dim=1)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 
-from s2d2_lmeval.decoding import random
+from s2d2_lmeval.decoding import random, trees
 from s2d2_lmeval.decoding.acceptance import acceptance_ratio, residual
 from s2d2_lmeval.decoding.sampling import probabilities
-from s2d2_lmeval.decoding.tree_passes import RoundPlan, walk
+from s2d2_lmeval.decoding.tree_passes import RoundPlan
 
 if TYPE_CHECKING:
     from s2d2_lmeval.decoding.config import DecodingConfig
@@ -32,11 +32,11 @@ STANDS = 0.8
 
 @dataclass(frozen=True)
 class Verdict:
-    """What stands: ``walked`` (count, N + 1) the nodes on the path, root included; ``end`` (count, 1) the last of them;
-    ``bonus`` (count, 1) the verifier's token behind it.
+    """What stands: ``path`` (count, 1 + D) the nodes on the way down, the root first and 0 behind the last; ``end``
+    (count, 1) the last of them; ``bonus`` (count, 1) the verifier's token behind it.
     """
 
-    walked: torch.Tensor
+    path: torch.Tensor
     end: torch.Tensor
     bonus: torch.Tensor
 
@@ -59,11 +59,6 @@ class Acceptance(Protocol):
         """
 
 
-def chosen_path(walked: torch.Tensor, facts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(count, 1) the deepest node of ``walked`` (count, N + 1)."""
-    return (walked * facts["depth"].clamp_min(0)).argmax(1, keepdim=True)
-
-
 class Keyed:
     """Stands what the verifier would choose itself."""
 
@@ -84,9 +79,10 @@ class Keyed:
         else:
             tokens = logits.argmax(-1)
         chosen = torch.full_like(facts["parent"], -1).index_put(plan.verify_at, tokens)
-        walked = walk(chosen, facts, int(plan.deepest.max(initial=0)))
-        end = chosen_path(walked, facts)
-        return Verdict(walked, end, chosen.gather(1, end))
+        depths = int(plan.deepest.max(initial=0))
+        path = trees.descend(chosen, facts["token"], facts["parent"], facts["depth"], depths)
+        end = path.max(1, keepdim=True).values
+        return Verdict(path, end, chosen.gather(1, end))
 
     def candidates(
         self, logits: torch.Tensor, position: torch.Tensor, facts: dict[str, torch.Tensor]
@@ -119,8 +115,7 @@ class Rejection:
         order = torch.arange(len(p), device=p.device)
         row_of = torch.zeros(count, places, dtype=torch.long, device=p.device).index_put(plan.verify_at, order)
         drafted = facts["depth"][:, 1:] > 0
-        walked = facts["depth"] == 0
-        walked[:, 1:] = False
+        path = torch.zeros_like(facts["parent"][:, :1])
         law = self.law
         if len(law):
             token, steps = facts["token"][:, 1:, None], min(places - 1, law.shape[1])
@@ -130,9 +125,9 @@ class Rejection:
             key = random.Key(random.ACCEPT, facts["key"].unsqueeze(1), position, facts["round"].unsqueeze(1))
             ratio = acceptance_ratio(verifier, draft, 1.0)
             agrees = self.source.uniform(key, drafted[:, :steps]) < ratio
-            stands = (agrees & drafted[:, :steps]).long().cumprod(1).bool()
-            walked[:, 1 : steps + 1] = stands
-        end = chosen_path(walked, facts)
+            stands = (agrees & drafted[:, :steps]).long().cumprod(1)
+            path = torch.cat([path, stands * torch.arange(1, steps + 1, device=p.device)], dim=1)
+        end = path.max(1, keepdim=True).values
         behind = p[row_of.gather(1, end).squeeze(1)]
         if len(law):
             rejected = torch.cat([drafted, drafted[:, :1] & False], dim=1).gather(1, end)
@@ -140,7 +135,7 @@ class Rejection:
             behind = torch.where(rejected, residual(behind, law.gather(1, at).squeeze(1)), behind)
         position = facts["length"] + end.squeeze(1)
         bonus = self.source.categorical(behind, random.Key(random.RESAMPLE, facts["key"], position, facts["round"]))
-        return Verdict(walked, end, bonus.unsqueeze(1))
+        return Verdict(path, end, bonus.unsqueeze(1))
 
     def candidates(
         self, logits: torch.Tensor, position: torch.Tensor, facts: dict[str, torch.Tensor]

@@ -190,15 +190,3 @@ def tree_visibility(kind: torch.Tensor, owner: torch.Tensor, above: torch.Tensor
     visible = text | path | window
     visible.diagonal(dim1=1, dim2=2).fill_(True)
     return visible
-
-
-def walk(chosen: torch.Tensor, facts: dict[str, torch.Tensor], deepest: int) -> torch.Tensor:
-    """Which nodes (count, N + 1) lie on the path that the verifier's tokens ``chosen`` (count, N + 1) take from the
-    root, which always does.
-    """
-    follows = chosen.gather(1, facts["parent"]) == facts["token"]
-    walked = facts["depth"] == 0
-    walked[:, 1:] = False
-    for depth in range(1, deepest + 1):
-        walked = walked | (follows & (facts["depth"] == depth) & walked.gather(1, facts["parent"]))
-    return walked

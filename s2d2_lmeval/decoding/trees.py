@@ -96,3 +96,21 @@ def empty(rows: int, nodes: int, device: torch.device, dtype: torch.dtype) -> Tr
     """Trees without a node."""
     zeros = torch.zeros(rows, nodes, dtype=torch.long, device=device)
     return Tree(zeros, zeros, zeros, zeros.to(dtype))
+
+
+def descend(
+    follows: torch.Tensor, token: torch.Tensor, parent: torch.Tensor, depth: torch.Tensor, depths: int
+) -> torch.Tensor:
+    """The nodes (count, 1 + depths) on the way down, the root first; 0 behind the last.
+
+    Tables (count, N + 1) with the root at index 0: ``follows`` what comes behind each node, and the nodes' ``token``,
+    ``parent`` and ``depth`` (-1: no node). Children of a node have different tokens, so there is one way at most.
+    """
+    here = torch.zeros_like(parent[:, :1])
+    walking = torch.ones_like(here, dtype=torch.bool)
+    path = [here]
+    for level in range(1, depths + 1):
+        child = walking & (depth == level) & (parent == here) & (token == follows.gather(1, here))
+        walking, here = child.any(1, keepdim=True), child.long().argmax(1, keepdim=True)
+        path.append(here)
+    return torch.cat(path, dim=1)

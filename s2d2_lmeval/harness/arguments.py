@@ -14,6 +14,7 @@ from inspect import signature
 from typing import Any
 
 from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
+from s2d2_lmeval.decoding.sliding_options import DRAFT_SHAPES
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness.custom import CustomFunction, load_object
 from s2d2_lmeval.runtime.memory import RowLimit
@@ -81,6 +82,9 @@ def sort_arguments(pretrained: Any, options: Mapping[str, Any]) -> Arguments:
     decoder_names = custom.option_names if custom else DecodingConfig.option_names()
 
     sorted_by_reader: dict[str, dict[str, Any]] = {"decoding": {}, "loading": {}, "harness": {}}
+    if custom is None and left.get("draft") in DRAFT_SHAPES:
+        # Who drafts, a path, and what is drafted share a short name; the long one is the option's.
+        left["draft_shape"] = left.pop("draft")
     for name, value in left.items():
         sorted_by_reader[_reader(name, decoder_names, custom)][name] = value
     _check_harness(sorted_by_reader["harness"])

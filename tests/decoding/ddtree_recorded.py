@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 
 from s2d2_lmeval import BlockDiffusionModel
-from s2d2_lmeval.decoding import target
+from s2d2_lmeval.decoding import trees
 from s2d2_lmeval.decoding.generation import Generation
 from s2d2_lmeval.decoding.target_passes import TargetRows
 
@@ -29,7 +29,7 @@ def recorded_runs(file: Path = DATA / "runs.json.gz") -> list[dict[str, Any]]:
 def watched() -> Iterator[list[dict[str, list[int]]]]:
     """Rounds of the only row, as they happen: the tree that was planted, and what the target said of it."""
     rounds: list[dict[str, list[int]]] = []
-    plant, descend = TargetRows.plant, target.descend
+    plant, descend = TargetRows.plant, trees.descend
 
     def planting(self: TargetRows, slots: torch.Tensor, tree: Any) -> None:
         real = int((tree.value[0] > 0).sum())
@@ -45,7 +45,7 @@ def watched() -> Iterator[list[dict[str, list[int]]]]:
             rounds[-1]["accepted"] = [0, *(place for place in path[0].tolist() if place)]
         return path
 
-    with patch.object(TargetRows, "plant", planting), patch.object(target, "descend", descending):
+    with patch.object(TargetRows, "plant", planting), patch.object(trees, "descend", descending):
         yield rounds
 
 

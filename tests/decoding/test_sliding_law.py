@@ -55,7 +55,7 @@ def rejection_law(prompt: list[int], new: int, **options: object) -> tuple[Law, 
     accepted = 0
     scripts: list[list[int]] = [[]]
     ratio_of = tree_acceptance.acceptance_ratio
-    config = DecodingConfig(decoder="sliding", acceptance="rejection", draft="chain", do_sample=True, **options)  # type: ignore[arg-type]
+    config = DecodingConfig(decoder="sliding", acceptance="rejection", draft_shape="chain", do_sample=True, **options)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         while scripts:
             source = Enumeration(scripts.pop())

@@ -43,6 +43,11 @@ def test_a_block_length_also_chooses_the_paper_setting() -> None:
         assert sorted_.decoding == {name: 16}
 
 
+def test_draft_is_a_drafter_or_what_sliding_drafts() -> None:
+    assert sort_arguments("x", {"decoder": "sliding", "draft": "chain"}).decoding["draft_shape"] == "chain"
+    assert sort_arguments("x", {"decoder": "ddtree", "draft": "some/drafter"}).loading == {"draft": "some/drafter"}
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
