@@ -184,11 +184,13 @@ def by_graph(
         yield f"| {title} | {cells} | {ratio:.2f} |"
 
 
-def by_part(model: BlockDiffusionModel, tokenizer: Any, folder: Path, problems: int, nodes: int) -> Iterator[str]:
+def by_part(
+    model: BlockDiffusionModel, tokenizer: Any, bases: Sequence[str], folder: Path, problems: int, nodes: int
+) -> Iterator[str]:
     """Rows of the table: what threshold, schedule, prefix caching and drafts each add, all corpora together."""
     asked = [prompt_of(tokenizer, one) for name in CORPORA for one in held_out(name)[:problems]]
     first: Line | None = None
-    for base in BASES:
+    for base in bases:
         graph = calibrated(model, tokenizer, base, folder / f"{base}.jsonl", nodes)
         for schedule in ("reference", "fused"):
             options = options_of(model, tokenizer, base, schedule=schedule)
@@ -209,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=16, help="held-out problems of each corpus (default: 16)")
     parser.add_argument("--nodes", type=int, nargs="+", default=[8, 16], help="sizes of calibrated graphs")
+    parser.add_argument("--bases", nargs="+", default=list(BASES), choices=list(BASES), help="decoders (default: all)")
     parser.add_argument("--traces", type=Path, help="folder that keeps the calibration traces")
     parser.add_argument("--make-default-graphs", action="store_true", help="write the graphs of the package")
     args = parser.parse_args()
@@ -222,13 +225,13 @@ def main() -> None:
                 graph.save(DEFAULT_GRAPHS / f"{base}.json")
                 console.print(f"{DEFAULT_GRAPHS / base}.json: {len(graph.nodes)} nodes", markup=False)
             return
-        for base in BASES:
+        for base in args.bases:
             console.print(f"\n| {base} | {' | '.join(CORPORA)} | fewer |\n| :-- |{' --: |' * (len(CORPORA) + 1)}")
             for row in by_graph(model, tokenizer, base, folder / f"{base}.jsonl", args.problems, args.nodes):
                 console.print(row, markup=False)
         headings = ("forwards", "fewer", "queries per forward", "per step without a cache", "prompt tokens reused")
         console.print(f"\n| | {' | '.join(headings)} |\n| :-- |{' --: |' * len(headings)}")
-        for row in by_part(model, tokenizer, folder, args.problems, args.nodes[-1]):
+        for row in by_part(model, tokenizer, args.bases, folder, args.problems, args.nodes[-1]):
             console.print(row, markup=False)
 
 
