@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.cli.findings import NOTE, OK, PROBLEM, Finding, host_memory
-from s2d2_lmeval.errors import S2D2Error
+from s2d2_lmeval.errors import ConfigError, S2D2Error
+
+if TYPE_CHECKING:
+    from s2d2_lmeval.harness.arguments import Arguments
 
 _ONLY_TO_TRY = {"entropy_bounded": {"eb_threshold": 0.35}}
 """Options without which a decoder cannot be configured."""
 
 
-def checkpoint(source: str, revision: str | None, *, load: bool) -> Iterator[Finding]:
-    """Everything about ``source``, in the order in which it would go wrong."""
+def checkpoint(source: str, revision: str | None, options: Mapping[str, Any], *, load: bool) -> Iterator[Finding]:
+    """Everything about ``source`` with ``options``, in the order in which it would go wrong."""
     from s2d2_lmeval.families import checkpoint_facts
     from s2d2_lmeval.families.facts import AUTOREGRESSIVE
-    from s2d2_lmeval.families.files import resolve
+    from s2d2_lmeval.families.files import HUB_OPTIONS, resolve
+    from s2d2_lmeval.harness.arguments import sort_arguments
 
-    section = "checkpoint"
+    section, arguments = "checkpoint", sort_arguments(source, options)
+    if arguments.custom is not None or arguments.model_class is not None:
+        raise ConfigError("custom_generate and custom_model_class are for `s2d2-lmeval eval`; leave them out here.")
+    named = ("mask_token_id", "block_length", *HUB_OPTIONS)
+    given = {name: value for name, value in arguments.loading.items() if name in named}
     try:
         where = resolve(source)
-        facts = checkpoint_facts(where, revision)
+        facts = checkpoint_facts(where, revision, adapter=arguments.peft, **given)
     except S2D2Error as error:
         yield Finding(section, "config.json", str(error), PROBLEM)
         return
@@ -44,10 +52,10 @@ def checkpoint(source: str, revision: str | None, *, load: bool) -> Iterator[Fin
     if facts.caveat:
         yield Finding(section, "but", facts.caveat, NOTE)
     yield from _weights(where)
-    yield from _tokenizer(where, revision, facts)
-    yield from _decoders(facts)
+    yield from _tokenizer(arguments, where, revision, facts)
+    yield from _decoders(facts, arguments.decoding)
     if load:
-        yield from _try(source, revision, facts)
+        yield from _try(arguments, revision, facts)
 
 
 def _weights(where: str) -> Iterator[Finding]:
@@ -88,18 +96,19 @@ def _weights(where: str) -> Iterator[Finding]:
         yield Finding(section, "weights", about)
 
 
-def _tokenizer(where: str, revision: str | None, facts: Any) -> Iterator[Finding]:
-    from s2d2_lmeval.harness.arguments import sort_arguments
+def _tokenizer(arguments: Arguments, where: str, revision: str | None, facts: Any) -> Iterator[Finding]:
     from s2d2_lmeval.harness.loading import load_tokenizer
 
     section = "checkpoint"
     try:
-        tokenizer = load_tokenizer(sort_arguments(where, {}), where, revision)
+        tokenizer = load_tokenizer(arguments, where, revision)
     except S2D2Error as error:
         yield Finding(section, "tokenizer", str(error), PROBLEM)
         return
     size = len(tokenizer)
-    about = f"{type(tokenizer).__name__}, {size} tokens, loads without remote code"
+    may_run = bool(arguments.harness.get("trust_remote_code"))
+    how = "with code of its own allowed" if may_run else "without remote code"
+    about = f"{type(tokenizer).__name__}, {size} tokens, loads {how}"
     fits = size <= facts.vocab_size
     more = "" if fits else f"; more than the model's {facts.vocab_size}: not this model's tokenizer"
     yield Finding(section, "tokenizer", about + more, OK if fits else PROBLEM)
@@ -112,14 +121,20 @@ def _tokenizer(where: str, revision: str | None, facts: Any) -> Iterator[Finding
     yield Finding(section, "chat template", "yes" if has else "none; do not use --apply_chat_template", OK)
 
 
-def _decoders(facts: Any) -> Iterator[Finding]:
-    """The published settings, and every decoder that fits with what it promises."""
+def _decoders(facts: Any, asked: Mapping[str, Any]) -> Iterator[Finding]:
+    """The published settings, what was ``asked`` for, and every decoder that fits with what it promises."""
     from s2d2_lmeval.cli.options import as_written
     from s2d2_lmeval.decoding.config import DecodingConfig
 
     defaults = ", ".join(f"{name}={as_written(value)}" for name, value in facts.defaults.items())
     yield Finding("decoders", "default setting", defaults)
     yield from _presets(facts)
+    if asked:
+        try:
+            config = DecodingConfig.from_options(asked, facts)
+            yield Finding("decoders", "as asked", f"{config.decoder}, {config.layout}")
+        except S2D2Error as error:
+            yield Finding("decoders", "as asked", str(error), PROBLEM)
     for name in facts.decoders:
         extra = _ONLY_TO_TRY.get(name, {})
         try:
@@ -143,17 +158,22 @@ def _presets(facts: Any) -> Iterator[Finding]:
         yield Finding("decoders", f"preset={name}", f"the default setting{' with ' + more if more else ''}")
 
 
-def _try(source: str, revision: str | None, facts: Any) -> Iterator[Finding]:
+def _try(arguments: Arguments, revision: str | None, facts: Any) -> Iterator[Finding]:
     """Load the checkpoint and decode two blocks behind any two, with every decoder that fits."""
-    from s2d2_lmeval.model import load
+    from s2d2_lmeval.harness.loading import choose_device, load_model
+    from s2d2_lmeval.runtime.memory import RowLimit
 
     section = "trial"
     started = time.perf_counter()
     try:
-        model = load(source, revision=revision)
+        loaded = load_model(
+            arguments, rows=RowLimit(1), dtype="auto", device=choose_device(None, None), revision=revision
+        )
     except S2D2Error as error:
         yield Finding(section, "load", str(error), PROBLEM)
         return
+    model = loaded.engine
+    assert model is not None
     place = f"{model.device}, {str(model.dtype).removeprefix('torch.')}, attention {model.attention}"
     yield Finding(section, "load", f"{time.perf_counter() - started:.1f} s onto {place}")
     reserved = {facts.mask_token_id, *facts.stop_token_ids}

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from s2d2_lmeval.cli.values import add_option_argument, parse_options
 
 if TYPE_CHECKING:
     from s2d2_lmeval.cli.findings import Finding
@@ -20,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("path", nargs="?", metavar="PATH", help='a checkpoint: folder, hub id, or "toy"')
     parser.add_argument("--revision", help="of a hub id")
+    add_option_argument(parser)
     parser.add_argument("--load", action="store_true", help="also load it and decode two blocks with every decoder")
     parser.add_argument(
         "--ar-quality",
@@ -35,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 if any is a problem."""
-    findings = list(examine(args.path, args.revision, load=args.load))
+    findings = list(examine(args.path, args.revision, parse_options(args.option), load=args.load))
     if args.ar_quality:
         from s2d2_lmeval.cli.ar_quality import ar_quality
 
@@ -47,8 +50,13 @@ def run(args: argparse.Namespace) -> int:
     return int(any(finding.state == "problem" for finding in findings))
 
 
-def examine(path: str | None, revision: str | None = None, *, load: bool = False) -> Iterator[Finding]:
-    """All findings: of the installation, and of the checkpoint at ``path`` if one is given."""
+def examine(
+    path: str | None, revision: str | None = None, options: Mapping[str, Any] | None = None, *, load: bool = False
+) -> Iterator[Finding]:
+    """All findings: of the installation, and of the checkpoint at ``path`` if one is given.
+
+    ``options`` are named as in the harness's ``--model_args``.
+    """
     from s2d2_lmeval.cli import findings
 
     yield from findings.versions()
@@ -58,7 +66,7 @@ def examine(path: str | None, revision: str | None = None, *, load: bool = False
     if path is not None:
         from s2d2_lmeval.cli.checkup import checkpoint
 
-        yield from checkpoint(path, revision, load=load)
+        yield from checkpoint(path, revision, options or {}, load=load)
 
 
 _SIGNS = {"ok": (" ", ""), "note": ("!", "yellow"), "problem": ("✗", "bold red")}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.adapters import merge_adapter
@@ -64,15 +64,7 @@ def load_checkpoint(
     source = resolve(source)
     from_pretrained = {**from_pretrained, "trust_remote_code": False}
     hub = {name: from_pretrained[name] for name in HUB_OPTIONS if name in from_pretrained}
-    config = read_config(source, revision, **hub)
-    family = identify(config)
-    native = family.native_config(config)
-    generation = read_json(source, "generation_config.json", revision=revision, **hub) or {}
-    if adapter is not None:
-        config = {**config, ADAPTER_FIELD: str(adapter)}
-    facts = family.facts(
-        config, native, generation, source=source, mask_token_id=mask_token_id, block_length=block_length
-    )
+    family, native, facts = _described(source, revision, adapter, mask_token_id, block_length, hub)
     mark(native, facts)
     weight_files(source, from_pretrained.get("variant"), revision=revision, **hub)
     if device is not None and device_map is not None:
@@ -95,13 +87,37 @@ def load_checkpoint(
     return model, facts
 
 
-def checkpoint_facts(source: str | Path, revision: str | None = None) -> Facts:
+def checkpoint_facts(
+    source: str | Path,
+    revision: str | None = None,
+    *,
+    mask_token_id: int | None = None,
+    block_length: int | None = None,
+    adapter: str | Path | None = None,
+    **hub: Any,
+) -> Facts:
     """The facts of a checkpoint from its small files alone; arguments and errors as of :func:`load_checkpoint`."""
-    source = resolve(source)
-    config = read_config(source, revision)
+    return _described(resolve(source), revision, adapter, mask_token_id, block_length, hub)[2]
+
+
+def _described(
+    source: str,
+    revision: str | None,
+    adapter: str | Path | None,
+    mask_token_id: int | None,
+    block_length: int | None,
+    hub: Mapping[str, Any],
+) -> tuple[Family, PreTrainedConfig, Facts]:
+    config = read_config(source, revision, **hub)
     family = identify(config)
-    generation = read_json(source, "generation_config.json", revision=revision) or {}
-    return family.facts(config, family.native_config(config), generation, source=source)
+    native = family.native_config(config)
+    generation = read_json(source, "generation_config.json", revision=revision, **hub) or {}
+    if adapter is not None:
+        config = {**config, ADAPTER_FIELD: str(adapter)}
+    facts = family.facts(
+        config, native, generation, source=source, mask_token_id=mask_token_id, block_length=block_length
+    )
+    return family, native, facts
 
 
 def _dtype(dtype: str | torch.dtype, device_map: Any) -> str | torch.dtype:

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from s2d2_lmeval.cli import main
+from s2d2_lmeval.families import load_checkpoint
 
 from .conftest import write_checkpoint
 
@@ -137,3 +140,31 @@ def test_a_tokenizer_that_is_code_of_its_own(tmp_path: Path, capsys: pytest.Capt
     assert "tokenizer=" in told
     assert main(["generate", "--model", str(folder), "-p", "x"]) == 2
     assert "is code of its own" in capsys.readouterr().err
+
+
+def test_options_of_a_run_are_looked_at_too(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter, a tokenizer from elsewhere, a preset; all by their names in ``--model_args``."""
+    base = FAMILIES / "llada" / "checkpoint"
+    model, _ = load_checkpoint(base)
+    rows, columns = model.lm_head.weight.shape
+    halves = {"A": torch.ones(2, columns), "B": torch.ones(rows, 2)}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(
+        {f"base_model.model.model.transformer.ff_out.lora_{half}.weight": value for half, value in halves.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 1}))
+    code, found = findings(capsys, str(base), "--load", "-o", f"peft={adapter}", "preset=d2f-llada")
+    assert set(problems(found)) == {"tokenizer"}
+    assert ("checkpoint", "but") not in found
+    assert found["decoders", "as asked"]["value"].startswith("s2d2, schedule fused, blocks of 32")
+    assert "forwards" in found["trial", "pipelined"]["value"]
+    code, found = findings(capsys, str(base), "-o", f"tokenizer={checkpoint}", "preset=sdar-a")
+    assert code == 1
+    assert "llada has d2f-llada" in problems(found)["as asked"]
+    assert "not this model's tokenizer" in problems(found)["tokenizer"]
+    assert main(["doctor", str(base), "-o", "tokeniser=x"]) == 2
+    assert "Did you mean tokenizer?" in capsys.readouterr().err
