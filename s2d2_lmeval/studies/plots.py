@@ -116,15 +116,20 @@ def _scatter(axis: Axes, rows: Sequence[Row], speed: str, colors: dict[str, str]
 
 
 def _label(axis: Axes, points: Sequence[tuple[float, float, Row]]) -> None:
-    """Names beside the points that matter, alternately above and below, and each only once."""
+    """Names beside the points that matter, alternately above and below; none over another, and each only once."""
     from matplotlib.patheffects import withStroke
 
-    seen: set[str] = set()
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    written: list[tuple[float, float]] = []
+    named: set[str] = set()
     for place, (x, y, row) in enumerate(points):
-        if row.decoding in seen:
-            continue
-        seen.add(row.decoding)
         above = place % 2 == 0
+        at = (x - left) / (right - left), (y - bottom) / (top - bottom) + (0.05 if above else -0.05)
+        crowded = any(abs(at[0] - other[0]) < 0.24 and abs(at[1] - other[1]) < 0.05 for other in written)
+        if row.decoding in named or crowded:
+            continue
+        named.add(row.decoding)
+        written.append(at)
         axis.annotate(
             short(row.decoding),
             (x, y),

@@ -128,9 +128,9 @@ def _verdict(row: Row) -> str:
 
 
 def headline(rows: Sequence[Row]) -> dict[str, str]:
-    """The fastest configuration that is at least as accurate as the baseline; without a baseline, as ar."""
+    """The fastest configuration that is at least as accurate as ar and as the baseline."""
     names = {row.baseline for row in rows if row.baseline}
-    bases = [row for row in rows if row.decoding in names] or [row for row in rows if row.decoder == "ar"]
+    bases = [row for row in rows if row.decoding in names or row.decoder == "ar"]
     least = max((row.accuracy for row in bases), default=max(row.accuracy for row in rows))
     fastest = max((row for row in rows if row.accuracy >= least), key=lambda row: row.tokens_per_second)
     speed = f"{fastest.tokens_per_second:.0f} tokens/s"
