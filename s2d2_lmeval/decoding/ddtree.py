@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from s2d2_lmeval.decoding.config import DecodingConfig
     from s2d2_lmeval.families import Facts
 
-WIDEST = 256
-"""Nodes that ``tree_budget=auto`` considers per row."""
+WIDEST, WIDEST_FORWARD = 256, 1024
+"""What ``tree_budget=auto`` considers: nodes per row, and queries of all rows together."""
 
 
 class DDTree(DFlash):
@@ -37,8 +37,11 @@ class DDTree(DFlash):
     """Under ``tree_budget=auto``, seconds of a round (count * queries per row + 1,) by the target's queries."""
 
     @classmethod
-    def most_nodes(cls, config: DecodingConfig, facts: Facts) -> int:
-        return WIDEST if config.tree_budget == "auto" else int(config.tree_budget)
+    def most_nodes(cls, config: DecodingConfig, facts: Facts, slots: int) -> int:
+        if config.tree_budget != "auto":
+            return int(config.tree_budget)
+        share = WIDEST_FORWARD // (slots * (1 if facts.token_shift else 2))
+        return max(min(WIDEST, share), cls.most_depths(config, facts))
 
     @property
     def node_queries(self) -> int:

@@ -51,7 +51,7 @@ class DFlash(Target):
         return (config.draft_block_size or facts.drafter.block_length) - 1
 
     @classmethod
-    def most_nodes(cls, config: DecodingConfig, facts: Facts) -> int:
+    def most_nodes(cls, config: DecodingConfig, facts: Facts, slots: int) -> int:
         return cls.most_depths(config, facts)
 
     def plan(self) -> Plan:

@@ -59,12 +59,12 @@ class Target:
     ) -> Self:
         """A decoder with ``slots`` rows, each with room for any of ``requests``."""
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        rows = TargetRows(slots, longest, cls.most_nodes(config, facts), device)
+        rows = TargetRows(slots, longest, cls.most_nodes(config, facts, slots), device)
         return cls(config, facts, rows, prefill_chunk)
 
     @staticmethod
-    def most_nodes(config: DecodingConfig, facts: Facts) -> int:
-        """Nodes that a row's tree may have."""
+    def most_nodes(config: DecodingConfig, facts: Facts, slots: int) -> int:
+        """Nodes that a row's tree may have where ``slots`` rows are in flight."""
         return 0
 
     @staticmethod
