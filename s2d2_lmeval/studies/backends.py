@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.studies.evaluation import Evaluator, Outcome
+from s2d2_lmeval.studies.identity import code_version
 from s2d2_lmeval.studies.planning import Job
 from s2d2_lmeval.studies.store import Line, PointStore
 
@@ -130,6 +131,11 @@ def _work(job: Job, token: Path) -> Outcome:
         raise StudyError(
             f"a Ray worker does not see {token.parent}: put the folder of results on a file system that all machines "
             "share, under the same path."
+        )
+    if job.code != code_version():
+        raise StudyError(
+            f"a Ray worker has code version {code_version()}, and this study is of {job.code}: install the same "
+            "package on all machines."
         )
     _of_this_worker = _of_this_worker or Evaluator()
     return _of_this_worker.run(job)

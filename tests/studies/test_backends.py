@@ -32,6 +32,14 @@ def test_a_worker_that_does_not_see_the_folder(tmp_path: Path) -> None:
         backends._work(None, tmp_path / ".seen-x")  # type: ignore[arg-type]
 
 
+def test_a_worker_with_other_code(study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(make_study(study), tmp_path)
+    job = plan.jobs(plan.study.points())[0]
+    monkeypatch.setattr(backends, "code_version", lambda: "0+other")
+    with pytest.raises(StudyError, match="install the same package"):
+        backends._work(job, tmp_path / "study.json")
+
+
 @pytest.fixture(scope="module")
 def ray_backend() -> Iterator[RayBackend]:
     """Two workers on this machine."""
