@@ -16,8 +16,10 @@ import torch
 ELEMENTS_AT_ONCE = 1 << 17
 """Logits that the twin in torch treats at a time."""
 
-BLOCK = 64
-"""Neighbours of which :func:`arg_max` first takes the largest: vectorised, which an arg-max on the CPU is not."""
+BLOCK, WORTH_BLOCKS = 64, 4096
+"""Neighbours of which :func:`arg_max` first takes the largest: vectorised, which an arg-max on the CPU is not; and the
+vocabulary from which on that pays.
+"""
 
 
 class RowStatistics(NamedTuple):
@@ -94,7 +96,8 @@ def _of_part(logits: torch.Tensor) -> RowStatistics:
 
 def arg_max(logits: torch.Tensor) -> torch.Tensor:
     """The first arg-max of each row of ``logits`` (..., V)."""
-    if logits.device.type != "cpu" or logits.shape[-1] % BLOCK or not logits.numel():
+    vocabulary = logits.shape[-1]
+    if logits.device.type != "cpu" or vocabulary < WORTH_BLOCKS or vocabulary % BLOCK or not logits.numel():
         return logits.argmax(-1)
     blocks = logits.unflatten(-1, (-1, BLOCK))
     block = blocks.amax(-1).argmax(-1, keepdim=True)

@@ -13,7 +13,7 @@ import torch
 from s2d2_lmeval.decoding import row_statistics as module
 from s2d2_lmeval.decoding.row_statistics import arg_max, in_torch, likeliest, probability_of, row_statistics
 
-SHAPES = [(1, 1), (3, 5), (7, 64), (4, 65), (9, 640), (33, 5000)]
+SHAPES = [(1, 1), (3, 5), (7, 64), (4, 65), (9, 640), (33, 5000), (6, 4160)]
 
 
 def drawn(rows: int, vocabulary: int) -> torch.Tensor:
