@@ -34,7 +34,7 @@ from s2d2_lmeval.decoding.planning import scheduled_count
 from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, fetch
 from s2d2_lmeval.decoding.rows import DRAFT, Rows
 from s2d2_lmeval.decoding.sampling import ranked_tokens
-from s2d2_lmeval.decoding.spiffy_budget import DraftBudget
+from s2d2_lmeval.decoding.spiffy_budget import DraftBudget, states_at_most
 from s2d2_lmeval.decoding.spiffy_planning import StatePlan, plan_states
 from s2d2_lmeval.decoding.stages import Decisions, Stage, turn
 from s2d2_lmeval.runtime.costs import MeasureCosts
@@ -95,17 +95,17 @@ class Spiffy(BlockDenoiser):
         prefill_chunk: int,
     ) -> Self:
         graph = cls.graph_of(config, facts)
-        rows = cls.rows_for(config, facts, requests, slots, device, len(graph.nodes))
+        rows = cls.rows_for(config, facts, requests, slots, device, states_at_most(graph, config.draft_nodes))
         decoder = cls(config, rows, prefill_chunk)
         decoder.draft_from(graph)
         return decoder
 
     @classmethod
     def graph_of(cls, config: DecodingConfig, facts: Facts) -> DraftGraph:
-        """The draft graph that the options name, as far as it is to be used; warns if it is for something else."""
+        """The draft graph that the options name; warns if it is for something else."""
         graph = load_graph(config.draft_graph, config.base)
         warn_of_differences(graph, config, facts)
-        return graph if config.draft_nodes == "auto" else graph.first(int(config.draft_nodes))
+        return graph
 
     @property
     def capacity(self) -> int:
@@ -149,7 +149,8 @@ class Spiffy(BlockDenoiser):
     def _write_states(self, block: torch.Tensor, inside: torch.Tensor, finishing: torch.Tensor) -> torch.Tensor:
         """Put states that may follow ``block`` (rows, B) where passes read them; see :meth:`StateDrafter.draft`."""
         masks = block == self.rows.mask_token_id
-        self.states = self.drafter.draft(block, masks, self.tables, inside, finishing)
+        drafted = self.drafter.draft(block, masks, self.tables, inside, finishing)
+        self.states = drafted[:, : self.rows.draft_states]
         self.rows.store[:, self.rows.states_at :] = self.states.flatten(1)
         return self.states
 

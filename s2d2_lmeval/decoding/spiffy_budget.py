@@ -18,6 +18,11 @@ PRIOR = 16.0
 """Expected hits after which this run's own hits weigh as much as the calibration's counts."""
 
 
+def states_at_most(graph: DraftGraph, nodes: int | str) -> int:
+    """States that a row may draft at once, if ``nodes`` of ``graph`` are to be drafted (or ``auto``)."""
+    return len(graph.nodes) if nodes == "auto" else min(int(nodes), len(graph.nodes))
+
+
 class DraftBudget:
     """States per row and forward: a given number, or, if ``nodes`` is ``auto``, the number with the most steps per
     second.
@@ -27,7 +32,7 @@ class DraftBudget:
 
     def __init__(self, graph: DraftGraph, nodes: int | str) -> None:
         self.automatic = nodes == "auto"
-        self.most = len(graph.nodes) if self.automatic else int(nodes)
+        self.most = states_at_most(graph, nodes)
         if self.automatic and not graph.counted:
             raise ConfigError(
                 "draft_nodes=auto needs a draft graph with counts, which `s2d2-lmeval calibrate` writes; calibrate "

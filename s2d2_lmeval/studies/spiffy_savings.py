@@ -137,14 +137,21 @@ def _sum(answers: Iterable[Generation], name: str) -> int:
 
 
 def with_graph(
-    model: BlockDiffusionModel, name: str, options: Mapping[str, Any], graph: DraftGraph, prompts: Sequence[list[int]]
+    model: BlockDiffusionModel,
+    name: str,
+    options: Mapping[str, Any],
+    graph: DraftGraph,
+    prompts: Sequence[list[int]],
+    nodes: int | None = None,
 ) -> Line:
-    """Decode ``prompts`` by ``graph``, all of its nodes."""
+    """Decode ``prompts`` by ``graph``: all of its nodes, or the best ``nodes`` at each time."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "graph.json"
         # Measured for what it is: no warning that it was made for something else.
         replace(graph, model={}, decoding={}).save(path)
-        return measure(model, name, {**options, "draft_graph": str(path), "draft_nodes": len(graph.nodes)}, prompts)
+        return measure(
+            model, name, {**options, "draft_graph": str(path), "draft_nodes": nodes or len(graph.nodes)}, prompts
+        )
 
 
 def check_same(base: Line, lines: Iterable[Line]) -> None:
@@ -175,8 +182,11 @@ def by_graph(
     prompts = {name: [prompt_of(tokenizer, one) for one in held_out(name)[:problems]] for name in CORPORA}
     bases = {name: measure(model, base, plain, asked) for name, asked in prompts.items()}
     yield f"| {base} itself | " + " | ".join(f"{line.forwards}" for line in bases.values()) + " | 1.00 |"
+    widest = f"calibrated, {nodes[-1]} nodes"
+    graphs[f"{widest}, the best {nodes[0]} at each time"] = graphs[widest]
     for title, graph in graphs.items():
-        lines = {name: with_graph(model, title, options, graph, asked) for name, asked in prompts.items()}
+        most = nodes[0] if title.endswith("at each time") else None
+        lines = {name: with_graph(model, title, options, graph, asked, most) for name, asked in prompts.items()}
         for name, line in lines.items():
             check_same(bases[name], [line])
         cells = " | ".join(f"{line.forwards} ({line.saved:.0%})" for line in lines.values())
