@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help="replace logits by a script in which this share of drafted tokens is right; for random weights",
     )
+    parser.add_argument(
+        "--answers",
+        action="store_true",
+        help="of the toy: answer --prompts held-out problems of each corpus and show accuracy, tokens per forward, and "
+        "how many answers equal the first decoder's, instead of times",
+    )
     parser.add_argument("--no-baselines", action="store_true", help="leave out the loops of transformers alone")
     parser.add_argument("--device", help="cuda, cpu, … (default: cuda if there is one)")
     parser.add_argument("--dtype", help="of the weights (default: bfloat16 on CUDA, else float32)")
@@ -78,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     from s2d2_lmeval.studies import bench
     from s2d2_lmeval.studies.scripted import Script, follow_script
 
+    if args.answers and args.model != "toy":
+        raise ConfigError("--answers scores the toy's held-out problems: use --model toy, or an evaluation for others.")
     hide_loading_bars()
     console = make_console()
     clock.choose(args.clock)
@@ -86,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(choose_device(args.device, None))
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     plain, model = _models(args.model, device, dtype)
+    if args.answers:
+        return _show_answers(args, model, console)
     work = _workload(args, model)
     script = None
     if args.scripted_acceptance is not None:
@@ -121,6 +131,40 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         bench.plot(found, f"{args.model} on {about['device']}, {about['dtype']}", args.plot)
         console.print(f"Drawn to {args.plot}.")
+    return 0
+
+
+def _show_answers(args: argparse.Namespace, model: BlockDiffusionModel, console: Any) -> int:
+    """Accuracy and tokens per forward by corpus, a line per decoder."""
+    from rich.table import Table
+
+    from s2d2_lmeval.studies.answers import answer
+
+    batch = _numbers(args.batch)[0]
+    found = []
+    for entry in args.decoders.split(","):
+        with console.status(entry):
+            found.append(answer(model, entry, _options(entry, args), batch, args.prompts))
+    first = found[0]
+    table = Table(
+        title=f"Accuracy / tokens per forward, batch {batch}, {args.prompts} problems each", title_justify="left"
+    )
+    for column in ("decoder", *(one.corpus for one in first), "queries/forward", f"equal to {first[0].name}"):
+        table.add_column(column, justify="left" if column == "decoder" else "right")
+    for several in found:
+        equal = sum(one.equal(other) for one, other in zip(several, first, strict=True))
+        table.add_row(
+            several[0].name,
+            *(f"{one.accuracy:.3f} / {one.tokens_per_forward:.2f}" for one in several),
+            f"{sum(one.queries for one in several) / len(several):.1f}",
+            f"{equal} of {sum(one.problems for one in several)}",
+        )
+    console.print(table)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        kept = [{**vars(one), "texts": None} for several in found for one in several]
+        args.output.write_text(json.dumps({"batch": batch, "answers": kept}, indent=2) + "\n", encoding="utf-8")
+        console.print(f"Written to {args.output}.")
     return 0
 
 
@@ -175,14 +219,14 @@ def _workload(args: argparse.Namespace, model: BlockDiffusionModel) -> Workload:
     from s2d2_lmeval.studies.bench import Workload
 
     if args.model == "toy":
-        from transformers import AutoTokenizer
+        from tokenizers import Tokenizer
 
         from s2d2_lmeval.toy import checkpoint_path
         from s2d2_lmeval.toy.corpora import held_out
 
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint_path())
+        tokenizer = Tokenizer.from_file(str(checkpoint_path() / "tokenizer.json"))
         problems = held_out("arithmetic")[: args.prompts]
-        return Workload([tokenizer(problem.prompt)["input_ids"] for problem in problems], args.new_tokens)
+        return Workload([tokenizer.encode(problem.prompt).ids for problem in problems], args.new_tokens)
     rng = random.Random(0)
     words = range(model.facts.vocab_size // 2)
     return Workload([rng.choices(words, k=args.prompt_length) for _ in range(args.prompts)], args.new_tokens)

@@ -162,3 +162,18 @@ def test_workloads_and_measurements_are_plain_values() -> None:
     assert Workload([[1]], 4).new_tokens == 4
     one = Measurement("x", 1, 2.0, None, None, {}, None, None, None)
     assert bench.as_json([one])[0]["over_plain"] is None
+
+
+def test_answers_are_scored_and_compared(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    written = tmp_path / "answers.json"
+    decoders = "ar,sliding,dynamic+confidence_threshold=0.3"
+    command = ["bench", "--answers", "--prompts", "3", "--batch", "4", "--decoders", decoders, "--output", str(written)]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("sliding" in line and "9 of 9" in line for line in lines)
+    found = {(one["name"], one["corpus"]): one for one in json.loads(written.read_text())["answers"]}
+    assert len(found) == 9
+    assert found["ar", "programs"]["tokens_per_forward"] == 1.0
+    assert found["ar", "programs"]["accuracy"] == found["sliding", "programs"]["accuracy"]
+    assert found["sliding", "programs"]["tokens_per_forward"] > 2
+    assert main(["bench", "--answers", "--model", "sdar-100m"]) == 2
