@@ -49,7 +49,7 @@ class Node:
 
 @dataclass(frozen=True)
 class DraftGraph:
-    """Nodes in the order in which they were chosen: the first n are the graph of n nodes.
+    """Nodes in the order in which they were chosen: the first n would be the graph of n nodes.
 
     ``model`` and ``decoding`` say what it was calibrated for, ``calibration`` on how much.
     """
@@ -80,14 +80,6 @@ class DraftGraph:
     def counted(self) -> bool:
         """Whether the graph knows how often its states occur."""
         return all(node.chances for node in self.nodes)
-
-    def first(self, count: int) -> DraftGraph:
-        """The graph of the first ``count`` nodes."""
-        kept = tuple(
-            Node(node.pairs, tuple(parent for parent in node.parents if parent <= count), node.count, node.chances)
-            for node in self.nodes[:count]
-        )
-        return DraftGraph(kept, self.block_length, self.model, self.decoding, self.calibration)
 
     def differences(self, model: Mapping[str, Any], decoding: Mapping[str, Any]) -> list[str]:
         """In what a run differs from what the graph was calibrated for, in words."""

@@ -24,7 +24,7 @@ from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness.report import Totals
 from s2d2_lmeval.runtime.costs import CostCurve
 
-from . import editing_tiny, subblocks_drawn
+from . import editing_tiny, pipelined_cases, subblocks_drawn
 from .spiffy_drawn import BLOCK_BASES, SUBBLOCKS, Case, cases
 from .tiny import VOCABULARY, engine, tiny_model
 
@@ -277,6 +277,22 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
     model = engine(seed=0)
     with pytest.raises(ConfigError, match=message):
         model.generate([[1, 2]], {"decoder": "spiffy", "base": "dynamic", **options}, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+@pytest.mark.parametrize("family", pipelined_cases.FAMILIES)
+def test_models_without_frozen_surroundings_are_refused_by_name(family: str, lossless: bool) -> None:
+    options = {"decoder": "spiffy", "lossless": lossless}
+    with pytest.raises(ConfigError, match=f"decoder=spiffy does not fit {family} checkpoints .*frozen prefix"):
+        pipelined_cases.engine(family).generate([[1, 2]], options, max_new_tokens=4)
+
+
+def test_keys_left_behind_by_an_earlier_forward_are_refused() -> None:
+    options = {"decoder": "spiffy", "use_block_cache": True, "draft_ver": False}
+    with pytest.raises(ConfigError, match="use_block_cache"):
+        subblocks_drawn.engine().generate([[1, 2]], options, max_new_tokens=4)
+    with pytest.raises(ConfigError, match="base=static does not fit fast_dllm_v2"):
+        subblocks_drawn.engine().generate([[1, 2]], {"decoder": "spiffy", "base": "static"}, max_new_tokens=4)
 
 
 def test_draws_in_the_order_of_calls_only_without_the_promise(tmp_path: Path) -> None:
