@@ -37,6 +37,7 @@ class Runner:
         self.cache = SlotCache(0, 0)
         self.model_seconds = 0.0
         """Time inside the model; on CUDA as of the last :meth:`settle`."""
+        self._costs: dict[tuple[int, int], CostCurve] = {}
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         on_cuda = self.device.type == "cuda" and len(devices) == 1
         self.static: StaticShapes | None = None
@@ -79,13 +80,18 @@ class Runner:
     @torch.inference_mode()
     def measure_costs(self, rows: int, most: int, *, model: str = TARGET) -> CostCurve:
         """Time forwards of ``rows`` rows that bring 1 to ``most`` queries each, every logit read, half of the cache
-        filled. To be called between :meth:`reserve` and the first forward: it leaves nothing in the cache.
+        filled. To be called between :meth:`reserve` and the first forward: it leaves nothing in the cache. What was
+        measured before for such rows is not measured again.
 
         ``model`` is for runners of more than one.
         """
-        widths = widths_to_measure(min(most, self.cache.capacity))
-        seconds = [self._median_seconds(rows, int(width)) for width in widths]
-        return CostCurve.measured(widths * rows, np.array(seconds))
+        most = min(most, self.cache.capacity)
+        asked = (rows, most)
+        if asked not in self._costs:
+            widths = widths_to_measure(most)
+            seconds = [self._median_seconds(rows, int(width)) for width in widths]
+            self._costs[asked] = CostCurve.measured(widths * rows, np.array(seconds))
+        return self._costs[asked]
 
     def _median_seconds(self, rows: int, width: int, repeats: int = 3) -> float:
         layout = Layout(np.arange(rows), np.full(rows, width))

