@@ -15,12 +15,17 @@ from typing import Any
 
 SUMMARY = "drafts for an autoregressive target: ar, dflash and ddtree side by side; needs no network"
 
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "ar": {"decoder": "ar"},
-    "dflash": {"decoder": "dflash"},
-    **{f"ddtree {budget}": {"decoder": "ddtree", "tree_budget": budget} for budget in (16, 32, 64)},
-}
-"""Name in the table -> ``--model_args``. The first one is what answers are compared with."""
+BUDGETS = ("16", "32", "64")
+
+
+def configurations(budgets: Sequence[str], seed_chain: bool) -> dict[str, dict[str, Any]]:
+    """Name in the table -> ``--model_args``. The first one is what answers are compared with."""
+    seeded = {"tree_seed_chain": True} if seed_chain else {}
+    trees = {
+        f"ddtree {budget}": {"decoder": "ddtree", "tree_budget": budget if budget == "auto" else int(budget), **seeded}
+        for budget in budgets
+    }
+    return {"ar": {"decoder": "ar"}, "dflash": {"decoder": "dflash"}, **trees}
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft", default="toy", metavar="PATH", help="another drafter than the embedded one")
     parser.add_argument("--limit", type=int, default=100, help="documents per task (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=8, help="requests in flight (default: %(default)s)")
+    parser.add_argument(
+        "--budgets", nargs="+", default=BUDGETS, metavar="N", help="nodes of trees, or auto (default: 16 32 64)"
+    )
+    parser.add_argument("--seed-chain", action="store_true", help="trees hold the arg-max chain whatever it is worth")
     parser.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature (default: arg-max)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads on a CPU (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/demo-ddtree"), help="folder for the table as files")
@@ -69,10 +78,11 @@ def run(args: argparse.Namespace) -> int:
     expected: list[str] = []
     environment: Mapping[str, Any] = {}
     started = time.perf_counter()
-    for number, (name, options) in enumerate(CONFIGURATIONS.items(), 1):
+    chosen = configurations(args.budgets, args.seed_chain)
+    for number, (name, options) in enumerate(chosen.items(), 1):
         options = {"draft": args.draft, **options, **sampling}
         given = ", ".join(f"{key}={value}" for key, value in options.items())
-        console.print(f"[bold]{number}/{len(CONFIGURATIONS)} {name}[/bold]  --model s2d2 --model_args {given}")
+        console.print(f"[bold]{number}/{len(chosen)} {name}[/bold]  --model s2d2 --model_args {given}")
         results = evaluate(args.model, options, TASKS, limit=args.limit, rows=args.rows)
         answers = [text for task in TASKS for text in texts(results["samples"][task])]
         expected = expected or answers
@@ -88,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     lines = "\n".join(f"- {name}: {value}" for name, value in environment.items())
     table = markdown(header, cells, texts=1)
     (args.output / "results.md").write_text(f"# Demo: drafts for the toy model\n\n{table}\n\n{lines}\n", "utf-8")
-    everything = {"configurations": CONFIGURATIONS, "measured": [asdict(one) for one in measured]}
+    everything = {"configurations": chosen, "measured": [asdict(one) for one in measured]}
     content = json.dumps({**everything, "environment": dict(environment)}, indent=1)
     (args.output / "results.json").write_text(content + "\n", "utf-8")
     seconds = time.perf_counter() - started

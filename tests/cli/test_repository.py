@@ -106,7 +106,7 @@ def test_commands_in_the_pages_exist(page: Path) -> None:
 def test_python_examples_in_the_pages_run() -> None:
     """All of them in one process, with the embedded model in place of downloads."""
     examples = [
-        re.sub(r'"JetLM/[^"]+"', '"toy"', example)
+        re.sub(r'"(JetLM|Qwen|z-lab)/[^"]+"', '"toy"', example)
         for page in PAGES
         for example in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     ]
