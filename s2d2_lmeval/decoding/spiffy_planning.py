@@ -13,7 +13,7 @@ finishing  per draft state that leaves none: the finished block as it would be c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ class StatePlan(BlockPlan):
     offered: torch.Tensor
     ends: torch.Tensor
     lookup: torch.Tensor
+
+
+PlanT = TypeVar("PlanT", bound=StatePlan)
 
 
 class WriteStates(Protocol):
@@ -127,48 +130,76 @@ def plan_states(
     lookup = np.zeros_like(queries)
     lookup[read] = np.arange(read.sum())
 
-    slot = np.arange(max(number.size - 1, 0))
-    sent = send_facts(
+    open_state = np.where(drafted & ~finished & (place < length), slots[r] * rows.draft_states + state, -1)
+    arrays = {
+        "source": slots[r] * rows.stride + source,
+        "positions": positions,
+        "rank": layout.padded(positions, NOBODY),
+        "reach": layout.padded(reach, NOTHING),
+        "branch": layout.padded(np.where(in_block, 2 + state, 0), 0),
+        "open_state": layout.padded(open_state, -1),
+        "place": layout.padded(place, 0),
+        "read": queries[read],
+        "fresh_row": slots[row],
+        "fresh_place": at,
+        "lookup": lookup,
+        "inside": inside,
+        "finishing": finishing,
+    }
+    return state_plan(
+        StatePlan,
         rows,
         config,
-        source=slots[r] * rows.stride + source,
-        positions=positions,
-        rank=layout.padded(positions, NOBODY),
-        reach=layout.padded(reach, NOTHING),
-        branch=layout.padded(np.where(in_block, 2 + state, 0), 0),
-        open_state=layout.padded(
-            np.where(drafted & ~finished & (place < length), slots[r] * rows.draft_states + state, -1), -1
-        ),
-        place=layout.padded(place, 0),
-        read=queries[read],
-        fresh_row=slots[row],
-        fresh_place=at,
-        lookup=lookup,
-        inside=inside,
-        finishing=finishing,
-        offered=slot < (inside + finishing)[:, None],
-        ends=slot >= inside[:, None],
+        layout,
+        arrays,
+        write_states,
+        heads=heads,
+        keep=np.where(drafting, start - cached, heads),
+        wanted_counts=np.bincount(row, read.sum(1), minlength=len(slots)).astype(np.int64),
     )
-    reaches = sent["reach"]
+
+
+def state_plan(
+    kind: type[PlanT],
+    rows: Rows,
+    config: DecodingConfig,
+    layout: Layout,
+    arrays: dict[str, np.ndarray],
+    write_states: WriteStates,
+    *,
+    heads: np.ndarray,
+    keep: np.ndarray,
+    wanted_counts: np.ndarray,
+    **more: Any,
+) -> PlanT:
+    """Send ``arrays`` to the device, fill in the draft states there, and make the pass of it.
+
+    ``open_state`` and ``place`` (R, W) among the arrays say of which draft state with masks a query is part (-1: of
+    none) and where; ``lookup``, ``inside`` and ``finishing`` are as in :class:`StatePlan`, the latter two (rows,).
+    """
+    inside, finishing = arrays["inside"], arrays["finishing"]
+    slot = np.arange(arrays["lookup"].shape[1] - 1)
+    offered, ends = slot < (inside + finishing)[:, None], slot >= inside[:, None]
+    sent = send_facts(rows, config, **arrays, offered=offered, ends=ends)
+    reach = sent["reach"]
     if slot.size:
-        block = rows.store.view(-1)[sent["block"]]
-        states = write_states(block, sent["inside"], sent["finishing"])
+        states = write_states(rows.store.view(-1)[sent["block"]], sent["inside"], sent["finishing"])
         if config.draft_ver:
-            reaches = causal_up_to_first_mask(states == rows.mask_token_id, sent, reaches)
-    return StatePlan(
+            reach = _causal_up_to_first_mask(states == rows.mask_token_id, sent, reach)
+    return kind(
         request=Pass(
             layout=layout,
             tokens=rows.store.view(-1)[sent["source"]],
             positions=sent["positions"],
-            visible=in_branches(by_reach(sent["rank"], reaches), sent["branch"]),
+            visible=in_branches(by_reach(sent["rank"], reach), sent["branch"]),
             wanted=sent["read"],
-            keep=np.where(drafting, start - cached, heads),
+            keep=keep,
         ),
-        phases=phase,
+        phases=rows.phase[layout.slots],
         heads=heads,
-        wanted_counts=np.bincount(row, read.sum(1), minlength=len(slots)).astype(np.int64),
+        wanted_counts=wanted_counts,
         verifies=0,
-        drafts=len(row),
+        drafts=len(arrays["fresh_row"]),
         aheads=0,
         verify_at=(sent["fresh_row"][:0], sent["fresh_place"][:0]),
         fresh_at=(sent["fresh_row"], sent["fresh_place"]),
@@ -176,15 +207,16 @@ def plan_states(
         draft_rows=sent["drafting"].bool(),
         ahead_rows=torch.zeros_like(sent["drafting"], dtype=torch.bool),
         facts=sent,
-        inside=groups.inside,
-        finishing=groups.finishing,
+        inside=inside[layout.slots],
+        finishing=finishing[layout.slots],
         offered=sent["offered"].bool(),
         ends=sent["ends"].bool(),
         lookup=sent["lookup"],
+        **more,
     )
 
 
-def causal_up_to_first_mask(masks: torch.Tensor, sent: dict[str, torch.Tensor], reach: torch.Tensor) -> torch.Tensor:
+def _causal_up_to_first_mask(masks: torch.Tensor, sent: dict[str, torch.Tensor], reach: torch.Tensor) -> torch.Tensor:
     """``reach`` (R, W) where the decided prefix of a draft state, as that of any open block, sees no later token.
 
     ``masks`` (rows, D, B) are those of the draft states.

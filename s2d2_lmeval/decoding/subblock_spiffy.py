@@ -13,16 +13,14 @@ import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.planning import send_facts
 from s2d2_lmeval.decoding.readback import Outcome, StepTables
 from s2d2_lmeval.decoding.rows import COMMIT, DRAFT, PREFILL, Rows
 from s2d2_lmeval.decoding.spiffy import ChainReadback, Spiffy
-from s2d2_lmeval.decoding.spiffy_planning import StateGroups, StatePlan, WriteStates, causal_up_to_first_mask
+from s2d2_lmeval.decoding.spiffy_planning import StateGroups, StatePlan, WriteStates, state_plan
 from s2d2_lmeval.decoding.stages import Decisions
 from s2d2_lmeval.decoding.subblock_planning import Frame, Order, SubblockPlan, reach_of
 from s2d2_lmeval.decoding.subblocks import SubblockDenoiser
-from s2d2_lmeval.runtime.passes import Pass
-from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, block_end, by_reach, in_branches
+from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, block_end
 
 
 class SubblockSpiffy(SubblockDenoiser, Spiffy):
@@ -104,60 +102,33 @@ def plan_subblock_states(
     read = np.where(within, wanted[row, at][:, None], number <= states[row][:, None])
     lookup = np.zeros_like(queries)
     lookup[read] = np.arange(read.sum())
-    slot = np.arange(max(queries.shape[1] - 1, 0))
-    sent = send_facts(
+    arrays = {
+        "source": slots[r] * rows.stride + source,
+        "positions": positions,
+        "rank": layout.padded(positions, NOBODY),
+        "reach": layout.padded(reach, NOTHING),
+        "branch": layout.padded(np.where(drafting[r] & (positions >= order.block[r]), 2 + state, 0), 0),
+        "open_state": layout.padded(np.where(drafted, slots[r] * rows.draft_states + state, -1), -1),
+        "place": layout.padded(local, 0),
+        "read": np.concatenate([queries[read], (layout.offsets + layout.widths - 1)[first_rows]]),
+        "fresh_row": slots[row],
+        "fresh_place": at,
+        "lookup": lookup,
+        "inside": inside,
+        "finishing": finishing,
+        # Progress is the share of the sub-block that is decided, whoever decided it.
+        "given": np.zeros(rows.count),
+    }
+    return state_plan(
+        SubblockStatePlan,
         rows,
         config,
-        source=slots[r] * rows.stride + source,
-        positions=positions,
-        rank=layout.padded(positions, NOBODY),
-        reach=layout.padded(reach, NOTHING),
-        branch=layout.padded(np.where(drafting[r] & (positions >= order.block[r]), 2 + state, 0), 0),
-        open_state=layout.padded(np.where(drafted, slots[r] * rows.draft_states + state, -1), -1),
-        place=layout.padded(local, 0),
-        read=np.concatenate([queries[read], (layout.offsets + layout.widths - 1)[first_rows]]),
-        fresh_row=slots[row],
-        fresh_place=at,
-        lookup=lookup,
-        inside=inside,
-        finishing=finishing,
-        offered=slot < (inside + finishing)[:, None],
-        ends=slot >= inside[:, None],
-        first_slots=slots[first_rows],
-        # Progress is the share of the sub-block that is decided, whoever decided it.
-        given=np.zeros(rows.count),
-    )
-    reaches = sent["reach"]
-    if slot.size:
-        drafts = write_states(rows.store.view(-1)[sent["block"]], sent["inside"], sent["finishing"])
-        if frame.draft_ver:
-            reaches = causal_up_to_first_mask(drafts == rows.mask_token_id, sent, reaches)
-    return SubblockStatePlan(
-        request=Pass(
-            layout=layout,
-            tokens=rows.store.view(-1)[sent["source"]],
-            positions=sent["positions"],
-            visible=in_branches(by_reach(sent["rank"], reaches), sent["branch"]),
-            wanted=sent["read"],
-            keep=np.where(drafting, order.block - rows.cached[slots], order.heads),
-        ),
-        phases=phase,
+        layout,
+        arrays,
+        write_states,
         heads=order.heads,
+        keep=np.where(drafting, order.block - rows.cached[slots], order.heads),
         wanted_counts=np.bincount(row, read.sum(1), minlength=len(slots)).astype(np.int64) + first_rows,
-        verifies=0,
-        drafts=len(row),
-        aheads=0,
-        verify_at=(sent["fresh_row"][:0], sent["fresh_place"][:0]),
-        fresh_at=(sent["fresh_row"], sent["fresh_place"]),
-        verify_rows=sent["verifying"].bool(),
-        draft_rows=sent["drafting"].bool(),
-        ahead_rows=torch.zeros_like(sent["drafting"], dtype=torch.bool),
-        facts=sent,
-        inside=inside[slots],
-        finishing=finishing[slots],
-        offered=sent["offered"].bool(),
-        ends=sent["ends"].bool(),
-        lookup=sent["lookup"],
-        first_slots=sent["first_slots"],
+        first_slots=torch.from_numpy(slots[first_rows]).to(rows.device),
         first_rows=first_rows,
     )
