@@ -209,6 +209,7 @@ def test_weights_must_be_those_of_a_drafter(folder: Path) -> None:
 
 def test_load_with_a_drafter(folder: Path, tmp_path: Path) -> None:
     model = target()
+    model.requires_grad_(False)
     engine = s2d2_lmeval.load(model, draft=folder)
     assert engine.facts.family == "qwen3"
     assert engine.facts.drafter is not None
