@@ -22,6 +22,12 @@ class RequestError(S2D2Error):
 class NumericalError(S2D2Error):
     """Logits that are not finite."""
 
+    def __init__(self) -> None:
+        super().__init__(
+            "The model answered with logits that are not numbers (NaN or infinite). Check the checkpoint, or load it "
+            "with dtype=float32."
+        )
+
 
 class CapacityError(S2D2Error):
     """Memory that does not hold a single request."""

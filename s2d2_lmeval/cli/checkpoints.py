@@ -32,7 +32,11 @@ def open_model(
             "trace to show."
         )
     loaded = load_model(
-        arguments, rows=arguments.rows or RowLimit(1), dtype=dtype, device=choose_device(device, None), revision=revision
+        arguments,
+        rows=arguments.rows or RowLimit(1),
+        dtype=dtype,
+        device=choose_device(device, None),
+        revision=revision,
     )
     assert loaded.engine is not None
     tokenizer = load_tokenizer(arguments, loaded.source, revision)

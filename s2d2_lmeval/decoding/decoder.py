@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -19,6 +20,25 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from s2d2_lmeval.families import Facts
+
+
+@dataclass(frozen=True)
+class Seating:
+    """What a run needs of its decoder: ``slots`` rows, each with room for any of ``requests``, which bring at most
+    ``prefill_chunk`` tokens of a prompt to a forward.
+    """
+
+    config: DecodingConfig
+    facts: Facts
+    requests: Sequence[Request]
+    slots: int
+    device: torch.device
+    prefill_chunk: int
+
+    @property
+    def longest(self) -> int:
+        """Positions that the longest request takes, prompt and answer together."""
+        return max(len(request.prompt) + request.max_new_tokens for request in self.requests)
 
 
 class Plan(Protocol):
@@ -49,16 +69,8 @@ class Decoder(Protocol):
         """Positions that a row may write to in the cache."""
 
     @classmethod
-    def seat(
-        cls,
-        config: DecodingConfig,
-        facts: Facts,
-        requests: Sequence[Request],
-        slots: int,
-        device: torch.device,
-        prefill_chunk: int,
-    ) -> Self:
-        """A decoder with ``slots`` rows, each with room for any of ``requests``."""
+    def seat(cls, seating: Seating) -> Self:
+        """A decoder with seats for a run."""
 
     def weigh(self, measure_costs: MeasureCosts) -> None:
         """Before the first request: a decoder with an option that is ``auto`` measures here what forwards cost."""

@@ -13,7 +13,6 @@ happened from one read at the end and moves every row to its next phase.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +20,8 @@ import torch
 
 from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, NOTHING, Request
+from s2d2_lmeval.decoding.decoder import Seating
+from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, NOTHING
 from s2d2_lmeval.decoding.planning import BlockPlan, plan_blocks
 from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, read_back, record_step
 from s2d2_lmeval.decoding.remasking import choose
@@ -33,8 +33,6 @@ from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from s2d2_lmeval.families import Facts
 
 
 class BlockDenoiser:
@@ -56,31 +54,15 @@ class BlockDenoiser:
         self.verify_all_masks = False
 
     @classmethod
-    def seat(
-        cls,
-        config: DecodingConfig,
-        facts: Facts,
-        requests: Sequence[Request],
-        slots: int,
-        device: torch.device,
-        prefill_chunk: int,
-    ) -> Self:
-        """A decoder with ``slots`` rows, each with room for any of ``requests``."""
-        return cls(config, cls.rows_for(config, facts, requests, slots, device), prefill_chunk)
+    def seat(cls, seating: Seating) -> Self:
+        """A decoder with seats for a run."""
+        return cls(seating.config, cls.rows_for(seating), seating.prefill_chunk)
 
     @classmethod
-    def rows_for(
-        cls,
-        config: DecodingConfig,
-        facts: Facts,
-        requests: Sequence[Request],
-        slots: int,
-        device: torch.device,
-        draft_states: int = 0,
-    ) -> Rows:
-        """``slots`` rows, each with room for any of ``requests`` and so many drafted states."""
-        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        return Rows(slots, longest, config.block_length, facts.mask_token_id, device, draft_states)
+    def rows_for(cls, seating: Seating, draft_states: int = 0) -> Rows:
+        """Rows of the run, each with room for so many drafted states."""
+        length, mask = seating.config.block_length, seating.facts.mask_token_id
+        return Rows(seating.slots, seating.longest, length, mask, seating.device, draft_states)
 
     @property
     def capacity(self) -> int:
@@ -236,10 +218,7 @@ class BlockDenoiser:
         """Bring the host's mirror up to date and move every active row to its next phase."""
         rows, slots = self.rows, self._plan.request.layout.slots
         if not read.sound:
-            raise NumericalError(
-                "The model answered with logits that are not numbers (NaN or infinite). "
-                "Check the checkpoint, or load it with dtype=float32."
-            )
+            raise NumericalError
         rows.cached[slots] += self._plan.request.keep
         outcome = Outcome.zeros(len(slots))
         for row, slot in enumerate(slots.tolist()):

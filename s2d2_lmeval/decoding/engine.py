@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ import torch
 
 from s2d2_lmeval.decoding.config import STRATEGY_OF_DECODER, DecodingConfig
 from s2d2_lmeval.decoding.ddtree import DDTree
-from s2d2_lmeval.decoding.decoder import Decoder
+from s2d2_lmeval.decoding.decoder import Decoder, Seating
 from s2d2_lmeval.decoding.denoising import BlockDenoiser
 from s2d2_lmeval.decoding.dflash import DFlash
 from s2d2_lmeval.decoding.editing import EditingDenoiser, EditingS2D2
@@ -156,23 +157,17 @@ class Engine:
         self.config.check_fits(self.facts)
         # Published code prefills a prompt in one forward.
         published = self.config.schedule == "reference"
-        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        seat = partial(
-            decoder.seat,
-            self.config,
-            self.facts,
-            requests,
-            device=self.runner.device,
-            prefill_chunk=longest if published else PREFILL_CHUNK,
-        )
+        seating = Seating(self.config, self.facts, requests, 1, self.runner.device, PREFILL_CHUNK)
+        if published:
+            seating = replace(seating, prefill_chunk=seating.longest)
         # The published draw order of a sequential source exists for one row only.
         alone = self.config.random_source not in ("keyed", "fixed")
         most = 1 if alone else min(self.limit.most(self.runner.device), len(requests))
         if self.limit.automatic and most > 1:
             wanted = max(2 * self.config.block_length, LOGITS_OF_A_ROW)
-            most = min(most, self.runner.rows_that_fit(seat(slots=1).capacity, wanted))
+            most = min(most, self.runner.rows_that_fit(decoder.seat(seating).capacity, wanted))
         self.slots = most
-        self.decoder = seat(slots=most)
+        self.decoder = decoder.seat(replace(seating, slots=most))
         self.rows = self.decoder.rows
         # Published code runs every prompt whole.
         self.prefixes = SharedPrefixes(self.rows, None if published else self.rows.prefix_grain)

@@ -12,7 +12,6 @@ A block sees the prompt and every block up to itself. Once a stop token is decid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +19,8 @@ import torch
 
 from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, HIGH_CONFIDENCE, NOTHING, RESAMPLED, Request, Step
+from s2d2_lmeval.decoding.decoder import Seating
+from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, HIGH_CONFIDENCE, NOTHING, RESAMPLED, Step
 from s2d2_lmeval.decoding.pipelined_planning import PipelinePlan, Wanted, Window, plan_pipeline
 from s2d2_lmeval.decoding.pipelined_rows import PipelineRows
 from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, read_back
@@ -33,8 +33,6 @@ from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from s2d2_lmeval.families import Facts
 
 
 class PipelinedDenoiser:
@@ -59,23 +57,16 @@ class PipelinedDenoiser:
         self.kept_logits = torch.empty(0, device=rows.device)
 
     @classmethod
-    def seat(
-        cls,
-        config: DecodingConfig,
-        facts: Facts,
-        requests: Sequence[Request],
-        slots: int,
-        device: torch.device,
-        prefill_chunk: int,
-    ) -> Self:
-        """A decoder with ``slots`` rows, each with room for any of ``requests``.
+    def seat(cls, seating: Seating) -> Self:
+        """A decoder with seats for a run.
 
         :raises ConfigError: for a schedule that there is none of here.
         """
+        config, facts = seating.config, seating.facts
         if config.schedule == "lookahead":
             raise ConfigError("schedule=lookahead commits token-causally, which pipelined blocks are not; use fused.")
-        rows = PipelineRows(slots, requests, config.block_length, facts.mask_token_id, device)
-        return cls(config, rows, facts.token_shift, prefill_chunk)
+        rows = PipelineRows(seating.slots, seating.requests, config.block_length, facts.mask_token_id, seating.device)
+        return cls(config, rows, facts.token_shift, seating.prefill_chunk)
 
     @property
     def capacity(self) -> int:
@@ -209,10 +200,7 @@ class PipelinedDenoiser:
         rows, plan = self.rows, self._plan
         slots = plan.request.layout.slots
         if not read.sound:
-            raise NumericalError(
-                "The model answered with logits that are not numbers (NaN or infinite). "
-                "Check the checkpoint, or load it with dtype=float32."
-            )
+            raise NumericalError
         assert read.drafted is not None
         rows.cached[slots] += plan.request.keep
         outcome = Outcome.zeros(len(slots))

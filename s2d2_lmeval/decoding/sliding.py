@@ -20,7 +20,6 @@ With ``acceptance=rejection`` the law is that of ``ar``, the draws are others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +27,8 @@ import torch
 
 from s2d2_lmeval.decoding import random, tree_budget, trees
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.generation import ACCEPTED, AUTOREGRESSIVE, Request, Step
+from s2d2_lmeval.decoding.decoder import Seating
+from s2d2_lmeval.decoding.generation import ACCEPTED, AUTOREGRESSIVE, Step
 from s2d2_lmeval.decoding.readback import Outcome, fetch
 from s2d2_lmeval.decoding.seats import KIND_OF_PHASE, PREFILL
 from s2d2_lmeval.decoding.tree_acceptance import acceptance_of
@@ -67,22 +67,15 @@ class Sliding:
         self.budget = tree_budget.QueryBudget(queries, self.queries_of_node(facts), self.window, most, shared)
 
     @classmethod
-    def seat(
-        cls,
-        config: DecodingConfig,
-        facts: Facts,
-        requests: Sequence[Request],
-        slots: int,
-        device: torch.device,
-        prefill_chunk: int,
-    ) -> Self:
-        """A decoder with ``slots`` rows, each with room for any of ``requests``."""
-        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        most = cls.most_queries(config, slots)
+    def seat(cls, seating: Seating) -> Self:
+        """A decoder with seats for a run."""
+        config, facts = seating.config, seating.facts
+        most = cls.most_queries(config, seating.slots)
         nodes = max((most - 1) // cls.queries_of_node(facts), 1)
         if config.draft_shape == "chain":
             nodes = min(nodes, config.window - 1)
-        return cls(config, facts, TreeRows(slots, longest, nodes), most, device, prefill_chunk)
+        rows = TreeRows(seating.slots, seating.longest, nodes)
+        return cls(config, facts, rows, most, seating.device, seating.prefill_chunk)
 
     @staticmethod
     def queries_of_node(facts: Facts) -> int:
@@ -179,10 +172,7 @@ class Sliding:
     def _after_round(self, row: int, slot: int, read: list[np.ndarray], outcome: Outcome) -> None:
         sound, bonus, path, met, nodes, token, parent, depth, windows, price = read
         if not sound[0]:
-            raise NumericalError(
-                "The model answered with logits that are not numbers (NaN or infinite). "
-                "Check the checkpoint, or load it with dtype=float32."
-            )
+            raise NumericalError
         rows = self.rows
         path = path[path > 0] - 1
         fresh = [*rows.token[slot, path + 1].tolist(), int(bonus[0])]

@@ -16,7 +16,6 @@ drawn: outputs and states are the same, and as many forwards are saved as drafte
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,11 +24,12 @@ import torch
 
 from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.decoder import Seating
 from s2d2_lmeval.decoding.denoising import BlockDenoiser
 from s2d2_lmeval.decoding.draft_graph import DraftGraph, load_graph
 from s2d2_lmeval.decoding.draft_states import Eligibility, RankTables, StateDrafter
 from s2d2_lmeval.decoding.editing import EditingDenoiser
-from s2d2_lmeval.decoding.generation import EDITED, Request
+from s2d2_lmeval.decoding.generation import EDITED
 from s2d2_lmeval.decoding.planning import scheduled_count
 from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, fetch
 from s2d2_lmeval.decoding.rows import DRAFT, Rows
@@ -85,18 +85,10 @@ class Spiffy(BlockDenoiser):
         self.tables = RankTables.empty(rows.count, length, max(self.ranks, 1), device)
 
     @classmethod
-    def seat(
-        cls,
-        config: DecodingConfig,
-        facts: Facts,
-        requests: Sequence[Request],
-        slots: int,
-        device: torch.device,
-        prefill_chunk: int,
-    ) -> Self:
-        graph = cls.graph_of(config, facts)
-        rows = cls.rows_for(config, facts, requests, slots, device, states_at_most(graph, config.draft_nodes))
-        decoder = cls(config, rows, prefill_chunk)
+    def seat(cls, seating: Seating) -> Self:
+        graph = cls.graph_of(seating.config, seating.facts)
+        rows = cls.rows_for(seating, states_at_most(graph, seating.config.draft_nodes))
+        decoder = cls(seating.config, rows, seating.prefill_chunk)
         decoder.draft_from(graph)
         return decoder
 

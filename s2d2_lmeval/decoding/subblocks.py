@@ -18,7 +18,6 @@ Stop tokens end an answer at the step that leaves no mask before the first of th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,8 +25,9 @@ import torch
 
 from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.decoder import Seating
 from s2d2_lmeval.decoding.denoising import BlockDenoiser
-from s2d2_lmeval.decoding.generation import AUTOREGRESSIVE, NOTHING, Request
+from s2d2_lmeval.decoding.generation import AUTOREGRESSIVE, NOTHING
 from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, record_step
 from s2d2_lmeval.decoding.rows import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Rows
 from s2d2_lmeval.decoding.s2d2 import S2D2
@@ -37,7 +37,7 @@ from s2d2_lmeval.decoding.subblock_planning import Frame, SubblockPlan, plan_sub
 from s2d2_lmeval.errors import ConfigError
 
 if TYPE_CHECKING:
-    from s2d2_lmeval.families import Facts
+    pass
 
 
 class SubblockDenoiser(BlockDenoiser):
@@ -63,20 +63,12 @@ class SubblockDenoiser(BlockDenoiser):
         self.stops = np.array(config.stop_token_ids, dtype=np.int64)
 
     @classmethod
-    def rows_for(
-        cls,
-        config: DecodingConfig,
-        facts: Facts,
-        requests: Sequence[Request],
-        slots: int,
-        device: torch.device,
-        draft_states: int = 0,
-    ) -> Rows:
-        block, part = config.block_length, config.small_block_size or config.block_length
-        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    def rows_for(cls, seating: Seating, draft_states: int = 0) -> Rows:
+        block = seating.config.block_length
+        part = seating.config.small_block_size or block
         # Room for whole blocks, and for the first token behind the last one.
-        length = -(-longest // block) * block + part
-        return Rows(slots, length, part, facts.mask_token_id, device, draft_states)
+        length = -(-seating.longest // block) * block + part
+        return Rows(seating.slots, length, part, seating.facts.mask_token_id, seating.device, draft_states)
 
     def admitted(self, slot: int) -> None:
         request = self.rows.requests[slot]

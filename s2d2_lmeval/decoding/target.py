@@ -10,7 +10,6 @@ token that comes out is always what the target says behind the tokens before it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,8 +17,8 @@ import torch
 
 from s2d2_lmeval.decoding import random, trees
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.decoder import Plan
-from s2d2_lmeval.decoding.generation import ACCEPTED, AUTOREGRESSIVE, Request, Step
+from s2d2_lmeval.decoding.decoder import Plan, Seating
+from s2d2_lmeval.decoding.generation import ACCEPTED, AUTOREGRESSIVE, Step
 from s2d2_lmeval.decoding.readback import Outcome, fetch
 from s2d2_lmeval.decoding.sampling import probabilities
 from s2d2_lmeval.decoding.seats import DRAFT, KIND_OF_PHASE, PREFILL
@@ -48,19 +47,11 @@ class Target:
         self.depths = self.most_depths(config, facts)
 
     @classmethod
-    def seat(
-        cls,
-        config: DecodingConfig,
-        facts: Facts,
-        requests: Sequence[Request],
-        slots: int,
-        device: torch.device,
-        prefill_chunk: int,
-    ) -> Self:
-        """A decoder with ``slots`` rows, each with room for any of ``requests``."""
-        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        rows = TargetRows(slots, longest, cls.most_nodes(config, facts, slots), device)
-        return cls(config, facts, rows, prefill_chunk)
+    def seat(cls, seating: Seating) -> Self:
+        """A decoder with seats for a run."""
+        config, facts, slots = seating.config, seating.facts, seating.slots
+        rows = TargetRows(slots, seating.longest, cls.most_nodes(config, facts, slots), seating.device)
+        return cls(config, facts, rows, seating.prefill_chunk)
 
     @staticmethod
     def most_nodes(config: DecodingConfig, facts: Facts, slots: int) -> int:
@@ -145,10 +136,7 @@ class Target:
     def _after_round(self, row: int, slot: int, read: list[np.ndarray], outcome: Outcome) -> None:
         sound, path, tokens = read
         if not sound[0]:
-            raise NumericalError(
-                "The model answered with logits that are not numbers (NaN or infinite). "
-                "Check the checkpoint, or load it with dtype=float32."
-            )
+            raise NumericalError
         rows, drafted = self.rows, int(self._plan.drafted[row])
         path = path[path > 0] - 1
         fresh = [*tokens[1 : 1 + len(path)].tolist(), int(tokens[-1])]
