@@ -26,7 +26,7 @@ BLOCK_LENGTH = 16
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "ar": {"decoder": "ar"},
     "sliding": {"decoder": "sliding"},
-    "sliding 192": {"decoder": "sliding", "row_budget": 192},
+    "sliding auto": {"decoder": "sliding", "row_budget": "auto"},
     "dynamic": {"decoder": "dynamic", "block_length": BLOCK_LENGTH, "confidence_threshold": 0.9},
     "s2d2": {"decoder": "s2d2", "block_length": BLOCK_LENGTH},
     "s2d2 greedy": {"decoder": "s2d2", "block_length": BLOCK_LENGTH, "acceptance": "greedy"},

@@ -48,6 +48,6 @@ def test_the_demo_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFi
     assert all(row["documents"] == 3 for row in written["tasks"])
     speed = {row["configuration"]: row for row in written["speed"]}
     assert speed["ar"]["tokens_per_forward"] == 1.0
-    assert speed["sliding"]["equal"] == speed["sliding 192"]["equal"] == speed["ar"]["documents"] == 9
+    assert speed["sliding"]["equal"] == speed["sliding auto"]["equal"] == speed["ar"]["documents"] == 9
     assert speed["sliding"]["tokens_per_forward"] > 2
     assert "| task | decoder |" in (tmp_path / "demo" / "results.md").read_text()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from s2d2_lmeval import BlockDiffusionModel, DecodingConfig, load
 from s2d2_lmeval.decoding.draft_graph import DraftGraph, load_graph, parse_graph
@@ -23,6 +24,8 @@ from s2d2_lmeval.decoding.spiffy import Spiffy
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness.report import Totals
 from s2d2_lmeval.runtime.costs import CostCurve
+from s2d2_lmeval.toy import checkpoint_path
+from s2d2_lmeval.toy.corpora import held_out
 
 from . import editing_tiny, pipelined_cases, subblocks_drawn
 from .spiffy_drawn import BLOCK_BASES, SUBBLOCKS, Case, cases
@@ -327,6 +330,24 @@ def test_default_graphs_come_with_the_package_and_know_their_counts(base: str) -
     assert graph.model["source"] == "toy"
     counts = [node.count for node in graph.nodes]
     assert counts == sorted(counts, reverse=True)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 0.8}])
+@pytest.mark.parametrize("base", ["static", "dynamic"])
+def test_calibrated_graphs_go_through_the_states_of_the_base_decoder(base: str, sampling: dict[str, Any]) -> None:
+    """The default graphs on the model that they were calibrated on."""
+    model = load("toy", dtype="float64", max_batch=4)
+    tokenizer = Tokenizer.from_file(str(checkpoint_path() / "tokenizer.json"))
+    prompts = [tokenizer.encode(problem.prompt).ids for problem in held_out("arithmetic")[:12]]
+    options = {"block_length": 16, "max_new_tokens": 48, "seed": 5, **sampling}
+    plain = model.generate(prompts, {"decoder": base, **options})
+    fast = model.generate(prompts, {"decoder": "spiffy", "base": base, "draft_nodes": 8, **options})
+    for one, other in zip(plain, fast, strict=True):
+        assert all(getattr(one, name) == getattr(other, name) for name in TRACED)
+    forwards = [sum(answer.stats["nfe"] for answer in answers) for answers in (plain, fast)]
+    accepted = sum(answer.stats["states_accepted"] for answer in fast)
+    assert forwards[0] - forwards[1] == accepted
+    assert accepted > (0.3 * forwards[0] if base == "static" else 0)
 
 
 def test_statistics_reach_the_results(tmp_path: Path) -> None:
