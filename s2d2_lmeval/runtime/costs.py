@@ -14,6 +14,9 @@ import numpy as np
 
 from s2d2_lmeval.runtime.passes import TARGET
 
+PROPORTIONAL = 0.9
+"""Share of the growth in width that a forward's growth in time must have to be called proportional."""
+
 
 @dataclass(frozen=True)
 class CostCurve:
@@ -47,3 +50,13 @@ def widths_to_measure(most: int) -> np.ndarray:
     """About two widths per doubling, from 1 to ``most``."""
     steps = int(np.ceil(2 * np.log2(max(most, 1)))) + 1
     return np.unique(np.geomspace(1, most, steps).round().astype(np.int64))
+
+
+def in_proportion(widths: np.ndarray, seconds: np.ndarray) -> bool:
+    """Whether the last two steps of ``seconds`` (of the first ``widths``) grew as the widths did: then the curve goes
+    on as it is, and wider forwards need no measuring.
+    """
+    if len(seconds) < 3:
+        return False
+    measured = widths[: len(seconds)]
+    return bool((seconds[-2:] / seconds[-3:-1] >= PROPORTIONAL * measured[-2:] / measured[-3:-1]).all())

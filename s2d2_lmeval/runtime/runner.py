@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend
 from s2d2_lmeval.runtime.cache import SlotCache
-from s2d2_lmeval.runtime.costs import CostCurve, widths_to_measure
+from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, widths_to_measure
 from s2d2_lmeval.runtime.memory import SHARE, bytes_per_row, free_bytes
 from s2d2_lmeval.runtime.passes import TARGET, Layout, Pass
 from s2d2_lmeval.runtime.static import StaticShapes
@@ -81,16 +81,17 @@ class Runner:
     def measure_costs(self, rows: int, most: int, *, model: str = TARGET) -> CostCurve:
         """Time forwards of ``rows`` rows that bring 1 to ``most`` queries each, every logit read, half of the cache
         filled. To be called between :meth:`reserve` and the first forward: it leaves nothing in the cache. What was
-        measured before for such rows is not measured again.
+        measured before for such rows is not measured again, nor how wide forwards grow in plain proportion.
 
         ``model`` is for runners of more than one.
         """
         most = min(most, self.cache.capacity)
         asked = (rows, most)
         if asked not in self._costs:
-            widths = widths_to_measure(most)
-            seconds = [self._median_seconds(rows, int(width)) for width in widths]
-            self._costs[asked] = CostCurve.measured(widths * rows, np.array(seconds))
+            widths, seconds = widths_to_measure(most), np.empty(0)
+            while len(seconds) < len(widths) and not in_proportion(widths, seconds):
+                seconds = np.append(seconds, self._median_seconds(rows, int(widths[len(seconds)])))
+            self._costs[asked] = CostCurve.measured(widths[: len(seconds)] * rows, seconds)
         return self._costs[asked]
 
     def _median_seconds(self, rows: int, width: int, repeats: int = 3) -> float:
