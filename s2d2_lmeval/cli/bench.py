@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from s2d2_lmeval.studies.bench import Measurement, Workload
     from s2d2_lmeval.studies.scripted import Script
 
+WIDE = 130
+"""Columns of a terminal that the whole table fits into."""
+
 SUMMARY = "measure decoders, schedules and batches on this machine"
 
 _CLOCKS = {"wall": "wall clock", "cpu": "processor time"}
@@ -104,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     with console.status("measuring") as status:
         found = _measure(args, plain, model, script, work, status.update)
     about = environment(device, dtype, model.attention)
-    console.print(_table(found))
+    console.print(_table(found, console.width))
     floor = bench.floor_milliseconds(model.hf_model)
     console.print(
         f"{args.model} on {about['device']}, {about['dtype']}, {about['threads']} threads, torch {about['torch']}, "
@@ -256,40 +259,34 @@ def _options(entry: str, args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _table(found: Sequence[Measurement]) -> Any:
+def _table(found: Sequence[Measurement], width: int) -> Any:
+    """The measurements; on a narrow terminal without the columns that only the file then has."""
+    from rich import box
     from rich.table import Table
 
     from s2d2_lmeval.studies.bench import over_plain
 
-    table = Table(title="Decoders", title_justify="left")
-    table.add_column("decoder")
-    for column in (
-        "batch",
-        "tokens/s",
-        "over plain",
-        "decode tokens/s",
-        "tokens/forward",
-        "ms/forward",
-        "over floor",
-        "outside model",
-    ):
-        table.add_column(column, justify="right")
-    table.add_column("forwards")
-
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
+    columns: dict[str, Callable[[Measurement, float | None], str]] = {
+        "decoder": lambda one, _: one.name,
+        "batch": lambda one, _: str(one.batch),
+        "tokens/s": lambda one, _: f"{one.tokens_per_second:.1f}",
+        "over plain": lambda _, ratio: shown(ratio, ".2f"),
+        "decode tokens/s": lambda one, _: shown(one.decode_tokens_per_second, ".1f"),
+        "tokens/forward": lambda one, _: shown(one.tokens_per_forward, ".2f"),
+        "ms/forward": lambda one, _: shown(one.milliseconds, ".2f"),
+        "over floor": lambda one, _: shown(one.over_floor, ".2f"),
+        "outside model": lambda one, _: shown(one.outside, ".0%"),
+        "forwards": lambda one, _: " ".join(f"{kind} {count}" for kind, count in one.forwards.items()),
+    }
+    if width < WIDE:
+        for name in ("decode tokens/s", "over floor", "outside model", "forwards"):
+            del columns[name]
+    table = Table(title="Decoders", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("decoder", "forwards") else "right")
     for one, ratio in zip(found, over_plain(found), strict=True):
-        table.add_row(
-            one.name,
-            str(one.batch),
-            f"{one.tokens_per_second:.1f}",
-            shown(ratio, ".2f"),
-            shown(one.decode_tokens_per_second, ".1f"),
-            shown(one.tokens_per_forward, ".2f"),
-            shown(one.milliseconds, ".2f"),
-            shown(one.over_floor, ".2f"),
-            shown(one.outside, ".0%"),
-            " ".join(f"{kind} {count}" for kind, count in one.forwards.items()),
-        )
+        table.add_row(*(cell(one, ratio) for cell in columns.values()))
     return table
