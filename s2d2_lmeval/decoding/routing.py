@@ -38,14 +38,17 @@ class DraftView:
 class RoutingPolicy(Protocol):
     """Decides which drafts are verified."""
 
+    always: bool
+    """Whether it is known beforehand that every draft is."""
+
     def decide(self, view: DraftView) -> torch.Tensor:
         """Which rows (R,) go on to the verifier."""
 
     def judged(self, span: torch.Tensor, accepted: torch.Tensor, rejected: torch.Tensor) -> None:
         """Learn from spans (R, L) that came back: their ``accepted`` prefix, and the first ``rejected`` place (R,)."""
 
-    def reward(self, finished: torch.Tensor, verified: torch.Tensor, decided: torch.Tensor) -> None:
-        """Learn from rows (R,) whose step is complete: whether it verified and how many tokens it ``decided``."""
+    def reward(self, finished: torch.Tensor, verified: bool, decided: torch.Tensor) -> None:
+        """Learn from rows (R,) whose step is complete: whether it verified and how many tokens (R,) it ``decided``."""
 
     def reset(self, row: int) -> None:
         """Forget a row's past: another request begins there."""
@@ -82,12 +85,14 @@ def score(view: DraftView, config: DecodingConfig) -> torch.Tensor:
 
 
 class _Unjudging:
+    always = False
+
     def judged(self, span: torch.Tensor, accepted: torch.Tensor, rejected: torch.Tensor) -> None:
         pass
 
 
 class _Stateless(_Unjudging):
-    def reward(self, finished: torch.Tensor, verified: torch.Tensor, decided: torch.Tensor) -> None:
+    def reward(self, finished: torch.Tensor, verified: bool, decided: torch.Tensor) -> None:
         pass
 
     def reset(self, row: int) -> None:
@@ -102,6 +107,7 @@ class SpanLengthPolicy(_Stateless):
 
     def __init__(self, config: DecodingConfig) -> None:
         self.config = config
+        self.always = config.min_ssd_span_length <= 1 and not config.legacy_ssd_span_strategy
 
     def decide(self, view: DraftView) -> torch.Tensor:
         shortest = self.config.min_ssd_span_length
@@ -182,10 +188,10 @@ class BanditPolicy(_Unjudging):
         skip, verify = bound.masked_fill(pulls == 0, torch.inf).unbind(1)
         return verify >= skip
 
-    def reward(self, finished: torch.Tensor, verified: torch.Tensor, decided: torch.Tensor) -> None:
+    def reward(self, finished: torch.Tensor, verified: bool, decided: torch.Tensor) -> None:
         row = torch.arange(len(finished), device=finished.device)
-        place = (row, verified.long(), self.bucket)
-        gained = decided.double() / torch.where(verified, 2, 1)
+        place = (row, torch.full_like(row, int(verified)), self.bucket)
+        gained = decided.double() / (2 if verified else 1)
         pulls = self.pulls[place] + finished
         self.pulls[place] = pulls
         self.mean[place] += (gained - self.mean[place]) / pulls.clamp_min(1) * finished

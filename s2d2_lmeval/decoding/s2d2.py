@@ -52,6 +52,10 @@ class S2D2(BlockDenoiser):
         else:
             self.policy = policy_of(config, rows.count, rows.device)
         self.verify_all_masks = config.ssd_threshold_all_spans and config.ssd_ratio_threshold >= 0
+        self.resamples = config.allow_resample or config.acceptance == "greedy"
+        decides_one = self.resamples or self.keeps_rejected
+        self.tops_up = not decides_one or int(scheduled_count(0, config)) > 1
+        """Whether the schedule can ask for more tokens than a verification decides at least."""
         self.scores = config.do_verify_policy in ("score_threshold", "score_hysteresis", "throughput")
         self.watches_entropy = config.do_verify_policy == "contextual_bandit_ucb"
         self.estimate = torch.zeros((rows.count, rows.block_length), device=rows.device)
@@ -85,7 +89,7 @@ class S2D2(BlockDenoiser):
         if plan.verifies:
             decisions = Decisions(stage.block, self.rows.mask_token_id)
             self._verify(decisions, stage, logits[: plan.verifies], plan)
-            self._finish_step(decisions, stage, plan.verify_rows, plan.verify_rows)
+            self._finish_step(decisions, stage, plan.verify_rows, verified=True)
             self._write(stage, decisions)
             verified = decisions.tables(draft.tokens)
             stage = replace(stage, block=decisions.block)
@@ -108,8 +112,8 @@ class S2D2(BlockDenoiser):
         decisions = Decisions(stage.block, self.rows.mask_token_id)
         self._revise(decisions, stage, drafting)
         span = self._route(decisions.masks, stage, logits, at, drafting)
-        finished = drafting & ~span.any(-1)
-        self._finish_step(decisions, stage, finished, torch.zeros_like(finished))
+        if not self.policy.always:  # else no row with masks is through without a verification
+            self._finish_step(decisions, stage, drafting & ~span.any(-1), verified=False)
         self._write(stage, decisions)
         return span, decisions.tables(self.draft.tokens)
 
@@ -165,14 +169,15 @@ class S2D2(BlockDenoiser):
         )
         return span & (self.policy.decide(view) & drafting).unsqueeze(1)
 
-    def _finish_step(self, decisions: Decisions, stage: Stage, finished: torch.Tensor, verified: torch.Tensor) -> None:
+    def _finish_step(self, decisions: Decisions, stage: Stage, finished: torch.Tensor, verified: bool) -> None:
         """Extend and top up in the rows whose step is ``finished``; tell the policy how it went."""
         config, draft = self.config, self.draft
         if config.always_check_high_confidence:
             confident = decisions.masks & (draft.confidence > config.confidence_threshold) & finished.unsqueeze(1)
             decisions.decide(confident, draft.tokens, HIGH_CONFIDENCE, ranks(draft.confidence, confident))
-        due = torch.minimum(stage.count, decisions.masked_before.sum(-1))
-        self._denoise(decisions, (due - decisions.count).clamp_min(0), finished)
+        if self.tops_up or not verified:
+            due = torch.minimum(stage.count, decisions.masked_before.sum(-1))
+            self._denoise(decisions, (due - decisions.count).clamp_min(0), finished)
         # A step without masks, which only edits, teaches nothing about verification.
         self.policy.reward(finished & decisions.masked_before.any(-1), verified, decisions.count)
 
@@ -187,20 +192,19 @@ class S2D2(BlockDenoiser):
         ratio = torch.zeros_like(draft.confidence).index_put(
             at, acceptance_ratio(q, draft.confidence[at], config.ssd_ratio_tempering_factor)
         )
-        resamples = config.allow_resample or config.acceptance == "greedy"
         if config.acceptance == "greedy":
             replacement = torch.zeros_like(draft.tokens).index_put(at, arg_max(logits))
             verdict = judge(replacement == draft.tokens, span)
         else:
             drawn = self.source.uniform(stage.draws(random.ACCEPT), span).to(ratio.dtype)
             verdict = judge(drawn < ratio, span)
-            replacement = self._resample(verifier, verdict.rejected, stage) if resamples else draft.tokens
+            replacement = self._resample(verifier, verdict.rejected, stage) if self.resamples else draft.tokens
         self.policy.judged(span, verdict.accepted, verdict.rejected)
         place = torch.arange(masks.shape[1], device=masks.device)
         rejected = masks & (place == verdict.rejected.unsqueeze(1))
         decisions.decide(verdict.accepted, draft.tokens, ACCEPTED)
-        if resamples or self.keeps_rejected:
-            decisions.decide(rejected, replacement, RESAMPLED if resamples else KEPT)
+        if self.resamples or self.keeps_rejected:
+            decisions.decide(rejected, replacement, RESAMPLED if self.resamples else KEPT)
         if config.ssd_ratio_threshold >= 0:
             scope = masks if config.ssd_threshold_all_spans else span
             extra = scope & decisions.masks & (ratio >= config.ssd_ratio_threshold)

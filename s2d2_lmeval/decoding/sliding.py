@@ -55,6 +55,7 @@ class Sliding:
         self, config: DecodingConfig, facts: Facts, rows: TreeRows, most: int, device: torch.device, chunk: int
     ) -> None:
         self.config = config
+        self.facts = facts
         self.mask_token_id = facts.mask_token_id
         self.shifted = facts.token_shift
         self.rows = rows
@@ -71,10 +72,7 @@ class Sliding:
         """A decoder with seats for a run."""
         config, facts = seating.config, seating.facts
         most = cls.most_queries(config, seating.slots)
-        nodes = max((most - 1) // cls.queries_of_node(facts), 1)
-        if config.draft_shape == "chain":
-            nodes = min(nodes, config.window - 1)
-        rows = TreeRows(seating.slots, seating.longest, nodes)
+        rows = TreeRows(seating.slots, seating.longest, cls.most_nodes(config, facts, most))
         return cls(config, facts, rows, most, seating.device, seating.prefill_chunk)
 
     @staticmethod
@@ -89,6 +87,12 @@ class Sliding:
             return max(min(WIDEST, WIDEST_FORWARD // slots), config.window + 1)
         return int(config.row_budget) * (1 if slots == 1 else 2)
 
+    @classmethod
+    def most_nodes(cls, config: DecodingConfig, facts: Facts, most: int) -> int:
+        """Nodes of a tree of which so many queries are run at most."""
+        nodes = max((most - 1) // cls.queries_of_node(facts), 1)
+        return min(nodes, config.window - 1) if config.draft_shape == "chain" else nodes
+
     @property
     def capacity(self) -> int:
         """Positions that a row may write to in the cache."""
@@ -99,6 +103,8 @@ class Sliding:
         if self.budget.queries is None:
             most = self.rows.count * self.budget.most
             self.budget.weigh(measure_costs(self.budget.most)(np.arange(most + 1)), self.rows.count, self.device)
+            # Trees grow no larger than pays: growing them takes time too.
+            self.rows.resize(self.most_nodes(self.config, self.facts, self.budget.most))
 
     def admitted(self, slot: int) -> None:
         """A request has been seated in ``slot``: its first round has no draft, but a window."""

@@ -93,6 +93,8 @@ class VerifyCosts:
 class ThroughputPolicy:
     """The policy ``throughput``."""
 
+    always = False
+
     def __init__(self, config: DecodingConfig, rows: int, length: int, device: torch.device) -> None:
         self.lookahead = config.schedule == "lookahead"
         self.replaces = config.allow_resample or config.acceptance == "greedy"
@@ -137,10 +139,10 @@ class ThroughputPolicy:
         place = torch.arange(span.shape[1], device=span.device)
         self.curve.learn(self.index, span & (place <= rejected.unsqueeze(1)), accepted)
 
-    def reward(self, finished: torch.Tensor, verified: torch.Tensor, decided: torch.Tensor) -> None:
+    def reward(self, finished: torch.Tensor, verified: bool, decided: torch.Tensor) -> None:
         """Learn from rows (R,) whose step is complete: whether it verified and how many tokens it ``decided``."""
         self.decided = self.decided + finished * decided
-        self.spent = self.spent + finished * (1 + verified * self.price)
+        self.spent = self.spent + finished * (1 + self.price if verified else 1)
 
     def reset(self, row: int) -> None:
         """Another request begins in ``row``."""

@@ -128,17 +128,28 @@ def fit(tree: Tree, budget: torch.Tensor, terms: Terms) -> Purchase:
     children = torch.cat([torch.zeros_like(born[:, :1]), born.cumsum(1)], dim=1)
     index = torch.arange(most + 1, device=value.device)
     ends = (value.unsqueeze(1) - children).clamp_min(0).masked_fill(index > index.unsqueeze(1), -1.0)
-    likeliest, order = ends.sort(dim=2, descending=True, stable=True)
+    likeliest, order = ends.topk(min(terms.most // terms.window, most + 1) if terms.window else 0, dim=2)
     left = budget.unsqueeze(1) - terms.node * index
     windows = left.clamp_min(0) // terms.window if terms.window else torch.zeros_like(left)
     windows = torch.minimum(windows, index + 1)
-    won = torch.cat([torch.zeros_like(likeliest[:, :, :1]), likeliest.clamp_min(0).cumsum(2)], dim=2)
+    won = torch.cat([torch.zeros_like(ends[:, :, :1]), likeliest.clamp_min(0).cumsum(2)], dim=2)
     worth = value.cumsum(1) + terms.draft_value * won.gather(2, windows.unsqueeze(2)).squeeze(2)
     real = torch.cat([torch.ones_like(tree.value[:, :1], dtype=torch.bool), tree.value > 0], dim=1)
     nodes = worth.masked_fill((left < 0) | ~real, -torch.inf).argmax(1, keepdim=True)
-    chosen = nodes.unsqueeze(2).expand(rows, 1, most + 1)
-    rank = order.gather(1, chosen).squeeze(1).argsort(dim=1)
-    return Purchase(nodes.squeeze(1), (rank < windows.gather(1, nodes)) & (index <= nodes))
+    best = order.gather(1, nodes.unsqueeze(2).expand(rows, 1, order.shape[2])).squeeze(1)
+    among = torch.arange(best.shape[1], device=value.device) < windows.gather(1, nodes)
+    return Purchase(nodes.squeeze(1), torch.zeros_like(value, dtype=torch.bool).scatter(1, best, among))
+
+
+def at_price(tree: Tree, bids: Bids, price: torch.Tensor, terms: Terms) -> Purchase:
+    """What every row buys at the price with the index ``price`` (1,): the purchase behind its bid."""
+    nodes = bids.nodes.index_select(1, price)
+    value = torch.cat([torch.ones_like(tree.value[:, :1]), tree.value], dim=1)
+    index = torch.arange(value.shape[1], device=value.device)
+    born = tree.value * (index[1:] <= nodes)
+    chance = value.scatter_add(1, tree.parent, -born)
+    worthwhile = terms.draft_value * chance > terms.window * bids.prices[price]
+    return Purchase(nodes.squeeze(1), worthwhile & (index <= nodes) & (terms.window > 0))
 
 
 class QueryBudget:
@@ -163,12 +174,21 @@ class QueryBudget:
         self._seconds_of = torch.zeros(0)
 
     def weigh(self, seconds: np.ndarray, rows: int, device: torch.device) -> None:
-        """Take note of what forwards of 0, 1, ... queries cost, ``rows`` in flight."""
+        """Take note of what forwards of 0, 1, ... queries cost, ``rows`` in flight.
+
+        Lowers :attr:`most` to what can pay at all: a round is worth a bonus token and a path as long as the window, so
+        beside rounds with a window alone, which bring what a draft is expected to, none may take longer than this many
+        times as long.
+        """
         self._known = seconds
         self._seconds_of = torch.from_numpy(seconds).to(device, torch.float32)
         # Before the first round: what one round with drafts would give.
-        self._tokens = rows * (1 + self._gained / self._drafts)
+        expected = 1 + self._gained / self._drafts
+        self._tokens = rows * expected
         self._seconds = float(seconds[min(rows * (self.window + self.node), len(seconds) - 1)])
+        longest = self._seconds * (1 + self.window) / expected
+        pays = int(np.searchsorted(seconds, longest, side="right") - 1) // rows
+        self.most = min(self.most, max(pays, self.window + self.node))
 
     def buy(
         self, tree: Tree, drafted: torch.Tensor, running: torch.Tensor
@@ -179,17 +199,20 @@ class QueryBudget:
         """
         with_draft, without = running & drafted.squeeze(1), running & ~drafted.squeeze(1)
         terms = Terms(self.node, self.window, self._gained / self._drafts, self.most - self.node)
-        price, spent = self._spend(bid(tree, terms).of(with_draft), with_draft.sum(), without.sum())
-        bought = fit(tree, spent.clamp(0, terms.most), terms)
+        bids = bid(tree, terms).of(with_draft)
+        if self.queries is None:
+            fixed = running.sum() * self.node + without.sum() * self.window
+            at = price_for_rate(bids, self._seconds_of, fixed, self._tokens / self._seconds)
+            bought, price = at_price(tree, bids, at, terms), bids.prices[at]
+        else:
+            price, spent = self._share_out(bids, with_draft.sum(), without.sum())
+            bought = fit(tree, spent.clamp(0, terms.most), terms)
         first = (torch.arange(bought.windows.shape[1], device=drafted.device) == 0) & (self.window > 0)
         return bought.nodes.unsqueeze(1) * drafted, torch.where(drafted, bought.windows, first), price
 
-    def _spend(self, bids: Bids, drafting: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The price of a query (1,) and what each row may spend (count,)."""
-        if self.queries is None:
-            fixed = (drafting + others) * self.node + others * self.window
-            price = price_for_rate(bids, self._seconds_of, fixed, self._tokens / self._seconds)
-            return bids.prices[price], bids.queries.index_select(1, price).squeeze(1)
+    def _share_out(self, bids: Bids, drafting: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The price of a query (1,) and what each row may spend (count,) of a budget in queries."""
+        assert self.queries is not None
         share = self.queries - self.node
         if not self.shared:
             return torch.zeros_like(bids.prices[:1]), torch.full_like(bids.queries[:, 0], share)

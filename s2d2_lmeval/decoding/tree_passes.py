@@ -37,11 +37,15 @@ class TreeRows(Seats):
         """Length at which the sequence is full."""
         self.round = np.zeros(count, dtype=np.int64)
         """Rounds that the sequence has run."""
-        self.nodes = np.zeros(count, dtype=np.int64)
-        self.token = np.zeros((count, nodes + 1), dtype=np.int64)
-        self.parent = np.zeros((count, nodes + 1), dtype=np.int64)
-        self.depth = np.zeros((count, nodes + 1), dtype=np.int64)
-        self.windows = np.zeros((count, nodes + 1), dtype=bool)
+        self.resize(nodes)
+
+    def resize(self, nodes: int) -> None:
+        """Make room for so many nodes per tree and forget all trees."""
+        self.nodes = np.zeros(self.count, dtype=np.int64)
+        self.token = np.zeros((self.count, nodes + 1), dtype=np.int64)
+        self.parent = np.zeros((self.count, nodes + 1), dtype=np.int64)
+        self.depth = np.zeros((self.count, nodes + 1), dtype=np.int64)
+        self.windows = np.zeros((self.count, nodes + 1), dtype=bool)
 
     def admit(self, slot: int, request: Request) -> None:
         super().admit(slot, request)

@@ -27,7 +27,7 @@ from s2d2_lmeval.toy.export import STORED_TYPE, load_network
 from s2d2_lmeval.toy.network import Shape
 from s2d2_lmeval.toy.objective import Example
 from s2d2_lmeval.toy.tokenization import CONTEXT_LENGTH, MASK, token_id
-from s2d2_lmeval.toy.train import Optimizers, example_batches, rate_scale
+from s2d2_lmeval.toy.train import CORPUS_SHARES, Optimizers, example_batches, rate_scale
 
 BLOCK_SIZE, TARGET_LAYER_IDS = 16, (0, 1, 2)
 FIRST_WEIGHTS = (0, 1, 3)
@@ -81,7 +81,7 @@ def train(minutes: float, out: Path, target_folder: Path, threads: int, seed: in
     drafter.start_from(target, FIRST_WEIGHTS)
     optimizers = Optimizers(drafter, rate)
     generator, mask_id = torch.Generator().manual_seed(seed), token_id(tokenizer, MASK)
-    batches, started, next_log = example_batches(tokenizer, seed), time.monotonic(), LOG_SECONDS
+    batches, started, next_log = example_batches(tokenizer, seed, CORPUS_SHARES), time.monotonic(), LOG_SECONDS
     hits, guesses = torch.zeros(BLOCK_SIZE), torch.zeros(BLOCK_SIZE)
     out.mkdir(parents=True, exist_ok=True)
     for step in itertools.count():

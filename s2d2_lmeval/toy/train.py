@@ -54,6 +54,7 @@ class Options:
     seed: int
     rate: float
     compile: bool
+    corpora: dict[str, float]
     start: Path | None = None
 
 
@@ -85,14 +86,13 @@ def rate_scale(step: int, elapsed_share: float) -> float:
     return warm * max(FINAL_RATE, min(1.0, left))
 
 
-def example_batches(tokenizer: Tokenizer, seed: int) -> Iterator[list[Example]]:
-    """Endless batches of new examples, corpora and prompt formats mixed, similar lengths together."""
+def example_batches(tokenizer: Tokenizer, seed: int, shares: dict[str, float]) -> Iterator[list[Example]]:
+    """Endless batches of new examples, corpora (by ``shares``) and prompt formats mixed, similar lengths together."""
     rng = random.Random(seed)
     streams = {name: training_stream(name, seed) for name in CORPORA}
     end_id = token_id(tokenizer, TURN_END)
-    names, shares = tuple(CORPUS_SHARES), tuple(CORPUS_SHARES.values())
     while True:
-        drawn = rng.choices(names, shares, k=BATCH_SIZE * BATCHES_PER_POOL)
+        drawn = rng.choices(tuple(shares), tuple(shares.values()), k=BATCH_SIZE * BATCHES_PER_POOL)
         texts = [render(next(streams[name]), chat=rng.random() < 0.5) for name in drawn]
         prompts = tokenizer.encode_batch([prompt for prompt, _ in texts], add_special_tokens=False)
         answers = tokenizer.encode_batch([answer for _, answer in texts], add_special_tokens=False)
@@ -163,7 +163,8 @@ def train(options: Options) -> None:
     save_tokenizer(tokenizer, options.out)
     progress = Progress(options.out / "training_log.jsonl")
     parameters = sum(weight.numel() for weight in network.parameters())
-    progress.log(parameters=parameters, minutes=options.minutes, seed=options.seed, shape=asdict(network.shape))
+    recipe = {"minutes": options.minutes, "seed": options.seed, "rate": options.rate, "corpora": options.corpora}
+    progress.log(parameters=parameters, continued=bool(options.start), **recipe, shape=asdict(network.shape))
     _loop(network, tokenizer, options, progress)
     save_model(network, tokenizer, options.out)
     progress.log(held_out=measure(load_network(options.out), tokenizer, FINAL, 200), weights="as stored")
@@ -175,7 +176,7 @@ def _loop(network: Network, tokenizer: Tokenizer, options: Options, progress: Pr
     rng, generator = random.Random(options.seed), torch.Generator().manual_seed(options.seed)
     mask_id, end_id = token_id(tokenizer, MASK), token_id(tokenizer, TURN_END)
     next_log, next_save = LOG_SECONDS, SAVE_SECONDS
-    batches = example_batches(tokenizer, options.seed)
+    batches = example_batches(tokenizer, options.seed, options.corpora)
     for step in itertools.count():
         share = progress.seconds / (60.0 * options.minutes)
         if share >= 1.0:
@@ -198,6 +199,21 @@ def _loop(network: Network, tokenizer: Tokenizer, options: Options, progress: Pr
             progress.log(held_out=measure(network, tokenizer, FOLLOWED, 40))
 
 
+def read_shares(text: str) -> dict[str, float]:
+    """``arithmetic=0.5,programs=0.25,instructions=0.25`` as numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: for a corpus that does not exist, or a share that is no positive number.
+    """
+    try:
+        shares = {name: float(share) for name, share in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: write corpus=share, ...") from error
+    if not shares.keys() <= CORPORA.keys() or min(shares.values()) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: positive shares of {', '.join(CORPORA)}")
+    return shares
+
+
 def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(prog="python -m s2d2_lmeval.toy.train", description=__doc__.splitlines()[0])
@@ -206,6 +222,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch; a model this small gains little from more")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rate", type=float, default=3e-3, help="largest learning rate")
+    parser.add_argument("--corpora", type=read_shares, default=CORPUS_SHARES, help="corpus=share,... of the examples")
     parser.add_argument("--start", type=Path, help="continue from the weights of this checkpoint (use another seed)")
     parser.add_argument("--compile", action="store_true", help="compile the network (needs a C++ compiler)")
     train(Options(**vars(parser.parse_args())))

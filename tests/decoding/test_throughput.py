@@ -118,7 +118,7 @@ def test_with_a_given_cost_a_request_learns_from_itself_only(ratio: float | None
     guess = torch.full((2, L), 0.9)
     other_row = torch.tensor([[False] * L, [True] * L])
     one.curve.learn(one.curve.bin(guess), other_row, torch.zeros_like(other_row))
-    one.reward(torch.tensor([False, True]), torch.tensor([False, True]), torch.tensor([0, 9]))
+    one.reward(torch.tensor([False, True]), True, torch.tensor([0, 9]))
     pooled = ratio is None
     assert (one.curve(guess)[0, 0] < 1) == pooled
     assert (one.pace[0] > 1) == pooled
