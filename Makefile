@@ -68,8 +68,10 @@ bench: $(VENV)/.installed  ## measure decoders on this machine: the toy model, a
 	$(OFFLINE) $(BIN)/s2d2-lmeval bench --model sdar-100m --scripted-acceptance 0.8 --prompts 8 --new-tokens 32 \
 	    --output out/bench/sdar-100m.json --plot out/bench/sdar-100m.png
 
-toy: $(VENV)/.installed  ## train the embedded toy model anew
-	$(BIN)/python -m s2d2_lmeval.toy.train
+toy: $(VENV)/.installed  ## train the embedded toy model anew, into build/toy: two runs, 2 h 20 min
+	$(BIN)/python -m s2d2_lmeval.toy.train --minutes 80 --seed 1 --out build/toy-first
+	$(BIN)/python -m s2d2_lmeval.toy.train --minutes 45 --seed 2 --rate 2e-3 --start build/toy-first --average \
+	    --corpora arithmetic=0.3,programs=0.2,instructions=0.5 --out build/toy
 
 draft-graphs: $(VENV)/.installed  ## calibrate the draft graphs that come with the package, on the toy model
 	$(OFFLINE) $(BIN)/python -m s2d2_lmeval.studies.spiffy_savings --make-default-graphs

@@ -37,17 +37,7 @@ _S2D2 = ("s2d2",)
 _UNDIVIDED = ("block",)
 _UNEDITED = ("block", "subblock", "pipelined")
 _IN_TURN = ("block", "subblock")
-_BLOCKWISE = ("block", "editing", "subblock")
 _ACCEPTANCES = {"s2d2": ("stochastic", "greedy"), "sliding": ("keyed", "rejection")}
-_POLICIES = ("mask_span_length", "score_threshold", "score_hysteresis", "contextual_bandit_ucb", "throughput")
-_ESTIMATORS = (
-    "hard_margin_threshold",
-    "hard_entropy_threshold",
-    "soft_confidence_power",
-    "soft_clipped_linear_margin",
-    "soft_entropy_negexp",
-    "soft_renyi_2_entropy",
-)
 
 
 @dataclass(frozen=True)
@@ -179,49 +169,6 @@ class DecodingConfig(
         schemes=_UNDIVIDED,
     )
 
-    do_verify_policy: str = option("mask_span_length", "when to verify", decoders=_S2D2, choices=_POLICIES)
-    min_ssd_span_length: int = option(
-        1, "mask_span_length: verify spans of at least this many masks", decoders=_S2D2, low=0
-    )
-    legacy_ssd_span_strategy: bool = option(
-        False, "mask_span_length: skip short spans only where enough masks are confident", decoders=_S2D2
-    )
-    do_verify_score_threshold: float = option(-1.0, "score_threshold: verify from this score on", decoders=_S2D2)
-    hysteresis_threshold_on: float = option(0.0, "score_hysteresis: start verifying above", decoders=_S2D2)
-    hysteresis_threshold_off: float = option(-1.0, "score_hysteresis: stop verifying below", decoders=_S2D2)
-    do_verify_score_type: str = option(
-        "difference_dynamic",
-        "score: expected accepted tokens minus a cost, fixed or per confident mask",
-        decoders=_S2D2,
-        choices=("difference_static", "difference_dynamic"),
-    )
-    score_penalty_coef: float = option(2.0, "the cost in the score, in tokens", decoders=_S2D2)
-    token_acceptance_estimator: str = option(
-        "hard_margin_threshold", "how likely the verifier accepts a token", decoders=_S2D2, choices=_ESTIMATORS
-    )
-    ssd_confidence_margin_threshold: float = option(0.05, "of hard_margin_threshold", decoders=_S2D2)
-    ssd_entropy_threshold: float = option(0.5, "of hard_entropy_threshold (normalised entropy)", decoders=_S2D2)
-    ssd_confidence_power: float = option(1.0, "of soft_confidence_power", decoders=_S2D2, low=0.0)
-    ssd_confidence_margin_coef: float = option(1.0, "of soft_clipped_linear_margin", decoders=_S2D2, low=0.0)
-    ssd_entropy_temperature: float = option(1.0, "of soft_entropy_negexp", decoders=_S2D2, low=0.0)
-    ucb_beta: float = option(
-        1.0, "bandit: weight of the exploration bonus", decoders=_S2D2, schemes=_BLOCKWISE, low=0.0
-    )
-    ucb_span_length_bins: int = option(2, "bandit: buckets of span length", decoders=_S2D2, schemes=_BLOCKWISE, low=1)
-    ucb_block_progress_bins: int = option(
-        2, "bandit: buckets of decoded share of the block", decoders=_S2D2, schemes=_BLOCKWISE, low=1
-    )
-    ucb_entropy_bins: int = option(
-        2, "bandit: buckets of mean normalised entropy", decoders=_S2D2, schemes=_BLOCKWISE, low=1
-    )
-    ucb_entropy_source: str = option(
-        "span",
-        "bandit: entropy over the span or over all masks",
-        decoders=_S2D2,
-        schemes=_BLOCKWISE,
-        choices=("span", "masked"),
-    )
-
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
@@ -237,7 +184,7 @@ class DecodingConfig(
         sliding = self._sliding_faults(self.decoder, self.acceptance, self.random_source)
         keyed = self.random_source in ("keyed", "fixed")
         spiffy = self._spiffy_faults(self.decoder, self.schedule, keyed, self.sampled, self.use_block_cache)
-        for message in (*self._contradictions(), *self._unmet_needs(), *sliding, *spiffy):
+        for message in (*self._contradictions(), *self._unmet_needs(), *self._routing_faults(), *sliding, *spiffy):
             raise ConfigError(message)
 
     def _contradictions(self) -> Iterator[str]:
@@ -247,9 +194,6 @@ class DecodingConfig(
                 f"denoising_steps={self.steps} exceeds block_length={self.block_length}: a step decides at least one "
                 f"token. Use denoising_steps={self.block_length} or less."
             )
-        on, off = self.hysteresis_threshold_on, self.hysteresis_threshold_off
-        if self.do_verify_policy == "score_hysteresis" and on <= off:
-            yield f"score_hysteresis needs hysteresis_threshold_on ({on}) above hysteresis_threshold_off ({off})."
         for name in ("small_block_size", "target_block_size"):
             part = getattr(self, name)
             if part is not None and self.block_length % part:

@@ -9,9 +9,10 @@ an object  With ``uniform(n)`` and ``categorical(probabilities)``, in the same o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 DRAFT, ACCEPT, RESAMPLE = 1, 2, 3
@@ -30,18 +31,28 @@ _MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
 @dataclass(frozen=True)
 class Key:
     """Names draws: ``request``, ``position`` and ``draw`` (how often the position was drawn before) of one broadcast
-    shape, int64.
+    shape, int64; if there is an ``index``, those at its places. Nothing is computed before something is drawn.
     """
 
     purpose: int
     request: torch.Tensor
     position: torch.Tensor
     draw: torch.Tensor
+    index: tuple[torch.Tensor, ...] | None = None
 
     def take(self, index: tuple[torch.Tensor, ...]) -> Key:
         """The key at ``index`` of its broadcast shape."""
-        request, position, draw = torch.broadcast_tensors(self.request, self.position, self.draw)
-        return Key(self.purpose, request[index], position[index], draw[index])
+        if self.index is None:
+            return replace(self, index=index)
+        return Key(self.purpose, *self.words(), index)
+
+    def words(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Request, position and draw, to be broadcast."""
+        words = self.request, self.position, self.draw
+        if self.index is None:
+            return words
+        request, position, draw = torch.broadcast_tensors(*words)
+        return request[self.index], position[self.index], draw[self.index]
 
 
 class RandomSource(Protocol):
@@ -76,11 +87,23 @@ def source_of(name_or_object: Any, seed: int) -> RandomSource:
     return SequentialSource(_TorchDraws() if name_or_object == "torch" else name_or_object)
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
+Integers = TypeVar("Integers", torch.Tensor, "np.ndarray")
+
+
+def _mix(x: Integers) -> Integers:
     """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014) on int64 with wrapping arithmetic."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MULTIPLIERS[0]
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MULTIPLIERS[1]
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def hashed(seed: int, purpose: int, words: tuple[Integers, ...]) -> Integers:
+    """64 random bits as int64, a function of all the ``words`` (int64, broadcast); the same of tensors and arrays."""
+    first, *others = words
+    state = _mix((first + 1) * _GOLDEN + _signed((2 * seed + 1) * 0x2545F4914F6CDD1D))
+    for word in others:
+        state = _mix((word + 1) * _GOLDEN + state)
+    return _mix(state ^ _signed(purpose * 0x632BE59BD9B4E019))
 
 
 def _unit(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -97,10 +120,11 @@ class KeyedSource:
         self.seed = seed
 
     def _hash(self, key: Key) -> torch.Tensor:
-        state = torch.full_like(key.position, _signed((2 * self.seed + 1) * 0x2545F4914F6CDD1D))
-        for word in (key.request, key.position, key.draw):
-            state = _mix(state + (word + 1) * _GOLDEN)
-        return _mix(state ^ _signed(key.purpose * 0x632BE59BD9B4E019))
+        words = key.words()
+        if words[0].device.type == "cpu":  # dozens of operations on a few numbers: numpy's cost a fifth of torch's
+            bits = hashed(self.seed, key.purpose, tuple(word.numpy() for word in words))
+            return torch.from_numpy(bits)
+        return hashed(self.seed, key.purpose, words)
 
     def uniform(self, key: Key, needed: torch.Tensor) -> torch.Tensor:
         # 24 bits: a float32 below one. (0.5 + 32 bits would round up to one.)

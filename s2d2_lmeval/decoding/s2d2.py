@@ -243,6 +243,5 @@ class S2D2(BlockDenoiser):
 
 def first_run(masks: torch.Tensor) -> torch.Tensor:
     """The first contiguous run (R, L) of ``masks`` (R, L)."""
-    begun = masks.long().cumsum(-1) > 0
-    over = (begun & ~masks).long().cumsum(-1) > 0
-    return masks & ~over
+    begun = masks.cumsum(-1) > 0
+    return masks & ((begun & ~masks).cumsum(-1) == 0)

@@ -56,6 +56,7 @@ class Options:
     compile: bool
     corpora: dict[str, float]
     start: Path | None = None
+    average: bool = False
 
 
 class Optimizers:
@@ -166,8 +167,23 @@ def train(options: Options) -> None:
     recipe = {"minutes": options.minutes, "seed": options.seed, "rate": options.rate, "corpora": options.corpora}
     progress.log(parameters=parameters, continued=bool(options.start), **recipe, shape=asdict(network.shape))
     _loop(network, tokenizer, options, progress)
+    if options.start and options.average:
+        save_model(network, tokenizer, options.out)
+        progress.log(held_out=measure(load_network(options.out), tokenizer, FINAL, 200), weights="before averaging")
+        average_with(network, options.start)
     save_model(network, tokenizer, options.out)
     progress.log(held_out=measure(load_network(options.out), tokenizer, FINAL, 200), weights="as stored")
+
+
+@torch.no_grad()
+def average_with(network: Network, start: Path) -> None:
+    """Move the weights to the middle between themselves and those they started from.
+
+    Runs that share their beginning lie in one basin, and the mean of their weights keeps what each learned (Wortsman et
+    al., 2022, "Model soups").
+    """
+    for weight, first in zip(network.parameters(), load_network(start).parameters(), strict=True):
+        weight.lerp_(first.to(weight.dtype), 0.5)
 
 
 def _loop(network: Network, tokenizer: Tokenizer, options: Options, progress: Progress) -> None:
@@ -224,6 +240,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3, help="largest learning rate")
     parser.add_argument("--corpora", type=read_shares, default=CORPUS_SHARES, help="corpus=share,... of the examples")
     parser.add_argument("--start", type=Path, help="continue from the weights of this checkpoint (use another seed)")
+    parser.add_argument("--average", action="store_true", help="keep the mean of the weights before and after")
     parser.add_argument("--compile", action="store_true", help="compile the network (needs a C++ compiler)")
     train(Options(**vars(parser.parse_args())))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -139,6 +141,11 @@ def test_at_every_price_rows_buy_what_brings_more_than_it_costs(
             assert gain <= max(tokens - price * cost for *_, cost, tokens in every) + 1e-5
             if terms.most == 99:
                 assert gain == pytest.approx(max(tokens - price * cost for *_, cost, tokens in every), abs=1e-5)
+            bought = tree_budget.at_price(tree, bids, torch.tensor([place]), terms)
+            count, windows = int(bought.nodes[row]), tuple(bought.windows[row].nonzero().flatten().tolist())
+            costs, tokens = {offer[:2]: offer[2:] for offer in every}[count, windows]
+            assert costs == int(bids.queries[row, place])
+            assert tokens == pytest.approx(float(bids.tokens[row, place]), abs=1e-5)
 
 
 @settings(max_examples=30, deadline=None)
@@ -172,6 +179,21 @@ def test_the_price_for_the_rate_is_the_best_of_all_prices() -> None:
     assert spent["free"] > 70
     assert spent["dear"] == 0
     assert 0 < spent["bent"] <= 16
+
+
+@pytest.mark.parametrize(
+    ("cost", "most"),
+    [
+        (lambda queries: np.ones_like(queries), 128),  # free: as wide as ever asked for
+        (lambda queries: 1 + queries / 17, 73),  # two windows take 3, no round pays beyond 3 * 16 / 5
+        (lambda queries: 1 + 99.0 * (queries > 34), 17),  # beyond two windows nothing can pay
+    ],
+)
+def test_trees_grow_no_larger_than_can_pay(cost: Callable[[np.ndarray], np.ndarray], most: int) -> None:
+    """Two rows, windows of 15 masks and two queries a node; before the first round 5 tokens are expected of one."""
+    budget = tree_budget.QueryBudget(None, node=2, window=15, most=128, shared=True)
+    budget.weigh(cost(np.arange(2 * 128 + 1.0)), 2, torch.device("cpu"))
+    assert budget.most == most
 
 
 def test_who_sees_whom() -> None:
