@@ -34,6 +34,7 @@ from s2d2_lmeval.decoding.seats import KIND_OF_PHASE, PREFILL
 from s2d2_lmeval.decoding.tree_acceptance import acceptance_of
 from s2d2_lmeval.decoding.tree_passes import RoundPlan, TreeRows, plan_round
 from s2d2_lmeval.errors import NumericalError
+from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class Sliding:
 
     def plan(self) -> RoundPlan:
         """Lay out the next forward of all active rows: text, nodes, verifiers, windows."""
+        self._began = clock.now()
         self._plan = plan_round(
             self.rows, self.window, self.mask_token_id, self.shifted, self.prefill_chunk, self.device
         )
@@ -164,7 +166,7 @@ class Sliding:
         slots = plan.request.layout.slots
         outcome = Outcome.zeros(len(slots))
         rows.cached[slots] += plan.request.keep
-        self.budget.forward_ran(plan.request.layout.queries)
+        self.budget.step_took(clock.now() - self._began)
         for row, slot in enumerate(slots.tolist()):
             rows.progress[slot].forwards[KIND_OF_PHASE[rows.phase[slot]]] += 1
             rows.progress[slot].count("queries", int(plan.request.layout.widths[row]))

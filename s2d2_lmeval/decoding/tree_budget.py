@@ -170,7 +170,6 @@ class QueryBudget:
         self.shared = shared
         self._gained, self._drafts = 4.0 * 8, 8.0
         self._tokens, self._seconds = 0.0, 0.0
-        self._known = np.zeros(0)
         self._seconds_of = torch.zeros(0)
 
     def weigh(self, seconds: np.ndarray, rows: int, device: torch.device) -> None:
@@ -180,7 +179,6 @@ class QueryBudget:
         beside rounds with a window alone, which bring what a draft is expected to, none may take longer than this many
         times as long.
         """
-        self._known = seconds
         self._seconds_of = torch.from_numpy(seconds).to(device, torch.float32)
         # Before the first round: what one round with drafts would give.
         expected = 1 + self._gained / self._drafts
@@ -221,10 +219,10 @@ class QueryBudget:
         spent = bids.queries.index_select(1, price).squeeze(1)
         return bids.prices[price], spent + (budget - spent.sum()) // drafting.clamp_min(1)
 
-    def forward_ran(self, queries: int) -> None:
-        """A forward of so many queries ran."""
+    def step_took(self, seconds: float) -> None:
+        """So long was a step, with all that is not the model: the rate of tokens is a rate of this time."""
         if self.queries is None:
-            self._seconds = PATIENCE * self._seconds + float(self._known[min(queries, len(self._known) - 1)])
+            self._seconds = PATIENCE * self._seconds + seconds
             self._tokens *= PATIENCE
 
     def round_ran(self, nodes: int, accepted: int, price: float) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 
+from s2d2_lmeval.toy import checkpoint_path
 from s2d2_lmeval.toy.decoding import Setting, decode
+from s2d2_lmeval.toy.export import load_network
 from s2d2_lmeval.toy.muon import Muon, orthogonalize
 from s2d2_lmeval.toy.network import Network, Shape
 from s2d2_lmeval.toy.objective import make_batch
-from s2d2_lmeval.toy.train import FINAL_RATE, rate_scale
+from s2d2_lmeval.toy.train import FINAL_RATE, average_with, rate_scale, read_shares
 
 MASK, END = 30, 31
 SMALL = Shape(vocabulary=32, hidden=16, layers=2, heads=2, key_value_heads=1, head_size=8, intermediate=24)
@@ -103,3 +107,20 @@ def test_rate_warms_up_and_decays_to_the_end() -> None:
     assert rate_scale(1000, 0.1) == 1.0
     assert rate_scale(1000, 0.5) < 1.0
     assert rate_scale(1000, 1.0) == FINAL_RATE
+
+
+def test_the_mean_of_two_runs_lies_between_them() -> None:
+    start, network = load_network(checkpoint_path()), load_network(checkpoint_path())
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight += 0.5
+    average_with(network, checkpoint_path())
+    for mean, first in zip(network.parameters(), start.parameters(), strict=True):
+        assert torch.allclose(mean, first + 0.25)
+
+
+@pytest.mark.parametrize("text", ["arithmetic", "poems=1", "arithmetic=0", "arithmetic=much"])
+def test_shares_of_corpora_are_checked(text: str) -> None:
+    assert read_shares("arithmetic=0.3,programs=2") == {"arithmetic": 0.3, "programs": 2.0}
+    with pytest.raises(argparse.ArgumentTypeError, match="share"):
+        read_shares(text)
