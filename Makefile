@@ -66,6 +66,7 @@ test-slow: $(VENV)/.installed  ## the slow tests, and those for a GPU where ther
 bench: $(VENV)/.installed  ## measure decoders on this machine: the toy model, and a random 100M shape; tables in out/bench/
 	$(OFFLINE) $(BIN)/s2d2-lmeval bench --output out/bench/toy.json --plot out/bench/toy.png
 	$(OFFLINE) $(BIN)/s2d2-lmeval bench --model sdar-100m --scripted-acceptance 0.8 --prompts 8 --new-tokens 32 \
+	    --block-length 4 --decoders ar,dynamic,s2d2,s2d2:lookahead,sliding+row_budget=auto \
 	    --output out/bench/sdar-100m.json --plot out/bench/sdar-100m.png
 
 toy: $(VENV)/.installed  ## train the embedded toy model anew, into build/toy: two runs, 2 h 20 min

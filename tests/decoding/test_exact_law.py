@@ -18,48 +18,34 @@ import torch
 from s2d2_lmeval import BlockDiffusionModel
 from s2d2_lmeval.decoding import s2d2
 
+from .branching import Path
 from .tiny import engine
 
 EXACT = 1e-9
 Law = dict[tuple[int, ...], float]
 
 
-class Enumeration:
-    """A random source that plays one path of the tree: the ``script`` as far as it goes, then the first branches."""
+class Enumeration(Path):
+    """A random source that plays one path of the tree."""
 
     def __init__(self, script: Sequence[int], first_decided: int, block: int) -> None:
-        self.script = list(script)
+        super().__init__(script)
         self.block = block
         self.decided = first_decided  # places of the current block that are no masks
-        self.path: list[int] = []
-        self.probability = 1.0
-        self.pending: list[list[int]] = []  # scripts of the branches not taken
         self.ratios = torch.empty(0, dtype=torch.float64)
-
-    def _branch(self, probabilities: Sequence[float]) -> int:
-        possible = [i for i, p in enumerate(probabilities) if p > 0]
-        step = len(self.path)
-        taken = self.script[step] if step < len(self.script) else possible[0]
-        if step >= len(self.script):
-            self.pending += [[*self.path, other] for other in possible[1:]]
-        self.path.append(taken)
-        self.probability *= probabilities[taken]
-        return taken
 
     def categorical(self, probabilities: torch.Tensor) -> torch.Tensor:
         drawn = probabilities.argmax(-1)
         rows = range(self.decided, self.block) if len(probabilities) == self.block else range(len(probabilities))
         for row in rows:  # rows of decided places are drawn as published, and read by nobody
-            drawn[row] = self._branch(probabilities[row].tolist())
+            drawn[row] = self.branch(probabilities[row].tolist())
         if self.block == 1:
             self.decided = 0
         return drawn
 
     def uniform(self, n: int) -> torch.Tensor:
         assert n == self.block - self.decided == len(self.ratios)
-        accepts = self.ratios.tolist()
-        first = [math.prod(accepts[:r]) * (1 - accepts[r]) for r in range(n)]
-        rejected = self._branch([*first, math.prod(accepts)])
+        rejected = self.first_rejected(self.ratios.tolist())
         self.decided = (self.decided + min(rejected + 1, n)) % self.block
         return torch.tensor([1.0 if i == rejected else 0.0 for i in range(n)], dtype=torch.float64)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import pytest
@@ -11,39 +10,26 @@ import torch
 from s2d2_lmeval import DecodingConfig
 from s2d2_lmeval.decoding import random, sliding, tree_acceptance
 
+from .branching import Path
 from .test_exact_law import EXACT, Law, ar_law, distance
 from .tiny import engine
 
 
-class Enumeration:
-    """One path of the tree of draws of one request: the ``script`` as far as it goes, then the first branches."""
+class Enumeration(Path):
+    """A random source that plays one path of one request."""
 
     sequential = False
 
     def __init__(self, script: Sequence[int]) -> None:
-        self.script = list(script)
-        self.path: list[int] = []
-        self.probability = 1.0
-        self.pending: list[list[int]] = []
+        super().__init__(script)
         self.ratios = torch.empty(0)
 
-    def _branch(self, probabilities: Sequence[float]) -> int:
-        possible = [i for i, p in enumerate(probabilities) if p > 0]
-        step = len(self.path)
-        taken = self.script[step] if step < len(self.script) else possible[0]
-        if step >= len(self.script):
-            self.pending += [[*self.path, other] for other in possible[1:]]
-        self.path.append(taken)
-        self.probability *= probabilities[taken]
-        return taken
-
     def categorical(self, probabilities: torch.Tensor, key: random.Key) -> torch.Tensor:
-        return torch.tensor([self._branch(row.tolist()) for row in probabilities])
+        return torch.tensor([self.branch(row.tolist()) for row in probabilities])
 
     def uniform(self, key: random.Key, needed: torch.Tensor) -> torch.Tensor:
         accepts = self.ratios[0][needed[0]].tolist()
-        first = [math.prod(accepts[:place]) * (1 - accept) for place, accept in enumerate(accepts)]
-        rejected = self._branch([*first, math.prod(accepts)]) if accepts else 0
+        rejected = self.first_rejected(accepts) if accepts else 0
         return torch.tensor([[1.0 if place == rejected else 0.0 for place in range(needed.shape[1])]])
 
 

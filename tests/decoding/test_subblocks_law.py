@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -24,7 +22,7 @@ class SubblockEnumeration(Enumeration):
         drawn = probabilities.argmax(-1)
         single = len(probabilities) == 1
         for row in range(0 if single else self.decided, len(probabilities)):
-            drawn[row] = self._branch(probabilities[row].tolist())
+            drawn[row] = self.branch(probabilities[row].tolist())
         if single and not self.replaces:
             self.decided = 1
         self.replaces = False
@@ -34,8 +32,7 @@ class SubblockEnumeration(Enumeration):
         accepts = self.ratios.tolist()
         assert n == len(accepts)
         self.decided = PART - n  # a block's first token is not always drawn
-        first = [math.prod(accepts[:r]) * (1 - accepts[r]) for r in range(n)]
-        rejected = self._branch([*first, math.prod(accepts)])
+        rejected = self.first_rejected(accepts)
         self.replaces = rejected < n
         self.decided = (self.decided + min(rejected + 1, n)) % PART
         return torch.tensor([1.0 if i == rejected else 0.0 for i in range(n)], dtype=torch.float64)
