@@ -166,7 +166,9 @@ class Sliding:
         slots = plan.request.layout.slots
         outcome = Outcome.zeros(len(slots))
         rows.cached[slots] += plan.request.keep
-        self.budget.step_took(clock.now() - self._began)
+        if plan.verifies:
+            prompts = int((plan.request.keep - 1).clip(0).sum())
+            self.budget.step_took(clock.now() - self._began, plan.request.layout.queries, prompts)
         for row, slot in enumerate(slots.tolist()):
             rows.progress[slot].forwards[KIND_OF_PHASE[rows.phase[slot]]] += 1
             rows.progress[slot].count("queries", int(plan.request.layout.widths[row]))

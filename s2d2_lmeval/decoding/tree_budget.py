@@ -26,6 +26,11 @@ CHEAPEST = 1e-4
 PATIENCE = 0.995
 """How much of what was learned is kept from round to round."""
 
+HOPED, TRUST = 4.0, 8.0
+"""Tokens that a draft is taken to be worth before anything is known, and the drafts that this counts for. What was
+learned fades with every round, drafted or not, so a run that has given up drafting tries again now and then.
+"""
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -116,6 +121,17 @@ def price_for_rate(bids: Bids, seconds: torch.Tensor, fixed: torch.Tensor, rate:
     return (bids.tokens.sum(0) - rate * seconds[queries]).argmax(0, keepdim=True)
 
 
+def price_paid(
+    bids: Bids, seconds: torch.Tensor, fixed: torch.Tensor, rate: float, price: torch.Tensor
+) -> torch.Tensor:
+    """(1,) what a query came to, in tokens, where rows bought at the index ``price`` (1,): the time that all together
+    added to the forward, at ``rate``. (The price itself only bounds it: things are bought whole.)
+    """
+    bought = bids.queries.index_select(1, price).sum(0)
+    longer = seconds[(bought + fixed).clamp_max(len(seconds) - 1)] - seconds[fixed.clamp_max(len(seconds) - 1)]
+    return rate * longer / bought.clamp_min(1)
+
+
 def fit(tree: Tree, budget: torch.Tensor, terms: Terms) -> Purchase:
     """The best that each row can run with ``budget`` (R,) queries of its own: every number of nodes is tried, each with
     as many windows as are left, where the walk most likely ends.
@@ -168,9 +184,15 @@ class QueryBudget:
         self.window = window
         self.most = most
         self.shared = shared
-        self._gained, self._drafts = 4.0 * 8, 8.0
+        self._gained, self._drafts = 0.0, 0.0
         self._tokens, self._seconds = 0.0, 0.0
+        self._known = np.zeros(0)
         self._seconds_of = torch.zeros(0)
+
+    @property
+    def draft_value(self) -> float:
+        """Tokens that a draft is worth: what stood of it, less the price of its nodes."""
+        return (HOPED * TRUST + self._gained) / (TRUST + self._drafts)
 
     def weigh(self, seconds: np.ndarray, rows: int, device: torch.device) -> None:
         """Take note of what forwards of 0, 1, ... queries cost, ``rows`` in flight.
@@ -179,9 +201,10 @@ class QueryBudget:
         beside rounds with a window alone, which bring what a draft is expected to, none may take longer than this many
         times as long.
         """
+        self._known = seconds
         self._seconds_of = torch.from_numpy(seconds).to(device, torch.float32)
         # Before the first round: what one round with drafts would give.
-        expected = 1 + self._gained / self._drafts
+        expected = 1 + self.draft_value
         self._tokens = rows * expected
         self._seconds = float(seconds[min(rows * (self.window + self.node), len(seconds) - 1)])
         longest = self._seconds * (1 + self.window) / expected
@@ -193,18 +216,20 @@ class QueryBudget:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Nodes (count, 1) and windows (count, N + 1) of every row, and the price of a query (1,).
 
-        Rows without a draft (``drafted`` (count, 1) is false) run a window; only ``running`` rows (count,) spend.
+        Only ``running`` rows (count,) spend. Of a budget in queries, rows without a draft (``drafted`` (count, 1) is
+        false) spend a window; else they run one if it pays.
         """
-        with_draft, without = running & drafted.squeeze(1), running & ~drafted.squeeze(1)
-        terms = Terms(self.node, self.window, self._gained / self._drafts, self.most - self.node)
-        bids = bid(tree, terms).of(with_draft)
+        terms = Terms(self.node, self.window, self.draft_value, self.most - self.node)
         if self.queries is None:
-            fixed = running.sum() * self.node + without.sum() * self.window
-            at = price_for_rate(bids, self._seconds_of, fixed, self._tokens / self._seconds)
-            bought, price = at_price(tree, bids, at, terms), bids.prices[at]
-        else:
-            price, spent = self._share_out(bids, with_draft.sum(), without.sum())
-            bought = fit(tree, spent.clamp(0, terms.most), terms)
+            bids = bid(tree, terms).of(running)
+            fixed, rate = running.sum() * self.node, self._tokens / self._seconds
+            at = price_for_rate(bids, self._seconds_of, fixed, rate)
+            bought = at_price(tree, bids, at, terms)
+            return bought.nodes.unsqueeze(1), bought.windows, price_paid(bids, self._seconds_of, fixed, rate, at)
+        with_draft, without = running & drafted.squeeze(1), running & ~drafted.squeeze(1)
+        bids = bid(tree, terms).of(with_draft)
+        price, spent = self._share_out(bids, with_draft.sum(), without.sum())
+        bought = fit(tree, spent.clamp(0, terms.most), terms)
         first = (torch.arange(bought.windows.shape[1], device=drafted.device) == 0) & (self.window > 0)
         return bought.nodes.unsqueeze(1) * drafted, torch.where(drafted, bought.windows, first), price
 
@@ -219,15 +244,22 @@ class QueryBudget:
         spent = bids.queries.index_select(1, price).squeeze(1)
         return bids.prices[price], spent + (budget - spent.sum()) // drafting.clamp_min(1)
 
-    def step_took(self, seconds: float) -> None:
-        """So long was a step, with all that is not the model: the rate of tokens is a rate of this time."""
+    def step_took(self, seconds: float, queries: int, prompts: int) -> None:
+        """So long was a step, with all that is not the model, in which ``prompts`` of the ``queries`` were prompts'.
+
+        What prompts cost is no one's choice and does not belong to the rate at which time turns into tokens.
+        """
         if self.queries is None:
-            self._seconds = PATIENCE * self._seconds + seconds
+            last = len(self._known) - 1
+            of_rounds = self._known[min(queries - prompts, last)] / self._known[min(queries, last)]
+            self._seconds = PATIENCE * self._seconds + seconds * float(of_rounds)
             self._tokens *= PATIENCE
 
     def round_ran(self, nodes: int, accepted: int, price: float) -> None:
         """A draft of so many nodes, each at ``price`` a query, stood for ``accepted`` tokens."""
         self._tokens += accepted + 1
-        if nodes and self.shared:
-            self._gained = PATIENCE * self._gained + accepted - price * self.node * nodes
-            self._drafts = PATIENCE * self._drafts + 1
+        if self.shared:
+            self._gained, self._drafts = PATIENCE * self._gained, PATIENCE * self._drafts
+            if nodes:
+                self._gained += accepted - price * self.node * nodes
+                self._drafts += 1

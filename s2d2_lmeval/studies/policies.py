@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from s2d2_lmeval.model import BlockDiffusionModel, load
 from s2d2_lmeval.runtime import clock
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clock.choose(args.clock)
     if args.threads:
         torch.set_num_threads(args.threads)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint_path())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint_path())
     model = load("toy", max_batch=args.batch)
     stop = [tokenizer.eos_token_id]
     shared = {"decoder": "s2d2", "block_length": args.block_length, "schedule": args.schedule, "stop_token_ids": stop}

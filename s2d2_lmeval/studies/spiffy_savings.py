@@ -72,12 +72,12 @@ def prompt_of(tokenizer: Any, problem: Problem) -> list[int]:
 def open_toy() -> tuple[BlockDiffusionModel, Any]:
     """The toy in float32, and its tokenizer."""
     import torch
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     from s2d2_lmeval.toy import checkpoint_path
 
     model = load("toy", dtype=torch.float32, device="cpu", max_batch=8)
-    return model, AutoTokenizer.from_pretrained(checkpoint_path())
+    return model, PreTrainedTokenizerFast.from_pretrained(checkpoint_path())
 
 
 def calibration_prompts(tokenizer: Any, base: str) -> list[list[int]]:

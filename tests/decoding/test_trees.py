@@ -196,6 +196,60 @@ def test_trees_grow_no_larger_than_can_pay(cost: Callable[[np.ndarray], np.ndarr
     assert budget.most == most
 
 
+def bought_at(budget: tree_budget.QueryBudget, tree: trees.Tree, rows: int) -> tuple[int, int, float]:
+    """Nodes and windows that all of ``rows`` buy together, and the price of a query."""
+    running = torch.ones(rows, dtype=torch.bool)
+    nodes, windows, price = budget.buy(tree, (tree.value > 0).any(1, keepdim=True), running)
+    return int(nodes.sum()), int(windows.sum()), float(price)
+
+
+def test_auto_gives_up_drafting_where_it_does_not_pay_and_tries_again() -> None:
+    """Two rows whose forwards cost 20 and one for every query; no draft ever stands."""
+    budget = tree_budget.QueryBudget(None, node=2, window=15, most=64, shared=True)
+    seconds = 20 + np.arange(2 * 64 + 1.0)
+    budget.weigh(seconds, 2, torch.device("cpu"))
+    undrafted = trees.empty(2, 20, torch.device("cpu"), torch.float32)
+    drafted = trees.grow(*marginals(1, 2, 5, 4), 20)
+    tried = []
+    for _ in range(1500):
+        _, windows, _ = bought_at(budget, undrafted, 2)
+        tried.append(windows > 0)
+        budget.step_took(float(seconds[4 + 15 * windows]), 4 + 15 * windows, 0)
+        for _ in range(2):
+            budget.round_ran(0, 0, 0.0)
+        if windows:
+            nodes, _, price = bought_at(budget, drafted, 2)
+            budget.step_took(float(seconds[4 + 2 * nodes]), 4 + 2 * nodes, 0)
+            for _ in range(2):
+                budget.round_ran(max(nodes // 2, 1), 0, price)
+    assert tried[0]
+    assert 0 < sum(tried[100:]) < 100
+
+
+def test_the_price_paid_is_the_time_that_was_bought() -> None:
+    tree = trees.grow(*marginals(1, 2, 4, 3), 12)
+    bids = tree_budget.bid(tree, tree_budget.Terms(2, 3, 4.0, 40))
+    seconds = 1 + 0.5 * (torch.arange(200.0) - 10).clamp_min(0)  # the first ten queries are free
+    fixed, all_of_it = torch.tensor(4), torch.tensor([0])
+    bought = int(bids.queries[:, 0].sum())
+    price = tree_budget.price_paid(bids, seconds, fixed, 2.0, all_of_it)
+    assert float(price) == pytest.approx(2.0 * 0.5 * (bought + 4 - 10) / bought)
+    nothing = torch.tensor([bids.prices.numel() - 1])
+    assert float(tree_budget.price_paid(bids, seconds, fixed, 2.0, nothing)) == 0
+
+
+def test_prompts_do_not_count_in_the_rate() -> None:
+    """A step that ran a prompt beside its rounds teaches what the same step without it would have taught."""
+    with_prompt, without = (tree_budget.QueryBudget(None, 2, 15, 64, shared=True) for _ in range(2))
+    seconds = 3.0 + np.arange(200.0)
+    for budget in (with_prompt, without):
+        budget.weigh(seconds, 1, torch.device("cpu"))
+    with_prompt.step_took(float(seconds[80]), 80, 63)
+    without.step_took(float(seconds[17]), 17, 0)
+    tree = trees.grow(*marginals(3, 1, 5, 4), 20)
+    assert bought_at(with_prompt, tree, 1) == bought_at(without, tree, 1)
+
+
 def test_who_sees_whom() -> None:
     """Two text tokens, a root with children 1 and 2, and 3 below 1; windows at the root and at 3."""
     parent = torch.tensor([[0, 0, 0, 1]]).numpy()
