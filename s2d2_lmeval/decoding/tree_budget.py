@@ -115,7 +115,7 @@ def price_within(bids: Bids, budget: torch.Tensor) -> torch.Tensor:
 def price_for_rate(bids: Bids, seconds: torch.Tensor, fixed: torch.Tensor, rate: float) -> torch.Tensor:
     """(1,) index of the price with the most tokens, less ``rate`` tokens for every second that the round takes.
 
-    ``seconds`` (Q,) of a forward of 0, 1, ... queries; ``fixed`` queries run at any price.
+    ``seconds`` (Q,) of a forward of 0, 1, ... queries; ``fixed`` (1,) queries run at any price.
     """
     queries = (bids.queries.sum(0) + fixed).long().clamp_max(len(seconds) - 1)
     return (bids.tokens.sum(0) - rate * seconds[queries]).argmax(0, keepdim=True)
@@ -192,7 +192,7 @@ class QueryBudget:
     @property
     def draft_value(self) -> float:
         """Tokens that a draft is worth: what stood of it, less the price of its nodes."""
-        return (HOPED * TRUST + self._gained) / (TRUST + self._drafts)
+        return max((HOPED * TRUST + self._gained) / (TRUST + self._drafts), 0.0)
 
     def weigh(self, seconds: np.ndarray, rows: int, device: torch.device) -> None:
         """Take note of what forwards of 0, 1, ... queries cost, ``rows`` in flight.
@@ -222,7 +222,7 @@ class QueryBudget:
         terms = Terms(self.node, self.window, self.draft_value, self.most - self.node)
         if self.queries is None:
             bids = bid(tree, terms).of(running)
-            fixed, rate = running.sum() * self.node, self._tokens / self._seconds
+            fixed, rate = running.sum(0, keepdim=True) * self.node, self._tokens / self._seconds
             at = price_for_rate(bids, self._seconds_of, fixed, rate)
             bought = at_price(tree, bids, at, terms)
             return bought.nodes.unsqueeze(1), bought.windows, price_paid(bids, self._seconds_of, fixed, rate, at)

@@ -165,7 +165,7 @@ def test_the_price_for_the_rate_is_the_best_of_all_prices() -> None:
     """Free forwards buy everything, forwards whose every query is dear buy nothing, and a bend is found."""
     tree = trees.grow(*marginals(1, 2, 4, 3), 12)
     bids = tree_budget.bid(tree, tree_budget.Terms(2, 3, 4.0, 40))
-    fixed, queries = torch.tensor(4), torch.arange(120.0)
+    fixed, queries = torch.tensor([4]), torch.arange(120.0)
     spent = {}
     for name, seconds in {
         "free": torch.ones(120),
@@ -230,7 +230,7 @@ def test_the_price_paid_is_the_time_that_was_bought() -> None:
     tree = trees.grow(*marginals(1, 2, 4, 3), 12)
     bids = tree_budget.bid(tree, tree_budget.Terms(2, 3, 4.0, 40))
     seconds = 1 + 0.5 * (torch.arange(200.0) - 10).clamp_min(0)  # the first ten queries are free
-    fixed, all_of_it = torch.tensor(4), torch.tensor([0])
+    fixed, all_of_it = torch.tensor([4]), torch.tensor([0])
     bought = int(bids.queries[:, 0].sum())
     price = tree_budget.price_paid(bids, seconds, fixed, 2.0, all_of_it)
     assert float(price) == pytest.approx(2.0 * 0.5 * (bought + 4 - 10) / bought)
