@@ -55,7 +55,16 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 }
 POLICIES = ("mask_span_length", "score_threshold", "score_hysteresis", "contextual_bandit_ucb", "throughput")
 
-WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_consecutive"}
+WAITS = {
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "masked_select",
+    "_unique2",
+    "unique_consecutive",
+}
 
 
 class Waits(TorchDispatchMode):
