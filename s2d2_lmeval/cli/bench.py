@@ -1,6 +1,7 @@
 """Measure decoders on this machine: tokens per second, tokens per forward, and where the time goes.
 
-Everything compared runs in one process on the same weights. Each line is the median over repeats after a warm-up.
+Everything compared runs in one process on the same weights. Each line is the median over repeats after a warm-up; on a
+CPU the repeats of all are run in turn, so that a machine whose speed drifts slows all alike.
 """
 
 from __future__ import annotations
@@ -182,21 +183,16 @@ def _measure(
     """Everything that was asked for, baselines first."""
     from s2d2_lmeval.studies import bench
 
-    found: list[Measurement] = []
+    contenders = []
     batches = _numbers(args.batch)
     if not args.no_baselines and plain is not None:
-        tell("transformers generate")
         for batch in batches:
-            found += [bench.measure_transformers(plain, batch, kind, work, args.repeats) for kind in (None, "static")]
-        tell(bench.PLAIN)
-        found.append(
-            bench.measure_plain(plain, model.facts.mask_token_id, args.block_length, script, work, args.repeats)
-        )
+            contenders += [bench.transformers_generate(plain, batch, kind, work) for kind in (None, "static")]
+        contenders.append(bench.plain_loop(plain, model.facts.mask_token_id, args.block_length, script, work))
     for entry in args.decoders.split(","):
-        for batch in batches:
-            tell(f"{entry}, batch {batch}")
-            found.append(bench.measure(model, entry, _options(entry, args), batch, work, args.repeats))
-    return found
+        contenders += [bench.decoder(model, entry, _options(entry, args), batch, work) for batch in batches]
+    in_turn = model.hf_model.device.type != "cuda"
+    return bench.measure_all(contenders, args.repeats, in_turn, tell)
 
 
 def _models(name: str, device: Any, dtype: Any) -> tuple[PreTrainedModel | None, BlockDiffusionModel]:

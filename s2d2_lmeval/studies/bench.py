@@ -48,47 +48,80 @@ class Workload:
     new_tokens: int
 
 
-def measure(
-    model: BlockDiffusionModel, name: str, options: Mapping[str, Any], batch: int, work: Workload, repeats: int
-) -> Measurement:
-    """Decode ``work`` with the package's engine, once to warm up and ``repeats`` times for the figures."""
-    model.max_batch = batch
+@dataclass
+class Contender:
+    """A way of decoding that is to be measured: ``run`` it once, given whether that only warms up; ``conclude`` from
+    the results of the runs after that.
+    """
+
+    label: str
+    run: Callable[[bool], Any]
+    conclude: Callable[[list[Any]], Measurement]
+
+
+def measure_all(
+    contenders: Sequence[Contender], repeats: int, in_turn: bool, tell: Callable[[str], None]
+) -> list[Measurement]:
+    """Warm all up, run each ``repeats`` times, and conclude.
+
+    :param in_turn: whether every repeat runs all contenders, so that a machine whose speed drifts slows all alike. On
+        CUDA each has graphs of its own, which not all fit: there one follows the other.
+    """
+    runs: list[list[Any]] = [[] for _ in contenders]
+
+    def run(place: int, repeat: int) -> None:
+        tell(f"{contenders[place].label}, {f'{repeat} of {repeats}' if repeat else 'warming up'}")
+        result = contenders[place].run(repeat == 0)
+        if repeat:
+            runs[place].append(result)
+
+    turns = [(place, repeat) for place in range(len(contenders)) for repeat in range(repeats + 1)]
+    for place, repeat in sorted(turns, key=lambda turn: turn[1]) if in_turn else turns:
+        run(place, repeat)
+    return [contender.conclude(results) for contender, results in zip(contenders, runs, strict=True)]
+
+
+def decoder(model: BlockDiffusionModel, name: str, options: Mapping[str, Any], batch: int, work: Workload) -> Contender:
+    """``work`` by the package's engine."""
     config = model.config({**options, "max_new_tokens": work.new_tokens, "stop_token_ids": []})
-    runs = []
-    for repeat in range(repeats + 1):
+
+    def run(warms_up: bool) -> Mapping[str, float]:
+        model.max_batch = batch
         model.trace.reset()
         started = clock.now()
         model.generate(work.prompts, config)
         totals = {**model.trace.totals(), "wall": clock.now() - started}
         alone = (record for record in model.trace.records if set(record.kinds) == {"prefill"})
         totals["prefill_seconds"] = sum(record.seconds for record in alone)
-        if repeat:
-            runs.append(totals)
+        return totals
 
-    def median(value: Callable[[Mapping[str, float]], float]) -> float:
-        return statistics.median(value(run) for run in runs)
+    def conclude(runs: list[Mapping[str, float]]) -> Measurement:
+        def median(value: Callable[[Mapping[str, float]], float]) -> float:
+            return statistics.median(value(run) for run in runs)
 
-    milliseconds = median(lambda run: 1000 * run["model_seconds"] / run["forwards"])
-    return Measurement(
-        name=name,
-        batch=batch,
-        tokens_per_second=median(lambda run: run["new_tokens"] / run["wall"]),
-        decode_tokens_per_second=median(lambda run: run["new_tokens"] / (run["wall"] - run["prefill_seconds"])),
-        tokens_per_forward=runs[0]["tokens_per_forward"],
-        forwards={
-            key.removesuffix("_forwards"): int(count)
-            for key, count in runs[0].items()
-            if key.endswith("_forwards") and count
-        },
-        milliseconds=milliseconds,
-        over_floor=milliseconds / floor_milliseconds(model.hf_model),
-        outside=median(lambda run: 1 - run["model_seconds"] / run["wall"]),
-    )
+        milliseconds = median(lambda run: 1000 * run["model_seconds"] / run["forwards"])
+        return Measurement(
+            name=name,
+            batch=batch,
+            tokens_per_second=median(lambda run: run["new_tokens"] / run["wall"]),
+            decode_tokens_per_second=median(lambda run: run["new_tokens"] / (run["wall"] - run["prefill_seconds"])),
+            tokens_per_forward=runs[0]["tokens_per_forward"],
+            forwards={
+                key.removesuffix("_forwards"): int(count)
+                for key, count in runs[0].items()
+                if key.endswith("_forwards") and count
+            },
+            milliseconds=milliseconds,
+            over_floor=milliseconds / floor_milliseconds(model.hf_model),
+            outside=median(lambda run: 1 - run["model_seconds"] / run["wall"]),
+        )
+
+    return Contender(f"{name}, batch {batch}", run, conclude)
 
 
-def measure_plain(
-    plain: PreTrainedModel, mask_token_id: int, block_length: int, script: Script | None, work: Workload, repeats: int
-) -> Measurement:
+def plain_loop(
+    plain: PreTrainedModel, mask_token_id: int, block_length: int, script: Script | None, work: Workload
+) -> Contender:
     """The eager S2D2 loop of :mod:`s2d2_lmeval.studies.plain`, one prompt after the other."""
 
     def scripted(logits: torch.Tensor, position: torch.Tensor, draft: bool, cached: int) -> torch.Tensor:
@@ -98,32 +131,22 @@ def measure_plain(
         flags = torch.full_like(position, draft, dtype=torch.bool)
         return script.logits(logits, position, flags, torch.full_like(position, cached))
 
-    seconds = []
-    for repeat in range(repeats + 1):
+    def run(warms_up: bool) -> tuple[float, int]:
         loop = PlainS2D2(plain, mask_token_id, block_length, scripted)
         _synchronise(plain.device)
         started = clock.now()
-        for prompt in work.prompts if repeat else work.prompts[:1]:
+        for prompt in work.prompts[:1] if warms_up else work.prompts:
             loop.generate(list(prompt), work.new_tokens)
         _synchronise(plain.device)
-        seconds.append(clock.now() - started)
-    tokens = len(work.prompts) * work.new_tokens
-    return Measurement(
-        name=PLAIN,
-        batch=1,
-        tokens_per_second=tokens / statistics.median(seconds[1:]),
-        decode_tokens_per_second=None,
-        tokens_per_forward=tokens / loop.forwards,
-        forwards={"all": loop.forwards},
-        milliseconds=None,
-        over_floor=None,
-        outside=None,
-    )
+        return clock.now() - started, loop.forwards
+
+    def conclude(runs: list[tuple[float, int]]) -> Measurement:
+        return _of_others(PLAIN, 1, work, statistics.median(seconds for seconds, _ in runs), runs[0][1])
+
+    return Contender(PLAIN, run, conclude)
 
 
-def measure_transformers(
-    plain: PreTrainedModel, batch: int, cache: str | None, work: Workload, repeats: int
-) -> Measurement:
+def transformers_generate(plain: PreTrainedModel, batch: int, cache: str | None, work: Workload) -> Contender:
     """transformers' own autoregressive ``generate`` on the same weights, arg-max, prompts cut to one length."""
     shortest = min(len(prompt) for prompt in work.prompts)
     ids = torch.tensor([list(prompt)[:shortest] for prompt in work.prompts], device=plain.device)
@@ -135,22 +158,32 @@ def measure_transformers(
         eos_token_id=None,
         **({"cache_implementation": cache} if cache else {}),
     )
-    seconds = []
-    for repeat in range(repeats + 1):
+    name = f"transformers generate, {cache or 'dynamic'} cache"
+
+    def run(warms_up: bool) -> float:
         started = clock.now()
         # The first run compiles and fills caches: one batch of it is enough.
-        for part in ids.split(batch) if repeat else ids[:batch].split(batch):
+        for part in (ids[:batch] if warms_up else ids).split(batch):
             plain.generate(part, attention_mask=torch.ones_like(part), generation_config=settings)
         _synchronise(plain.device)
-        seconds.append(clock.now() - started)
-    parts = len(ids.split(batch))
+        return clock.now() - started
+
+    def conclude(runs: list[float]) -> Measurement:
+        return _of_others(name, batch, work, statistics.median(runs), len(ids.split(batch)) * work.new_tokens)
+
+    return Contender(f"{name}, batch {batch}", run, conclude)
+
+
+def _of_others(name: str, batch: int, work: Workload, seconds: float, forwards: int) -> Measurement:
+    """A loop of somebody else's, of which only the time and the forwards are known."""
+    tokens = len(work.prompts) * work.new_tokens
     return Measurement(
-        name=f"transformers generate, {cache or 'dynamic'} cache",
+        name=name,
         batch=batch,
-        tokens_per_second=len(ids) * work.new_tokens / statistics.median(seconds[1:]),
+        tokens_per_second=tokens / seconds,
         decode_tokens_per_second=None,
-        tokens_per_forward=1.0,
-        forwards={"all": parts * work.new_tokens},
+        tokens_per_forward=tokens / forwards if batch == 1 else 1.0,
+        forwards={"all": forwards},
         milliseconds=None,
         over_floor=None,
         outside=None,

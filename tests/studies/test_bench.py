@@ -158,6 +158,27 @@ def test_a_script_accepts_at_its_rate() -> None:
         assert totals["accepted"] / (totals["accepted"] + totals["verify_forwards"]) == pytest.approx(rate, abs=0.12)
 
 
+@pytest.mark.parametrize(
+    ("in_turn", "expected"),
+    [(True, ["a0", "b0", "a1", "b1", "a1", "b1"]), (False, ["a0", "a1", "a1", "b0", "b1", "b1"])],
+)
+def test_contenders_run_in_turn_or_one_after_the_other(in_turn: bool, expected: list[str]) -> None:
+    ran, told = [], []
+
+    def contender(name: str) -> bench.Contender:
+        def run(warms_up: bool) -> str:
+            ran.append(f"{name}{int(not warms_up)}")
+            return name
+
+        return bench.Contender(name, run, lambda results: Measurement(name, len(results), 1, *[None] * 6))  # type: ignore[arg-type]
+
+    found = bench.measure_all([contender("a"), contender("b")], 2, in_turn, told.append)
+    assert ran == expected
+    assert [(one.name, one.batch) for one in found] == [("a", 2), ("b", 2)], "warming up does not count"
+    assert told[0] == "a, warming up"
+    assert told[-1] == "b, 2 of 2"
+
+
 def test_workloads_and_measurements_are_plain_values() -> None:
     assert Workload([[1]], 4).new_tokens == 4
     one = Measurement("x", 1, 2.0, None, None, {}, None, None, None)
