@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,9 @@ def test_a_graph_is_written_shown_and_made_again_from_its_traces(
     kept = traces.read_text()
     assert main([*command, "--nodes", "2", "--depth", "3"]) == 0
     assert traces.read_text() == kept
-    assert load_graph(str(output), "static").nodes == graph.nodes[:2]
+    # The same nodes, but for parents that the smaller graph does not hold.
+    held = [replace(node, parents=tuple(place for place in node.parents if place <= 2)) for node in graph.nodes[:2]]
+    assert list(load_graph(str(output), "static").nodes) == held
 
 
 @pytest.mark.parametrize(
