@@ -87,7 +87,7 @@ def source_of(name_or_object: Any, seed: int) -> RandomSource:
     return SequentialSource(_TorchDraws() if name_or_object == "torch" else name_or_object)
 
 
-Integers = TypeVar("Integers", torch.Tensor, "np.ndarray")
+Integers = TypeVar("Integers", torch.Tensor, np.ndarray)
 
 
 def _mix(x: Integers) -> Integers:
@@ -121,7 +121,7 @@ class KeyedSource:
 
     def _hash(self, key: Key) -> torch.Tensor:
         words = key.words()
-        if words[0].device.type == "cpu":  # dozens of operations on a few numbers: numpy's cost a fifth of torch's
+        if words[0].device.type == "cpu":  # dozens of operations on a few numbers: numpy takes half of torch's time
             bits = hashed(self.seed, key.purpose, tuple(word.numpy() for word in words))
             return torch.from_numpy(bits)
         return hashed(self.seed, key.purpose, words)

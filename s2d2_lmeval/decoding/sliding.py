@@ -186,7 +186,7 @@ class Sliding:
         rows = self.rows
         path = path[path > 0] - 1
         fresh = [*rows.token[slot, path + 1].tolist(), int(bonus[0])]
-        self.budget.round_ran(int(rows.nodes[slot]), len(path), price[0] / PRICE_UNIT)
+        self.budget.round_ran(int(rows.nodes[slot]), len(path), rows.price[slot])
         outcome.path[row] = path
         outcome.kept[row] = len(path)
         outcome.committed[row] = len(fresh)
@@ -200,7 +200,7 @@ class Sliding:
         struck = rows.extend(slot, fresh, self.config.stop_token_ids)
         rows.complete[slot] = struck or len(rows.tokens[slot]) >= rows.limit[slot]
         rows.round[slot] += 1
-        rows.nodes[slot], rows.windows[slot] = nodes[0], windows
+        rows.nodes[slot], rows.windows[slot], rows.price[slot] = nodes[0], windows, price[0] / PRICE_UNIT
         rows.token[slot, 1:], rows.parent[slot, 1:], rows.depth[slot, 1:] = token, parent, depth
 
     def _record(self, slot: int, fresh: list[int], met: bool) -> None:

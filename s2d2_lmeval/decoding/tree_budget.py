@@ -158,14 +158,19 @@ def fit(tree: Tree, budget: torch.Tensor, terms: Terms) -> Purchase:
 
 
 def at_price(tree: Tree, bids: Bids, price: torch.Tensor, terms: Terms) -> Purchase:
-    """What every row buys at the price with the index ``price`` (1,): the purchase behind its bid."""
+    """What every row buys at the price with the index ``price`` (1,): the purchase behind its bid, to the query.
+
+    The bid says how many windows; they go where the walk most likely ends.
+    """
     nodes = bids.nodes.index_select(1, price)
     value = torch.cat([torch.ones_like(tree.value[:, :1]), tree.value], dim=1)
     index = torch.arange(value.shape[1], device=value.device)
-    born = tree.value * (index[1:] <= nodes)
-    chance = value.scatter_add(1, tree.parent, -born)
-    worthwhile = terms.draft_value * chance > terms.window * bids.prices[price]
-    return Purchase(nodes.squeeze(1), worthwhile & (index <= nodes) & (terms.window > 0))
+    if not terms.window:
+        return Purchase(nodes.squeeze(1), torch.zeros_like(value, dtype=torch.bool))
+    ends = value.scatter_add(1, tree.parent, -tree.value * (index[1:] <= nodes)).masked_fill(index > nodes, -1.0)
+    windows = (bids.queries.index_select(1, price) - terms.node * nodes) // terms.window
+    rank = ends.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return Purchase(nodes.squeeze(1), rank < windows)
 
 
 class QueryBudget:

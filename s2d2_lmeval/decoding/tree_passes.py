@@ -42,6 +42,8 @@ class TreeRows(Seats):
     def resize(self, nodes: int) -> None:
         """Make room for so many nodes per tree and forget all trees."""
         self.nodes = np.zeros(self.count, dtype=np.int64)
+        self.price = np.zeros(self.count)
+        """What a query of the tree came to, in tokens, when it was bought."""
         self.token = np.zeros((self.count, nodes + 1), dtype=np.int64)
         self.parent = np.zeros((self.count, nodes + 1), dtype=np.int64)
         self.depth = np.zeros((self.count, nodes + 1), dtype=np.int64)

@@ -11,6 +11,7 @@ import torch
 
 from s2d2_lmeval import BlockDiffusionModel, DecodingConfig
 from s2d2_lmeval.decoding.generation import Generation
+from s2d2_lmeval.decoding.tree_budget import QueryBudget
 from s2d2_lmeval.errors import ConfigError
 
 from . import editing_tiny, pipelined_cases, subblocks_drawn, tiny
@@ -180,3 +181,24 @@ def test_a_long_prompt_is_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -
 def test_refusals(options: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         DecodingConfig.from_options({"decoder": "sliding", **options})
+
+
+def test_a_draft_is_charged_what_it_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own price, of the round in which it was bought, not that of the round which judges it."""
+    asked, charged = [], []
+    buy, ran = QueryBudget.buy, QueryBudget.round_ran
+
+    def noted_buy(self: QueryBudget, *given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        nodes, windows, _ = buy(self, *given)
+        asked.append(0.25 * (len(asked) + 1))
+        return nodes, windows, torch.tensor([asked[-1]])
+
+    def noted_run(self: QueryBudget, nodes: int, accepted: int, price: float) -> None:
+        charged.append(price)
+        ran(self, nodes, accepted, price)
+
+    monkeypatch.setattr(QueryBudget, "buy", noted_buy)
+    monkeypatch.setattr(QueryBudget, "round_ran", noted_run)
+    decode([[3, 1, 4, 1, 5]], [20], 1, decoder="sliding", row_budget=48, stop_token_ids=())
+    assert len(charged) > 4
+    assert charged == [0.0, *asked[: len(charged) - 1]]
