@@ -105,6 +105,12 @@ class BlockDiffusionModel:
         return self._runner.device
 
     @property
+    def networks(self) -> list[torch.nn.Module]:
+        """Everything that has weights: the model, and its drafter where it has one."""
+        drafter = getattr(self._runner, "drafter", None)
+        return [self.hf_model] if drafter is None else [self.hf_model, drafter.model]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self.hf_model.dtype

@@ -1,8 +1,9 @@
 """The harness's two caches, kept from mixing configurations.
 
-``--use_cache`` finds a response by (context, generation arguments) alone, so a second run with another checkpoint or
-other decoding options in ``--model_args`` would get the first one's answers. :func:`separate` puts the run's
-fingerprint in front of every key.
+``--use_cache`` finds a response by (context, generation arguments) alone, so another checkpoint, other options in
+``--model_args``, another seed, or the next of a document's repeats would get an earlier one's answer.
+:func:`separate` puts the run's fingerprint in front of every key, and has answers looked up by the model, which knows
+what they depend on (:class:`ResponseCache`).
 
 ``--cache_requests true`` stores whole requests, with the generation arguments of the run that wrote them.
 :func:`refuse_stale` compares them with those of the tasks that are being evaluated.
@@ -10,38 +11,64 @@ fingerprint in front of every key.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from sqlite3 import Error as DatabaseError
+from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.errors import ConfigError, RequestError
+from s2d2_lmeval.harness import caller
 from s2d2_lmeval.harness.responses import TracedResponse
 
+if TYPE_CHECKING:
+    from s2d2_lmeval.decoding.generation import Step
+    from s2d2_lmeval.harness.prompts import Prompt
 
-def fingerprint(facts_of_run: Mapping[str, Any]) -> str:
-    """A short stable name for everything that a response depends on besides its request."""
-    return hashlib.sha256(json.dumps(facts_of_run, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
+class ResponseCache:
+    """The answers in the harness's response cache, by everything that makes a sample
+    (a :class:`~s2d2_lmeval.harness.responses.ResponseStore`).
 
-def separate(hook: Any, run: str) -> Any:
-    """Make the response cache behind ``hook`` (what the harness's ``CachingLM`` hands to ``set_cache_hook``) hold
-    ``run``'s responses apart.
-
-    ``CachingLM`` computes its keys itself and shares only the store, so it is the store that learns to prefix them.
     Responses that it finds say so: ``stats["cached"]`` is 1, and there are no ``seconds``, which would be another
     run's.
+    """
+
+    shows_progress = False
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    def find(self, prompt: Prompt) -> TracedResponse | None:
+        """See :class:`~s2d2_lmeval.harness.responses.ResponseStore`."""
+        if prompt.name not in self._rows:
+            return None
+        found = self._rows[prompt.name]
+        kept = {name: value for name, value in found.stats.items() if name != "seconds"}
+        return TracedResponse(str(found), {**kept, "cached": 1})
+
+    def decoding_begins(self) -> None:
+        """See :class:`~s2d2_lmeval.harness.responses.ResponseStore`."""
+
+    def add(self, prompt: Prompt, response: TracedResponse, steps: Sequence[Step]) -> None:
+        """See :class:`~s2d2_lmeval.harness.responses.ResponseStore`."""
+        self._rows.keep(prompt.name, response)
+
+
+def separate(hook: Any, run: str) -> ResponseCache | None:
+    """Make the response cache behind ``hook`` (what the harness's ``CachingLM`` hands to ``set_cache_hook``) hold
+    ``run``'s responses apart; the cache of answers in it, or None where there is no cache.
+
+    ``CachingLM`` computes its keys itself and shares only the store, so it is the store that learns to prefix them. It
+    takes no answers under the harness's keys, so that every request for one reaches the model.
 
     :raises ConfigError: when the store is none that this can be done to.
     """
     store = getattr(hook, "dbdict", None)
     if store is None:
-        return hook
+        return None
     plain = type(store)
     if getattr(plain, "separates_runs", False):
         store.run = run
-        return hook
+        return ResponseCache(store)
 
     class SeparatedStore(plain):  # type: ignore[misc, valid-type]
         separates_runs = True
@@ -54,13 +81,17 @@ def separate(hook: Any, run: str) -> Any:
         def __getitem__(self, key: str) -> Any:
             found = super().__getitem__(f"{self.run}:{key}")
             self.hits += 1
-            if isinstance(found, TracedResponse):
-                kept = {name: value for name, value in found.stats.items() if name != "seconds"}
-                return TracedResponse(str(found), {**kept, "cached": 1})
             return found
 
         def __setitem__(self, key: str, value: Any) -> None:
-            super().__setitem__(f"{self.run}:{key}", value)
+            if not isinstance(value, TracedResponse):
+                self.keep(key, value)
+
+        def keep(self, key: str, value: Any) -> None:
+            try:
+                super().__setitem__(f"{self.run}:{key}", value)
+            except DatabaseError as error:
+                raise ConfigError(f"--use_cache: the cache cannot be written ({error}); make room.") from None
 
     try:
         store.__class__ = SeparatedStore
@@ -69,7 +100,7 @@ def separate(hook: Any, run: str) -> Any:
         raise ConfigError(
             f"--use_cache would mix the responses of different options on this lm_eval ({error}); run without it."
         ) from None
-    return hook
+    return ResponseCache(store)
 
 
 def hits(hook: Any) -> int:
@@ -83,7 +114,7 @@ def refuse_stale(requests: Iterable[Any]) -> None:
     :param requests: the harness's Instances.
     :raises RequestError: when a request's arguments are not those of its task.
     """
-    tasks = _tasks_under_evaluation()
+    tasks = caller.tasks_with_cached_requests()
     for request in requests:
         task = tasks.get(request.task_name)
         if task is None or not isinstance(request.args[1], Mapping):
@@ -94,25 +125,3 @@ def refuse_stale(requests: Iterable[Any]) -> None:
                 f"task {request.task_name}: --cache_requests brought an earlier run's requests, with generation_kwargs "
                 f"{request.args[1]}, but this run has {dict(asked)}. Use --cache_requests refresh, or none."
             )
-
-
-def _tasks_under_evaluation() -> Mapping[str, Any]:
-    """The task objects of the ``evaluate`` call that we are in, if it reads requests from its cache.
-
-    The harness tells a model nothing about where requests come from, so this looks at the caller's variables.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "evaluate" and frame.f_globals.get("__name__") == "lm_eval.evaluator":
-            variables = frame.f_locals
-            tasks = variables.get("eval_tasks", {})
-            return _by_name(tasks) if variables.get("cache_requests") else {}
-        frame = frame.f_back  # type: ignore[assignment]
-    return {}
-
-
-def _by_name(tasks: Any) -> Mapping[str, Any]:
-    """Older releases keep a list of outputs that hold their task."""
-    if isinstance(tasks, Mapping):
-        return tasks
-    return {output.task_name: output.task for output in tasks if hasattr(output, "task")}

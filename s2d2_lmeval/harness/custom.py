@@ -163,7 +163,8 @@ def _module_of_file(path: Path) -> ModuleType:
     packaged = importlib.util.find_spec("s2d2_lmeval.custom_generate")
     if packaged and path.parent in [Path(folder).resolve() for folder in packaged.submodule_search_locations or ()]:
         return _import(f"s2d2_lmeval.custom_generate.{path.stem}", str(path))
-    name = f"_s2d2_custom_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    content = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()
+    name = f"_s2d2_custom_{path.stem}_{content[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     if str(path.parent) not in sys.path:

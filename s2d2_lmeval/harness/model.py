@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.errors import ConfigError, RequestError
-from s2d2_lmeval.harness import caching, loading, report
+from s2d2_lmeval.harness import caching, caller, identity, loading, report
 from s2d2_lmeval.harness import filters as _filters  # noqa: F401  (importing it registers s2d2_stats)
 from s2d2_lmeval.harness.arguments import rows_in_flight, sort_arguments
 from s2d2_lmeval.harness.custom import CustomFunction
@@ -53,6 +54,7 @@ class S2D2LM(HFLM):
     """
 
     think_end_token: str | int | None
+    cache_hook: Any
 
     def __init__(
         self,
@@ -90,8 +92,9 @@ class S2D2LM(HFLM):
             self.think_end_token = own  # a special token leaves no trace in the text: look for its id
         self.engine = loaded.engine
         self.custom: CustomFunction | None = arguments.custom
-        self.decoding = self.configuration({})
         self.store: ResponseStore | None = None
+        self.seed = caller.seed()
+        self.decoding = self.configuration({})
         self._check_max_length()
         self.told: set[Any] = set()
         self.reset_totals()
@@ -121,11 +124,21 @@ class S2D2LM(HFLM):
         """
         if self.custom is not None or self.engine is None:
             return None
-        given = self.arguments.decoding
+        given = dict(self.arguments.decoding)
+        if self.seed is not None and given.get("seed") is None:
+            given["seed"] = self.seed
         config = DecodingConfig.from_options(asked, self.engine.facts, of_run=given)
         if any(SYNONYMS.get(name, name) == "stop_token_ids" for name in (*given, *asked)):
             return config
         return config.replace(stop_token_ids=tuple(dict.fromkeys((*config.stop_token_ids, *self.end_of_text_ids))))
+
+    def _join_evaluation(self) -> None:
+        """Take what belongs to the evaluation that we are in: its seed, and no other one's response cache."""
+        if self.seed != caller.seed():
+            self.seed = caller.seed()
+            self.decoding = self.configuration({})
+        if caller.uses_no_cache() and self.cache_hook.dbdict is not None:
+            self.cache_hook, self.store = CacheHook(None), None
 
     def _check_max_length(self) -> None:
         limit = self.engine.max_context if self.engine is not None else None
@@ -162,6 +175,7 @@ class S2D2LM(HFLM):
             ConfigError: generation arguments that have no meaning here.
             RequestError: a prompt that cannot be decoded; found out before anything is decoded.
         """
+        self._join_evaluation()
         caching.refuse_stale(requests)
         answers = GenerationRun(self, requests, quiet=disable_tqdm or self.rank != 0).answer()
         self._exchange_totals()
@@ -232,18 +246,32 @@ class S2D2LM(HFLM):
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Take the harness's response cache (``--use_cache``), kept apart from runs with another configuration."""
-        super().set_cache_hook(caching.separate(cache_hook, caching.fingerprint(self._facts_of_run())))
+        super().set_cache_hook(cache_hook)
+        self._join_evaluation()
+        if cache_hook.dbdict is not None:
+            self.store = caching.separate(cache_hook, identity.of_plain(self._facts_of_run()))
 
     def _facts_of_run(self) -> dict[str, Any]:
         """Everything that a response depends on besides its request. How many rows are in flight is not part of it."""
+        arguments, decoding = self.arguments, self.decoding
+        loading = {name: value for name, value in arguments.loading.items() if name not in identity.HUB_ONLY}
         return {
+            "code": identity.code_version(),
             "checkpoint": [self.pretrained, self.revision, self.peft],
-            "tokenizer": [self.tokenizer.name_or_path, self.add_bos_token, self.custom_prefix_token_id],
+            "weights": identity.of_weights([self._model] if self.engine is None else self.engine.networks),
+            "tokenizer": [identity.of_tokenizer(self.tokenizer), self.add_bos_token, self.custom_prefix_token_id],
             "dtype": str(self._model.dtype),
             "attention": self.engine.attention if self.engine is not None else None,
+            "loading": {name: str(value) for name, value in loading.items()},
             # What was given counts too: it stays above the preset that a task may name.
-            "decoding": [dict(self.arguments.decoding), self.decoding and self.decoding.to_dict()],
-            "custom": self.custom.name if self.custom is not None else None,
+            "decoding": [
+                *(
+                    identity.with_files(options)
+                    for options in (arguments.decoding, decoding.to_dict() if decoding else {})
+                ),
+                self.seed,
+            ],
+            "custom": [self.custom.name, identity.of_function(self.custom.function)] if self.custom else None,
             "context": [self.max_length, bool(self.truncation)],
             "thinking": [self.think_end_token, self.chat_template_args],
         }
@@ -288,6 +316,7 @@ class S2D2LM(HFLM):
             "rows_in_flight": 1 if self.custom is not None or engine is None else engine.max_batch,
             "decoder": self.custom.name if self.custom is not None else decoding.decoder if decoding else None,
             "preset": decoding.preset if decoding is not None else None,
+            "seed": decoding.seed if decoding is not None else self.seed,
             "promise": decoding.promise if decoding is not None else None,
             "family": engine.facts.family if engine is not None else None,
             "configurations": list(self.configurations.values()),

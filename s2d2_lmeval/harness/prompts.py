@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from s2d2_lmeval.errors import RequestError
+from s2d2_lmeval.harness.identity import of_plain, with_files
 
 logger = logging.getLogger("lm_eval.s2d2")
 
@@ -38,9 +37,8 @@ class Prompt:
     @property
     def name(self) -> str:
         """The same in every run of the same request: task, document, repetition, tokens and generation arguments."""
-        asked = hashlib.blake2b(json.dumps(self.gen_kwargs, sort_keys=True, default=repr).encode(), digest_size=4)
-        key = f"{self.key % (1 << 64):016x}-{asked.hexdigest()}"
-        return f"{self.task}/{self.document}/{self.occurrence}/{key}"
+        asked = of_plain(with_files(self.gen_kwargs))
+        return f"{self.task}/{self.document}/{self.occurrence}/{self.key % (1 << 64):016x}-{asked}"
 
 
 def request_key(ids: Sequence[int], occurrence: int) -> int:
@@ -54,21 +52,26 @@ def request_key(ids: Sequence[int], occurrence: int) -> int:
 
 
 class Occurrences:
-    """Counts how often each document asked each prompt: the repeats of self-consistency get randomness of their own."""
+    """Counts how often each document asked each prompt: the repeats of self-consistency get randomness of their own.
 
-    def __init__(self) -> None:
-        self._seen: Counter[Any] = Counter()
+    Where several processes share a task, the harness repeats a whole request (all its ``repeats``) until every process
+    has the same number. Such padding is answered by copies: the sample i of it is sample ``i mod repeats``.
+    """
 
-    def next(self, request: Any, text: str) -> int:
-        """How many requests like ``request`` (an Instance of the harness) came before it."""
-        origin = (request.task_name, request.doc_id, request.idx, text)
-        self._seen[origin] += 1
-        return self._seen[origin] - 1
+    def __init__(self, world_size: int) -> None:
+        self._padded = world_size > 1
+        self._seen: dict[Any, list[int]] = {}
 
-
-def is_padding(request: Any, occurrence: int, world_size: int) -> bool:
-    """Whether the harness added this request only so that every process has the same number of them."""
-    return world_size > 1 and request.repeats is not None and occurrence >= request.repeats
+    def next(self, request: Any, text: str, place: int) -> tuple[int, int | None]:
+        """How many requests like ``request`` (an Instance of the harness) came before it, and if it is padding, the
+        place of the request that it is a copy of.
+        """
+        places = self._seen.setdefault((request.task_name, request.doc_id, request.idx, text), [])
+        places.append(place)
+        occurrence = len(places) - 1
+        if self._padded and request.repeats and occurrence >= request.repeats:
+            return occurrence, places[occurrence % request.repeats]
+        return occurrence, None
 
 
 def encode(tokenizer: Any, texts: Sequence[str], add_bos_token: bool | None) -> list[list[int]]:

@@ -32,7 +32,10 @@ class ResponseStore(Protocol):
     """Keeps the responses of a run that may be interrupted (``S2D2LM.store``).
 
     Requests that it knows are not decoded again, and the others keep the randomness that they have without it.
+    ``shows_progress``: whoever keeps the responses shows how far they are.
     """
+
+    shows_progress: bool
 
     def find(self, prompt: Prompt) -> TracedResponse | None:
         """The response to this very request, if it is kept."""

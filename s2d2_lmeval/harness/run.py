@@ -42,8 +42,7 @@ class GenerationRun:
             lm.configurations[name] = group.describe(group.prompts[0].gen_kwargs)
         self.size = len(requests)
         left = self.size - len(self.copies) - len(self.answers)
-        # Whoever keeps the responses shows how far they are.
-        self.progress = DecodingProgress(left, disable=quiet or lm.store is not None)
+        self.progress = DecodingProgress(left, disable=quiet or (lm.store is not None and lm.store.shows_progress))
 
     def answer(self) -> list[str]:
         """Decode everything; a :class:`TracedResponse` per request, in the order of the requests."""
@@ -69,15 +68,13 @@ class GenerationRun:
         encoded = prompts.encode(lm.tokenizer, [request.args[0] for request in requests], lm.add_bos_token)
         mask = lm.engine.facts.mask_token_id if lm.engine is not None else None
         room = prompts.Room(lm.max_length, mask, bool(lm.truncation))
-        occurrences = prompts.Occurrences()
-        first_of: dict[int, int] = {}
+        occurrences = prompts.Occurrences(lm.world_size)
         for place, (request, ids) in enumerate(zip(requests, encoded, strict=True)):
             text, gen_kwargs = request.args[:2]
-            occurrence = occurrences.next(request, text)
-            if prompts.is_padding(request, occurrence, lm.world_size):
-                self.copies[place] = first_of[id(request)]
+            occurrence, original = occurrences.next(request, text, place)
+            if original is not None:
+                self.copies[place] = original
                 continue
-            first_of.setdefault(id(request), place)
             name = canonical(gen_kwargs)
             if name not in self.groups:
                 self.groups[name] = self._group(gen_kwargs)
@@ -163,7 +160,7 @@ class GenerationRun:
         """
         lm, stopper, sums = self.lm, self._stopper(group.until), report.Totals()
         devices = [lm.device] if lm.device.type == "cuda" else []
-        seed = int(lm.arguments.decoding.get("seed", 0))
+        seed = int(group.options.get("seed") or lm.seed or 0)
         started = time.perf_counter()
         for index, prompt in enumerate(group.in_order()):
             began = time.perf_counter()
@@ -196,7 +193,7 @@ class GenerationRun:
     def _answer(
         self, group: Group, prompt: Prompt, tokens: list[int], stats: dict[str, Any], steps: Sequence[Step] = ()
     ) -> None:
-        """Text with statistics; into the answers, the totals, the store, the response cache and the progress bar."""
+        """Text with statistics; into the answers, the store, the totals and the progress bar."""
         lm = self.lm
         stats["prompt_tokens"] = len(prompt.ids)
         if not lm.arguments.log_decoding_order:
@@ -206,7 +203,6 @@ class GenerationRun:
         if lm.store is not None:
             lm.store.add(prompt, response, steps)
         lm.totals.add_response(prompt.task, stats)
-        lm.cache_hook.add_partial("generate_until", (prompt.text, prompt.gen_kwargs), response)
         self.progress.finished(stats)
 
     def _text(self, tokens: list[int], until: Sequence[str]) -> str:

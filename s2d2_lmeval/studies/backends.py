@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from s2d2_lmeval.errors import StudyError
+from s2d2_lmeval.harness.identity import code_version
 from s2d2_lmeval.studies.evaluation import Evaluator, Outcome
-from s2d2_lmeval.studies.identity import code_version
 from s2d2_lmeval.studies.planning import Job
 from s2d2_lmeval.studies.store import Line, PointStore
 

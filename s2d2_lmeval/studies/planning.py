@@ -14,7 +14,7 @@ from typing import Any
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.errors import CheckpointError, ConfigError, StudyError
 from s2d2_lmeval.harness.generation_arguments import GenerationArguments
-from s2d2_lmeval.studies.identity import code_version, model_identity
+from s2d2_lmeval.harness.identity import code_version, of_source
 from s2d2_lmeval.studies.store import write_whole
 from s2d2_lmeval.studies.study import Point, Study, Task, example
 
@@ -112,7 +112,9 @@ class Plan:
         self.study = replace(study, tasks=tuple(self.tasks))
         check_decodings(self.study)
         self.code = code_version()
-        self.identities = {name: model_identity(arguments) for name, arguments in study.models.items()}
+        self.identities = {
+            name: of_source(arguments["pretrained"], arguments) for name, arguments in study.models.items()
+        }
         self._check_folder(anew)
         self.named: dict[str, Point] = {}
 

@@ -132,6 +132,8 @@ class PointStore:
     (:class:`~s2d2_lmeval.harness.responses.ResponseStore`).
     """
 
+    shows_progress = True
+
     def __init__(self, path: Path, on_sample: Callable[[Line], None] | None = None) -> None:
         """
         :param on_sample: told of every sample that is added.

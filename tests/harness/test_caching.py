@@ -15,7 +15,11 @@ from sqlitedict import SqliteDict
 
 from s2d2_lmeval.errors import ConfigError, RequestError
 from s2d2_lmeval.harness import caching
+from s2d2_lmeval.harness.identity import of_plain
+from s2d2_lmeval.harness.prompts import Prompt, request_key
 from s2d2_lmeval.harness.responses import TracedResponse
+
+from .conftest import write_checkpoint
 
 
 @pytest.fixture
@@ -59,25 +63,108 @@ def test_two_configurations_in_one_response_cache(evaluate: Callable[..., Any], 
     assert "seconds,decode" not in row
 
 
-def test_the_store_separates_runs(tmp_path: Path) -> None:
+def prompt(occurrence: int = 0, **gen_kwargs: Any) -> Prompt:
+    return Prompt(0, "text", gen_kwargs, [1, 2], request_key([1, 2], occurrence), "task", 0, occurrence)
+
+
+def test_the_store_separates_runs_and_occurrences(tmp_path: Path) -> None:
     with SqliteDict(str(tmp_path / "x.db"), autocommit=True) as store:
-        store["key"] = "of another model"
+        store["key"] = 1.5  # of another model
         hook = CacheHook(None)
         hook.dbdict = store
-        assert caching.separate(hook, "one") is hook
+        cache = caching.separate(hook, "one")
+        assert cache is not None
         assert "key" not in store
-        store["key"] = TracedResponse("text", {"nfe": 3, "seconds": 1.0})
-        assert store["key"] == "text"
-        assert store["key"].stats == {"nfe": 3, "cached": 1}
+        store["key"] = 2.5
+        assert store["key"] == 2.5
+        store["answer"] = TracedResponse("the harness knows too little to keep this")
+        assert "answer" not in store
+        cache.add(prompt(), TracedResponse("text", {"nfe": 3, "seconds": 1.0}), ())
+        found = cache.find(prompt())
+        assert found == "text"
+        assert found is not None
+        assert found.stats == {"nfe": 3, "cached": 1}
+        assert [cache.find(other) for other in (prompt(1), prompt(top_k=5))] == [None, None]
         assert caching.hits(hook) == 2
-        caching.separate(hook, "two")
+        other = caching.separate(hook, "two")
+        assert other is not None
+        assert other.find(prompt()) is None
         assert "key" not in store
         caching.separate(hook, "one")
         assert "key" in store
 
 
+def test_repeats_come_back_as_they_were(evaluate: Callable[..., Any], task_folder: Path, tmp_path: Path) -> None:
+    """Sampled repeats of a document: all of them, in order, also where a part of them is in the cache."""
+    text = (task_folder / "tiny_free.yaml").read_text().replace("task: tiny_free", "task: often\nrepeats: 4")
+    (tmp_path / "code.py").write_text((task_folder / "code.py").read_text())
+    (tmp_path / "often.yaml").write_text(text.replace("max_gen_toks: 12", "max_gen_toks: 12\n  temperature: 1.5"))
+
+    def texts(**options: Any) -> tuple[list[list[str]], int]:
+        found = evaluate("often", include=tmp_path, **options)
+        samples = [sample for sample in found["samples"]["often"] if sample["filter"] == "text"]
+        return [list(map(str, sample["resps"][0])) for sample in samples], found["config"]["s2d2"]["cached_responses"]
+
+    plain, _ = texts()
+    assert min(len(set(answers)) for answers in plain) > 1
+    cache = str(tmp_path / "cache")
+    assert texts(use_cache=cache) == (plain, 0)
+    assert texts(use_cache=cache) == (plain, 8)
+    with SqliteDict(f"{cache}_rank0.db", autocommit=True) as store:
+        for key in list(store)[1::3]:
+            del store[key]
+    found, hits = texts(use_cache=cache)
+    assert found == plain
+    assert 0 < hits < 8
+
+
+def test_weights_that_changed_in_place_are_another_model(
+    evaluate: Callable[..., Any], task_folder: Path, tmp_path: Path
+) -> None:
+    """Also its tokenizer, its seed and a function of the user's; not its place."""
+    cache = str(tmp_path / "cache")
+
+    def cached(folder: Path, args: Any = None, **options: Any) -> int:
+        results = evaluate(use_cache=cache, model_args={"pretrained": str(folder), **(args or {})}, **options)
+        return results["config"]["s2d2"]["cached_responses"]
+
+    folder = write_checkpoint(tmp_path / "model", seed=1)
+    assert [cached(folder), cached(folder)] == [0, 2]
+    assert cached(folder, torch_random_seed=5) == 0
+    write_checkpoint(folder, seed=2)
+    assert [cached(folder), cached(folder)] == [0, 2]
+    settings = folder / "tokenizer.json"
+    settings.write_text(settings.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    assert [cached(folder), cached(folder)] == [0, 2]
+    (tmp_path / "mine.py").write_text(OWN_FUNCTION)
+    own = {"custom_generate": f"{tmp_path / 'mine.py'}:write"}
+    assert [cached(folder, args=own), cached(folder, args=own)] == [0, 2]
+    (tmp_path / "mine.py").write_text(OWN_FUNCTION.replace("+ 65", "+ 66"))
+    assert cached(folder, args=own) == 0
+
+
+OWN_FUNCTION = """
+import torch
+
+def write(model, input_ids, max_gen_toks=4):
+    return torch.cat([input_ids, torch.zeros_like(input_ids[:, :1]) + 65], dim=1)
+"""
+
+
+def test_another_evaluation_of_the_model_without_a_cache_reads_none(
+    make: Callable[..., Any], task_folder: Path, tmp_path: Path
+) -> None:
+    lm, manager = make(batch_size=4), TaskManager(include_path=str(task_folder), include_defaults=False)
+    found = []
+    for cache in (str(tmp_path / "cache"), str(tmp_path / "cache"), None):
+        options = {"tasks": ["tiny_free"], "task_manager": manager, "limit": 2, "bootstrap_iters": 0}
+        results = simple_evaluate(model=lm, use_cache=cache, **options)
+        found.append(results["config"]["s2d2"]["cached_responses"])
+    assert found == [0, 2, 0]
+
+
 def test_no_cache_and_an_unknown_kind_of_cache() -> None:
-    assert caching.separate(CacheHook(None), "run").dbdict is None
+    assert caching.separate(CacheHook(None), "run") is None
     assert caching.hits(CacheHook(None)) == 0
     hook = CacheHook(None)
     hook.dbdict = {}
@@ -85,10 +172,10 @@ def test_no_cache_and_an_unknown_kind_of_cache() -> None:
         caching.separate(hook, "run")
 
 
-def test_fingerprints_depend_on_every_fact() -> None:
+def test_digests_depend_on_every_fact() -> None:
     facts = {"checkpoint": ["a", "main"], "decoding": {"threshold": 0.9}}
-    assert caching.fingerprint(facts) == caching.fingerprint(dict(reversed(facts.items())))
-    assert caching.fingerprint(facts) != caching.fingerprint({**facts, "decoding": {"threshold": 0.8}})
+    assert of_plain(facts) == of_plain(dict(reversed(facts.items())))
+    assert of_plain(facts) != of_plain({**facts, "decoding": {"threshold": 0.8}})
 
 
 def test_requests_cached_by_another_run(

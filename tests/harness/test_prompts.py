@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from s2d2_lmeval.errors import RequestError
-from s2d2_lmeval.harness.prompts import Occurrences, Room, encode, is_padding, request_key
+from s2d2_lmeval.harness.prompts import Occurrences, Room, encode, request_key
 
 
 def request(doc: int, idx: int = 0, repeats: int | None = 1, task: str | None = "t") -> Any:
@@ -23,16 +23,17 @@ def test_keys_are_stable_and_apart() -> None:
 
 
 def test_occurrences_count_within_a_document() -> None:
-    seen = Occurrences()
-    assert [seen.next(request(0), "p"), seen.next(request(1), "p"), seen.next(request(0), "p")] == [0, 0, 1]
-    assert seen.next(request(0, task="other"), "p") == 0
+    seen = Occurrences(world_size=1)
+    asked = [request(0), request(1), request(0), request(0, task="other"), request(0, repeats=None)]
+    found = [seen.next(one, "p", place) for place, one in enumerate(asked)]
+    assert found == [(0, None), (0, None), (1, None), (0, None), (2, None)]
 
 
-def test_padding_is_recognised_only_between_processes() -> None:
-    assert is_padding(request(0, repeats=1), 1, world_size=2)
-    assert not is_padding(request(0, repeats=2), 1, world_size=2)
-    assert not is_padding(request(0, repeats=1), 1, world_size=1)
-    assert not is_padding(request(0, repeats=None), 5, world_size=2)
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_padding_between_processes_copies_the_repeats_in_turn(repeats: int) -> None:
+    seen = Occurrences(world_size=2)
+    found = [seen.next(request(0, repeats=repeats), "p", 10 + place) for place in range(3 * repeats)]
+    assert [original for _, original in found] == [None] * repeats + [10 + place for place in range(repeats)] * 2
 
 
 def test_room() -> None:

@@ -1,0 +1,139 @@
+"""Which sample is this? Digests of what an answer depends on: code, weights, files, tokenizers.
+
+A study names its checkpoints before it loads them, so it looks at files (:func:`of_source`). The response cache belongs
+to a model that is loaded, so it looks at the weights themselves (:func:`of_weights`), wherever they came from.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ANSWERS = 1
+"""Counts the changes of this package by which the same request gets another answer or another score. Comments, speed
+and messages are no such changes; a test compares the answers of each number with recorded ones."""
+
+HUB_ONLY = ("cache_dir", "force_download", "local_files_only", "token")
+"""Model arguments that say how files are fetched, not which."""
+
+_READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".vocab", ".bpe", ".spm")
+_FILES = ("draft_graph",)
+_CHUNK = 1 << 22
+
+
+def code_version() -> str:
+    """The number of :data:`ANSWERS`, for people and files."""
+    return f"answers-{ANSWERS}"
+
+
+def of_plain(*values: Any) -> str:
+    """A digest of plain data; equal data have equal digests, in every process."""
+    text = json.dumps(values, sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, bytes):
+        return value.hex()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Path) or type(value).__module__ in ("datetime", "torch", "decimal"):
+        return str(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)  # no addresses: they differ between processes
+
+
+def of_source(source: Any, arguments: Mapping[str, Any]) -> str:
+    """The folder, file or hub repository that a model argument names: a digest of its files, or the commit.
+
+    Where the hub cannot be reached and nothing is cached it is the name and revision as given.
+
+    :param arguments: those of the model; ``revision`` and how to reach the hub are read.
+    """
+    if source == "toy":
+        from s2d2_lmeval.toy import checkpoint_path
+
+        source = checkpoint_path()
+    path = Path(str(source)).expanduser()
+    if path.exists():
+        return f"sha256:{of_path(path)}"
+    from huggingface_hub import snapshot_download
+
+    revision = arguments.get("revision")
+    hub = {name: arguments[name] for name in HUB_ONLY if name in arguments}
+    try:
+        found = snapshot_download(str(source), revision=revision, allow_patterns=["config.json"], **hub)
+    except Exception:  # offline, gated, or no such repository: loading it will say which
+        return f"{source}@{revision or 'main'}"
+    return f"{source}@{Path(found).name}"
+
+
+def with_files(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Decoding options, with a digest of its content in place of every file that one names."""
+    named = {name: Path(str(options[name])).expanduser() for name in _FILES if name in options}
+    return {**options, **{name: f"sha256:{of_file(path)}" for name, path in named.items() if path.is_file()}}
+
+
+def of_path(path: Path) -> str:
+    """A digest of a file, or of the files of a folder that loading it may read."""
+    if path.is_file():
+        return of_file(path)
+    files = [*path.iterdir(), *(path / "additional_chat_templates").glob("*")]
+    return of_plain([(str(file.relative_to(path)), of_file(file)) for file in sorted(files) if _is_read(file)])
+
+
+def _is_read(path: Path) -> bool:
+    return path.suffix in _READ and path.is_file()
+
+
+def of_file(path: Path) -> str:
+    """A digest of a file's content; of a file in the hub's cache its name there, which is one."""
+    found = path.resolve()
+    if found.parent.name == "blobs" and found != path:
+        return found.name
+    about = found.stat()
+    return _digest(found, about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: Path, size: int, changed: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()[:32]
+
+
+def of_weights(models: Iterable[torch.nn.Module]) -> str:
+    """A digest of everything that loaded models hold."""
+    digest = hashlib.sha256()
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            if isinstance(tensor, torch.Tensor):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                if not tensor.is_meta:  # weights on disk are those of the checkpoint that is named beside this
+                    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def of_tokenizer(tokenizer: Any) -> str:
+    """A digest of how a tokenizer cuts text; chat templates show in the prompts."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    content = fast.to_str() if fast is not None else sorted(tokenizer.get_vocab().items())
+    return of_plain(type(tokenizer).__qualname__, content)
+
+
+def of_function(function: Any) -> str:
+    """A digest of the file that a function is written in."""
+    file = inspect.getsourcefile(inspect.unwrap(function))
+    return of_file(Path(file)) if file is not None and Path(file).is_file() else of_plain(function)
