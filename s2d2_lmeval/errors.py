@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+LONGEST = 1200
+"""Characters of a message. What a damaged file says may be quoted in one, and is as long as it likes."""
+
 
 class S2D2Error(ValueError):
     """Base of every error that this package raises on purpose."""
+
+    def __init__(self, message: str) -> None:
+        end = LONGEST // 4
+        super().__init__(message if len(message) <= LONGEST else f"{message[: LONGEST - end]} … {message[-end:]}")
+
+
+def first_line(error: BaseException) -> str:
+    """What another library said, as far as it fits into a sentence; the kind of error where it said nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 class CheckpointError(S2D2Error):

@@ -41,13 +41,14 @@ def load(
         whose weights are then shared.
     :param attention: ``auto`` or an attention back end.
     :param max_batch: rows in flight at most; ``auto``: as many as free memory holds. Either way fewer if it runs out.
-    :param max_context: positions that prompt and answer may take together; the checkpoint's own limit if not given.
+    :param max_context: positions that prompt and answer may take together; what the checkpoint names if not given.
+        Under yarn more may be asked for; where layers see a sliding window it must be given, and lie inside.
     :param draft: folder or hub id of a DFlash drafter made for this checkpoint, or ``"toy"``; for the decoders
         ``dflash`` and ``ddtree``.
     :param static_shapes: pad narrow forwards to a few shapes, captured as graphs on CUDA; where a single CUDA device
         holds the model if not given.
-    :param options: ``dtype``, ``device``, ``revision``, ``device_map``, ``quantization_config`` and what else
-        :func:`s2d2_lmeval.families.load_checkpoint` takes.
+    :param options: ``dtype``, ``device``, ``revision``, ``device_map``, ``quantization_config``, ``family``, and what
+        else :func:`s2d2_lmeval.families.load_checkpoint` takes.
     :raises CheckpointError: when the checkpoint is not what it says it is.
     """
     if isinstance(source, torch.nn.Module):
@@ -81,8 +82,15 @@ class BlockDiffusionModel:
         max_context: int | None = None,
         runner: Runner | None = None,
     ) -> None:
-        if max_context is not None and not 1 <= max_context <= facts.max_context:
-            raise ConfigError(f"max_context={max_context}: this checkpoint takes 1 to {facts.max_context} positions.")
+        limit = facts.max_context if facts.context_limit is None else facts.context_limit
+        if max_context is None and facts.max_context > limit:
+            raise ConfigError(
+                f"layers of this checkpoint see a window of {limit} positions, and its context has "
+                f"{facts.max_context}: decoding here is full attention. Give max_context={limit} or less, "
+                "within which that is the same."
+            )
+        if max_context is not None and (type(max_context) is not int or not 1 <= max_context <= limit):
+            raise ConfigError(f"max_context={max_context!r}: this checkpoint takes 1 to {limit} positions.")
         self.hf_model = hf_model
         self.facts = facts
         self.max_context = max_context or facts.max_context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ def checkpoint(source: str, revision: str | None, options: Mapping[str, Any], *,
     section, arguments = "checkpoint", sort_arguments(source, options)
     if arguments.custom is not None or arguments.model_class is not None:
         raise ConfigError("custom_generate and custom_model_class are for `s2d2-lmeval eval`; leave them out here.")
-    named = ("mask_token_id", "block_length", *HUB_OPTIONS)
+    named = ("mask_token_id", "block_length", "family", *HUB_OPTIONS)
     given = {name: value for name, value in arguments.loading.items() if name in named}
     try:
         where = resolve(source)
@@ -41,14 +42,15 @@ def checkpoint(source: str, revision: str | None, options: Mapping[str, Any], *,
     else:
         aligned = "counted from position 0" if facts.block_alignment == "absolute" else "counted from the prompt's end"
         yield Finding(section, "vocabulary", f"{facts.vocab_size}, mask token {facts.mask_token_id}")
-        yield Finding(section, "blocks", f"of {facts.block_length} tokens, {aligned}")
+        about = f"of {facts.block_length} tokens ({facts.block_length_from}), {aligned}"
+        yield Finding(section, "blocks", about, NOTE if facts.block_length_from == "assumed" else OK)
     shift = "predict the next token (shifted)" if facts.token_shift else "predict their own token (not shifted)"
     yield Finding(section, "logits", shift)
     if facts.stop_token_ids:
         yield Finding(section, "stop tokens", ", ".join(map(str, facts.stop_token_ids)))
     else:
         yield Finding(section, "stop tokens", "none named; the tokenizer's end-of-text token is used", NOTE)
-    yield Finding(section, "context", f"{facts.max_context} positions, prompt and answer together")
+    yield _context(facts, arguments.loading.get("max_context"))
     if facts.caveat:
         yield Finding(section, "but", facts.caveat, NOTE)
     yield from _weights(where)
@@ -58,10 +60,20 @@ def checkpoint(source: str, revision: str | None, options: Mapping[str, Any], *,
         yield from _try(arguments, revision, facts)
 
 
+def _context(facts: Any, asked: Any) -> Finding:
+    section, about = "checkpoint", f"{facts.max_context} positions, prompt and answer together"
+    if facts.context_limit > facts.max_context:
+        about += f"; up to {facts.context_limit} with max_context=…"
+    outside = facts.context_limit < facts.max_context and not (isinstance(asked, int) and asked <= facts.context_limit)
+    if outside:
+        about += f"; more than the window of its layers: give max_context={facts.context_limit} or less"
+    return Finding(section, "context", about, PROBLEM if outside else OK)
+
+
 def _weights(where: str) -> Iterator[Finding]:
     """Size of the weights, and whether the device holds them. A hub id's are not downloaded."""
     from s2d2_lmeval.cli.console import size
-    from s2d2_lmeval.families.files import weight_files
+    from s2d2_lmeval.families.files import read_config, stored_weights, weight_files
 
     section = "checkpoint"
     if not Path(where).is_dir():
@@ -69,19 +81,14 @@ def _weights(where: str) -> Iterator[Finding]:
         return
     try:
         files = weight_files(where)
+        quantized = "quantization_config" in read_config(where)
+        weights = stored_weights(files, quantized=quantized).values()
     except S2D2Error as error:
         yield Finding(section, "weights", str(error), PROBLEM)
         return
     import torch
-    from safetensors import safe_open
 
-    parameters, kinds = 0, set()
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                weight = tensors.get_slice(name)
-                kinds.add(weight.get_dtype())
-                parameters += _product(weight.get_shape())
+    parameters, kinds = sum(math.prod(weight.shape) for weight in weights), {weight.dtype for weight in weights}
     stored = sum(file.stat().st_size for file in files)
     about = f"{_short(parameters)} parameters, {size(stored)} of {'/'.join(sorted(kinds))} in {len(files)} file(s)"
     on_gpu = torch.cuda.is_available()
@@ -97,7 +104,7 @@ def _weights(where: str) -> Iterator[Finding]:
 
 
 def _tokenizer(arguments: Arguments, where: str, revision: str | None, facts: Any) -> Iterator[Finding]:
-    from s2d2_lmeval.harness.loading import load_tokenizer
+    from s2d2_lmeval.harness.loading import check_mask, load_tokenizer
 
     section = "checkpoint"
     try:
@@ -112,11 +119,16 @@ def _tokenizer(arguments: Arguments, where: str, revision: str | None, facts: An
     fits = size <= facts.vocab_size
     more = "" if fits else f"; more than the model's {facts.vocab_size}: not this model's tokenizer"
     yield Finding(section, "tokenizer", about + more, OK if fits else PROBLEM)
-    if facts.mask_token_id >= size:
-        yield Finding(section, "mask token", f"{facts.mask_token_id} is not in the tokenizer", NOTE)
-    elif facts.mask_token_id >= 0:
-        mask = tokenizer.convert_ids_to_tokens(facts.mask_token_id)
-        yield Finding(section, "mask token", f"{facts.mask_token_id} {mask}")
+    try:
+        check_mask(tokenizer, facts, arguments.loading.get("mask_token_id"))
+    except S2D2Error as error:
+        yield Finding(section, "mask token", str(error), PROBLEM)
+    else:
+        if facts.mask_token_id >= size:
+            yield Finding(section, "mask token", f"{facts.mask_token_id} is not in the tokenizer", NOTE)
+        elif facts.mask_token_id >= 0:
+            mask = tokenizer.convert_ids_to_tokens(facts.mask_token_id)
+            yield Finding(section, "mask token", f"{facts.mask_token_id} {mask}")
     has = bool(tokenizer.chat_template)
     yield Finding(section, "chat template", "yes" if has else "none; do not use --apply_chat_template", OK)
 
@@ -188,13 +200,6 @@ def _try(arguments: Arguments, revision: str | None, facts: Any) -> Iterator[Fin
             continue
         stats = answer.stats
         yield Finding(section, name, f"{int(stats['new_tokens'])} tokens in {int(stats['nfe'])} forwards")
-
-
-def _product(shape: list[int]) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product
 
 
 def _short(count: int) -> str:

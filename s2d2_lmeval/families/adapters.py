@@ -19,19 +19,27 @@ from transformers import PreTrainedModel
 
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.facts import Family
-from s2d2_lmeval.families.files import adapter_file, read_json, resolve
+from s2d2_lmeval.families.files import adapter_file, read_json, resolve, stored_weights
 
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
-# What changes the arithmetic beyond W + scale * B A -> the only value that is merged here.
-_PLAIN = {
-    "use_dora": False,
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "use_qalora": False,
-    "modules_to_save": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
+# What says nothing about the arithmetic, or is read here. Everything else that is set, in whatever release of peft it
+# comes, makes an adapter more than W + scale * B A.
+_READ = {
+    *(
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "peft_version",
+    ),
+    *("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "qalora_group_size"),
+    *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "runtime_config"),
 }
+_LARGEST_ALPHA = 1e9
+_PLAIN_START = ("gaussian", "eva", "orthogonal")  # others change the base's weights
 
 
 def merge_adapter(model: PreTrainedModel, family: Family, source: str | Path, **hub: Any) -> None:
@@ -51,7 +59,9 @@ def merge_adapter(model: PreTrainedModel, family: Family, source: str | Path, **
         raise CheckpointError(f"{source} holds no adapter_config.json, so it is no adapter.")
     _check_plain(source, config)
     changes = []
-    for module, factors in _factors(source, load_file(adapter_file(source, **hub))).items():
+    file = adapter_file(source, **hub)
+    stored_weights([file])
+    for module, factors in _factors(source, load_file(file)).items():
         weight = _weight_of(model, family, module, source)
         low, high = factors["A"], factors["B"]
         if (high.shape[0], low.shape[1], high.shape[1]) != (*weight.shape, low.shape[0]):
@@ -69,10 +79,10 @@ def merge_adapter(model: PreTrainedModel, family: Family, source: str | Path, **
 def _check_plain(source: str, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{source} is an adapter of type {config.get('peft_type')!r}; only LORA can be merged.")
-    odd = [name for name, plain in _PLAIN.items() if config.get(name) not in (None, plain, [], {})]
+    odd = [name for name, value in config.items() if name not in _READ and value not in (None, False, "none", [], {})]
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda")):
-        odd.append("init_lora_weights")  # its base weights are not the published ones
+    if isinstance(start, str) and start.lower() not in _PLAIN_START:
+        odd.append("init_lora_weights")
     if odd:
         raise CheckpointError(
             f"the adapter {source} says {odd[0]}={config[odd[0]]!r}, which is more than a plain LoRA. Merge it with "
@@ -116,11 +126,23 @@ def _weight_of(model: PreTrainedModel, family: Family, module: str, source: str)
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    alpha = config.get("lora_alpha")
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise CheckpointError(f"adapter_config.json says alpha_pattern={patterns!r}; an object is needed.")
+    for pattern, value in patterns.items():
+        if _matches(pattern, module):
             alpha = value
             break
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < abs(alpha) < _LARGEST_ALPHA:
         raise CheckpointError(f"adapter_config.json says lora_alpha={alpha!r}; a number is needed.")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _matches(pattern: str, module: str) -> bool:
+    # A group that is repeated can take a regular expression more time than there is.
+    if re.search(r"\)[*+{?]", pattern) or len(re.findall(r"[*+{?]", pattern)) > 4:
+        raise CheckpointError(f"adapter_config.json has the alpha_pattern {pattern!r}; name the modules more plainly.")
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+    except re.error as error:
+        raise CheckpointError(f"adapter_config.json has the alpha_pattern {pattern!r}: {error}.") from None

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.facts import AUTOREGRESSIVE, FAMILY_FIELD, Facts, Family
-from s2d2_lmeval.families.registry import FAMILIES, family_named, identify, mark
+from s2d2_lmeval.families.registry import FAMILIES, check_class, family_named, identify, mark
 
 _adopted: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
 
@@ -48,8 +48,8 @@ def adopt(
         base = getattr(hf_model, "get_base_model", None)
         hint = " Merge the adapter first: model.merge_and_unload()." if base is not None else ""
         raise CheckpointError(f"a {type(hf_model).__name__} is not a transformers model.{hint}")
-    config = hf_model.config.to_dict()
-    chosen = _family_of(config, family, autoregressive)
+    config, source = hf_model.config.to_dict(), hf_model.name_or_path or type(hf_model).__name__
+    chosen = _family_of(config, source, family, autoregressive)
     is_native = type(hf_model).__module__.startswith("transformers.") and (
         type(hf_model).__name__ == chosen.native_class
     )
@@ -59,7 +59,7 @@ def adopt(
         config,
         native,
         generation.to_dict() if generation is not None else {},
-        source=hf_model.name_or_path or type(hf_model).__name__,
+        source=source,
         mask_token_id=mask_token_id,
         block_length=block_length,
     )
@@ -71,7 +71,7 @@ def adopt(
     return held, facts
 
 
-def _family_of(config: Mapping[str, Any], name: str | None, autoregressive: bool) -> Family:
+def _family_of(config: Mapping[str, Any], source: str, name: str | None, autoregressive: bool) -> Family:
     if name is not None:
         return family_named(name)
     if config.get(FAMILY_FIELD) is None:
@@ -81,13 +81,14 @@ def _family_of(config: Mapping[str, Any], name: str | None, autoregressive: bool
             if config.get("model_type") in family.native_types and (family.scheme == AUTOREGRESSIVE) == autoregressive
         ]
         if len(native) == 1:
+            check_class(native[0], config, source)
             return native[0]
         if native:
             raise CheckpointError(
                 f"a model of type {config.get('model_type')!r} may be of several families; say which with family=…: "
                 f"{' or '.join(family.name for family in native)}."
             )
-    return identify(config)
+    return identify(config, source)
 
 
 def _clone(hf_model: PreTrainedModel) -> PreTrainedModel:

@@ -5,6 +5,7 @@ Source: Dream-org/Dream-v0-*; settings from the S2D2 README.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import Qwen2Config
@@ -24,9 +25,17 @@ def defaults(block_length: int) -> dict[str, Any]:
     }
 
 
+def _doubt(config: Mapping[str, Any], source: str) -> str | None:
+    if config.get("block_size") is None:
+        return None
+    return f"says block_size={config['block_size']!r}, as DreamReasoner does; Dream knows no blocks"
+
+
 DREAM = Family(
     name="dream",
     model_types=("Dream",),
+    classes=("DreamModel", "DreamBaseModel"),
+    doubt=_doubt,
     native_class="Qwen2ForCausalLM",
     config_class=Qwen2Config,
     config_map=qwen2,

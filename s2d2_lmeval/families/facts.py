@@ -5,13 +5,15 @@ Nothing above this package asks which family a model is of: it reads the facts.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.errors import CheckpointError
-from s2d2_lmeval.families.config_map import configured, refuse_partial_attention
+from s2d2_lmeval.families import block_length as lengths
+from s2d2_lmeval.families.block_length import first
+from s2d2_lmeval.families.config_map import configured
+from s2d2_lmeval.families.context import positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -27,7 +29,14 @@ FAMILY_FIELD = "block_diffusion_family"
 ADAPTER_FIELD = "block_diffusion_adapter"
 
 _MASK_FIELDS = ("mask_token_id", "mask_id")
-_BLOCK_FIELDS = ("block_length", "block_size", "bd_size")
+# Where the decoders of a scheme count blocks from.
+_ALIGNMENTS = {
+    "block": "absolute",
+    "editing": "absolute",
+    "subblock": "absolute",
+    "pipelined": "prompt",
+    AUTOREGRESSIVE: "prompt",
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,9 @@ class Facts:
         token_shift: True where the logits of row t-1 predict token t, False where those of row t do.
         block_alignment: ``"absolute"`` where blocks start at multiples of the block length, ``"prompt"`` where the
             first block starts right after the prompt.
-        stop_token_ids: ids that end a generation (of generation_config.json, then of config.json).
-        max_context: positions that the checkpoint can address, prompt and answer together.
+        stop_token_ids: ids that end a generation (of generation_config.json, then of config.json; the published ones
+            where neither names any).
+        max_context: positions that the checkpoint names, prompt and answer together.
         scheme: how a generation is laid out: ``"block"`` (one block after the other), ``"editing"`` (blocks whose
             decided tokens may change), ``"subblock"`` (blocks in parts, and a token between them), ``"pipelined"``
             (several blocks at once), ``"autoregressive"`` (no blocks).
@@ -63,6 +73,9 @@ class Facts:
         drafter: what is known about the drafter that was loaded with it, if one was.
         adapter: the LoRA adapter that was merged into the weights, if one was.
         caveat: what to know before its answers are trusted, in a sentence; empty where there is nothing.
+        context_limit: most positions that may be asked for: more than ``max_context`` under yarn, fewer where a layer
+            sees a window (None: ``max_context``).
+        block_length_from: where the block length was found: ``"assumed"`` where nothing names it.
     """
 
     family: str
@@ -80,6 +93,8 @@ class Facts:
     drafter: DrafterFacts | None = None
     adapter: str | None = None
     caveat: str = ""
+    context_limit: int | None = None
+    block_length_from: str = field(default="as given", compare=False)
 
     def with_drafter(self, drafter: DrafterFacts) -> Facts:
         """The facts of this model together with a drafter, whose decoders come first."""
@@ -93,6 +108,8 @@ class Family:
     Attributes:
         name: the name that facts, presets and messages use.
         model_types: published ``model_type`` values of config.json.
+        classes: published names of the model's class; another one in config.json is refused (empty: any is taken).
+        doubt: config.json and where it is from -> why this is another model that goes by the same names, or None.
         native_class: name of the transformers class with the same arithmetic.
         config_class: that class's configuration.
         config_map: maps a published config.json to it, or refuses it.
@@ -101,6 +118,7 @@ class Family:
         presets: name -> decoding options of a published configuration.
         key_mapping: regular expression of a published weight name -> native name (``from_pretrained(key_mapping=)``).
         published_mask_ids: vocabulary size of a published checkpoint -> its mask id, where config.json may lack it.
+        published_stop_ids: likewise its stop token.
         published_block_length: block length where config.json lacks it. Applied to the vocabulary sizes above only,
             unless ``fixed_block_length``: then there never was another one.
         caveat_without_adapter: the checkpoint's caveat unless an adapter was merged into it.
@@ -125,6 +143,21 @@ class Family:
     key_mapping: Mapping[str, str] = field(default_factory=dict, hash=False)
     caveat_without_adapter: str = ""
     shares_weights: bool = True
+    classes: tuple[str, ...] = ()
+    doubt: Callable[[Mapping[str, Any], str], str | None] = lambda config, source: None
+    published_stop_ids: Mapping[int, int] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        counted = _ALIGNMENTS.get(self.scheme)
+        if counted is None:
+            raise CheckpointError(
+                f"family {self.name}: no scheme is called {self.scheme!r}; {', '.join(_ALIGNMENTS)} are."
+            )
+        if self.block_alignment != counted:
+            raise CheckpointError(
+                f"family {self.name}: block_alignment={self.block_alignment!r}, but decoders of the scheme "
+                f"{self.scheme!r} count blocks by {counted!r}; no other way is decoded."
+            )
 
     @property
     def native_types(self) -> tuple[str, ...]:
@@ -151,31 +184,27 @@ class Family:
         source: str,
         mask_token_id: int | None = None,
         block_length: int | None = None,
+        records: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Facts:
         """Collects the facts of one checkpoint.
 
         ``config`` and ``generation`` are its config.json and generation_config.json ({} if it has none), ``source``
-        its name in messages; ``mask_token_id`` and ``block_length`` override the files.
+        its name in messages; ``mask_token_id`` and ``block_length`` override the files. ``records`` are other files
+        that may name the block length, by name.
 
         Raises:
             CheckpointError: a fact that is missing or out of range.
         """
         vocab = int(native.vocab_size)
-        if self.scheme == AUTOREGRESSIVE:
-            refuse_partial_attention(config)
-            mask, length = NO_MASK, 1
-        else:
+        mask, length, found = NO_MASK, 1, ""
+        caveats = ["" if config.get(ADAPTER_FIELD) else self.caveat_without_adapter]
+        if self.scheme != AUTOREGRESSIVE:
             mask = self._mask_token_id(config, vocab, source, mask_token_id)
-            length = self._block_length(config, vocab, source, block_length)
-        stops = _stop_ids(generation.get("eos_token_id"), config.get("eos_token_id"))
-        for stop in stops:
-            if not 0 <= stop < vocab or stop == mask:
-                raise CheckpointError(
-                    f"{source}: the stop token id {stop} (eos_token_id) is not a token of a vocabulary of {vocab} "
-                    f"whose mask token is {mask}. Correct eos_token_id in generation_config.json or config.json."
-                )
-        context = int(native.max_position_embeddings)
-        if length > context:
+            records = {"generation_config.json": generation, **(records or {})}
+            length, found, doubt = self._block_length(config, vocab, source, block_length, records)
+            caveats.append(doubt)
+        context, limit = positions(native)
+        if length > min(context, limit):
             raise CheckpointError(f"{source}: a block of {length} tokens does not fit its {context} positions.")
         return Facts(
             family=self.name,
@@ -185,17 +214,36 @@ class Family:
             vocab_size=vocab,
             token_shift=self.token_shift,
             block_alignment=self.block_alignment,
-            stop_token_ids=stops,
+            stop_token_ids=self._stop_token_ids(config, generation, vocab, mask, source),
             max_context=context,
             decoders=self.decoders,
             defaults=dict(self.defaults(length)),
             scheme=self.scheme,
             adapter=config.get(ADAPTER_FIELD),
-            caveat="" if config.get(ADAPTER_FIELD) else self.caveat_without_adapter,
+            caveat="; ".join(filter(None, caveats)),
+            context_limit=limit,
+            block_length_from=found,
         )
 
+    def _stop_token_ids(
+        self, config: Mapping[str, Any], generation: Mapping[str, Any], vocab: int, mask: int, source: str
+    ) -> tuple[int, ...]:
+        ids: dict[int, None] = {}
+        for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
+            for stop in value if isinstance(value, (list, tuple)) else (value,):
+                if stop is not None and (not _is_int(stop) or not 0 <= stop < vocab):
+                    raise CheckpointError(
+                        f"{source}: the stop token id {stop!r} (eos_token_id) is not a token of a vocabulary of "
+                        f"{vocab}. Correct eos_token_id in generation_config.json or config.json."
+                    )
+                if stop is not None and stop != mask:  # a mask is never part of an answer, so it cannot end one
+                    ids[stop] = None
+        if not ids and vocab in self.published_stop_ids:
+            return (self.published_stop_ids[vocab],)
+        return tuple(ids)
+
     def _mask_token_id(self, config: Mapping[str, Any], vocab: int, source: str, given: int | None) -> int:
-        mask = given if given is not None else _first(config, _MASK_FIELDS)
+        mask = given if given is not None else first(config, _MASK_FIELDS)
         if mask is None:
             mask = self.published_mask_ids.get(vocab)
         if mask is None:
@@ -210,39 +258,51 @@ class Family:
             )
         return int(mask)
 
-    def _block_length(self, config: Mapping[str, Any], vocab: int, source: str, given: int | None) -> int:
-        length = given if given is not None else _first(config, _BLOCK_FIELDS)
-        if length is None and (self.fixed_block_length or vocab in self.published_mask_ids):
-            # Variants for other block lengths are published as <name>-b<length>.
-            suffix = re.search(r"-b(\d+)/?$", source)
-            length = int(suffix[1]) if suffix and not self.fixed_block_length else self.published_block_length
-        if length is None:
+    def _block_length(
+        self,
+        config: Mapping[str, Any],
+        vocab: int,
+        source: str,
+        given: int | None,
+        records: Mapping[str, Mapping[str, Any]],
+    ) -> tuple[int, str, str]:
+        """The block length, where it is from, and what to know about it."""
+        found = list(lengths.sources(config, {} if self.fixed_block_length else records, source))
+        if self.fixed_block_length:
+            found = [one for one in found if one[0] == "config.json"]
+        caveat = ""
+        if given is not None:
+            origin, length = "as given", given
+        elif found:
+            (origin, length), others = (
+                found[0],
+                [f"{where} says {other}" for where, other in found if other != found[0][1]],
+            )
+            if others:
+                caveat = (
+                    f"blocks of {length} by {origin}, but {' and '.join(others)}; give block_length=… if that is right"
+                )
+        elif self.fixed_block_length or vocab in self.published_mask_ids:
+            origin, length = "as published" if self.fixed_block_length else "assumed", self.published_block_length
+        else:
             raise CheckpointError(
                 f"{source}: config.json names no block length. Give it as block_length=…, or add "
                 '"block_size" to config.json.'
             )
         if not _is_int(length) or length < 1:
             raise CheckpointError(f"{source}: block length {length!r} is not a positive integer.")
-        return int(length)
+        if origin == "assumed":
+            caveat = (
+                f"blocks of {length} are assumed, as in the first checkpoints of {self.name}: neither config.json nor "
+                "the name of this one says it; give block_length=… if it was trained for another"
+            )
+        return int(length), origin, caveat
 
 
 def names_blocks(config: Mapping[str, Any]) -> bool:
     """Whether a config.json names a mask token or a block length, which an autoregressive model does not have."""
-    return _first(config, (*_MASK_FIELDS, *_BLOCK_FIELDS)) is not None
+    return first(config, (*_MASK_FIELDS, *lengths.FIELDS)) is not None
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _first(config: Mapping[str, Any], names: Iterable[str]) -> Any:
-    return next((config[name] for name in names if config.get(name) is not None), None)
-
-
-def _stop_ids(*values: int | list[int] | None) -> tuple[int, ...]:
-    ids: dict[int, None] = {}
-    for value in values:
-        for one in value if isinstance(value, (list, tuple)) else (value,):
-            if one is not None:
-                ids[int(one)] = None
-    return tuple(ids)

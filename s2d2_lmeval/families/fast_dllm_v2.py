@@ -49,6 +49,7 @@ def _long_spans_only() -> dict[str, Any]:
 FAST_DLLM_V2 = Family(
     name="fast_dllm_v2",
     model_types=("Fast_dLLM_Qwen",),
+    classes=("Fast_dLLM_QwenForCausalLM", "Fast_dLLM_QwenModel"),
     native_class="Qwen2ForCausalLM",
     config_class=Qwen2Config,
     config_map=qwen2,

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.errors import CheckpointError, first_line
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# Integers, truth values and complex numbers are no weights, but transformers casts them without a word.
+_NO_WEIGHTS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64")
+_LARGEST_TEXT = 64 << 20
 # What cached_file takes of the keyword arguments of from_pretrained.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -67,19 +71,55 @@ def read_json(source: str, name: str, **hub: Any) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        found = parse_json(read_text(path))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); fetch it again.") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is not a JSON object; fetch it again.")
     return found
 
 
-def weight_files(source: str, variant: str | None = None, **hub: Any) -> list[Path]:
-    """The safetensors files of a checkpoint, downloaded and complete.
+def read_text(path: Path) -> str:
+    """The text of a file, which is one: no device, no pipe, and no larger than what such files are.
 
     Raises:
-        CheckpointError: no safetensors files, an index that names a missing shard, or a truncated file.
+        OSError: a file that cannot be read.
+        ValueError: what is no text file.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+    with path.open("rb") as stream:
+        data = stream.read(_LARGEST_TEXT + 1)
+    if len(data) > _LARGEST_TEXT:
+        raise ValueError(f"it is larger than {_LARGEST_TEXT >> 20} MiB")
+    return data.decode("utf-8")
+
+
+def parse_json(text: str) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: for everything that cannot be read, nesting and integers without end included; its message is for
+            people.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+class Stored(NamedTuple):
+    """What a safetensors header says of a weight."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def weight_files(source: str, variant: str | None = None, **hub: Any) -> list[Path]:
+    """The safetensors files of a checkpoint, downloaded.
+
+    Raises:
+        CheckpointError: no safetensors files, or an index that names a missing shard.
     """
     part = f".{variant}" if variant else ""
     single = _find(source, f"model{part}.safetensors", hub)
@@ -90,16 +130,45 @@ def weight_files(source: str, variant: str | None = None, **hub: Any) -> list[Pa
         files = _shards(source, index, hub)
     else:
         raise CheckpointError(_without_safetensors(source, str(hub.get("subfolder") or "")))
-    for file in files:
-        _check_complete(file)
     return files
 
 
-def adapter_file(source: str, **hub: Any) -> Path:
-    """The safetensors file of an adapter, downloaded and complete.
+def stored_weights(files: Iterable[Path], *, quantized: bool = False) -> dict[str, Stored]:
+    """What the headers of safetensors files say that they hold, by name.
 
     Raises:
-        CheckpointError: no such file, or a truncated one.
+        CheckpointError: a truncated file, or weights that are not floating point numbers unless they are
+            ``quantized``.
+    """
+    found: dict[str, Stored] = {}
+    for file in files:
+        for name, weight in _header(file).items():
+            if weight.dtype in _NO_WEIGHTS and not quantized:
+                raise CheckpointError(
+                    f"{file} holds {name} as {weight.dtype}, which is no floating point type. Quantized weights need "
+                    "the quantization_config that they were made with in config.json."
+                )
+            found[name] = weight
+    return found
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  (not a mapping)
+            return {name: Stored(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is truncated or not a safetensors file: its header cannot be read ({first_line(error)}); fetch it "
+            "again."
+        ) from None
+
+
+def adapter_file(source: str, **hub: Any) -> Path:
+    """The safetensors file of an adapter, downloaded.
+
+    Raises:
+        CheckpointError: no such file.
     """
     found = _find(source, "adapter_model.safetensors", hub)
     if found is None:
@@ -107,7 +176,6 @@ def adapter_file(source: str, **hub: Any) -> Path:
             f"{source} holds no adapter_model.safetensors. Pickled weights can run code when they are read and are not "
             "loaded here: convert adapter_model.bin with safetensors.torch.save_file."
         )
-    _check_complete(found)
     return found
 
 
@@ -120,7 +188,7 @@ def _find(source: str, name: str, hub: Mapping[str, Any]) -> Path | None:
         found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options)
     except OSError as error:
         raise CheckpointError(
-            f"{source} is neither a folder nor a model on the hub that can be read: {_first_line(error)}"
+            f"{source} is neither a folder nor a model on the hub that can be read: {first_line(error)}"
         ) from None
     return Path(found) if found else None
 
@@ -130,13 +198,18 @@ def _shards(source: str, index: Path, hub: Mapping[str, Any]) -> list[Path]:
     weight_map = (found or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; fetch it again.")
+    strange = [name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name]
+    if strange:
+        raise CheckpointError(
+            f"{index} says weight_map={strange[0]!r} where the name of a file belongs; fetch it again."
+        )
     names = sorted(set(weight_map.values()))
     if not Path(source).is_dir():
         options = {key: value for key, value in hub.items() if key in HUB_OPTIONS and value is not None}
         try:
             files, _ = get_checkpoint_shard_files(source, str(index), **options)
         except OSError as error:
-            raise CheckpointError(f"{source} lacks a file that {index.name} names: {_first_line(error)}") from None
+            raise CheckpointError(f"{source} lacks a file that {index.name} names: {first_line(error)}") from None
         return [Path(file) for file in files]
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
@@ -155,23 +228,3 @@ def _without_safetensors(source: str, subfolder: str) -> str:
             "are not loaded here: convert them with safetensors.torch.save_file."
         )
     return f"{source} holds no model.safetensors and no model.safetensors.index.json."
-
-
-def _check_complete(file: Path) -> None:
-    """Compares the size of a safetensors file to the one its header promises."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(f"{file} is truncated or not a safetensors file ({size} bytes); fetch it again.")
-        try:
-            header = json.loads(stream.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{file} is not a safetensors file: its header cannot be read.") from None
-    if size != 8 + length + end:
-        raise CheckpointError(f"{file} is truncated: {size} bytes of {8 + length + end}; fetch it again.")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

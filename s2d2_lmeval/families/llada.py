@@ -64,6 +64,7 @@ def _llama(config: Mapping[str, Any]) -> LlamaConfig:
 LLADA = Family(
     name="llada",
     model_types=("llada",),
+    classes=("LLaDAModelLM", "LLaDAModel"),
     native_class="LlamaForCausalLM",
     config_class=LlamaConfig,
     config_map=_llama,

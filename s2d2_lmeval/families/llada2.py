@@ -12,6 +12,7 @@ import torch
 from transformers import Concatenate, ConversionOps, Glm4MoeConfig, WeightConverter
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
+from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.config_map import NO_WINDOW, SIZES, translate
 from s2d2_lmeval.families.facts import Family
 
@@ -66,9 +67,17 @@ _QUERY_KEY_VALUE = WeightConverter(
     target_patterns=[f".self_attn.{part}_proj.weight" for part in ("q", "k", "v")],
     operations=[SplitQueryKeyValue()],
 )
+# dFactory stacks the experts of each projection; down_proj is the native tensor then.
+_STACKED_EXPERTS = WeightConverter(
+    source_patterns=[r"\.mlp\.experts\.gate_proj$", r"\.mlp\.experts\.up_proj$"],
+    target_patterns=".mlp.experts.gate_up_proj",
+    operations=[Concatenate(dim=1)],
+)
 # The experts are published in the format of Glm4Moe's own checkpoints, so their stacking is transformers'.
 register_checkpoint_conversion_mapping(
-    LLaDA2Config.model_type, [_QUERY_KEY_VALUE, *get_checkpoint_conversion_mapping("glm4_moe")], overwrite=True
+    LLaDA2Config.model_type,
+    [_QUERY_KEY_VALUE, _STACKED_EXPERTS, *get_checkpoint_conversion_mapping("glm4_moe")],
+    overwrite=True,
 )
 
 
@@ -92,6 +101,7 @@ def defaults(block_length: int, *, conservative: bool = False) -> dict[str, Any]
 
 
 def _glm4_moe(config: Mapping[str, Any]) -> LLaDA2Config:
+    _refuse_relatives(config)
     return translate(
         {"partial_rotary_factor": 0.5, **config},
         LLaDA2Config,
@@ -104,9 +114,21 @@ def _glm4_moe(config: Mapping[str, Any]) -> LLaDA2Config:
     )
 
 
+def _refuse_relatives(config: Mapping[str, Any]) -> None:
+    """LLaDA2.2 and LLaDA2.0-Uni have the same weights by name and shape, and would load and answer wrongly."""
+    for name in ("expert_capacity", "delete_token_id", "split_token_id", "image_token_offset"):
+        if config.get(name):
+            what = "LLaDA2.0-Uni (images)" if name.startswith("image") else "LLaDA2.2, whose router chooses per block"
+            raise CheckpointError(
+                f"this LLaDA2MoeModelLM says {name}={config[name]!r}: it is {what}, which {LLADA2.native_class} does "
+                "not compute, so no family=… decodes it. Give a LLaDA2.0 or LLaDA2.1 checkpoint."
+            )
+
+
 LLADA2 = Family(
     name="llada2",
-    model_types=("llada2_moe",),
+    model_types=("llada2_moe", "llada2_moe_veomni"),  # the latter is what dFactory writes
+    classes=("LLaDA2MoeModelLM", "LLaDA2MoeModel", "LLaDA2MoeForCausalLM"),
     native_class="Glm4MoeForCausalLM",
     config_class=LLaDA2Config,
     config_map=_glm4_moe,
@@ -124,6 +146,7 @@ LLADA2 = Family(
     defaults=defaults,
     presets={"llada2-conservative": defaults(32, conservative=True), "llada2-quality": defaults(32)},
     published_mask_ids={157184: 156895},
+    published_stop_ids={157184: 156892},
     published_block_length=32,
     fixed_block_length=True,
     shares_weights=False,

@@ -7,7 +7,9 @@ configuration, the published weight names, and a refusal of every checkpoint tha
 from __future__ import annotations
 
 import logging
+import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +17,25 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.errors import CheckpointError, ConfigError, first_line
 from s2d2_lmeval.families.adapters import merge_adapter
+from s2d2_lmeval.families.block_length import FIELDS, TRAINING_FILES, first
 from s2d2_lmeval.families.facts import ADAPTER_FIELD, Facts, Family
-from s2d2_lmeval.families.files import HUB_OPTIONS, read_config, read_json, resolve, weight_files
+from s2d2_lmeval.families.files import (
+    HUB_OPTIONS,
+    Stored,
+    read_config,
+    read_json,
+    resolve,
+    stored_weights,
+    weight_files,
+)
 from s2d2_lmeval.families.registry import identify, mark
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PACKED = 16  # parameters at most that quantized weights keep in one stored number
 _SHOWN = 4  # weights that a message names
 _OF_THE_BASE = ("revision", "subfolder")  # hub options that mean nothing to an adapter
 
@@ -38,6 +50,7 @@ def load_checkpoint(
     quantization_config: Any = None,
     mask_token_id: int | None = None,
     block_length: int | None = None,
+    family: str | None = None,
     adapter: str | Path | None = None,
     **from_pretrained: Any,
 ) -> tuple[PreTrainedModel, Facts]:
@@ -51,6 +64,7 @@ def load_checkpoint(
         revision: of a hub id.
         device_map, quantization_config: as in ``from_pretrained``.
         mask_token_id, block_length: override config.json, or say what it lacks.
+        family: which family it is of, where config.json does not say it or says it of several.
         adapter: folder or hub id of a LoRA adapter to merge into the weights, such as D2F's for LLaDA or Dream.
         from_pretrained: more arguments of ``from_pretrained``. No remote code is ever run: ``trust_remote_code`` is
             accepted, since commands carry it, and makes no difference.
@@ -64,26 +78,26 @@ def load_checkpoint(
     source = resolve(source)
     from_pretrained = {**from_pretrained, "trust_remote_code": False}
     hub = {name: from_pretrained[name] for name in HUB_OPTIONS if name in from_pretrained}
-    family, native, facts = _described(source, revision, adapter, mask_token_id, block_length, hub)
+    placed, asked_dtype = _placement(device, device_map), _dtype(dtype)
+    chosen, native, facts = _described(source, revision, adapter, mask_token_id, block_length, family, hub)
+    if facts.block_length_from == "assumed":
+        warnings.warn(f"{source}: {facts.caveat}.", stacklevel=2)
     mark(native, facts)
-    weight_files(source, from_pretrained.get("variant"), revision=revision, **hub)
-    if device is not None and device_map is not None:
-        raise CheckpointError("device and device_map both say where the model goes; give one of them.")
-    if device_map is None:
-        placed = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-        device_map = None if placed.type == "cpu" else {"": placed}
+    quantized = bool(quantization_config or getattr(native, "quantization_config", None))
+    files = weight_files(source, from_pretrained.get("variant"), revision=revision, **hub)
+    _check_size(source, chosen, native, stored_weights(files, quantized=quantized))
     arguments = {
         **from_pretrained,
         "config": native,
-        "dtype": _dtype(dtype, device_map),
-        "device_map": device_map,
+        "dtype": torch.float32 if asked_dtype == "auto" and _on_cpu(placed) else asked_dtype,
+        "device_map": placed,
         "quantization_config": quantization_config,
     }
     if revision is not None:
         arguments["revision"] = revision
-    model = _load(family, source, arguments)
+    model = _load(chosen, source, arguments)
     if adapter is not None:
-        merge_adapter(model, family, adapter, **{name: hub[name] for name in hub if name not in _OF_THE_BASE})
+        merge_adapter(model, chosen, adapter, **{name: hub[name] for name in hub if name not in _OF_THE_BASE})
     return model, facts
 
 
@@ -93,11 +107,12 @@ def checkpoint_facts(
     *,
     mask_token_id: int | None = None,
     block_length: int | None = None,
+    family: str | None = None,
     adapter: str | Path | None = None,
     **hub: Any,
 ) -> Facts:
     """The facts of a checkpoint from its small files alone; arguments and errors as of :func:`load_checkpoint`."""
-    return _described(resolve(source), revision, adapter, mask_token_id, block_length, hub)[2]
+    return _described(resolve(source), revision, adapter, mask_token_id, block_length, family, hub)[2]
 
 
 def _described(
@@ -106,29 +121,67 @@ def _described(
     adapter: str | Path | None,
     mask_token_id: int | None,
     block_length: int | None,
+    name: str | None,
     hub: Mapping[str, Any],
 ) -> tuple[Family, PreTrainedConfig, Facts]:
     config = read_config(source, revision, **hub)
-    family = identify(config)
+    family = identify(config, source, name)
     native = family.native_config(config)
     generation = read_json(source, "generation_config.json", revision=revision, **hub) or {}
     if adapter is not None:
         config = {**config, ADAPTER_FIELD: str(adapter)}
+    records: dict[str, Any] = {}
+    if block_length is None and first(config, FIELDS) is None and not family.fixed_block_length:
+        read = {file: read_json(source, file, revision=revision, **hub) for file in TRAINING_FILES}
+        records = {file: record for file, record in read.items() if record is not None}
     facts = family.facts(
-        config, native, generation, source=source, mask_token_id=mask_token_id, block_length=block_length
+        config,
+        native,
+        generation,
+        source=source,
+        mask_token_id=mask_token_id,
+        block_length=block_length,
+        records=records,
     )
     return family, native, facts
 
 
-def _dtype(dtype: str | torch.dtype, device_map: Any) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype):
+def _placement(device: str | torch.device | None, device_map: Any) -> Any:
+    """The ``device_map`` of from_pretrained; None for the CPU."""
+    if device is not None and device_map is not None:
+        raise CheckpointError("device and device_map both say where the model goes; give one of them.")
+    if device_map is not None:
+        return device_map
+    asked = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    placed = usable_device(asked)
+    return None if placed.type == "cpu" else {"": placed}
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: no such device, here or anywhere.
+    """
+    try:
+        placed = torch.device(device)
+        torch.empty(1, device=placed)
+        if placed.type != "meta":
+            return placed
+    except (RuntimeError, AssertionError, TypeError, ImportError, NotImplementedError):
+        pass
+    raise ConfigError(f"device={device} is not the name of a device that works here; use cuda, cuda:0 or cpu.")
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, str) and dtype == "auto":
         return dtype
-    if dtype == "auto":
-        return torch.float32 if _on_cpu(device_map) else "auto"
-    found = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise CheckpointError(f"dtype {dtype!r} is no floating point type; try auto, float32, bfloat16 or float16.")
-    return found
+    for known in _DTYPES:
+        if dtype in (known, str(known), str(known).removeprefix("torch.")):
+            return known
+    raise CheckpointError(
+        f"dtype {str(dtype)!r} is no type that models are computed in; try auto, float32, bfloat16 or float16."
+    )
 
 
 def _on_cpu(device_map: Any) -> bool:
@@ -152,17 +205,33 @@ def _load(family: Family, source: str, arguments: Mapping[str, Any]) -> PreTrain
                 output_loading_info=True,
                 **arguments,
             )
-        except SafetensorError as error:
-            raise CheckpointError(f"{source}: a safetensors file cannot be read ({error}); fetch it again.") from None
-        except RuntimeError:
-            if not conversions:
-                raise
-            raise CheckpointError(
-                f"{source} does not fit {family.native_class}: {_some('weights of the wrong shape', conversions)}."
-            ) from None
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # transformers' own refusals are many: packages, devices, quantizers
+            reason = _some("weights of the wrong shape", conversions) if conversions else first_line(error)
+            raise CheckpointError(f"{source} does not fit {family.native_class}: {reason}.") from None
     _check_fit(family, source, info)
     _check_head(source, model)
     return model.eval()
+
+
+def _check_size(source: str, family: Family, native: PreTrainedConfig, weights: Mapping[str, Stored]) -> None:
+    """Refuse a configuration of another size than its weights, before anything of that size is built."""
+    stored = sum(math.prod(weight.shape) for weight in weights.values())
+    if native.num_hidden_layers > len(weights):
+        raise CheckpointError(
+            f"{source}: config.json says {native.num_hidden_layers} layers, but there are {len(weights)} weights."
+        )
+    try:
+        with torch.device("meta"):
+            skeleton = getattr(transformers, family.native_class)._from_config(native)
+        described = sum(parameter.numel() for parameter in skeleton.parameters())
+    except Exception as error:
+        raise CheckpointError(f"{source}: config.json describes no model ({first_line(error)}).") from None
+    if described > _PACKED * stored:
+        raise CheckpointError(
+            f"{source}: config.json describes {described} parameters, but the weights are {stored} numbers."
+        )
 
 
 def _check_fit(family: Family, source: str, info: Mapping[str, Any]) -> None:

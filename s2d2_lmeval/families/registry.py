@@ -53,7 +53,8 @@ def mark(native: PreTrainedConfig, facts: Facts) -> None:
         setattr(native, ADAPTER_FIELD, facts.adapter)
     if facts.scheme != AUTOREGRESSIVE:
         native.mask_token_id = facts.mask_token_id
-        native.block_length = facts.block_length
+        if facts.block_length_from != "assumed":
+            native.block_length = facts.block_length
 
 
 def family_named(name: str) -> Family:
@@ -63,34 +64,88 @@ def family_named(name: str) -> Family:
     return FAMILIES[name]
 
 
-def identify(config: Mapping[str, Any]) -> Family:
+def identify(config: Mapping[str, Any], source: str = "", family: str | None = None) -> Family:
     """The family of a published config.json.
 
+    ``family`` is the user's word for it; so is the field of config.json that says it. Otherwise the ``model_type``
+    decides, unless the class that config.json names, or something else in it or in the name ``source``, says that this
+    is another model that goes by the same type.
+
     Raises:
-        CheckpointError: a ``model_type`` of no known family; the message names the known ones.
+        CheckpointError: no known family, or a doubt; the message names the known ones and says what to do.
     """
-    if config.get(FAMILY_FIELD):
-        return family_named(config[FAMILY_FIELD])
+    told = family if family is not None else config.get(FAMILY_FIELD)
+    if told:
+        return family_named(told)
     model_type = config.get("model_type")
-    for family in FAMILIES.values():
-        if model_type in family.model_types and not (family.scheme == AUTOREGRESSIVE and names_blocks(config)):
-            return family
+    for known in FAMILIES.values():
+        if model_type in known.model_types and not (known.scheme == AUTOREGRESSIVE and names_blocks(config)):
+            check_class(known, config, source)
+            return known
+    raise _unknown(config)
+
+
+def check_class(family: Family, config: Mapping[str, Any], source: str) -> None:
+    """Refuse a config.json of the type of ``family`` that describes another model.
+
+    Raises:
+        CheckpointError: naming the class, or what else gives it away.
+    """
+    remote, listed = _classes(config.get("auto_map")), _strings(config.get("architectures"))
+    strange: list[str] = []
+    if family.scheme == AUTOREGRESSIVE:
+        prefix = family.config_class.__name__.removesuffix("Config")
+        native = (f"{prefix}For", f"{prefix}Model")
+        # A class of its own is code that may do anything, whatever it is called.
+        strange = [*remote, *(name for name in listed if not name.startswith(native))]
+    elif family.classes:
+        own = {name.casefold() for name in (*family.classes, family.native_class)}
+        strange = [name for name in (*remote, *listed) if name.casefold() not in own]
+    reason = "has a model class of its own" if strange else family.doubt(config, source)
+    if reason:
+        of_class = next((f" (class {name})" for name in (*strange, *remote, *listed)), "")
+        raise CheckpointError(
+            f"model_type {config.get('model_type')!r} is that of {family.name}, but this one{of_class} {reason}, "
+            "so it may decode otherwise. If it computes what a known family does, say which with family=…, such as "
+            f"family={family.name} (known: {', '.join(FAMILIES)})."
+        )
+
+
+def _classes(auto_map: Any) -> list[str]:
+    """The class of the language model that remote code would load."""
+    if not isinstance(auto_map, Mapping):
+        return []
+    given = auto_map.get("AutoModelForCausalLM") or auto_map.get("AutoModel")
+    return [given.rpartition(".")[2]] if isinstance(given, str) else []
+
+
+def _strings(value: Any) -> list[str]:
+    return [one for one in value if isinstance(one, str)] if isinstance(value, (list, tuple)) else []
+
+
+def _unknown(config: Mapping[str, Any]) -> CheckpointError:
+    model_type = config.get("model_type")
     known = ", ".join(f"{family.name} ({'/'.join(family.model_types)})" for family in FAMILIES.values())
     if str(model_type).startswith(_SELF_CONTAINED):
-        raise CheckpointError(
+        return CheckpointError(
             f"model_type {model_type!r} is a diffusion model that transformers decodes by itself, with another kind of "
             f"denoising: evaluate it with `lm_eval --model hf`. Families decoded here: {known}."
         )
     if str(model_type).startswith(_RECURRENT):
-        raise CheckpointError(
+        return CheckpointError(
             f"model_type {model_type!r} has gated delta layers, whose recurrent state no mask can divide among "
             "the branches of a draft and no crop can take back. Targets decoded here attend to the whole prefix: "
             f"{', '.join(family.name for family in TARGETS)}."
         )
-    natives = sorted({native for family in FAMILIES.values() for native in family.native_types})
+    names = [*_classes(config.get("auto_map")), *_strings(config.get("architectures"))]
+    of_class = f" (class {names[0]})" if names else ""
+    natives = {native for family in FAMILIES.values() for native in family.native_types}
     if model_type in natives:
-        raise CheckpointError(
-            f"model_type {model_type!r} is an autoregressive model, or a block-diffusion model under its native name. "
-            f'Say which in config.json ("{FAMILY_FIELD}": one of {", ".join(FAMILIES)}).'
+        return CheckpointError(
+            f"model_type {model_type!r}{of_class} is an autoregressive model, or a block-diffusion model under its "
+            f'native name. Say which with family=… or in config.json ("{FAMILY_FIELD}": one of {", ".join(FAMILIES)}).'
         )
-    raise CheckpointError(f"model_type {model_type!r} is of no known family. Known families (model_type): {known}.")
+    return CheckpointError(
+        f"model_type {model_type!r}{of_class} is of no known family. Known families (model_type): {known}. If it "
+        "computes the same as one of them under the same names, say so with family=…."
+    )

@@ -5,7 +5,9 @@ Source: JetAstra's SDAR checkpoints (JetLM/SDAR-*); settings from the S2D2 READM
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import Qwen3Config, Qwen3MoeConfig
@@ -51,10 +53,29 @@ def _qwen3_moe(config: Mapping[str, Any]) -> Qwen3MoeConfig:
     )
 
 
-def _family(name: str, native_class: str, **layout: Any) -> Family:
+# Models with SDAR's class and type whose masks see earlier masks only and predict the next token.
+_CAUSAL = re.compile(r"(?<![a-z])i-?dlm|(?<![a-z])uno(?![a-z])", re.IGNORECASE)
+
+
+def _doubt(config: Mapping[str, Any], source: str) -> str | None:
+    names = [str(Path(source).absolute()) if Path(source).exists() else source, str(config.get("_name_or_path") or "")]
+    causal = [found[0] for name in names if (found := _CAUSAL.search(name))]
+    if config.get("use_regular_causal"):
+        return "says use_regular_causal=true, as I-DLM and UNO do"
+    if causal:
+        return f"is called {causal[0]!r}, and I-DLM and UNO, which are other models, say the type of SDAR"
+    block = config.get("block_size")
+    if isinstance(block, int) and not isinstance(block, bool) and 1 <= block <= 3:
+        return f"says block_size={block}, which I-DLM is trained with and no SDAR is published with"
+    return None
+
+
+def _family(name: str, native_class: str, stem: str, **layout: Any) -> Family:
     return Family(
         name=name,
         model_types=(name,),
+        classes=(f"{stem}ForCausalLM", f"{stem}Model"),
+        doubt=_doubt,
         native_class=native_class,
         token_shift=False,
         block_alignment="absolute",
@@ -67,8 +88,13 @@ def _family(name: str, native_class: str, **layout: Any) -> Family:
     )
 
 
-SDAR = _family("sdar", "Qwen3ForCausalLM", config_class=Qwen3Config, config_map=_qwen3)
+SDAR = _family("sdar", "Qwen3ForCausalLM", "SDAR", config_class=Qwen3Config, config_map=_qwen3)
 # transformers stacks the published mlp.experts.N.* itself: its own Qwen3-MoE hub format is the same.
 SDAR_MOE = _family(
-    "sdar_moe", "Qwen3MoeForCausalLM", config_class=Qwen3MoeConfig, config_map=_qwen3_moe, shares_weights=False
+    "sdar_moe",
+    "Qwen3MoeForCausalLM",
+    "SDARMoe",
+    config_class=Qwen3MoeConfig,
+    config_map=_qwen3_moe,
+    shares_weights=False,
 )

@@ -29,7 +29,7 @@ HARNESS = frozenset(
 
 PLACEMENT = frozenset(("parallelize", "device_map", "max_memory_per_gpu", "max_cpu_memory", "offload_folder"))
 QUANTIZATION = ("load_in_8bit", "load_in_4bit", "bnb_4bit_", "llm_int8_")
-RUNTIME = frozenset(("attention", "max_batch", "max_context", "mask_token_id", "static_shapes", "draft"))
+RUNTIME = frozenset(("attention", "max_batch", "max_context", "mask_token_id", "static_shapes", "draft", "family"))
 HUB = frozenset(("cache_dir", "force_download", "local_files_only", "token", "variant"))
 
 _REFUSED = {

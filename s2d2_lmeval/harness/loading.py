@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from s2d2_lmeval.errors import CheckpointError, ConfigError
-from s2d2_lmeval.families import load_checkpoint
+from s2d2_lmeval.families import Facts, load_checkpoint
+from s2d2_lmeval.families.facts import NO_MASK
+from s2d2_lmeval.families.loading import usable_device
 from s2d2_lmeval.harness.arguments import Arguments
 from s2d2_lmeval.model import BlockDiffusionModel, load
 from s2d2_lmeval.runtime.memory import RowLimit
@@ -23,6 +26,9 @@ from s2d2_lmeval.runtime.memory import RowLimit
 logger = logging.getLogger("lm_eval.s2d2")
 
 TOY = "toy"
+_FACTS = ("family", "mask_token_id", "block_length")
+# Names of mask tokens in published tokenizers: <|MASK|>, |<MASK>|, <|mdm_mask|>, [MASK], <[MASK_TOKEN]>, …
+_MASK_NAME = re.compile(r"[^a-z]*(mdm_?)?mask(_?token)?[^a-z]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def load_model(arguments: Arguments, *, rows: RowLimit, dtype: Any, device: str 
 
 
 def _facts(loading: dict[str, Any]) -> dict[str, Any]:
-    return {name: loading[name] for name in ("mask_token_id", "block_length") if name in loading}
+    return {name: loading[name] for name in _FACTS if name in loading}
 
 
 def _around(hf_model: Any, name: str, facts: dict[str, Any], engine_options: dict[str, Any]) -> Loaded:
@@ -83,10 +89,7 @@ def _around(hf_model: Any, name: str, facts: dict[str, Any], engine_options: dic
 
 def _from_class(arguments: Arguments, source: str, loading: dict[str, Any]) -> Any:
     """``custom_model_class``: its own ``from_pretrained`` with transformers' arguments."""
-    options = {
-        name: value for name, value in loading.items() if name not in ("device", "mask_token_id", "block_length")
-    }
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in loading.items() if name not in ("device", *_FACTS) and value is not None}
     dtype, device = options.get("dtype"), loading.get("device")
     if isinstance(dtype, str) and dtype != "auto":
         options["dtype"] = getattr(torch, dtype, dtype)
@@ -140,6 +143,29 @@ def load_tokenizer(arguments: Arguments, source: str, revision: str | None) -> P
         ) from None
 
 
+def check_mask(tokenizer: Any, facts: Facts, given: int | None) -> None:
+    """Refuse a mask token that is not the tokenizer's, unless the user ``given`` it.
+
+    :raises CheckpointError: naming both.
+    """
+    mask, added = facts.mask_token_id, tokenizer.get_added_vocab()
+    masks = {token: text for text, token in added.items() if _MASK_NAME.fullmatch(text)}
+    if tokenizer.mask_token_id is not None:
+        masks[tokenizer.mask_token_id] = tokenizer.mask_token
+    is_word = 0 <= mask < len(tokenizer) and mask not in added.values()
+    if mask == NO_MASK or mask in masks or not (masks or is_word):
+        return
+    text = repr(tokenizer.convert_ids_to_tokens(mask)) if 0 <= mask < len(tokenizer) else "no token"
+    other = " or ".join(f"{one} ({text!r})" for one, text in sorted(masks.items()))
+    advice = (
+        f"its mask token is {other}: give mask_token_id={min(masks)}" if masks else "give the right mask_token_id=…"
+    )
+    message = f"the checkpoint's mask token {mask} is {text} in its tokenizer; {advice}, or add it to config.json."
+    if given is None:
+        raise CheckpointError(message)
+    logger.warning("mask_token_id=%s as asked, but %s", given, message)
+
+
 def resolve(source: Any) -> Any:
     """An absolute path for a folder and for ``toy``; a hub id or a model as it is."""
     if source == TOY:
@@ -170,17 +196,10 @@ def choose_device(device: Any, accelerator: Any) -> str:
         return str(accelerator.device)
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(str(device))
-    except RuntimeError:
-        raise ConfigError(f"device={device} is not the name of a device; use cuda, cuda:0 or cpu.") from None
-    if kind.type == "cuda" and not kind.index and not torch.cuda.is_available():
+    if str(device) in ("cuda", "cuda:0") and not torch.cuda.is_available():
         logger.info("device %s: this machine has none, running on the CPU.", device)  # the harness's default is cuda:0
         return "cpu"
-    if kind.type == "cuda" and (not torch.cuda.is_available() or (kind.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(
-            f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use."
-        )
+    usable_device(str(device))
     return str(device)
 
 

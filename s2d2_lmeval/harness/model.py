@@ -72,13 +72,16 @@ class S2D2LM(HFLM):
         where = loading.choose_device(device, accelerator)
         rows = arguments.rows or rows_in_flight(batch_size, max_batch_size)
         loaded = loading.load_model(arguments, rows=rows, dtype=dtype, device=where, revision=revision)
+        tokenizer = loading.load_tokenizer(arguments, loaded.source, revision)
+        if loaded.engine is not None:
+            loading.check_mask(tokenizer, loaded.engine.facts, arguments.loading.get("mask_token_id"))
         harness = {name: value for name, value in arguments.harness.items() if name != "tokenizer"}
         # The harness warns that it will not arrange processes for a model it did not load; that is done here.
         silent = ("model kwarg is not of type `str`", "already-initialized model")
         with loading.without_messages("lm_eval.models.huggingface", *silent):
             super().__init__(
                 pretrained=loaded.hf_model,
-                tokenizer=loading.load_tokenizer(arguments, loaded.source, revision),
+                tokenizer=tokenizer,
                 batch_size=1 if loaded.engine is None else loaded.engine.max_batch,
                 **harness,
             )

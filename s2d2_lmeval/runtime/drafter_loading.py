@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Qwen3Config
 
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.config_map import configured
-from s2d2_lmeval.families.files import read_config, resolve, weight_files
+from s2d2_lmeval.families.files import read_config, resolve, stored_weights, weight_files
 from s2d2_lmeval.runtime.drafter import DFlash, DrafterShape
 
 DEFAULT_BLOCK_LENGTH = 16
@@ -39,8 +39,10 @@ def load_drafter(source: str | Path, target: PreTrainedModel, **hub: Any) -> DFl
     source = resolve(source)
     shape = drafter_shape(read_config(source, **hub), source)
     check_fit(shape, target, source)
+    files = weight_files(source, **hub)
     weights: dict[str, torch.Tensor] = {}
-    for file in weight_files(source, **hub):
+    stored_weights(files)
+    for file in files:
         weights |= load_file(file)
     if any(".attention_conv." in name or name.startswith("candidate_selector.") for name in weights):
         raise _is_dflash2(source)

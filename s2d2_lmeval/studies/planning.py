@@ -277,15 +277,10 @@ def _facts(arguments: Mapping[str, Any]) -> Any:
     """
     if {"draft", "mask_token_id", "block_length", "peft"} & arguments.keys():
         return None
-    from s2d2_lmeval.families import identify, read_config
-    from s2d2_lmeval.families.files import read_json, resolve
+    from s2d2_lmeval.families import checkpoint_facts
 
     try:
-        source, revision = resolve(arguments["pretrained"]), arguments.get("revision")
-        config = read_config(source, revision)
-        family = identify(config)
-        generation = read_json(source, "generation_config.json", revision=revision) or {}
-        return family.facts(config, family.native_config(config), generation, source=source)
+        return checkpoint_facts(arguments["pretrained"], arguments.get("revision"), family=arguments.get("family"))
     except CheckpointError:
         return None
 

@@ -94,18 +94,6 @@ def test_recurrent_targets_are_refused_by_name(model_type):
         identify({"model_type": model_type})
 
 
-@pytest.mark.parametrize(
-    "field",
-    [{"sliding_window": 16, "use_sliding_window": True}, {"layer_types": ["full_attention", "chunked_attention"]}],
-)
-def test_targets_with_windows_are_refused(field):
-    family, name = FAMILIES["qwen3"], next(iter(field))
-    native = family.config_class(vocab_size=61)
-    with pytest.raises(CheckpointError, match="full attention in every layer") as caught:
-        family.facts({"model_type": "qwen3", **field}, native, {}, source="a folder")
-    assert name in str(caught.value) or "chunked_attention" in str(caught.value)
-
-
 def test_a_native_type_must_say_its_family(publish, logits):
     published = publish("fast_dllm_v2", model_type="qwen2")
     refused(published.folder, "block_diffusion_family", "fast_dllm_v2")
@@ -145,9 +133,20 @@ def test_block_longer_than_the_context(publish):
     refused(publish("sdar").folder, "does not fit its 128 positions", block_length=129)
 
 
-@pytest.mark.parametrize("stop", [61, -1, 60])
+@pytest.mark.parametrize("stop", [61, -1])
 def test_stop_token_out_of_range(publish, stop):
-    refused(publish("sdar", eos_token_id=[7, stop]).folder, f"stop token id {stop}", "eos_token_id")
+    refused(publish("sdar", eos_token_id=[7, stop]).folder, f"stop token id {stop!r}", "eos_token_id")
+
+
+@pytest.mark.parametrize("stop", [61, -1, True, 7.0, "7", [7]])
+def test_stop_token_of_the_generation_configuration(publish, stop):
+    folder = publish("sdar").folder
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, stop]}))
+    refused(folder, f"stop token id {stop!r}", "eos_token_id")
+
+
+def test_a_mask_among_the_stop_tokens_ends_nothing(publish):
+    assert load_checkpoint(publish("sdar", eos_token_id=[60, 7]).folder)[1].stop_token_ids == (7,)
 
 
 @pytest.mark.parametrize(
