@@ -22,6 +22,7 @@ FAMILIES: dict[str, Family] = {}
 
 # Diffusion models that transformers runs by itself, and whose decoding is theirs alone.
 _SELF_CONTAINED = ("diffusion_gemma",)
+_OF_TRANSFORMERS = ("ForCausalLM", "Model", "ModelLM")
 # Autoregressive models with gated delta networks, by how their model types begin.
 _RECURRENT = ("qwen3_next", "qwen3_5", "qwen3_6", "qwen3_8", "kimi_linear", "olmo_hybrid")
 
@@ -100,7 +101,9 @@ def check_class(family: Family, config: Mapping[str, Any], source: str) -> None:
         strange = [*remote, *(name for name in listed if not name.startswith(native))]
     elif family.classes:
         own = {name.casefold() for name in (*family.classes, family.native_class)}
-        strange = [name for name in (*remote, *listed) if name.casefold() not in own]
+        # The type says much already; of code that is not run anyway, only a name as transformers gives them counts.
+        telling = [name for name in remote if name.endswith(_OF_TRANSFORMERS)]
+        strange = [name for name in (*telling, *listed) if name.casefold() not in own]
     reason = "has a model class of its own" if strange else family.doubt(config, source)
     if reason:
         of_class = next((f" (class {name})" for name in (*strange, *remote, *listed)), "")
