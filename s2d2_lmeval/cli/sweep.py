@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from s2d2_lmeval.studies.backends import Backend
     from s2d2_lmeval.studies.evaluation import Outcome
-    from s2d2_lmeval.studies.planning import Job
+    from s2d2_lmeval.studies.planning import Job, Plan
     from s2d2_lmeval.studies.store import Line
     from s2d2_lmeval.studies.study import Study
     from s2d2_lmeval.studies.sweep import Progress, Sweep
@@ -41,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--confirm_run_unsafe_code", action="store_true", help="allow tasks that run what the model wrote"
     )
     parser.add_argument("--anew", action="store_true", help="in a folder of another code version: start again in it")
-    parser.add_argument("--plan", action="store_true", help="check everything, show the points, and stop")
+    parser.add_argument(
+        "--plan",
+        "--dry-run",
+        action="store_true",
+        help="check what can be checked without a connection, show the points, and stop",
+    )
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument("--backend", choices=("local", "ray"), default="local", help="where points run")
     parser.add_argument("--ray-address", metavar="ADDRESS", help="of a running cluster (default: a new local one)")
@@ -52,19 +57,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan, run, and say what came of it."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars; there is a table
+    if args.plan:  # a plan is made of what is on this machine; these are read when the libraries are imported
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    from rich.text import Text
+
     from s2d2_lmeval.cli.console import hide_loading_bars, make_console
+    from s2d2_lmeval.harness.secrets import ADVICE, holds_token
     from s2d2_lmeval.studies.planning import Plan
     from s2d2_lmeval.studies.study import read_study
-    from s2d2_lmeval.studies.sweep import FAILED, Sweep
+    from s2d2_lmeval.studies.sweep import COMPLETE, FAILED, Sweep
 
     console = make_console()
     hide_loading_bars()
     overrides: dict[str, Any] = {"limit": args.limit, "batch_size": args.batch_size, "data_dir": args.data_dir}
     study = read_study(args.study, {**overrides, "models": [args.model] if args.model else None})
     study = chosen(study, args.task, args.decoder)
+    if any(map(holds_token, study.models.values())):
+        console.print(ADVICE, soft_wrap=True)
     folder = args.output or Path("out") / study.name
     with console.status("reading tasks"):
-        plan = Plan(study, folder, unsafe_code=args.confirm_run_unsafe_code, anew=args.anew)
+        plan = Plan(study, folder, unsafe_code=args.confirm_run_unsafe_code, anew=args.anew, preview=args.plan)
     if args.plan:
         _show_plan(console, plan)
         return 0
@@ -83,13 +95,14 @@ def run(args: argparse.Namespace) -> int:
         if progress.unreadable:
             console.print(
                 f"{progress.job.point.label}: {progress.unreadable} unreadable lines in {progress.job.path} were "
-                "skipped, and their samples decoded again."
+                "skipped; what they held has been decoded again.",
+                markup=False,
             )
         if progress.state == FAILED:
-            console.print(f"[red]failed[/red] {progress.job.point.label}: {progress.error}", markup=True)
+            console.print(Text.assemble(("failed ", "red"), f"{progress.job.point.label}: {progress.error}"))
     ended = ", ".join(f"{count} {state}" for state, count in counts.items())
-    console.print(f"{ended}. Results in {folder}; s2d2-lmeval report {folder}")
-    return SOME_FAILED if counts[FAILED] else 0
+    console.print(f"{ended}. Results in {folder}; s2d2-lmeval report {folder}", markup=False)
+    return 0 if set(counts) <= {COMPLETE} else SOME_FAILED
 
 
 def chosen(study: Study, tasks: list[str] | None, decoder: str | None) -> Study:
@@ -126,15 +139,19 @@ def _backend(args: argparse.Namespace) -> Backend:
     return LocalBackend()
 
 
-def _show_plan(console: Console, plan: Any) -> None:
+def _show_plan(console: Console, plan: Plan) -> None:
     points = plan.study.points()
-    documents = sum(plan.documents[point.task.task] for point in points)
+    known = [point for point in points if point.task.task in plan.settings]
+    samples = sum(plan.settings[point.task.task]["samples"] for point in known)
     for point in points:
         options = ", ".join(f"{name}={value}" for name, value in point.options.items())
         console.print(f"{point.label}: {options}", markup=False, soft_wrap=True)
-    console.print(f"{len(points)} points, {documents} samples.")
+    more = "" if len(known) == len(points) else " and those of tasks that are not on this machine"
+    console.print(f"{len(points)} points, {samples} samples{more}.")
     if plan.study.search is not None:
         console.print(f"Then a search of {plan.study.search.trials} trials per model.")
+    for sentence in plan.unknown:
+        console.print(f"Not checked: {sentence}", markup=False, soft_wrap=True)
 
 
 class Display:
@@ -161,7 +178,7 @@ class Display:
         """See :class:`~s2d2_lmeval.studies.backends.Observer`."""
         self._refresh()
 
-    def sample(self, job: Job, line: Line) -> None:
+    def sample(self, job: Job, line: Line, done: int) -> None:
         """See :class:`~s2d2_lmeval.studies.backends.Observer`."""
         self._refresh()
 
@@ -203,12 +220,12 @@ class Display:
             table.add_row(
                 Text(*_STATES[progress.state]),
                 *(Text(text) for text in (point.model, point.task.task, point.decoding, str(point.seed))),
-                f"{progress.done}/{progress.job.documents}",
+                f"{progress.done}/{progress.job.samples}",
                 f"{progress.tokens_per_second:.1f}" if progress.seconds else "",
                 f"{progress.tokens_per_forward:.2f}" if progress.nfe else "",
             )
         left = self.sweep.seconds_left
-        done, samples = sum(one.done for one in points), sum(one.job.documents for one in points)
+        done, samples = sum(one.done for one in points), sum(one.job.samples for one in points)
         ended = sum(one.state in ("complete", "failed") for one in points)
         line = f"{ended} of {len(points)} points, {done} of {samples} samples"
         if left is not None and done < samples:

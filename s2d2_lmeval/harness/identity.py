@@ -35,7 +35,8 @@ def code_version() -> str:
 
 def of_plain(*values: Any) -> str:
     """A digest of plain data; equal data have equal digests, in every process."""
-    text = json.dumps(values, sort_keys=True, default=_plain)
+    as_read = json.loads(json.dumps(values, default=_plain))  # numbers as keys become text before they are sorted
+    text = json.dumps(as_read, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -53,24 +54,25 @@ def _plain(value: Any) -> Any:
     return getattr(value, "__qualname__", type(value).__qualname__)  # no addresses: they differ between processes
 
 
-def of_source(source: Any, arguments: Mapping[str, Any]) -> str:
-    """The folder, file or hub repository that a model argument names: a digest of its files, or the commit.
+def of_source(name: str, arguments: Mapping[str, Any]) -> str:
+    """The folder or hub repository that the model argument ``name`` names: a digest of its files, or the commit.
 
     Where the hub cannot be reached and nothing is cached it is the name and revision as given.
 
-    :param arguments: those of the model; ``revision`` and how to reach the hub are read.
+    :param arguments: those of the model; ``revision`` and how to reach the hub are read too.
     """
+    source = arguments[name]
     if source == "toy":
-        from s2d2_lmeval.toy import checkpoint_path
+        from s2d2_lmeval.toy import checkpoint_path, drafter_path
 
-        source = checkpoint_path()
+        source = drafter_path() if name == "draft" else checkpoint_path()
     path = Path(str(source)).expanduser()
     if path.exists():
         return f"sha256:{of_path(path)}"
     from huggingface_hub import snapshot_download
 
-    revision = arguments.get("revision")
-    hub = {name: arguments[name] for name in HUB_ONLY if name in arguments}
+    revision = arguments.get("revision") if name in ("pretrained", "tokenizer") else None
+    hub = {key: arguments[key] for key in HUB_ONLY if key in arguments}
     try:
         found = snapshot_download(str(source), revision=revision, allow_patterns=["config.json"], **hub)
     except Exception:  # offline, gated, or no such repository: loading it will say which
@@ -86,8 +88,8 @@ def with_files(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def of_path(path: Path) -> str:
     """A digest of a file, or of the files of a folder that loading it may read."""
-    if path.is_file():
-        return of_file(path)
+    if not path.is_dir():
+        return of_file(path) if path.is_file() else of_plain(path)
     files = [*path.iterdir(), *(path / "additional_chat_templates").glob("*")]
     return of_plain([(str(file.relative_to(path)), of_file(file)) for file in sorted(files) if _is_read(file)])
 

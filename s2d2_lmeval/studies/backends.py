@@ -23,8 +23,8 @@ class Observer(Protocol):
     def started(self, job: Job) -> None:
         """A point is being worked on."""
 
-    def sample(self, job: Job, line: Line) -> None:
-        """A sample is on disk (not told by workers on other machines)."""
+    def sample(self, job: Job, line: Line, done: int) -> None:
+        """A sample is on disk, the point's ``done``-th (not told by workers on other machines)."""
 
     def ended(self, job: Job, outcome: Outcome) -> None:
         """A point is complete, or has failed."""

@@ -8,17 +8,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from s2d2_lmeval.errors import S2D2Error
-from s2d2_lmeval.studies.planning import Job, load_tasks, quiet, task_manager
-from s2d2_lmeval.studies.store import Line, PointStore, StorageError
+from s2d2_lmeval.errors import S2D2Error, StudyError
+from s2d2_lmeval.studies.planning import Job, quiet
+from s2d2_lmeval.studies.store import Line, PointStore, StorageError, is_number
+from s2d2_lmeval.studies.tasks import how_prompts_are_built, load_tasks, prepare, task_manager
 
 if TYPE_CHECKING:
     from s2d2_lmeval.harness.model import S2D2LM
 
-OnSample = Callable[[Job, Line], None]
-
-FEWSHOT_SEED = 1234
-"""The harness's own default: the same examples as from its command line."""
+OnSample = Callable[[Job, Line, int], None]
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,20 @@ class Evaluator:
         """
         started, decoded = time.perf_counter(), 0
 
-        def on_sample(line: Line) -> None:
+        def on_sample(line: Line, done: int) -> None:
             nonlocal decoded
             decoded += 1
             if self.on_sample is not None:
-                self.on_sample(job, line)
+                self.on_sample(job, line, done)
 
-        with PointStore(job.path, on_sample) as store:
-            if is_complete(store, job):
+        try:
+            opened = PointStore(job.path, on_sample)
+        except StorageError:
+            raise
+        except StudyError as refused:  # another process has it, or it is another point's
+            return Outcome(0, 0.0, str(refused))
+        with opened as store:
+            if store.record.is_complete(job.settings):
                 return Outcome(0, 0.0)
             if not store.record.point:
                 store.append("point", definition=job.definition, label=job.point.label)
@@ -74,15 +78,14 @@ class Evaluator:
         lm.decode_with(job.point.decoding_options)
         engine.max_batch = job.point.batch_size
         halvings = engine.trace.batch_halvings
-        store.append(
-            "segment",
+        store.begin_segment(
             environment=environment(lm.device, engine.dtype, engine.attention),
             rows=engine.max_batch,
             batch_size=job.point.batch_size,
             decoding=lm.decoding.to_dict() if lm.decoding is not None else None,
             begun=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         )
-        if len(store.record.samples) < job.documents:
+        if len(store.record.samples) < job.samples:
             _warm_up(lm)
         lm.store = store
         try:
@@ -93,7 +96,8 @@ class Evaluator:
                 count = engine.trace.batch_halvings - halvings
                 store.append("memory", halvings=count, rows=engine.max_batch)
             engine.trace.reset()
-        store.append("result", settings=job.settings(), **_scores(results, job.point.task.task))
+        scores = _scores(results, job.point.task.task)
+        store.append("result", settings=job.settings, samples=list(store.asked), **scores)
 
     def _model(self, job: Job) -> S2D2LM:
         """The point's model: the loaded one, or a new one in its place."""
@@ -120,12 +124,6 @@ class Evaluator:
             torch.cuda.empty_cache()
 
 
-def is_complete(store: PointStore, job: Job) -> bool:
-    """Whether the point's result is on disk, with as many documents as are wanted now."""
-    result = store.record.result
-    return result is not None and result["settings"] == job.settings()
-
-
 def _warm_up(lm: S2D2LM) -> None:
     """Decode a little, so that the first sample does not pay for what all of them use."""
     assert lm.engine is not None
@@ -146,24 +144,14 @@ def _evaluate(lm: S2D2LM, job: Job) -> dict[str, Any]:
     with quiet():
         manager = task_manager(job.data_dir, job.include_path, [settings.task])
         task = load_tasks(manager, settings.task)[settings.task]
-        if settings.gen_kwargs:
-            task.set_config(key="generation_kwargs", value=dict(settings.gen_kwargs), update=True)
-        # As the harness has it: a task that says 0 means 0.
-        if settings.num_fewshot is not None and task.get_config("num_fewshot") != 0:
-            task.set_config(key="num_fewshot", value=settings.num_fewshot)
-        elif task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        prepare(task, settings)
         results = evaluate(
             lm=lm,
             task_dict={settings.task: task},
-            limit=settings.limit,
-            apply_chat_template=settings.apply_chat_template,
-            fewshot_as_multiturn=settings.fewshot_as_multiturn and bool(settings.apply_chat_template),
-            system_instruction=settings.system_instruction,
             confirm_run_unsafe_code=job.unsafe_code,
             bootstrap_iters=0,
             log_samples=True,
+            **how_prompts_are_built(settings),
         )
     assert results is not None
     return dict(results)
@@ -175,9 +163,9 @@ def _scores(results: Mapping[str, Any], task: str) -> dict[str, Any]:
     for sample in results["samples"][task]:
         for metric in sample["metrics"]:
             value = sample.get(metric)
-            if isinstance(value, (bool, int, float)):
+            if is_number(value):
                 documents.setdefault(f"{metric},{sample['filter']}", []).append([sample["doc_id"], float(value)])
-    metrics = {name: value for name, value in results["results"][task].items() if isinstance(value, (int, float))}
+    metrics = {name: value for name, value in results["results"][task].items() if is_number(value)}
     config = results["configs"][task]
     return {
         "metrics": metrics,

@@ -33,8 +33,11 @@ _STYLE = {
     "figure.dpi": 110,
     "savefig.bbox": "tight",
     "svg.hashsalt": "s2d2-lmeval",
+    "text.parse_math": False,  # a name may hold a dollar sign
 }
 MOST_HISTOGRAMS = 6
+WIDEST_HISTOGRAM = 1 << 12
+LONGEST_ORDER = 1 << 14
 ORDER_WIDTH = 32
 """Positions in a line of the decoding-order picture."""
 
@@ -150,7 +153,7 @@ def short(name: str) -> str:
 
 def acceptance_histogram(rows: Sequence[Row]) -> Figure | None:
     """How many drafted tokens a verification accepts; None where nothing was verified."""
-    verified = [row for row in rows if sum(row.acceptance_lengths.values())]
+    verified = [row for row in rows if row.acceptance_lengths and max(row.acceptance_lengths) < WIDEST_HISTOGRAM]
     if not verified:
         return None
     verified = sorted(verified, key=lambda row: not row.on_front)[:MOST_HISTOGRAMS]
@@ -254,11 +257,15 @@ def _with_order(rows: Sequence[Row]) -> tuple[str, list[tuple[Row, list[list[int
     """
     chosen: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: not row.on_front):
-        if row.orders and row.decoder not in chosen and len(chosen) < 4:
+        if any(_is_drawable(order) for _, order in row.orders) and row.decoder not in chosen and len(chosen) < 4:
             chosen[row.decoder] = row
     if not chosen:
         return None
-    documents = [document for row in chosen.values() for document, _ in row.orders]
+    orders_of = {name: {d: o for d, o in row.orders if _is_drawable(o)} for name, row in chosen.items()}
+    documents = [document for orders in orders_of.values() for document in orders]
     document = max(dict.fromkeys(sorted(documents)), key=documents.count)
-    orders = [(row, dict(row.orders).get(document)) for row in chosen.values()]
-    return document, [(row, order) for row, order in orders if order]
+    return document, [(row, orders_of[name][document]) for name, row in chosen.items() if document in orders_of[name]]
+
+
+def _is_drawable(order: Sequence[Sequence[int]]) -> bool:
+    return len(order) > 0 and _lines(order) * ORDER_WIDTH <= LONGEST_ORDER

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.studies import plots, tables
 from s2d2_lmeval.studies.results import Results, Row, read_results
 from s2d2_lmeval.studies.store import write_whole
@@ -53,16 +54,19 @@ class Figures:
             return []
         from matplotlib import pyplot
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for suffix in (".png", ".pdf"):
-            path = self.folder / f"{_file_name(name)}{suffix}"
-            figure.savefig(path, dpi=160)
+        for suffix in ("png", "pdf"):
+            path = self.folder / f"{_file_name(name)}.{suffix}"
+            write_whole(path, _drawn(figure, format=suffix, dpi=160))
             self.files.append(path)
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
+        data = base64.b64encode(_drawn(figure, format="svg", metadata={"Date": None})).decode()
         pyplot.close(figure)
-        data = base64.b64encode(drawn.getvalue()).decode()
         return [{"data": f"data:image/svg+xml;base64,{data}", "alt": name, "caption": caption}]
+
+
+def _drawn(figure: Figure, **options: Any) -> bytes:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, **options)
+    return drawn.getvalue()
 
 
 def _page(results: Results, figures: Figures) -> str:
@@ -164,4 +168,8 @@ def _plain(results: Results) -> dict[str, Any]:
 
 
 def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
+    """``name`` as the name of a file; other names have other files."""
+    plain = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in name)
+    if plain == name.replace(" ", "_") and len(plain) <= 100:
+        return plain
+    return f"{plain[:100]}-{of_plain(name)[:6]}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from s2d2_lmeval.errors import StudyError
-from s2d2_lmeval.studies.planning import read_manifest
+from s2d2_lmeval.studies.manifest import read_manifest
 from s2d2_lmeval.studies.statistics import holm, interval, paired_p_value, pareto
 from s2d2_lmeval.studies.store import Line, PointRecord, read_point
 
@@ -95,17 +95,31 @@ def read_results(folder: Path) -> Results:
             problems.append(f"{label}: {len(record.unreadable)} unreadable lines were skipped.")
         if record.failure is not None:
             problems.append(f"{label} failed: {record.failure['error']}")
-        elif record.result is None:
-            problems.append(f"{label} is not complete ({len(record.samples)} samples).")
+        elif not record.is_complete():
+            problems.append(f"{label} is not complete ({len(record.samples)} samples); run the sweep again.")
         else:
-            together.setdefault((about["model"], about["task"], about["decoding"]), []).append((about, record))
+            key = about["model"], about["task"], about["decoding"]
+            together.setdefault(key, []).append((about, record.of_the_result()))
     others = len(list((folder / "points").glob("*.jsonl"))) - len(manifest["points"])
     if others > 0:
         problems.append(f"{others} files are of points that are no longer part of the study, and are not shown.")
-    rows = [_row(key, several, manifest) for key, several in together.items()]
+    rows = [row for key, several in together.items() if (row := _row_or_problem(key, several, manifest, problems))]
     if not rows:
         raise StudyError(f"{folder} holds no complete point yet. " + " ".join(problems[:3]))
     return Results(manifest.get("name", folder.name), compare(rows, manifest.get("baselines", {})), problems, manifest)
+
+
+def _row_or_problem(
+    key: tuple[str, str, str],
+    several: Sequence[tuple[Line, PointRecord]],
+    manifest: Mapping[str, Any],
+    problems: list[str],
+) -> Row | None:
+    try:
+        return _row(key, several, manifest)
+    except StudyError as error:
+        problems.append(f"{', '.join(key)}: {error}")
+        return None
 
 
 def accuracy_of(record: PointRecord, metric: str | None) -> tuple[str, float, dict[int, float]]:
@@ -141,7 +155,7 @@ def _row(key: tuple[str, str, str], several: Sequence[tuple[Line, PointRecord]],
     seconds = sum(record.decoding_seconds for _, record in several)
     low, high = interval(list(scores.values()))
     lengths = Counter(length for sample in samples for length in sample["accepted"])
-    segments = [segment for _, record in several for segment in record.segments]
+    segments = [segment for _, record in several for segment in record.segments.values()]
     return Row(
         model=model,
         task=task,

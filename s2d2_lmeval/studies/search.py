@@ -8,11 +8,12 @@ interrupted goes on where it was.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.errors import StudyError
-from s2d2_lmeval.studies.planning import Job
+from s2d2_lmeval.harness.identity import HUB_ONLY, of_plain, with_files
 from s2d2_lmeval.studies.results import accuracy_of
 from s2d2_lmeval.studies.store import PointRecord
 from s2d2_lmeval.studies.study import Search
@@ -20,22 +21,60 @@ from s2d2_lmeval.studies.study import Search
 if TYPE_CHECKING:
     import optuna
 
+    from s2d2_lmeval.studies.planning import Job
     from s2d2_lmeval.studies.sweep import Sweep
 
 STORAGE = "search.db"
 
 
-def search(sweep: Sweep) -> None:
-    """Run the trials of the study's search that are not done yet, for every model; ``sweep`` evaluates them."""
+def check_search(wanted: Search) -> None:
+    """Find out before anything runs whether a search can.
+
+    :raises StudyError: when optuna is missing, or would not take an axis.
+    """
     try:
         import optuna
     except ImportError:
         raise StudyError("search needs the package optuna: pip install 's2d2-lmeval[sweep]'.") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    _distributions(wanted)
+
+
+def _distributions(wanted: Search) -> dict[str, Any]:
+    """The axes of the space as optuna has them."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    def distribution(axis: Mapping[str, Any]) -> Any:
+        if "choices" in axis:
+            return CategoricalDistribution(axis["choices"])
+        if all(isinstance(axis[key], int) for key in ("low", "high")):
+            return IntDistribution(**{"step": 1, **axis})
+        return FloatDistribution(**axis)
+
+    try:
+        return {name: distribution(axis) for name, axis in wanted.space.items()}
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise StudyError(f"search: optuna does not take an axis of the space: {str(error)[:300]}") from None
+
+
+def search(sweep: Sweep) -> None:
+    """Run the trials of the study's search that are not done yet, for every model; ``sweep`` evaluates them.
+
+    :raises StudyError: when every trial of a round fails, or optuna's record cannot be read or written.
+    """
+    from optuna.exceptions import OptunaError
+    from sqlalchemy.exc import SQLAlchemyError
+
     wanted = sweep.plan.study.search
     assert wanted is not None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    for model in sweep.plan.study.models:
-        _search_model(sweep, model, wanted)
+    try:
+        for model in sweep.plan.study.models:
+            _search_model(sweep, model, wanted)
+    except (OptunaError, SQLAlchemyError) as error:
+        raise StudyError(
+            f"{sweep.plan.folder / STORAGE}, the search's own record, cannot be used ({str(error)[:300]}). Make room, "
+            "or move it away and start again: points that are complete are found by their names."
+        ) from error
 
 
 def _search_model(sweep: Sweep, model: str, wanted: Search) -> None:
@@ -43,10 +82,11 @@ def _search_model(sweep: Sweep, model: str, wanted: Search) -> None:
     from optuna.trial import TrialState
 
     storage = f"sqlite:///{(sweep.plan.folder / STORAGE).resolve()}"
-    # Another space, other weights or other code are another search.
-    name = f"{model} {sweep.plan.identities[model]} {sweep.plan.code} {_fixed(wanted)}"
     study = optuna.create_study(
-        storage=storage, study_name=name, directions=["maximize"] * len(wanted.objectives), load_if_exists=True
+        storage=storage,
+        study_name=f"{model} {_what_is_searched(sweep, model, wanted)}",
+        directions=["maximize"] * len(wanted.objectives),
+        load_if_exists=True,
     )
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         # Its process is gone. The same options again: what it had finished is found by its name.
@@ -68,8 +108,8 @@ def _run_trials(
     sweep: Sweep, model: str, wanted: Search, study: optuna.Study, count: int
 ) -> list[tuple[optuna.Trial, list[float] | str]]:
     """``count`` trials side by side: each with its objectives, or with why it has none."""
-    trials = [study.ask() for _ in range(count)]
-    jobs = [_jobs(sweep, model, wanted, trial.number, _suggest(trial, wanted.space)) for trial in trials]
+    trials = [study.ask(_distributions(wanted)) for _ in range(count)]
+    jobs = [_jobs(sweep, model, wanted, trial.number, trial.params) for trial in trials]
     records = iter(sweep.evaluate([job for several in jobs for job in several]))
     return [
         (trial, _objectives(wanted, several, [next(records) for _ in several]))
@@ -88,20 +128,6 @@ def _tell(study: optuna.Study, trial: optuna.Trial, found: list[float] | str) ->
     return ""
 
 
-def _suggest(trial: optuna.Trial, space: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    chosen: dict[str, Any] = {}
-    for name, axis in space.items():
-        if "choices" in axis:
-            chosen[name] = trial.suggest_categorical(name, list(axis["choices"]))
-        elif isinstance(axis["low"], int) and isinstance(axis["high"], int):
-            step = axis.get("step", 1)
-            chosen[name] = trial.suggest_int(name, axis["low"], axis["high"], step=step, log=axis.get("log", False))
-        else:
-            bounds = float(axis["low"]), float(axis["high"])
-            chosen[name] = trial.suggest_float(name, *bounds, step=axis.get("step"), log=axis.get("log", False))
-    return chosen
-
-
 def _jobs(sweep: Sweep, model: str, wanted: Search, number: int, chosen: Mapping[str, Any]) -> list[Job]:
     study = sweep.plan.study
     options = {**wanted.decoding, **chosen}
@@ -115,8 +141,9 @@ def _jobs(sweep: Sweep, model: str, wanted: Search, number: int, chosen: Mapping
 def _objectives(wanted: Search, jobs: Sequence[Job], records: Sequence[PointRecord]) -> list[float] | str:
     """Accuracy is the mean over tasks and seeds; speed is sum over sum."""
     for job, record in zip(jobs, records, strict=True):
-        if record.result is None or record.failure is not None:
+        if not record.is_complete(job.settings):
             return record.failure["error"] if record.failure else f"{job.point.label} did not complete"
+    records = [record.of_the_result() for record in records]
     tokens = sum(record.new_tokens for record in records)
     nfe = sum(sample["stats"].get("nfe", 0) for record in records for sample in record.samples.values())
     seconds = sum(record.decoding_seconds for record in records)
@@ -130,10 +157,11 @@ def _objectives(wanted: Search, jobs: Sequence[Job], records: Sequence[PointReco
     return [values[name] for name in wanted.objectives]
 
 
-def _fixed(wanted: Search) -> str:
-    """What makes trials comparable."""
-    import hashlib
-    import json
-
-    content = [wanted.space, wanted.decoding, wanted.objectives]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+def _what_is_searched(sweep: Sweep, model: str, wanted: Search) -> str:
+    """What makes trials comparable: another space, other weights, tasks or code are another search."""
+    plan = sweep.plan
+    asked = [(asdict(task), plan.settings[task.task]) for task in plan.study.tasks]
+    sought = [wanted.space, with_files(wanted.decoding), wanted.objectives]
+    arguments = {key: value for key, value in plan.study.models[model].items() if key not in HUB_ONLY}
+    run = [plan.identities[model], arguments, plan.code, plan.study.seeds, plan.study.batch_size]
+    return of_plain(run, asked, sought)

@@ -2,7 +2,8 @@
 
 Every line carries a checksum and is on the disk (``fsync``) before the next sample is waited for. A process may be
 killed at any moment: what it was writing is an unreadable line, which is skipped from then on and counted; everything
-before it stands. Nothing is ever overwritten.
+before it stands. Nothing is ever overwritten. What a line must hold is checked when it is read (:data:`_HOLDS`), so
+that whoever reads a record need not.
 
 Kinds of lines, by ``kind``:
 
@@ -11,7 +12,7 @@ point      what the point is: model, options, task, seed, code version
 segment    a process begins (or goes on) with the point: environment and rows in flight
 sample     a response with its statistics; ``elapsed`` seconds since the segment began to decode
 memory     memory ran out in this segment; how many rows went on
-result     the harness's scores of the complete point
+result     the harness's scores of the complete point, and the names of the samples that they are of
 failure    why the point could not be completed; it is tried again by the next run
 =========  ==========================================================================================
 """
@@ -19,18 +20,22 @@ failure    why the point could not be completed; it is tried again by the next r
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from s2d2_lmeval.errors import StudyError
+from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.harness.responses import TracedResponse
+from s2d2_lmeval.harness.secrets import redacted
+from s2d2_lmeval.studies.reading import shown
 
 if TYPE_CHECKING:
     from s2d2_lmeval.decoding.generation import Step
@@ -40,6 +45,7 @@ ORDERS_KEPT = 4
 """Documents of each point whose decoding order is kept, for the picture of it."""
 
 Line = dict[str, Any]
+OnSample = Callable[[Line, int], None]
 
 
 class StorageError(StudyError):
@@ -49,35 +55,102 @@ class StorageError(StudyError):
 def encode_line(line: Mapping[str, Any]) -> bytes:
     """``line`` as one line of JSON with its checksum."""
     text = json.dumps({**line, "check": _check(line)}, ensure_ascii=False, separators=(",", ":"))
-    return text.encode() + b"\n"
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def decode_line(data: bytes) -> Line | None:
     """What :func:`encode_line` wrote; None for anything else."""
     try:
         line = json.loads(data)
-    except ValueError:
+        if not isinstance(line, dict) or line.pop("check", None) != _check(line):
+            return None
+        holds = _HOLDS.get(line.get("kind", ""))
+    except (ValueError, RecursionError, TypeError):
         return None
-    if not isinstance(line, dict) or "kind" not in line or line.pop("check", None) != _check(line):
-        return None
-    return line
+    return (
+        line if holds is not None and all(name in line and fits(line[name]) for name, fits in holds.items()) else None
+    )
 
 
 def _check(line: Mapping[str, Any]) -> str:
     text = json.dumps(line, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds)
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a number that can be added up."""
+    return isinstance(value, (int, float)) and -1e18 < value < 1e18
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _values(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _is_statistic(value: Any) -> bool:
+    return not isinstance(value, (int, float)) or is_number(value)
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _is_count(value[0]) and is_number(value[1])
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_count, value))
+
+
+def _is_optional_dict(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+_HOLDS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "point": {"definition": _is(dict)},
+    "segment": {"number": _is_count, "environment": _is(dict), "rows": _is(int, str), "decoding": _is_optional_dict},
+    "sample": {
+        "name": _is(str),
+        "text": _is(str),
+        "stats": _values(_is_statistic),
+        "accepted": _all(_is_count),
+        "order": lambda value: value is None or _all(_is_place)(value),
+        "segment": _is_count,
+        "elapsed": is_number,
+    },
+    "memory": {"rows": _is(int, str)},
+    "result": {
+        "settings": _is(dict),
+        "samples": _all(_is(str)),
+        "metrics": _values(is_number),
+        "documents": _values(_all(_is_score)),
+        "metric_list": _all(_is(str)),
+        "filters": _all(_is(str)),
+    },
+    "failure": {"error": _is(str)},
+}
+"""Kind of line -> what it must hold to be believed."""
 
 
 @dataclass
 class PointRecord:
     """What a point's file says.
 
-    ``unreadable`` are the numbers of lines that are no whole lines (from 1): a write that was cut short, or damage.
-    Where a request was answered twice (its first line was damaged) the last answer counts.
+    ``unreadable`` are the numbers of lines (from 1) that are no whole lines, stand before the file says what it is of,
+    or are samples of a segment that is lost: a write that was cut short, or damage. Where a request was answered twice
+    (its first line was damaged) the last answer counts.
     """
 
     point: Line = field(default_factory=dict)
-    segments: list[Line] = field(default_factory=list)
+    segments: dict[int, Line] = field(default_factory=dict)
     samples: dict[str, Line] = field(default_factory=dict)
     memory: list[Line] = field(default_factory=list)
     result: Line | None = None
@@ -97,14 +170,37 @@ class PointRecord:
             last[sample["segment"]] = max(last.get(sample["segment"], 0.0), sample["elapsed"])
         return sum(last.values())
 
-    def add(self, line: Line) -> None:
-        """Take the next line in."""
+    def is_complete(self, settings: Mapping[str, Any] | None = None) -> bool:
+        """Whether there is a result with every sample that it is of; one of ``settings``, if given."""
+        result = self.result
+        return (
+            result is not None
+            and self.failure is None
+            and bool(result["samples"])
+            and all(name in self.samples for name in result["samples"])
+            and (settings is None or result["settings"] == settings)
+        )
+
+    def of_the_result(self) -> PointRecord:
+        """The same with the samples that the result is of, and no others (of more documents, of another prompt)."""
+        assert self.result is not None
+        samples = {name: self.samples[name] for name in self.result["samples"]}
+        used = {sample["segment"] for sample in samples.values()}
+        segments = {number: segment for number, segment in self.segments.items() if number in used}
+        return replace(self, samples=samples, segments=segments)
+
+    def add(self, line: Line) -> bool:
+        """Take the next line in; whether it has a place here."""
         kind = line["kind"]
         if kind == "point":
             self.point = line
+        elif not self.point:
+            return False
         elif kind == "segment":
-            self.segments.append(line)
+            self.segments[line["number"]] = line
         elif kind == "sample":
+            if line["segment"] not in self.segments:
+                return False
             self.samples[line["name"]] = line
         elif kind == "memory":
             self.memory.append(line)
@@ -112,18 +208,27 @@ class PointRecord:
             self.result, self.failure = line, None
         elif kind == "failure":
             self.failure = line
+        return True
 
 
 def read_point(path: Path) -> PointRecord:
-    """The record in ``path``; an empty one if there is no such file."""
+    """The record in ``path``; an empty one if there is no such file, a failure alone if it is another point's.
+
+    :raises StudyError: when it cannot be read at all.
+    """
     record = PointRecord()
-    if path.exists():
-        for number, data in enumerate(path.read_bytes().split(b"\n"), 1):
-            line = decode_line(data) if data else None
-            if line is not None:
-                record.add(line)
-            elif data:
-                record.unreadable.append(number)
+    try:
+        data = path.read_bytes() if path.is_file() else b""
+    except OSError as error:
+        raise StudyError(f"{path} cannot be read: {error.strerror or error}.") from None
+    for number, text in enumerate(data.split(b"\n"), 1):
+        line = decode_line(text) if text else None
+        if text and (line is None or not record.add(line)):
+            record.unreadable.append(number)
+    if record.point and of_plain(record.point["definition"]) != path.stem:
+        of = shown(record.point.get("label", "another point"))
+        foreign = f"{path} holds the results of something else ({of}): it was copied or renamed. Move it away."
+        return PointRecord(failure={"kind": "failure", "error": foreign})
     return record
 
 
@@ -134,16 +239,16 @@ class PointStore:
 
     shows_progress = True
 
-    def __init__(self, path: Path, on_sample: Callable[[Line], None] | None = None) -> None:
+    def __init__(self, path: Path, on_sample: OnSample | None = None) -> None:
         """
-        :param on_sample: told of every sample that is added.
-        :raises StudyError: when another process has the file open.
+        :param on_sample: told of every sample that is added, and how many the point has now.
+        :raises StudyError: when another process has the file open, or it is another point's.
         :raises StorageError: when it cannot be written.
         """
         self.path = path
         self._on_sample = on_sample
-        self._began = 0.0
-        self._orders = 0
+        self._began, self._done = 0.0, 0
+        self.asked: dict[str, None] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = path.open("ab", buffering=0)
@@ -156,9 +261,15 @@ class PointStore:
             raise StudyError(f"another process is working on {path}; wait for it, or use another folder.") from None
         except OSError:  # a file system without locks
             pass
-        self.record = read_point(path)
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._write(b"\n")  # what was cut short stays, as a line of its own
+        try:
+            self.record = read_point(path)
+            if self.record.failure is not None and not self.record.point:
+                raise StudyError(self.record.failure["error"])
+            if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+                self._write(b"\n")  # what was cut short stays, as a line of its own
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> PointStore:
         return self
@@ -171,16 +282,22 @@ class PointStore:
 
         :raises StorageError: when it has not.
         """
-        line: Line = {"kind": kind, **content}
+        line: Line = {"kind": kind, **(redacted(content) if kind in ("result", "failure") else content)}
         self._write(encode_line(line))
         self.record.add(line)
         return line
+
+    def begin_segment(self, **about: Any) -> None:
+        """A process begins (or goes on) with the point."""
+        self.append("segment", number=1 + max(self.record.segments, default=-1), **about)
 
     def _write(self, data: bytes) -> None:
         try:
             while data:
                 data = data[self._file.write(data) :]
             os.fsync(self._file.fileno())
+            if not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+                raise FileNotFoundError(errno.ENOENT, "it was replaced by another file")
         except OSError as error:
             raise _cannot_write(self.path, error) from None
 
@@ -188,11 +305,13 @@ class PointStore:
 
     def find(self, prompt: Prompt) -> TracedResponse | None:
         """The response that is on disk."""
+        self.asked[prompt.name] = None
         sample = self.record.samples.get(prompt.name)
         return TracedResponse(sample["text"], sample["stats"]) if sample is not None else None
 
     def decoding_begins(self) -> None:
         """Start the clock of this segment."""
+        self._done = sum(name in self.record.samples for name in self.asked)
         self._began = time.perf_counter()
 
     def add(self, prompt: Prompt, response: TracedResponse, steps: Sequence[Step]) -> None:
@@ -203,14 +322,16 @@ class PointStore:
             "text": str(response),
             "stats": dict(response.stats),
             "accepted": acceptance_lengths(steps),
-            "segment": len(self.record.segments) - 1,
+            "order": None,
+            "segment": max(self.record.segments),
             "elapsed": time.perf_counter() - self._began,
         }
         if prompt.document is not None and prompt.document < ORDERS_KEPT and not prompt.occurrence:
             content["order"] = decoding_order(steps)
         line = self.append("sample", **content)
         if self._on_sample is not None:
-            self._on_sample(line)
+            self._done += 1
+            self._on_sample(line, self._done)
 
 
 def acceptance_lengths(steps: Sequence[Step]) -> list[int]:
@@ -230,16 +351,16 @@ def decoding_order(steps: Sequence[Step]) -> list[list[int]]:
     return sorted(decided.values(), key=lambda place: (place[1], place[0]))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``, at once or not at all.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace ``path`` by ``content``, at once or not at all.
 
     :raises StorageError: when it cannot be written.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
@@ -250,6 +371,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"cannot write {path}: {error.strerror or error}. What was finished is kept; make room, and start again."
-    )
+    why = error.strerror or str(error)
+    if error.errno in (errno.ENOENT, errno.ESTALE):
+        return StorageError(f"cannot write {path}: {why}. It was moved or deleted meanwhile; start again.")
+    return StorageError(f"cannot write {path}: {why}. What was finished is kept; make room, and start again.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 from s2d2_lmeval.studies.backends import Backend, Observer
@@ -32,13 +32,13 @@ class Progress:
     def of(cls, job: Job) -> Progress:
         """What is on disk."""
         record = read_point(job.path)
-        nfe = sum(sample["stats"].get("nfe", 0) for sample in record.samples.values())
-        finished = record.result is not None and record.result["settings"] == job.settings()
+        finished = record.is_complete(job.settings)
+        record = record.of_the_result() if finished else record
         return cls(
             job,
-            done=job.documents if finished else min(len(record.samples), job.documents),
+            done=min(len(record.samples), job.samples),
             new_tokens=record.new_tokens,
-            nfe=nfe,
+            nfe=sum(sample["stats"].get("nfe", 0) for sample in record.samples.values()),
             seconds=record.decoding_seconds,
             state=COMPLETE if finished else WAITING,
             unreadable=len(record.unreadable),
@@ -79,7 +79,16 @@ class Sweep(Observer):
             from s2d2_lmeval.studies.search import search
 
             search(self)
+        self._look_again()
         return Counter(progress.state for progress in self.points.values())
+
+    def _look_again(self) -> None:
+        """What was complete must still be there at the end, and what says what it is of."""
+        for digest, progress in self.points.items():
+            if progress.state == COMPLETE and not read_point(progress.job.path).is_complete(progress.job.settings):
+                lost = f"its results are no longer in {progress.job.path}"
+                self.points[digest] = replace(progress, state=FAILED, error=lost)
+        self.plan.write_manifest()
 
     def evaluate(self, jobs: Iterable[Job]) -> list[PointRecord]:
         """Complete ``jobs``; what is on disk of each afterwards."""
@@ -95,7 +104,7 @@ class Sweep(Observer):
         """Of all points that are known, at the pace of this run; None before its first sample."""
         if not self.new_samples:
             return None
-        left = sum(one.job.documents - one.done for one in self.points.values() if one.state in (WAITING, RUNNING))
+        left = sum(one.job.samples - one.done for one in self.points.values() if one.state in (WAITING, RUNNING))
         return left * (perf_counter() - self._begun) / self.new_samples
 
     # What the back end tells
@@ -109,24 +118,24 @@ class Sweep(Observer):
         if self.watcher is not None:
             self.watcher.started(job)
 
-    def sample(self, job: Job, line: Line) -> None:
+    def sample(self, job: Job, line: Line, done: int) -> None:
         """See :class:`~s2d2_lmeval.studies.backends.Observer`."""
         progress = self.points[job.digest]
         self.new_samples += 1
         self._told[job.digest] += 1
-        progress.done = min(progress.done + 1, job.documents)
+        progress.done = done
         progress.new_tokens += line["stats"].get("new_tokens", 0)
         progress.nfe += line["stats"].get("nfe", 0)
         progress.seconds = self._seconds_before[job.digest] + line["elapsed"]
         if self.watcher is not None:
-            self.watcher.sample(job, line)
+            self.watcher.sample(job, line, done)
 
     def ended(self, job: Job, outcome: Outcome) -> None:
         """See :class:`~s2d2_lmeval.studies.backends.Observer`."""
         progress = self.points[job.digest] = Progress.of(job)
         # A worker in another process tells of its samples only now.
         self.new_samples += outcome.decoded - self._told[job.digest]
-        if outcome.error:
-            progress.state, progress.error = FAILED, outcome.error
+        if outcome.error or progress.state != COMPLETE:
+            progress.state, progress.error = FAILED, outcome.error or f"its results are no longer in {job.path}"
         if self.watcher is not None:
             self.watcher.ended(job, outcome)

@@ -12,7 +12,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from s2d2_lmeval.harness.model import S2D2LM
-from s2d2_lmeval.studies.planning import load_tasks
+from s2d2_lmeval.studies.tasks import load_tasks
 
 from .conftest import write_task
 

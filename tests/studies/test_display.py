@@ -29,7 +29,7 @@ def sweep_of(count: int, study: dict[str, Any], folder: Path) -> Sweep:
     plan: Any = _Plan(count, study)
     sweep = Sweep(plan, backend=None)  # type: ignore[arg-type]
     for place, point in enumerate(plan.study.points()):
-        job = Job(point, "m", "1", folder / f"{place:016x}.jsonl", 6, None, (), False)
+        job = Job(point, "m", "1", folder / f"{place:016x}.jsonl", {"samples": 6}, None, (), False)
         sweep.points[job.digest] = Progress.of(job)
     return sweep
 
@@ -41,7 +41,7 @@ def test_the_table_on_a_terminal(study: dict[str, Any], tmp_path: Path) -> None:
     first, second, _ = (progress.job for progress in sweep.points.values())
     with Display(console, sweep) as display:
         sweep.started(first)
-        sweep.sample(first, {"stats": {"new_tokens": 30, "nfe": 10}, "elapsed": 2.0})
+        sweep.sample(first, {"stats": {"new_tokens": 30, "nfe": 10}, "elapsed": 2.0}, 1)
         table = display._table()
         sweep.ended(second, Outcome(0, 0.0, "logits are not finite"))
     last = Console(file=io.StringIO(), width=120)

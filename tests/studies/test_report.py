@@ -12,6 +12,7 @@ import pytest
 
 from s2d2_lmeval.cli import main
 from s2d2_lmeval.errors import StudyError
+from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.studies.report import headline, write_report
 from s2d2_lmeval.studies.results import read_results
 from s2d2_lmeval.studies.store import PointStore
@@ -24,15 +25,16 @@ def write_study(folder: Path, points: Mapping[str, Mapping[str, Any]], **manifes
     """A folder of results: decoding -> right (documents answered rightly), nfe, seconds and what differs otherwise."""
     listed = {}
     for number, (name, about) in enumerate(points.items()):
-        digest = f"{number:016x}"
+        definition = {"number": number}
+        digest = of_plain(definition)
         decoder = about.get("decoder", name)
         for_point = {"model": "m", "task": about.get("task", "t"), "decoding": name.partition("#")[0]}
         listed[digest] = {**for_point, "options": {"decoder": decoder}, "seed": about.get("seed", 0)}
         with PointStore(folder / "points" / f"{digest}.jsonl") as store:
-            store.append("point", definition={})
-            for _ in range(about.get("segments", 1)):
+            store.append("point", definition=definition)
+            for _ in range(segments := about.get("segments", 1)):
                 environment = about.get("environment", ENVIRONMENT)
-                store.append("segment", environment=environment, rows=8, decoding={"decoder": decoder})
+                store.begin_segment(environment=environment, rows=8, decoding={"decoder": decoder})
             right = about["right"]
             for document in range(20):
                 stats = {"new_tokens": 10, "nfe": about["nfe"], "draft_forwards": about["nfe"], "verify_forwards": 0}
@@ -40,7 +42,13 @@ def write_study(folder: Path, points: Mapping[str, Mapping[str, Any]], **manifes
                 order = [[5 + place, place // 4, 1 + place % 2] for place in range(10)]
                 elapsed = about["seconds"] * (document + 1) / 20
                 content = {"accepted": [6] if decoder == "s2d2" else [], "order": order if document < 2 else None}
-                content |= {"stats": stats, "segment": 0, "elapsed": elapsed, "document": document, "text": ""}
+                content |= {
+                    "stats": stats,
+                    "segment": document % segments,
+                    "elapsed": elapsed,
+                    "document": document,
+                    "text": "",
+                }
                 store.append("sample", name=str(document), **content)
             if about.get("failure"):
                 store.append("failure", error=about["failure"], traceback="")
@@ -49,6 +57,7 @@ def write_study(folder: Path, points: Mapping[str, Mapping[str, Any]], **manifes
                 metrics = {"exact,none": len(right) / 20, "other,none": 0.25, "nfe,decode": 1.0}
                 documents = {"exact,none": scores}
                 names = {"metric_list": ["exact", "other", "nfe"], "filters": ["none", "decode"]}
+                names["samples"] = [str(document) for document in range(20)]
                 store.append("result", settings={}, metrics=metrics, documents=documents, **names)
     content = {"name": "x", "code": "1", "models": {"m": "i"}, "baselines": {}, "metrics": {}, "study": {}}
     (folder / "study.json").write_text(json.dumps({**content, "points": listed, **manifest}))
@@ -116,7 +125,8 @@ def test_what_is_missing_or_doubtful_is_said(tmp_path: Path) -> None:
     }
     folder = write_study(tmp_path, points)
     (folder / "points" / "stray.jsonl").write_text("{}\n")
-    with (folder / "points" / f"{0:016x}.jsonl").open("a") as file:
+    first = next(iter(json.loads((folder / "study.json").read_text())["points"]))
+    with (folder / "points" / f"{first}.jsonl").open("a") as file:
         file.write("garbage\n")
     results = read_results(folder)
     said = " ".join(results.problems)

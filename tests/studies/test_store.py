@@ -12,6 +12,7 @@ import pytest
 
 from s2d2_lmeval.decoding.generation import ACCEPTED, RESAMPLED, Step
 from s2d2_lmeval.errors import StudyError
+from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.harness.prompts import Prompt
 from s2d2_lmeval.harness.responses import TracedResponse
 from s2d2_lmeval.studies.store import PointStore, decode_line, encode_line, read_point, write_whole
@@ -31,18 +32,28 @@ STEPS = [
 ]
 
 
+NAME = of_plain({})
+"""Of the file of a point with this definition."""
+
+
+def begin(store: PointStore) -> PointStore:
+    if not store.record.point:
+        store.append("point", definition={})
+    store.begin_segment(environment={}, rows=4, decoding=None)
+    store.decoding_begins()
+    return store
+
+
 def fill(path: Path, count: int = 5) -> None:
     with PointStore(path) as store:
-        store.append("point", definition={})
-        store.append("segment", rows=4)
-        store.decoding_begins()
+        begin(store)
         for document in range(count):
             store.add(prompt(document), response(f"answer {document} \u2028 ü"), STEPS)
 
 
 def test_responses_come_back_with_their_statistics(tmp_path: Path) -> None:
-    fill(tmp_path / "p")
-    with PointStore(tmp_path / "p") as store:
+    fill(tmp_path / NAME)
+    with PointStore(tmp_path / NAME) as store:
         found = store.find(prompt(3))
         assert found == "answer 3 \u2028 ü"
         assert found is not None
@@ -52,20 +63,22 @@ def test_responses_come_back_with_their_statistics(tmp_path: Path) -> None:
         sample = store.record.samples[prompt(0).name]
         assert sample["accepted"] == [1]
         assert sample["order"] == [[8, 1, ACCEPTED], [9, 1, RESAMPLED]]
-        assert "order" not in store.record.samples[prompt(4).name]
+        assert store.record.samples[prompt(4).name]["order"] is None
 
 
 def test_seconds_of_segments_add_up(tmp_path: Path) -> None:
-    with PointStore(tmp_path / "p") as store:
+    with PointStore(tmp_path / NAME) as store:
         for segment, elapsed in ((0, 1.0), (0, 3.0), (1, 2.0)):
-            stats = {"new_tokens": 10}
-            store.append("sample", name=str(elapsed), stats=stats, segment=segment, elapsed=elapsed)
-    record = read_point(tmp_path / "p")
+            if segment == len(store.record.segments):
+                begin(store)
+            content = {"stats": {"new_tokens": 10}, "text": "", "accepted": [], "order": None}
+            store.append("sample", name=str(elapsed), segment=segment, elapsed=elapsed, **content)
+    record = read_point(tmp_path / NAME)
     assert (record.decoding_seconds, record.new_tokens) == (5.0, 30)
 
 
 def test_a_write_that_was_cut_short_is_skipped_and_stays(tmp_path: Path) -> None:
-    path = tmp_path / "p"
+    path = tmp_path / NAME
     fill(path)
     whole = path.read_bytes()
     for cut in random.Random(1).sample(range(1, len(whole)), 40):
@@ -77,16 +90,16 @@ def test_a_write_that_was_cut_short_is_skipped_and_stays(tmp_path: Path) -> None
             record = store.record
             found = bool(record.point) + len(record.segments) + len(record.samples)
             assert (found, len(record.unreadable)) == (complete, torn)
-            store.append("segment", rows=1)
+            begin(store)
         assert path.read_bytes().startswith(whole[:cut])
         again = read_point(path)
         assert len(again.samples) == len(record.samples)
-        assert again.segments[-1] == {"kind": "segment", "rows": 1}
+        assert list(again.segments) == list(range(len(record.segments)))
         assert len(again.unreadable) == torn
 
 
 def test_damage_in_the_middle_costs_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "p"
+    path = tmp_path / NAME
     fill(path)
     lines = path.read_bytes().split(b"\n")
     lines[3] = lines[3].replace(b"answer 1", b"answer 7")
@@ -96,8 +109,7 @@ def test_damage_in_the_middle_costs_one_line(tmp_path: Path) -> None:
     assert len(record.samples) == 4
     with PointStore(path) as store:
         assert store.find(prompt(1)) is None
-        store.decoding_begins()
-        store.add(prompt(1), response("answer 1"), ())
+        begin(store).add(prompt(1), response("answer 1"), ())
     assert len(read_point(path).samples) == 5
 
 
@@ -107,7 +119,7 @@ def test_what_is_no_line(data: bytes) -> None:
 
 
 def test_lines_survive_whatever_a_model_writes() -> None:
-    line = {"kind": "sample", "text": '\n\r\x00\u2028\ud83d\ude00\\"', "value": 0.1, "big": 10**30}
+    line = {"kind": "point", "definition": {}, "text": '\n\r\x00\u2028\ud83d\ude00\\"', "value": 0.1, "big": 10**30}
     line["text"] = line["text"].encode("utf-16", "surrogatepass").decode("utf-16")
     data = encode_line(line)
     assert data.count(b"\n") == 1
@@ -115,19 +127,22 @@ def test_lines_survive_whatever_a_model_writes() -> None:
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    with PointStore(tmp_path / "p"), pytest.raises(StudyError, match="another process"):
-        PointStore(tmp_path / "p")
+    with PointStore(tmp_path / NAME), pytest.raises(StudyError, match="another process"):
+        PointStore(tmp_path / NAME)
 
 
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from s2d2_lmeval.studies.store import PointStore, StorageError
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 store = PointStore(Path(sys.argv[1]))
+store.append("point", definition={})
+store.begin_segment(environment={}, rows=4, decoding=None)
+content = {"stats": {}, "accepted": [], "order": None, "segment": 0, "elapsed": 0.0}
 try:
     for number in range(100):
-        store.append("sample", name=str(number), text="x" * 50)
+        store.append("sample", name=str(number), text="x" * 50, **content)
 except StorageError as error:
     print(error)
 """
@@ -136,14 +151,14 @@ except StorageError as error:
 def test_a_full_disk_stops_with_a_message_and_loses_nothing(tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk: the write fails half way."""
     assert resource.RLIMIT_FSIZE
-    path = tmp_path / "p"
+    path = tmp_path / NAME
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True)
     assert "make room, and start again" in done.stdout
     record = read_point(path)
     assert len(record.samples) >= 5
     assert [sample["text"] for sample in record.samples.values()] == ["x" * 50] * len(record.samples)
     with PointStore(path) as store:
-        store.append("sample", name="next", text="")
+        begin(store).add(prompt(9), response("next"), ())
     assert len(read_point(path).samples) == len(record.samples) + 1
 
 

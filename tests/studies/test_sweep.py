@@ -183,7 +183,7 @@ def test_results_of_other_code_or_weights_do_not_mix(
     (old,) = (tmp_path / "points").iterdir()
     for name, value, message in (
         ("code_version", lambda: "0+x", "code version"),
-        ("of_source", lambda *_: "y", "model"),
+        ("model_identity", lambda _: "y", "model"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(f"s2d2_lmeval.studies.planning.{name}", value)
