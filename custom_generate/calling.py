@@ -12,7 +12,8 @@ from torch import nn
 
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.generation import Generation
-from s2d2_lmeval.errors import RequestError
+from s2d2_lmeval.decoding.sampling_options import GREEDY
+from s2d2_lmeval.errors import ConfigError, RequestError
 from s2d2_lmeval.families import adopt
 from s2d2_lmeval.model import BlockDiffusionModel, load
 
@@ -46,14 +47,19 @@ HARNESS_ARGUMENTS = frozenset(
 _ready: WeakKeyDictionary[nn.Module, BlockDiffusionModel] = WeakKeyDictionary()
 
 
-def decoding_options(arguments: Mapping[str, Any], *, sampled_by_temperature: bool = False) -> dict[str, Any]:
+def decoding_options(arguments: Mapping[str, Any], *, temperature: float | None = None) -> dict[str, Any]:
     """``arguments`` without those of the harness; what is left must be decoding options.
 
-    Where the published function is ``sampled_by_temperature``, ``do_sample`` is left out too: harnesses say False
-    whatever the temperature.
+    Where the published function samples by its ``temperature`` alone, ``do_sample`` is left out too: harnesses say
+    False whatever the temperature.
+
+    Raises:
+        ConfigError: samples are asked for at temperature zero.
     """
-    without = HARNESS_ARGUMENTS | {"do_sample"} if sampled_by_temperature else HARNESS_ARGUMENTS
-    return {name: value for name, value in arguments.items() if name not in without}
+    options = {name: value for name, value in arguments.items() if name not in HARNESS_ARGUMENTS}
+    if temperature is not None and options.pop("do_sample", False) and temperature < GREEDY:
+        raise ConfigError("do_sample=true contradicts temperature=0, which is greedy: give a temperature, such as 1.0.")
+    return options
 
 
 def one_prompt(input_ids: torch.Tensor) -> list[int]:

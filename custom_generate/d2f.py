@@ -159,7 +159,7 @@ def _decode(
             "suppress_mask_token": False,  # the published code may predict the mask
         }
     )
-    extra = decoding_options(kwargs, sampled_by_temperature=True)
+    extra = decoding_options(kwargs, temperature=temperature)
     budget = extra.pop("max_gen_toks", arguments["max_new_tokens"])
     blocks = min(budget, arguments["max_length"] - len(prompt)) // block
     config = config.replace(**extra, max_new_tokens=max(blocks, 0) * block)

@@ -138,7 +138,7 @@ def _decode(
         temperature=arguments["temperature"] if sampled else 1.0,
         random_source=arguments["random_source"],
         schedule=arguments["schedule"],
-    ).replace(**decoding_options({name: value for name, value in kwargs.items() if name != "do_sample"}))
+    ).replace(**decoding_options(kwargs, temperature=arguments["temperature"]))
     answer = engine.generate([prompt], config)[0]
     new = answer.token_ids[:budget]
     rounds = answer.steps[1:]

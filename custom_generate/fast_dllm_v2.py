@@ -161,7 +161,7 @@ def _decode(decoder: str, arguments: Mapping[str, Any], kwargs: Mapping[str, Any
             "suppress_mask_token": False,  # the published code may predict the mask
         }
     )
-    config = config.replace(**decoding_options(kwargs, sampled_by_temperature=True))
+    config = config.replace(**decoding_options(kwargs, temperature=temperature))
     engine = ready(
         arguments["model"], family="fast_dllm_v2", mask_token_id=arguments["mask_id"], block_length=config.block_length
     )

@@ -8,8 +8,9 @@ Two ways to the same decoder::
     model.generate(**inputs, custom_generate=generate, decoder="s2d2")
 
 ``model`` is any transformers model of a known family; its weights are shared, not copied. Lengths, sampling and stops
-are those of ``model.generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
-``eos_token_id``, ``pad_token_id``, ``stopping_criteria``. Decoding options are those of
+are those of ``model.generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``,
+``typical_p``, ``suppress_tokens``, ``bad_words_ids`` and ``sequence_bias`` of single tokens, ``eos_token_id``,
+``pad_token_id``, ``stopping_criteria``. Decoding options are those of
 :class:`s2d2_lmeval.DecodingConfig`; what is not given is the family's published setting. Left-padded batches are
 decoded together.
 """
@@ -17,6 +18,7 @@ decoded together.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -26,17 +28,29 @@ from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
     MaxLengthCriteria,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from s2d2_lmeval import DecodingConfig, Generation
 from s2d2_lmeval.custom_generate.calling import ready
 from s2d2_lmeval.decoding.config import SYNONYMS
+from s2d2_lmeval.decoding.names import FOREIGN
 from s2d2_lmeval.errors import RequestError
 
-_OWN_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+_OF_A_ROW = (
+    *(TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper),
+    *(SuppressTokensLogitsProcessor, NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor),
+)
+"""What changes one row of logits and looks at nothing else. The decoders do it themselves, to drafts too."""
+_FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 _OWN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
 _IN_GENERATION_CONFIG = frozenset(GenerationConfig().__dict__)
 # transformers takes an argument out of its generation config if this function names it, and refuses it if neither does.
@@ -46,6 +60,8 @@ OPTIONS = frozenset(
     if name not in _IN_GENERATION_CONFIG and SYNONYMS.get(name, name) not in _IN_GENERATION_CONFIG
 )
 _UNPREPARED: Any = object()
+
+logger = logging.getLogger("s2d2_lmeval")
 
 
 def generate(
@@ -88,7 +104,7 @@ def generate(
         )
     if input_ids is None or generation_config is None:
         raise RequestError("Call model.generate(custom_generate=…), which prepares what this function needs.")
-    _refuse_other_modes(generation_config, logits_processor)
+    _refuse_other_modes(model, generation_config, logits_processor)
     engine, settings = ready(model), generation_config
     config = engine.config(_options(settings, {name: kwargs[name] for name in kwargs.keys() & OPTIONS}))
     prompts = _unpadded(input_ids, kwargs.get("attention_mask"))
@@ -104,14 +120,25 @@ def generate(
     return GenerateDecoderOnlyOutput(sequences=sequences) if settings.return_dict_in_generate else sequences
 
 
-def _refuse_other_modes(config: GenerationConfig, processors: LogitsProcessorList | None) -> None:
-    if (config.num_beams or 1) > 1:
+def _refuse_other_modes(
+    model: PreTrainedModel, settings: GenerationConfig, processors: LogitsProcessorList | None
+) -> None:
+    if (settings.num_beams or 1) > 1:
         raise RequestError("Blocks are not decoded by beam search: leave num_beams at 1.")
-    foreign = [type(item).__name__ for item in processors or () if not isinstance(item, _OWN_WARPERS)]
+    foreign = [item for item in processors or () if not isinstance(item, _OF_A_ROW)]
+    if settings.repetition_penalty == model.generation_config.repetition_penalty:
+        # Nobody asked for it: it is the checkpoint's habit.
+        kept = [item for item in foreign if not isinstance(item, RepetitionPenaltyLogitsProcessor)]
+        if len(kept) < len(foreign):
+            logger.warning(
+                "repetition_penalty=%s of generation_config.json is left out: %s.",
+                *(settings.repetition_penalty, FOREIGN["repetition_penalty"].advice.partition(":")[0]),
+            )
+        foreign = kept
     if foreign:
         raise RequestError(
-            f"{', '.join(foreign)} changes the logits of one next token at a time, which blocks do not have. "
-            "Leave the option behind it out (min_new_tokens, repetition_penalty, …)."
+            f"{', '.join(type(item).__name__ for item in foreign)} looks at the tokens before, and a block's tokens "
+            "are decided together. Leave the option behind it out (min_new_tokens, repetition_penalty, …)."
         )
 
 
@@ -120,13 +147,16 @@ def _options(settings: GenerationConfig, given: dict[str, Any]) -> dict[str, Any
     options: dict[str, Any] = {"do_sample": bool(settings.do_sample), "trim_stop_tokens": False}
     if settings.do_sample:
         options["seed"] = int(torch.randint(2**31, ()).item())
-        for name in ("temperature", "top_k", "top_p"):
-            if getattr(settings, name) is not None:
-                options[name] = getattr(settings, name)
+        options |= {name: getattr(settings, name) for name in _FILTERS}
+    stops = () if settings.eos_token_id is None else _as_tuple(settings.eos_token_id)
+    # A stop token is never a bad word to transformers.
+    bad_words = [word for word in settings.bad_words_ids or () if tuple(word) not in {(stop,) for stop in stops}]
+    options["suppress_tokens"] = [*(settings.suppress_tokens or ()), *bad_words]
+    options["logit_bias"] = settings.sequence_bias
     named = {SYNONYMS.get(name, name) for name in given}
-    if settings.eos_token_id is not None and "stop_token_ids" not in named:
-        options["stop_token_ids"] = _as_tuple(settings.eos_token_id)
-    return {**options, **given}
+    if stops and "stop_token_ids" not in named:
+        options["stop_token_ids"] = stops
+    return {**{name: value for name, value in options.items() if name not in named}, **given}
 
 
 def _as_tuple(ids: Any) -> tuple[int, ...]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 LONGEST = 1200
 """Characters of a message. What a damaged file says may be quoted in one, and is as long as it likes."""
+LONGEST_SHOWN = 80
 
 
 class S2D2Error(ValueError):
@@ -48,3 +51,12 @@ class CapacityError(S2D2Error):
 
 class StudyError(S2D2Error):
     """A study that contradicts itself, or a folder of results that cannot be gone on with."""
+
+
+def shown(value: Any) -> str:
+    """``value`` in a message: short, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits, or an object's own fault
+        text = f"a {type(value).__name__} that cannot be written out"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 1]}…"

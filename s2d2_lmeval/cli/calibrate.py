@@ -80,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
     hide_loading_bars()
     source, options = _arguments(args.model_args)
     texts = read_prompts(args.prompts, args.limit) if args.prompts else task_prompts(args.tasks, args.limit)
-    where = {name: str(options.pop(name)) for name in ("device", "dtype", "revision") if name in options}
-    model, tokenizer, decoding = open_model(source, options, **where)
+    model, tokenizer, decoding = open_model(source, options)
     config = model.config(decoding)
     if "stop_token_ids" not in decoding and tokenizer.eos_token_id is not None:
         config = config.replace(stop_token_ids=tuple(dict.fromkeys((*config.stop_token_ids, tokenizer.eos_token_id))))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.decoding.editing_options import EditingOptions
+from s2d2_lmeval.decoding.names import changes_nothing, nearest
 from s2d2_lmeval.decoding.options import (
     DECODERS,
     DENOISERS,
@@ -23,10 +23,11 @@ from s2d2_lmeval.decoding.options import (
 from s2d2_lmeval.decoding.pipelined_options import PipelinedOptions
 from s2d2_lmeval.decoding.presets import PresetOption, preset_options, published_setting
 from s2d2_lmeval.decoding.routing_options import RoutingOptions
+from s2d2_lmeval.decoding.sampling_options import GREEDY, SamplingOptions
 from s2d2_lmeval.decoding.sliding_options import SlidingOptions
 from s2d2_lmeval.decoding.spiffy_options import SpiffyOptions, accelerated, default_base, misfit
 from s2d2_lmeval.decoding.tree_options import TreeOptions
-from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
@@ -42,7 +43,14 @@ _ACCEPTANCES = {"s2d2": ("stochastic", "greedy"), "sliding": ("keyed", "rejectio
 
 @dataclass(frozen=True)
 class DecodingConfig(
-    PresetOption, EditingOptions, PipelinedOptions, RoutingOptions, SlidingOptions, SpiffyOptions, TreeOptions
+    PresetOption,
+    EditingOptions,
+    PipelinedOptions,
+    RoutingOptions,
+    SlidingOptions,
+    SpiffyOptions,
+    TreeOptions,
+    SamplingOptions,
 ):
     """How to decode. Defaults are those of the published functions; :meth:`from_options` lays a family's paper setting
     under them.
@@ -80,22 +88,6 @@ class DecodingConfig(
         "other tokens",
         decoders=("dynamic", "s2d2"),
         schemes=("subblock",),
-    )
-
-    random_source: object = option("keyed", "keyed (by request and position), fixed, torch, or an object of your own")
-    seed: int = option(0, "seed of keyed randomness")
-    do_sample: bool = option(False, "sample the draft; otherwise it is the arg-max")
-    temperature: float = option(1.0, "softmax temperature of draft and verifier", low=0.0)
-    top_k: int = option(0, "keep the k most probable tokens; 0: all", low=0)
-    top_p: float = option(1.0, "keep the smallest set of tokens with this probability", low=0.0, high=1.0)
-    sample_first_token: bool = option(
-        False,
-        "with do_sample, sample a block's first token too, which published code takes as the arg-max",
-        decoders=("dynamic", "s2d2"),
-        schemes=("subblock",),
-    )
-    suppress_mask_token: bool = option(
-        True, "never predict the mask token (published code may; then a block's last steps forbid it)"
     )
 
     stop_token_ids: tuple[int, ...] = option((), "token ids that end the answer")
@@ -182,9 +174,9 @@ class DecodingConfig(
         if self.denoising_steps is None:
             object.__setattr__(self, "denoising_steps", self.block_length)
         sliding = self._sliding_faults(self.decoder, self.acceptance, self.random_source)
-        keyed = self.random_source in ("keyed", "fixed")
-        spiffy = self._spiffy_faults(self.decoder, self.schedule, keyed, self.sampled, self.use_block_cache)
-        for message in (*self._contradictions(), *self._unmet_needs(), *self._routing_faults(), *sliding, *spiffy):
+        spiffy = self._spiffy_faults(self.decoder, self.schedule, self.keyed, self.sampled, self.use_block_cache)
+        own = (*self._contradictions(), *self._unmet_needs(), *self._sampling_faults(), *self._routing_faults())
+        for message in (*own, *sliding, *spiffy):
             raise ConfigError(message)
 
     def _contradictions(self) -> Iterator[str]:
@@ -204,12 +196,6 @@ class DecodingConfig(
 
     def _unmet_needs(self) -> Iterator[str]:
         """What is wrong between options: one that needs another."""
-        keyed = self.random_source in ("keyed", "fixed")
-        if not keyed and self.random_source != "torch" and isinstance(self.random_source, str):
-            yield (
-                f"random_source={self.random_source!r}: use keyed, fixed, torch, or an object with uniform(n) and "
-                "categorical(probabilities)."
-            )
         if self.strategy == "entropy_bounded" and self.eb_threshold is None:
             yield "entropy_bounded needs eb_threshold, the entropy in nats that a step may decide, e.g. 0.35."
         if self.use_block_cache and self.draft_ver:
@@ -219,7 +205,7 @@ class DecodingConfig(
                 "schedule=lookahead keeps what the verifier computed, which is right only under AR-like caching: "
                 "set cache_ver=true and draft_ver=true, or use schedule=fused."
             )
-        if self.schedule == "lookahead" and not keyed:
+        if self.schedule == "lookahead" and not self.keyed:
             yield (
                 "schedule=lookahead drafts before it is known whether the draft is needed, so draws in the order of "
                 "calls would differ: use random_source=keyed, or schedule=fused."
@@ -239,11 +225,6 @@ class DecodingConfig(
     def steps_of(self) -> str:
         """The decoder whose denoising steps are made: another one's where it is accelerated."""
         return accelerated(self.decoder, self.base)
-
-    @property
-    def sampled(self) -> bool:
-        """Whether the draft is sampled rather than the arg-max."""
-        return self.do_sample and self.temperature >= 1e-6
 
     @property
     def token_causal(self) -> bool:
@@ -281,7 +262,7 @@ class DecodingConfig(
         :raises ConfigError: for a name that is no option (names the nearest), a value of the wrong type or out of
             range, an option of another decoder, or a contradiction.
         """
-        given, beneath = _normalised(options), _normalised(of_run or {})
+        given, beneath = _layer(options), _layer(of_run or {})
         base = given.get("base", beneath.get("base", default_base(facts)))
         given = {**(_own(given["decoder"], base, beneath) if "decoder" in given else beneath), **given}
         decoder = given.get("decoder", "s2d2" if facts is None else facts.decoders[0])
@@ -290,11 +271,13 @@ class DecodingConfig(
         below: dict[str, Any] = {}
         if facts is not None:
             _refuse_other_schemes(given, facts)
-            if "decoder" in given and decoder in DECODERS and decoder not in facts.decoders:
+            if "decoder" in given and decoder not in facts.decoders:
                 raise ConfigError(misfit(decoder, facts))
             below = published_setting(facts, given.get("block_length"))
         if preset is not None:
             below |= preset_options(preset, facts)
+        if given.get("do_sample") and below.get("temperature", 1.0) < GREEDY:
+            below.pop("temperature")  # asked for samples, not for the family's greedy setting
         return _made_from(preset, cls(**{**_own(decoder, base, {**below, "base": base}), "decoder": decoder, **given}))
 
     def replace(self, **options: Any) -> DecodingConfig:
@@ -322,6 +305,16 @@ class DecodingConfig(
             preset_options(self.preset, facts)
         if self.steps_of != self.decoder and self.base not in facts.decoders:
             raise ConfigError(misfit(self.base, facts, option="base"))
+        for name in ("block_length", "window", "draft_block_size"):
+            if (getattr(self, name) or 0) > facts.max_context:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} exceeds the {facts.max_context} positions of this checkpoint."
+                )
+        barred = {*self.suppress_tokens, facts.mask_token_id}
+        unknown = [token for token in (*self.suppress_tokens, *dict(self.logit_bias)) if token >= facts.vocab_size]
+        if unknown or len(barred) >= facts.vocab_size:
+            what = f"token id {unknown[0]} is outside" if unknown else "suppress_tokens leaves nothing of"
+            raise ConfigError(f"suppress_tokens, logit_bias: {what} the vocabulary of {facts.vocab_size}.")
         _refuse_other_schemes({name: getattr(self, name) for name in _fields_of(self.decoder, self.base)}, facts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -329,8 +322,8 @@ class DecodingConfig(
         values = {name: getattr(self, name) for name in _fields_of(self.decoder, self.base)}
         if not isinstance(values["random_source"], str):
             values["random_source"] = type(values["random_source"]).__name__
-        values["stop_token_ids"] = list(self.stop_token_ids)
-        return values
+        values |= {name: list(values[name]) for name in ("stop_token_ids", "suppress_tokens")}
+        return {**values, "logit_bias": dict(self.logit_bias)}
 
 
 def _made_from(preset: str | None, config: DecodingConfig) -> DecodingConfig:
@@ -350,24 +343,40 @@ def _own(decoder: str, base: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _normalised(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Published names for synonyms; refuse unknown names and a name given twice."""
-    names = {field.name for field in dataclasses.fields(DecodingConfig)}
+    """Published names for synonyms, values in their types; what is null or changes nothing is left out.
+
+    Refuses unknown names, and a name that is given twice.
+    """
+    if not isinstance(options, Mapping):
+        raise ConfigError(
+            f"decoding options are names and values, such as {{'block_length': 16}}, not {shown(options)}."
+        )
+    fields = {field.name: field for field in dataclasses.fields(DecodingConfig)}
     given: dict[str, Any] = {}
     for name, value in options.items():
-        target = SYNONYMS.get(name, name)
-        if target not in names:
-            near = get_close_matches(name, DecodingConfig.option_names(), n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{name} is not a decoding option.{hint}")
+        target = SYNONYMS.get(name, name) if isinstance(name, str) else ""
+        if target not in fields:
+            if changes_nothing(name, value):
+                continue
+            raise ConfigError(f"{shown(name)} is not a decoding option.{nearest(name, DecodingConfig.option_names())}")
+        if value is None and not str(fields[target].type).endswith("None"):
+            continue
+        value = checked(fields[target], value)
         if target in given and given[target] != value:
             raise ConfigError(f"{name} and another name of {target} are given with different values; give one of them.")
         given[target] = value
     return given
 
 
+def _layer(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as one source gives them: a temperature alone decides whether to sample."""
+    given = _normalised(options)
+    if "temperature" in given:
+        given.setdefault("do_sample", given["temperature"] >= GREEDY)
+    return given
+
+
 def _refuse_foreign(decoder: str, base: str, given: Mapping[str, Any]) -> None:
-    if decoder not in DECODERS:
-        return  # refused with its own message when the configuration is built
     known, also = _fields_of(decoder, base), f" with base={base}" if decoder == "spiffy" else ""
     for field in dataclasses.fields(DecodingConfig):
         owners = field.metadata["decoders"]

@@ -88,7 +88,7 @@ class DFlash(Target):
         config = self.config
         if not self._coupled:
             return logits.log_softmax(-1)
-        p = probabilities(logits, config.temperature, config.top_k, config.top_p)
+        p = probabilities(logits, config)
         ahead = torch.arange(self.depths, device=logits.device)
         position = (plan.length.unsqueeze(1) + ahead).flatten()
         key = random.Key(random.DRAFT, plan.key.repeat_interleave(self.depths), position, torch.zeros_like(position))

@@ -23,6 +23,7 @@ from s2d2_lmeval.decoding.pipelined_s2d2 import PipelinedS2D2
 from s2d2_lmeval.decoding.prefixes import SharedPrefixes
 from s2d2_lmeval.decoding.rows import KIND_OF_PHASE
 from s2d2_lmeval.decoding.s2d2 import S2D2
+from s2d2_lmeval.decoding.sampling import bias_of
 from s2d2_lmeval.decoding.sliding import Sliding
 from s2d2_lmeval.decoding.spiffy import EditingSpiffy, Spiffy
 from s2d2_lmeval.decoding.spiffy_options import misfit
@@ -155,14 +156,14 @@ class Engine:
         if decoder is None:
             raise ConfigError(misfit(self.config.decoder, self.facts))
         self.config.check_fits(self.facts)
+        self.bias = bias_of(self.config, self.facts.vocab_size, self.runner.device)
         # Published code prefills a prompt in one forward.
         published = self.config.schedule == "reference"
         seating = Seating(self.config, self.facts, requests, 1, self.runner.device, PREFILL_CHUNK)
         if published:
             seating = replace(seating, prefill_chunk=seating.longest)
         # The published draw order of a sequential source exists for one row only.
-        alone = self.config.random_source not in ("keyed", "fixed")
-        most = 1 if alone else min(self.limit.most(self.runner.device), len(requests))
+        most = 1 if not self.config.keyed else min(self.limit.most(self.runner.device), len(requests))
         if self.limit.automatic and most > 1:
             wanted = max(2 * self.config.block_length, LOGITS_OF_A_ROW)
             most = min(most, self.runner.rows_that_fit(decoder.seat(seating).capacity, wanted))
@@ -195,6 +196,8 @@ class Engine:
         started, model_seconds = clock.now(), self.runner.model_seconds
         plan = self.decoder.plan()
         logits = self.runner.forward(plan.request)
+        if self.bias is not None:
+            logits = logits + self.bias.to(logits.device)
         outcome = self.decoder.advance(logits)
         self.runner.settle()
         self.runner.commit(plan.request, outcome.kept, outcome.path)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import numbers
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
-from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.decoding.names import nearest
+from s2d2_lmeval.errors import ConfigError, shown
 
 STRATEGY_OF_DECODER = {
     "sequential": "sequential",
@@ -46,15 +49,22 @@ SYNONYMS = {
     "block_size": "block_length",
     "threshold": "confidence_threshold",
     "skip_threshold": "confidence_threshold",
-    "gen_length": "max_new_tokens",
     "max_gen_toks": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "gen_length": "max_new_tokens",
     "stopping_criteria_idx": "stop_token_ids",
     "stop_token": "stop_token_ids",
     "eos_id": "stop_token_ids",
+    "bad_words_ids": "suppress_tokens",
+    "sequence_bias": "logit_bias",
 }
 
 SCHEMES = ("block", "editing", "subblock", "pipelined", "autoregressive")
 """How a family lays out a generation (:attr:`s2d2_lmeval.families.Facts.scheme`)."""
+
+LARGEST = 2**31 - 1
+"""Of whole numbers that have no bound of their own: they are counted in tensors."""
 
 
 def option(
@@ -68,10 +78,12 @@ def option(
     high: float | None = None,
     init: bool = True,
     reasons: Mapping[str, str] | None = None,
+    neutral: tuple[Any, ...] = (),
 ) -> Any:
     """A field of :class:`~s2d2_lmeval.decoding.config.DecodingConfig` with what it takes to check and explain it.
 
-    ``reasons`` say why some values that one might expect are no choices.
+    ``reasons`` say why some values that one might expect are no choices; ``neutral`` are other tools' ways to write the
+    default.
     """
     metadata = {
         "meaning": meaning,
@@ -81,65 +93,120 @@ def option(
         "low": low,
         "high": high,
         "reasons": reasons or {},
+        "neutral": neutral,
     }
     return dataclasses.field(default=default, init=init, metadata=metadata)
 
 
 def checked(field: dataclasses.Field[Any], value: Any) -> Any:
-    """``value`` in the type of ``field``, within its choices and range."""
+    """``value`` in the type of ``field``, within its choices and range; None is the default."""
     name, meta = field.name, field.metadata
     kind = str(field.type).removesuffix(" | None")
-    if value is None and str(field.type).endswith("None"):
-        return None
-    value = _converted(name, kind, value)
+    if value is None:
+        return None if str(field.type).endswith("None") else field.default
+    value = converted(name, kind, value)
+    if value in meta["neutral"]:
+        return field.default
     if meta["choices"] is not None and value not in meta["choices"]:
-        near = get_close_matches(str(value), [str(choice) for choice in meta["choices"]], n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = nearest(value, map(str, meta["choices"]))
         if value in meta["reasons"]:
             hint = f" {value} is none: {meta['reasons'][value]}."
-        raise ConfigError(f"{name}={value!r} is not one of: {', '.join(map(str, meta['choices']))}.{hint}")
-    if value == "auto":
+        raise ConfigError(f"{name}={shown(value)} is not one of: {', '.join(map(str, meta['choices']))}.{hint}")
+    if value == "auto" or kind in ("bool", "str") or not isinstance(value, (int, float)):
         return value
-    if meta["low"] is not None and value < meta["low"]:
-        raise ConfigError(f"{name}={value} is too small; it must be at least {meta['low']:g}.")
-    if meta["high"] is not None and value > meta["high"]:
-        raise ConfigError(f"{name}={value} is too large; it must be at most {meta['high']:g}.")
+    low, high = meta["low"], meta["high"]
+    if high is None and isinstance(value, int) and name != "seed":
+        high = LARGEST
+    if low is not None and value < low:
+        raise ConfigError(f"{name}={shown(value)} is too small; it must be at least {low:g}.")
+    if high is not None and value > high:
+        raise ConfigError(f"{name}={shown(value)} is too large; it must be at most {high}.")
     return value
 
 
-def _converted(name: str, kind: str, value: Any, automatic: bool = False) -> Any:
-    if kind == "bool":
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        if isinstance(value, bool):
+def converted(name: str, kind: str, value: Any) -> Any:
+    """``value`` as a ``kind``; numbers may be written as texts, as YAML reads 1e-5."""
+    try:
+        if kind == "bool" and str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        if kind == "float":
+            return _number(value)
+        if kind == "int" or (kind == "int | str" and value != "auto"):
+            return _whole(value)
+        if kind in ("str", "int | str") and isinstance(value, str):
             return value
-    elif kind == "int":
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-    elif kind == "int | str":
-        # A number, or "auto": found from what forwards are measured to cost.
-        return value if value == "auto" else _converted(name, "int", value, automatic=True)
-    elif kind == "float":
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
-            return float(value)
-    elif kind == "str":
-        if isinstance(value, str):
-            return value
-    elif kind == "tuple[int, ...]":
-        values = (value,) if isinstance(value, int) else value
-        if isinstance(values, (list, tuple, set, frozenset)) and all(isinstance(item, int) for item in values):
-            return tuple(values)
+        if kind == "tuple[int, ...]":
+            return _token_ids(value)
+        if kind == "tuple[tuple[int, float], ...]":
+            return _biases(value)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        pass
     else:
-        return value
-    raise ConfigError(f"{name}={value!r} is not of the right type; it takes {_KINDS[kind]}{' or auto' * automatic}.")
+        if kind not in _KINDS:
+            return value
+    raise ConfigError(f"{name}={shown(value)} is not of the right type; it takes {_KINDS[kind]}.")
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):
+        raise TypeError
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+        return int(value)
+    number = _number(value)
+    if number != int(number):
+        raise ValueError
+    return int(number)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    """One id, several, or lists that hold one each (as ``bad_words_ids`` of transformers)."""
+    several = value if isinstance(value, (list, tuple, set, frozenset)) else (value,)
+    return tuple(_token_id(one) for one in several)
+
+
+def _token_id(value: Any) -> int:
+    if isinstance(value, (list, tuple)):
+        if len(value) != 1:
+            raise ConfigError(
+                f"{shown(value)} is not a single token: whether a sequence goes on depends on the tokens before, and a "
+                "block's tokens are decided together. Give single tokens."
+            )
+        value = value[0]
+    token = _whole(value)
+    if not 0 <= token <= LARGEST:
+        raise ValueError
+    return token
+
+
+def _biases(value: Any) -> tuple[tuple[int, float], ...]:
+    """Ids to what is added to their logits: a mapping or pairs, each id alone or in a list (as ``sequence_bias``)."""
+    if isinstance(value, str):
+        value = json.loads(value)
+    pairs = value.items() if isinstance(value, Mapping) else value
+    biases: dict[int, float] = {}
+    for token, bias in pairs:
+        token = json.loads(token) if isinstance(token, str) else token
+        biases[_token_id(token)] = _number(bias)
+    return tuple(sorted(biases.items()))
 
 
 _KINDS = {
     "bool": "true or false",
     "int": "a whole number",
-    "float": "a number",
+    "int | str": "a whole number or auto",
+    "float": "a finite number",
     "str": "a name",
     "tuple[int, ...]": "a list of token ids",
+    "tuple[tuple[int, float], ...]": "token ids and what to add to their logits, such as {5: -2.5}",
 }

@@ -139,7 +139,7 @@ class PipelinedDenoiser:
     def _law(self, logits: torch.Tensor) -> torch.Tensor:
         """Distributions under the sampling options."""
         config = self.config
-        return probabilities(logits, config.temperature, config.top_k, config.top_p, config.nucleus_first)
+        return probabilities(logits, config)
 
     def _observe(self, logits: torch.Tensor, plan: PipelinePlan) -> None:
         """Draft a token at every mask of the drafting rows: its probability, and the score by which it is ranked."""

@@ -77,7 +77,7 @@ class PipelinedS2D2(PipelinedDenoiser):
         estimate = torch.zeros_like(confidence)
         if self.scores:
             config = self.config
-            law = filtered(draft, config.temperature, config.top_k, config.top_p, config.nucleus_first)
+            law = filtered(draft, config)
             guess = acceptance_estimate(row_statistics(law), draft.shape[1], confidence[at], config)
             estimate = estimate.index_put(at, guess)
         decided = (window.open & ~masks).sum(-1)

@@ -238,7 +238,7 @@ class S2D2(BlockDenoiser):
     def _law(self, logits: torch.Tensor) -> torch.Tensor:
         """``logits`` (M, V) under the sampling options."""
         config = self.config
-        return filtered(logits, config.temperature, config.top_k, config.top_p)
+        return filtered(logits, config)
 
 
 def first_run(masks: torch.Tensor) -> torch.Tensor:

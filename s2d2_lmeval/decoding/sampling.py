@@ -9,30 +9,42 @@ import torch
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.random import Key, KeyedNoise, RandomSource
 from s2d2_lmeval.decoding.row_statistics import likeliest
+from s2d2_lmeval.decoding.sampling_options import GREEDY
 
 
-def probabilities(
-    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, nucleus_first: bool = False
-) -> torch.Tensor:
+def bias_of(config: DecodingConfig, vocabulary: int, device: torch.device) -> torch.Tensor | None:
+    """What ``logit_bias`` and ``suppress_tokens`` add to every row of logits (V,); None where they are empty."""
+    if not config.logit_bias and not config.suppress_tokens:
+        return None
+    bias = torch.zeros(vocabulary)
+    for token, value in config.logit_bias:
+        bias[token] = value
+    bias[list(config.suppress_tokens)] = -torch.inf
+    return bias.to(device)
+
+
+def probabilities(logits: torch.Tensor, config: DecodingConfig) -> torch.Tensor:
     """The distributions of ``logits`` (..., V) under the sampling options: the softmax of :func:`filtered`."""
-    return filtered(logits, temperature, top_k, top_p, nucleus_first).softmax(-1)
+    return filtered(logits, config).softmax(-1)
 
 
-def filtered(
-    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, nucleus_first: bool = False
-) -> torch.Tensor:
-    """``logits`` (..., V) after temperature, then top-k, then top-p; itself where none of them changes anything.
+def filtered(logits: torch.Tensor, config: DecodingConfig) -> torch.Tensor:
+    """``logits`` (..., V) after temperature, then top-k, top-p, min-p and typical-p; itself where none of them changes
+    anything.
 
     A temperature of zero means one, unfiltered. ``nucleus_first`` is the published form of D2F: top-p, then top-k, at
     temperature zero too.
     """
-    if temperature < 1e-6 and not nucleus_first:
+    temperature, first = config.temperature, config.nucleus_first
+    if temperature < GREEDY and not first:
         return logits
-    if temperature >= 1e-6 and temperature != 1:
+    if temperature >= GREEDY and temperature != 1:
         logits = logits / temperature
-    if nucleus_first:
-        return _best(_nucleus(logits, top_p), top_k)
-    return _nucleus(_best(logits, top_k), top_p)
+    if first:
+        logits = _best(_nucleus(logits, config.top_p), config.top_k)
+    else:
+        logits = _nucleus(_best(logits, config.top_k), config.top_p)
+    return _typical(_near_the_best(logits, config.min_p), config.typical_p)
 
 
 def _best(logits: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -53,6 +65,28 @@ def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     return logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
 
 
+def _near_the_best(logits: torch.Tensor, min_p: float) -> torch.Tensor:
+    """``logits`` with all that have less than ``min_p`` of the best one's probability at minus infinity."""
+    if min_p <= 0:
+        return logits
+    p = logits.softmax(-1)
+    return logits.masked_fill(p < min_p * p.amax(-1, keepdim=True), -torch.inf)
+
+
+def _typical(logits: torch.Tensor, mass: float) -> torch.Tensor:
+    """``logits`` with all at minus infinity but the tokens of probability ``mass`` whose surprise is nearest to the
+    entropy (Meister et al., 2022).
+    """
+    if mass >= 1.0:
+        return logits
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    oddness = (log_p + (p * log_p).nansum(-1, keepdim=True).neg()).abs()
+    nearest, order = oddness.sort(dim=-1)
+    last = (p.gather(-1, order).cumsum(-1) < mass).sum(-1, keepdim=True).clamp_max(p.shape[-1] - 1)
+    return logits.masked_fill(oddness > nearest.gather(-1, last), -torch.inf)
+
+
 def draft_tokens(
     logits: torch.Tensor, config: DecodingConfig, source: RandomSource, key: Key
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +97,7 @@ def draft_tokens(
     """
     if not config.sampled:
         return likeliest(logits)
-    distribution = probabilities(logits, config.temperature, config.top_k, config.top_p)
+    distribution = probabilities(logits, config)
     tokens = source.categorical(distribution, key)
     return tokens, distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
@@ -79,7 +113,7 @@ def ranked_tokens(
     if not config.sampled:
         log_p, tokens = logits.log_softmax(-1).topk(count, dim=-1)
         return tokens, log_p
-    distribution = probabilities(logits, config.temperature, config.top_k, config.top_p)
+    distribution = probabilities(logits, config)
     score = log_p = distribution.log()
     if not source.sequential:
         score = log_p + cast(KeyedNoise, source).gumbel(distribution, key)

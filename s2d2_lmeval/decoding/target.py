@@ -111,7 +111,7 @@ class Target:
         row, node = plan.at
         position = plan.length[row] + plan.depth[row, node]
         key = random.Key(random.DRAFT, plan.key[row], position, torch.zeros_like(position))
-        return self.source.categorical(probabilities(logits, config.temperature, config.top_k, config.top_p), key)
+        return self.source.categorical(probabilities(logits, config), key)
 
     def _sound(self, logits: torch.Tensor) -> torch.Tensor:
         """Whether all was numbers, on the device."""

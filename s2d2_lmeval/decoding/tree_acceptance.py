@@ -74,7 +74,7 @@ class Keyed:
         facts, config = plan.facts, self.config
         if config.sampled:
             position = facts["length"][row] + facts["depth"][row, node]
-            p = probabilities(logits, config.temperature, config.top_k, config.top_p)
+            p = probabilities(logits, config)
             tokens = self.source.categorical(p, _key(random.DRAFT, facts["key"][row], position))
         else:
             tokens = logits.argmax(-1)
@@ -89,7 +89,7 @@ class Keyed:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         config, log_p = self.config, logits.log_softmax(-1)
         if config.sampled:
-            p = probabilities(logits, config.temperature, config.top_k, config.top_p)
+            p = probabilities(logits, config)
             owner = facts["key"].repeat_interleave(position.shape[1])
             noise = self.source.gumbel(p, _key(random.DRAFT, owner, position.flatten()))
             log_p = (p.log() + noise).log_softmax(-1)
@@ -110,7 +110,7 @@ class Rejection:
 
     def judge(self, logits: torch.Tensor, plan: RoundPlan) -> Verdict:
         facts = plan.facts
-        p = self._filtered(logits)
+        p = probabilities(logits, self.config)
         count, places = facts["parent"].shape
         order = torch.arange(len(p), device=p.device)
         row_of = torch.zeros(count, places, dtype=torch.long, device=p.device).index_put(plan.verify_at, order)
@@ -141,15 +141,12 @@ class Rejection:
         self, logits: torch.Tensor, position: torch.Tensor, facts: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         count, steps = position.shape
-        law = self._filtered(logits)
+        law = probabilities(logits, self.config)
         self.law = law.view(count, steps, -1)
         owner, when = (facts[name].repeat_interleave(steps) for name in ("key", "round"))
         token = self.source.categorical(law, random.Key(random.DRAFT, owner, position.flatten(), when))
         worth = torch.full((count, steps, 1), math.log(STANDS), device=law.device)
         return worth, token.view(count, steps, 1)
-
-    def _filtered(self, logits: torch.Tensor) -> torch.Tensor:
-        return probabilities(logits, self.config.temperature, self.config.top_k, self.config.top_p)
 
 
 def _key(purpose: int, request: torch.Tensor, position: torch.Tensor) -> random.Key:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
 from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
+from s2d2_lmeval.decoding.names import changes_nothing, nearest
+from s2d2_lmeval.decoding.options import converted
 from s2d2_lmeval.decoding.sliding_options import DRAFT_SHAPES
-from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.errors import ConfigError, shown
 from s2d2_lmeval.harness.custom import CustomFunction, load_object
 from s2d2_lmeval.runtime.memory import RowLimit
 
@@ -27,23 +28,19 @@ HARNESS = frozenset(
 )
 """Options with the meaning that they have for the harness's ``hf`` models."""
 
+_SWITCHES = frozenset(("use_fast_tokenizer", "trust_remote_code", "add_bos_token", "truncation", "enable_thinking"))
+_COUNTS = frozenset(("max_length", "prefix_token_id"))
+
 PLACEMENT = frozenset(("parallelize", "device_map", "max_memory_per_gpu", "max_cpu_memory", "offload_folder"))
 QUANTIZATION = ("load_in_8bit", "load_in_4bit", "bnb_4bit_", "llm_int8_")
 RUNTIME = frozenset(("attention", "max_batch", "max_context", "mask_token_id", "static_shapes", "draft", "family"))
 HUB = frozenset(("cache_dir", "force_download", "local_files_only", "token", "variant"))
+WEIGHTS = frozenset(("dtype", "device", "revision"))
 
-_REFUSED = {
-    "subfolder": "give the path of the folder itself as pretrained",
-    "delta": "apply the delta to the weights and save the result",
-    "autogptq": "give quantization options of transformers, such as load_in_8bit=True",
-    "gptqmodel": "give quantization options of transformers, such as load_in_8bit=True",
-    "gguf_file": "only safetensors checkpoints are read",
-    "tp_plan": "spread the model over the GPUs of one machine with parallelize=True",
-    "softmax_dtype": "probabilities are always computed in float32",
-    "mixed_precision_dtype": "load the weights in the type that you want with dtype",
-    "logits_cache": "requests are scored one by one, with no cache of logits to switch off",
-}
-_NEUTRAL: dict[str, tuple[Any, ...]] = {"logits_cache": (True,), "subfolder": ("", None)}
+LOADING_SYNONYMS = {"torch_dtype": "dtype", "attn_implementation": "attention"}
+"""What transformers calls them, or called them."""
+_BACKENDS = {"eager": "sdpa", "flash_attention_2": "flash", "flash_attention_3": "flash"}
+"""Attention in transformers' names."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +70,13 @@ def sort_arguments(pretrained: Any, options: Mapping[str, Any]) -> Arguments:
     :raises ConfigError: for a name that nobody knows, an option that this model class does not have, or a missing
         ``pretrained``.
     """
-    if pretrained is None:
+    if pretrained is None or pretrained == "":
         raise ConfigError("--model_args has no pretrained=…: a folder, a hub id, or toy (the embedded checkpoint).")
-    left = {name: value for name, value in options.items() if not _refused(name, value)}
-    own = {name: left.pop(name, None) for name in ("custom_generate", "custom_model_class", "peft", "max_batch")}
-    log_decoding_order = bool(left.pop("log_decoding_order", False))
-    custom = CustomFunction.load(own["custom_generate"]) if own["custom_generate"] else None
+    custom = CustomFunction.load(options["custom_generate"]) if options.get("custom_generate") else None
     decoder_names = custom.option_names if custom else DecodingConfig.option_names()
+    left = _without_synonyms(options, HARNESS | (custom.parameters if custom else frozenset()))
+    own = {name: left.pop(name, None) for name in ("custom_generate", "custom_model_class", "peft", "max_batch")}
+    log_decoding_order = left.pop("log_decoding_order", None)
 
     sorted_by_reader: dict[str, dict[str, Any]] = {"decoding": {}, "loading": {}, "harness": {}}
     if custom is None and left.get("draft") in DRAFT_SHAPES:
@@ -91,13 +88,13 @@ def sort_arguments(pretrained: Any, options: Mapping[str, Any]) -> Arguments:
     loading = sorted_by_reader["loading"]
     _quantization(loading)
     _placement(loading)
-    _block_length(loading, sorted_by_reader["decoding"])
+    _numbers(loading, sorted_by_reader["decoding"])
     return Arguments(
         source=pretrained,
         custom=custom,
         model_class=load_object(own["custom_model_class"]) if own["custom_model_class"] else None,
         peft=own["peft"],
-        log_decoding_order=log_decoding_order,
+        log_decoding_order=converted("log_decoding_order", "bool", log_decoding_order or False),
         rows=_limit("max_batch", own["max_batch"]) if own["max_batch"] is not None else None,
         given=dict(options),
         **sorted_by_reader,
@@ -121,31 +118,42 @@ def _limit(name: str, value: Any) -> RowLimit:
 def _positive(name: str, value: Any) -> int:
     try:
         number = int(value)
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1 or number != float(value):
-        raise ConfigError(f"{name}={value}: give the number of requests to decode side by side, 1 or more.")
+        whole = number == float(value)
+    except (TypeError, ValueError, OverflowError):
+        number, whole = 0, False
+    if number < 1 or not whole or isinstance(value, bool):
+        raise ConfigError(f"{name}={shown(value)}: give the number of requests to decode side by side, 1 or more.")
     return number
 
 
-def _refused(name: str, value: Any) -> bool:
-    """Whether to leave ``name`` out because it changes nothing; raises where it would."""
-    if name not in _REFUSED:
-        return False
-    if value in _NEUTRAL.get(name, (None, False)):
-        return True
-    raise ConfigError(f"{name}={value} is not available with --model s2d2: {_REFUSED[name]}.")
+def _without_synonyms(options: Mapping[str, Any], own: frozenset[str]) -> dict[str, Any]:
+    """``options`` under the names they have here, without those of other tools that change nothing; ``own`` names keep
+    their meaning, whatever it is elsewhere.
+
+    :raises ConfigError: for one that would, or a name that is given twice.
+    """
+    named: dict[str, Any] = {}
+    for given, value in options.items():
+        name = given if given in own else LOADING_SYNONYMS.get(given, given)
+        if name not in own and (changes_nothing(name, value) or (value is None and name != given)):
+            continue
+        if name == "attention" and isinstance(value, str):
+            value = _BACKENDS.get(value, value)
+        if name in named and named[name] != value:
+            raise ConfigError(f"{given} and another name of {name} are given with different values; give one of them.")
+        named[name] = value
+    return named
 
 
 def _reader(name: str, decoder_names: Iterable[str], custom: CustomFunction | None) -> str:
     # With a function of one's own its parameters come first: it may name anything.
     if name in decoder_names:
         return "decoding"
-    if name in RUNTIME | PLACEMENT | HUB or name.startswith(QUANTIZATION):
+    if name in RUNTIME | PLACEMENT | HUB | WEIGHTS or name.startswith(QUANTIZATION):
         return "loading"
     if name in HARNESS:
         return "harness"
-    known = [*decoder_names, *RUNTIME, *PLACEMENT, *HUB, *HARNESS, *_OTHERS]
+    known = [*decoder_names, *RUNTIME, *PLACEMENT, *HUB, *WEIGHTS, *HARNESS, *_OTHERS]
     if custom is not None and name in DecodingConfig.option_names():
         raise ConfigError(
             f"{name} is not a parameter of {custom.name}, which decodes in this run.{nearest(name, decoder_names)}"
@@ -154,21 +162,25 @@ def _reader(name: str, decoder_names: Iterable[str], custom: CustomFunction | No
 
 
 _OTHERS = (
-    *("pretrained", "revision", "dtype", "device", "batch_size", "max_batch_size", "peft"),
+    *("pretrained", "batch_size", "max_batch_size", "peft"),
     *("custom_generate", "custom_model_class", "log_decoding_order", "load_in_8bit", "load_in_4bit"),
 )
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean …?`` or nothing."""
-    close = get_close_matches(name, sorted(set(known)), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
 def _check_harness(harness: dict[str, Any]) -> None:
     """What the harness's class would find out only after the weights are loaded, or not at all."""
+    for name in _SWITCHES & harness.keys():
+        if harness[name] is not None:
+            harness[name] = converted(name, "bool", harness[name])
+    for name in _COUNTS & harness.keys():
+        if harness[name] is not None:
+            harness[name] = converted(name, "int", harness[name])
     if harness.get("backend", "default") not in ("default", "causal"):
-        raise ConfigError(f"backend={harness['backend']} is not available with --model s2d2: models are causal.")
+        raise ConfigError(f"backend={shown(harness['backend'])} is not available with --model s2d2: models are causal.")
+    if not isinstance(harness.get("chat_template_args") or {}, Mapping):
+        raise ConfigError(f"chat_template_args={shown(harness['chat_template_args'])} is not a mapping.")
+    if not isinstance(harness.get("think_end_token") or "", (str, int)):
+        raise ConfigError(f"think_end_token={shown(harness['think_end_token'])} is neither a text nor a token id.")
     if harness.get("enable_thinking") and harness.get("think_end_token") is None:
         raise ConfigError("enable_thinking=True needs think_end_token=…, the token that ends the reasoning trace.")
 
@@ -218,8 +230,15 @@ def _placement(loading: dict[str, Any]) -> None:
         loading["max_memory"] = limits
 
 
-def _block_length(loading: dict[str, Any], decoding: Mapping[str, Any]) -> None:
-    """A block length also chooses the paper's setting for it, and completes a config.json that names none."""
+def _numbers(loading: dict[str, Any], decoding: Mapping[str, Any]) -> None:
+    """Numbers in their types. A block length also chooses the paper's setting for it, and completes a config.json that
+    names none.
+    """
+    for name in ("max_context", "mask_token_id"):
+        if loading.get(name) is not None:
+            loading[name] = converted(name, "int", loading[name])
+    if loading.get("static_shapes") is not None:
+        loading["static_shapes"] = converted("static_shapes", "bool", loading["static_shapes"])
     for name, value in decoding.items():
-        if SYNONYMS.get(name, name) == "block_length" and isinstance(value, int) and not isinstance(value, bool):
-            loading["block_length"] = value
+        if SYNONYMS.get(name, name) == "block_length" and value is not None:
+            loading["block_length"] = converted(name, "int", value)

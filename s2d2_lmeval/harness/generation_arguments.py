@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.decoding.names import changes_nothing
+from s2d2_lmeval.decoding.options import SYNONYMS, converted
+from s2d2_lmeval.decoding.sampling_options import GREEDY
+from s2d2_lmeval.errors import ConfigError, shown
 
-BUDGET_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "gen_length")
-"""Names of the budget of new tokens, in the harness's order of priority."""
+BUDGET_NAMES = ("max_new_tokens", *(name for name, target in SYNONYMS.items() if target == "max_new_tokens"))
+"""Names of the budget of new tokens."""
 
-_NEUTRAL = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "repetition_penalty": 1.0,
-    "length_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "typical_p": 1.0,
-    "min_p": None,
-}
-"""Options of token-by-token generation that some tasks set to what they are without."""
+logger = logging.getLogger("lm_eval.s2d2")
 
 
 @dataclass(frozen=True)
@@ -34,69 +29,67 @@ class GenerationArguments:
     options: Mapping[str, Any]
 
     @classmethod
-    def parse(cls, gen_kwargs: Mapping[str, Any]) -> GenerationArguments:
+    def parse(cls, gen_kwargs: Mapping[str, Any], own: Container[str] = ()) -> GenerationArguments:
         """Read a request's generation arguments as the harness means them.
 
         ``do_sample: false`` is greedy drafting whatever the temperature says; a temperature alone decides whether to
-        sample.
+        sample. ``own`` are the parameters of a function of the user's, whatever they mean elsewhere.
 
         :raises ConfigError: for a value of the wrong type, or an option that has no meaning for block diffusion.
         """
         if not isinstance(gen_kwargs, Mapping):
-            raise ConfigError(f"generation_kwargs must be a mapping, not {gen_kwargs!r}.")
-        options = dict(gen_kwargs)
+            raise ConfigError(f"generation_kwargs must be a mapping, not {shown(gen_kwargs)}.")
+        options = {
+            name: value
+            for name, value in gen_kwargs.items()
+            if value is not None and (name in own or not changes_nothing(name, value))
+        }
         until = _until(options.pop("until", None))
-        budgets = [options.pop(name) for name in BUDGET_NAMES if name in options]
-        for name, neutral in _NEUTRAL.items():
-            if name in options and (value := options.pop(name)) not in (neutral, None):
-                raise ConfigError(
-                    f"generation_kwargs: {name}={value} has no meaning for block-diffusion decoding; remove it."
-                )
-        if "max_length" in options:
-            raise ConfigError(
-                "generation_kwargs: max_length would count the prompt; give max_gen_toks, the number of new tokens."
-            )
-        options.pop("use_cache", None)  # of transformers' generate; our cache is not optional
+        budget = _budget({name: options.pop(name) for name in list(options) if name in BUDGET_NAMES})
         _sampling(options)
-        return cls(until, token_budget(budgets[0]) if budgets and budgets[0] is not None else None, options)
+        return cls(until, budget, options)
 
 
 def _until(value: Any) -> tuple[str, ...]:
     strings = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(strings, (list, tuple)) or not all(isinstance(string, str) for string in strings):
-        raise ConfigError(f"generation_kwargs: until must be a string or a list of strings, not {value!r}.")
+        raise ConfigError(f"generation_kwargs: until must be a string or a list of strings, not {shown(value)}.")
     return tuple(strings)
 
 
-def token_budget(value: Any) -> int:
+def _budget(given: Mapping[str, Any]) -> int | None:
+    """The budget that is said last: the harness puts ``--gen_kwargs`` after a task's own arguments."""
+    budgets = {name: token_budget(value, name) for name, value in given.items()}
+    if len(set(budgets.values())) > 1:
+        logger.warning("generation_kwargs name several budgets, %s: the last one counts.", budgets)
+    return list(budgets.values())[-1] if budgets else None
+
+
+def token_budget(value: Any, name: str = "max_gen_toks") -> int:
     """``value`` as a number of new tokens.
 
     :raises ConfigError: when it is none.
     """
     try:
-        budget = int(value)
-        whole = budget == float(value)
-    except (TypeError, ValueError):
-        whole, budget = False, -1
-    if not whole or budget < 0:
-        raise ConfigError(f"max_gen_toks={value!r} is not a number of tokens.")
+        budget = int(converted(name, "int", value))
+    except ConfigError:
+        budget = -1
+    if budget < 0:
+        raise ConfigError(f"{name}={shown(value)} is not a number of tokens.")
     return budget
 
 
 def _sampling(options: dict[str, Any]) -> None:
     """``do_sample`` and ``temperature`` in the harness's sense, in place."""
-    if options.get("do_sample", "") is None:
-        del options["do_sample"]
-    if options.get("temperature", "") is None:
-        del options["temperature"]
-    if "do_sample" not in options and "temperature" in options:
-        options["do_sample"] = _number("temperature", options["temperature"]) > 0.0
-    if options.get("do_sample") is False:
-        options.pop("temperature", None)
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"generation_kwargs: {name}={value!r} is not a number.") from None
+    for name, kind in (("do_sample", "bool"), ("temperature", "float")):
+        if name in options:
+            options[name] = converted(name, kind, options[name])
+    temperature = options.get("temperature", 0.0)
+    if "temperature" in options:
+        options.setdefault("do_sample", temperature >= GREEDY)
+    if options.get("do_sample") is False and options.pop("temperature", 0.0) >= GREEDY:
+        logger.warning(
+            "generation_kwargs say do_sample=false and temperature=%s: drafts are the arg-max. Add do_sample=true to "
+            "sample.",
+            temperature,
+        )

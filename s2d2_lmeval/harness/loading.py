@@ -54,8 +54,10 @@ def load_model(arguments: Arguments, *, rows: RowLimit, dtype: Any, device: str 
     }
     engine_options["max_batch"] = rows
     if "device_map" not in loading:
-        loading["device"] = device
-    loading.update({"dtype": dtype, "revision": revision})
+        loading["device"] = choose_device(loading["device"], None) if loading.get("device") else device
+    for fact, given in (("dtype", dtype), ("revision", revision)):
+        if loading.setdefault(fact, given) != given and given not in (None, "auto"):
+            raise ConfigError(f"{fact}={given} and {fact}={loading[fact]} are both given; give one of them.")
     name = str(source if isinstance(source, str) else getattr(source, "name_or_path", "") or type(source).__name__)
 
     if arguments.peft is not None and (arguments.model_class is not None or isinstance(source, torch.nn.Module)):
@@ -124,7 +126,7 @@ def load_tokenizer(arguments: Arguments, source: str, revision: str | None) -> P
         with without_messages("transformers.configuration_utils", "You are using a model of type"):
             return AutoTokenizer.from_pretrained(
                 resolve(named),
-                revision=revision or "main",
+                revision=revision or arguments.loading.get("revision") or "main",
                 use_fast=options.get("use_fast_tokenizer", True),
                 trust_remote_code=bool(options.get("trust_remote_code", False)),
                 **extra,

@@ -92,7 +92,7 @@ class GenerationRun:
     def _group(self, gen_kwargs: Any) -> Group:
         """What a set of generation arguments comes to, over ``--model_args``."""
         lm = self.lm
-        asked = GenerationArguments.parse(gen_kwargs)
+        asked = GenerationArguments.parse(gen_kwargs, () if lm.custom is None else lm.custom.parameters)
         self._tell_what_is_overridden(asked)
         end = lm.eot_token_id
         end_text = lm.tok_decode([end], skip_special_tokens=False) if end is not None else None

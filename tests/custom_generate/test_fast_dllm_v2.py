@@ -124,7 +124,7 @@ def test_what_a_harness_hands_to_every_model_has_no_effect(entry_point: Any) -> 
         input_ids=PROMPT,
         max_gen_toks=8,
         attention_mask=torch.ones_like(PROMPT),
-        do_sample=True,
+        do_sample=False,
         use_cache=True,
         use_attention_mask=True,
         pad_token_id=0,

@@ -122,7 +122,7 @@ def test_what_a_harness_hands_to_every_model_has_no_effect(entry_point: Any) -> 
         input_ids=PROMPT,
         attention_mask=torch.ones_like(PROMPT),
         use_cache=True,
-        do_sample=True,
+        do_sample=False,
         pad_token_id=0,
         eos_token_id=1,
         stopping_criteria=[],

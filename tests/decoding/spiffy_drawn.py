@@ -54,8 +54,8 @@ def cases(draw: st.DrawFn, bases: tuple[str, ...]) -> Case:
     subblocks = base == SUBBLOCKS
     options: dict[str, Any] = {
         "block_length": length,
-        "do_sample": draw(st.booleans()),
-        "temperature": draw(st.sampled_from([0.0, 0.3, 1.0])),
+        "temperature": (temperature := draw(st.sampled_from([0.0, 0.3, 1.0]))),
+        "do_sample": temperature > 0 and draw(st.booleans()),
         "top_k": draw(st.sampled_from([0, 4])),
         "top_p": draw(st.sampled_from([1.0, 0.8])),
         "suppress_mask_token": draw(st.sampled_from([True, True, False])),

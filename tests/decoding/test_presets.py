@@ -85,7 +85,7 @@ def test_a_preset_decodes_as_its_options_do() -> None:
         ("llada", "d2f-dream", "a setting of dream, and this is a llada checkpoint: llada has d2f-llada"),
         ("llada2", "llada2-qualty", r"there is no preset llada2-qualty; .*Did you mean llada2-quality\?"),
         ("dream", "x", r"there is no preset x; dream has d2f-dream\.$"),
-        ("dream", ["d2f-dream"], "there is no preset"),
+        ("dream", ["d2f-dream"], r"preset=\['d2f-dream'\] is not of the right type; it takes a name"),
     ],
 )
 def test_a_preset_of_another_family_or_none_is_refused_with_those_that_fit(

@@ -48,6 +48,14 @@ def test_draft_is_a_drafter_or_what_sliding_drafts() -> None:
     assert sort_arguments("x", {"decoder": "ddtree", "draft": "some/drafter"}).loading == {"draft": "some/drafter"}
 
 
+def test_transformers_names_of_loading() -> None:
+    sorted_ = sort_arguments("x", {"torch_dtype": "float32", "attn_implementation": "flash_attention_2"})
+    assert sorted_.loading == {"dtype": "float32", "attention": "flash"}
+    assert sort_arguments("x", {"attn_implementation": "eager"}).loading == {"attention": "sdpa"}
+    with pytest.raises(ConfigError, match="attn_implementation and another name of attention"):
+        sort_arguments("x", {"attention": "flash", "attn_implementation": "sdpa"})
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
@@ -70,7 +78,17 @@ def test_missing_checkpoint() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("tp_plan", "auto"), ("delta", "x"), ("logits_cache", False), ("subfolder", "a")]
+    ("name", "value"),
+    [
+        *[
+            ("tp_plan", "auto"),
+            ("delta", "x"),
+            ("logits_cache", False),
+            ("subfolder", "a"),
+            ("softmax_dtype", "bfloat16"),
+        ],
+        *[("quantization_config", 1), ("stop", "x"), ("compile", True), ("gpu_memory_utilization", 0.5)],
+    ],
 )
 def test_options_of_hf_models_that_mean_nothing_here(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{name}={value} is not available with --model s2d2: "):
@@ -78,7 +96,8 @@ def test_options_of_hf_models_that_mean_nothing_here(name: str, value: Any) -> N
 
 
 def test_their_defaults_pass() -> None:
-    neutral = {"tp_plan": None, "gptqmodel": False, "logits_cache": True, "subfolder": ""}
+    neutral = {"tp_plan": None, "gptqmodel": False, "logits_cache": True, "subfolder": "", "compile": False}
+    neutral |= {"softmax_dtype": "float32", "quantization_config": None, "use_cache": True, "torch_dtype": None}
     assert not sort_arguments("x", neutral).harness
 
 
@@ -126,6 +145,11 @@ def test_rows_in_flight() -> None:
         ({"temperature": 0}, {"do_sample": False}, None),
         ({"do_sample": True, "temperature": 0.2}, {"do_sample": True, "temperature": 0.2}, None),
         ({"max_tokens": 3, "max_new_tokens": 4}, {}, 4),
+        ({"max_gen_toks": 48, "max_new_tokens": 3}, {}, 3),  # --gen_kwargs come after the task's own
+        ({"max_gen_toks": None, "max_new_tokens": 3}, {}, 3),
+        ({"do_sample": None, "top_k": None, "seed": None, "temperature": None}, {}, None),
+        ({"temperature": "1e-5", "max_gen_toks": "8"}, {"temperature": 1e-5, "do_sample": True}, 8),
+        ({"repetition_penalty": 1.0, "n": 1, "guidance_scale": 1, "length_penalty": "1.0"}, {}, None),
         ({"max_gen_toks": 0}, {}, 0),
         ({"max_gen_toks": 7.0, "num_beams": 1, "use_cache": True}, {}, 7),
         ({"confidence_threshold": 0.5, "top_p": 0.9}, {"confidence_threshold": 0.5, "top_p": 0.9}, None),
@@ -147,12 +171,14 @@ def test_until() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"num_beams": 4}, "num_beams=4 has no meaning"),
-        ({"max_length": 10}, "give max_gen_toks"),
+        ({"num_beams": 4}, "num_beams=4 is not available .*: blocks are not decoded by beam search"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 .* depends on the tokens before"),
+        ({"stop": ["x"]}, "stop=.*: stop strings are `until`"),
+        ({"max_length": 10}, "give max_new_tokens"),
         ({"max_gen_toks": -1}, "is not a number of tokens"),
         ({"max_gen_toks": "many"}, "is not a number of tokens"),
         ({"until": 3}, "until must be a string"),
-        ({"temperature": "warm"}, "is not a number"),
+        ({"temperature": "warm"}, "it takes a finite number"),
     ],
 )
 def test_refused_generation_arguments(given: dict[str, Any], message: str) -> None:
