@@ -358,7 +358,8 @@ def _normalised(options: Mapping[str, Any]) -> dict[str, Any]:
         if target not in fields:
             if changes_nothing(name, value):
                 continue
-            raise ConfigError(f"{shown(name)} is not a decoding option.{nearest(name, DecodingConfig.option_names())}")
+            said = shown(name).strip("'")
+            raise ConfigError(f"{said} is not a decoding option.{nearest(name, DecodingConfig.option_names())}")
         if value is None and not str(fields[target].type).endswith("None"):
             continue
         value = checked(fields[target], value)

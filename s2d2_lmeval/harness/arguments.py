@@ -23,10 +23,15 @@ from s2d2_lmeval.runtime.memory import RowLimit
 HARNESS = frozenset(
     (
         *("tokenizer", "use_fast_tokenizer", "trust_remote_code", "add_bos_token", "prefix_token_id", "truncation"),
-        *("max_length", "think_end_token", "enable_thinking", "chat_template_args", "backend"),
+        *("max_length", "think_end_token", "enable_thinking", "chat_template_args", "backend", "special_tokens"),
     )
 )
-"""Options with the meaning that they have for the harness's ``hf`` models."""
+"""Options with the meaning that they have for the harness's ``hf`` models, and ``special_tokens``."""
+
+SPECIAL_TOKENS = ("parse", "text", "refuse")
+"""Strings of special tokens in prompts: these tokens, as for ``hf``, but the mask's is text; or all are text; or these
+tokens, and a prompt with the mask is refused.
+"""
 
 _SWITCHES = frozenset(("use_fast_tokenizer", "trust_remote_code", "add_bos_token", "truncation", "enable_thinking"))
 _COUNTS = frozenset(("max_length", "prefix_token_id"))
@@ -177,6 +182,10 @@ def _check_harness(harness: dict[str, Any]) -> None:
             harness[name] = converted(name, "int", harness[name])
     if harness.get("backend", "default") not in ("default", "causal"):
         raise ConfigError(f"backend={shown(harness['backend'])} is not available with --model s2d2: models are causal.")
+    if harness.get("special_tokens") not in (None, *SPECIAL_TOKENS):
+        raise ConfigError(
+            f"special_tokens={shown(harness['special_tokens'])} is not one of: {', '.join(SPECIAL_TOKENS)}."
+        )
     if not isinstance(harness.get("chat_template_args") or {}, Mapping):
         raise ConfigError(f"chat_template_args={shown(harness['chat_template_args'])} is not a mapping.")
     if not isinstance(harness.get("think_end_token") or "", (str, int)):

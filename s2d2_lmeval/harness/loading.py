@@ -113,6 +113,8 @@ def load_tokenizer(arguments: Arguments, source: str, revision: str | None) -> P
     options = arguments.harness
     named = options.get("tokenizer") or source
     if isinstance(named, PreTrainedTokenizerBase):
+        if options.get("special_tokens") == "text":
+            raise ConfigError("special_tokens=text is for a tokenizer that is loaded here; give its path or hub id.")
         return named
     extra = {
         name: arguments.loading[name]
@@ -121,6 +123,8 @@ def load_tokenizer(arguments: Arguments, source: str, revision: str | None) -> P
     }
     if options.get("add_bos_token") is not None:
         extra["add_bos_token"] = options["add_bos_token"]
+    if options.get("special_tokens") == "text":
+        extra["split_special_tokens"] = True
     try:
         # The tokenizer's loader reads config.json and warns of a model type that is none of transformers' own.
         with without_messages("transformers.configuration_utils", "You are using a model of type"):

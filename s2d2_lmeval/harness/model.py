@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.errors import ConfigError, RequestError
+from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.harness import caching, caller, identity, loading, report
 from s2d2_lmeval.harness import filters as _filters  # noqa: F401  (importing it registers s2d2_stats)
 from s2d2_lmeval.harness.arguments import rows_in_flight, sort_arguments
 from s2d2_lmeval.harness.custom import CustomFunction
 from s2d2_lmeval.harness.generation_arguments import BUDGET_NAMES, token_budget
-from s2d2_lmeval.harness.prompts import logger
+from s2d2_lmeval.harness.prompts import logger, spelled_out
 from s2d2_lmeval.harness.responses import ResponseStore
 from s2d2_lmeval.harness.run import GenerationRun
 
@@ -75,7 +76,8 @@ class S2D2LM(HFLM):
         tokenizer = loading.load_tokenizer(arguments, loaded.source, revision)
         if loaded.engine is not None:
             loading.check_mask(tokenizer, loaded.engine.facts, arguments.loading.get("mask_token_id"))
-        harness = {name: value for name, value in arguments.harness.items() if name != "tokenizer"}
+        harness = {name: arguments.harness[name] for name in arguments.harness.keys() - {"tokenizer", "special_tokens"}}
+        self.special_tokens = arguments.harness.get("special_tokens") or "parse"
         # The harness warns that it will not arrange processes for a model it did not load; that is done here.
         silent = ("model kwarg is not of type `str`", "already-initialized model")
         with loading.without_messages("lm_eval.models.huggingface", *silent):
@@ -95,6 +97,8 @@ class S2D2LM(HFLM):
             self.think_end_token = own  # a special token leaves no trace in the text: look for its id
         self.engine = loaded.engine
         self.custom: CustomFunction | None = arguments.custom
+        self.truncates = arguments.harness.get("truncation") is not False
+        self._mask_text = self._spell_mask()
         self.store: ResponseStore | None = None
         self.seed = caller.seed()
         self.decoding = self.configuration({})
@@ -143,6 +147,46 @@ class S2D2LM(HFLM):
         if caller.uses_no_cache() and self.cache_hook.dbdict is not None:
             self.cache_hook, self.store = CacheHook(None), None
 
+    def _spell_mask(self) -> list[int]:
+        """How the mask token's string is written in prompts: as text, or as the token, which is refused."""
+        if self.engine is None or self.engine.facts.mask_token_id == NO_MASK:
+            return []
+        mask = self.engine.facts.mask_token_id
+        return [mask] if self.special_tokens == "refuse" else spelled_out(self.tokenizer, mask)
+
+    def as_text(self, ids: list[int]) -> list[int]:
+        """``ids`` of a text in which the string of the mask token is text like any other."""
+        if not self._mask_text:
+            return ids
+        assert self.engine is not None
+        mask = self.engine.facts.mask_token_id
+        return (
+            [one for token in ids for one in (self._mask_text if token == mask else (token,))] if mask in ids else ids
+        )
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """As the harness's, see :meth:`as_text`."""
+        ids = self.as_text(super().tok_encode(string, add_special_tokens, **kwargs))
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As the harness's.
+
+        Raises:
+            ConfigError: special strings are to be text, and a template is made of them.
+        """
+        if self.special_tokens == "text":
+            raise ConfigError(
+                "special_tokens=text would take the chat template's own special tokens for text: leave one of them out."
+            )
+        return super().apply_chat_template(chat_history, add_generation_prompt)
+
     def _check_max_length(self) -> None:
         limit = self.engine.max_context if self.engine is not None else None
         if self._max_length is not None and limit is not None and not 1 < self._max_length <= limit:
@@ -190,6 +234,14 @@ class S2D2LM(HFLM):
         """Score (text, context ids, continuation ids) triples exactly, in the model's autoregressive mode."""
         engine = self._scorer()
         pairs = [self._fitting_pair(context, continuation) for _, context, continuation in requests]
+        cut = sum(len(pair[0]) < len(request[1]) for pair, request in zip(pairs, requests, strict=True))
+        if cut:
+            logger.warning(
+                "%d of %d contexts do not fit before their continuations: their oldest tokens are left out. "
+                "truncation=False refuses such contexts.",
+                *(cut, len(pairs)),
+            )
+            self.totals.scoring["truncated_prompts"] = self.totals.scoring.get("truncated_prompts", 0) + cut
         order = sorted(range(len(pairs)), key=lambda place: -len(pairs[place][0]) - len(pairs[place][1]))
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         before, started = engine.trace.totals(), time.perf_counter()
@@ -221,10 +273,11 @@ class S2D2LM(HFLM):
         spare = self.max_length - len(continuation)
         if len(context) <= spare:
             return context, continuation
-        if not self.truncation or spare < 1:
+        if not self.truncates or spare < 1:
             raise RequestError(
                 f"a context of {len(context)} tokens and a continuation of {len(continuation)} do not fit the "
-                f"{self.max_length} positions of this model; truncation=True drops the oldest tokens of the context."
+                f"{self.max_length} positions of this model. Shorten them"
+                + (", or leave truncation=False out." if spare >= 1 else ".")
             )
         return context[-spare:], continuation
 
@@ -275,7 +328,7 @@ class S2D2LM(HFLM):
                 self.seed,
             ],
             "custom": [self.custom.name, identity.of_function(self.custom.function)] if self.custom else None,
-            "context": [self.max_length, bool(self.truncation)],
+            "context": [self.max_length, self.truncates, self.special_tokens],
             "thinking": [self.think_end_token, self.chat_template_args],
         }
 

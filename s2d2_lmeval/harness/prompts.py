@@ -22,7 +22,8 @@ class Prompt:
 
     ``place`` is its index in the harness's list, ``text`` and ``gen_kwargs`` its arguments there, ``ids`` its tokens,
     ``key`` the name of its randomness (int64), ``task`` the task it comes from (empty if unknown), ``document`` which
-    document of it, and ``occurrence`` the how-manieth time that document asks it.
+    document of it, ``occurrence`` the how-manieth time that document asks it, and ``left_out`` how many tokens were cut
+    off its beginning.
     """
 
     place: int
@@ -33,6 +34,7 @@ class Prompt:
     task: str
     document: int | None = None
     occurrence: int = 0
+    left_out: int = 0
 
     @property
     def name(self) -> str:
@@ -91,6 +93,15 @@ def encode(tokenizer: Any, texts: Sequence[str], add_bos_token: bool | None) -> 
     return ids
 
 
+def spelled_out(tokenizer: Any, token: int) -> list[int]:
+    """The string of a special token as ordinary text; the token itself where there is no other way to write it."""
+    string = tokenizer.convert_ids_to_tokens(token)
+    if not isinstance(string, str):
+        return [token]
+    ids = list(tokenizer(string, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    return [token] if token in ids else ids
+
+
 @dataclass(frozen=True)
 class Room:
     """What a request may hold: ``context`` positions, no ``mask_token_id``; ``truncate`` drops the oldest tokens of a
@@ -102,7 +113,7 @@ class Room:
     truncate: bool
 
     def fit(self, ids: list[int], budget: int, where: str) -> list[int]:
-        """``ids`` if they can be decoded with ``budget`` new tokens; cut on the left where that was asked for.
+        """``ids`` if they can be decoded with ``budget`` new tokens; cut on the left unless that was forbidden.
 
         :param where: names the request in messages.
         :raises RequestError: where they cannot.
@@ -113,18 +124,17 @@ class Room:
             )
         if self.mask_token_id is not None and self.mask_token_id in ids:
             raise RequestError(
-                f"{where}: the prompt contains the mask token (id {self.mask_token_id}), "
-                "which the model would fill in. Remove it."
+                f"{where}: the prompt contains the mask token (id {self.mask_token_id}), which the model would fill "
+                "in. Remove it, or leave special_tokens at parse, which reads its string as text."
             )
         room = self.context - budget
         if len(ids) <= room:
             return ids
         if self.truncate and room > 0:
-            logger.warning("%s: left %d of %d prompt tokens out (truncation=True).", where, len(ids) - room, len(ids))
             return ids[-room:]
         advice = "Lower max_gen_toks"
         if room > 0:
-            advice += ", or pass truncation=True to drop the oldest prompt tokens"
+            advice += ", or leave truncation=False out, so that the oldest prompt tokens are dropped"
         raise RequestError(
             f"{where}: a prompt of {len(ids)} tokens and {budget} new ones do not fit the context of {self.context}. "
             f"{advice}."

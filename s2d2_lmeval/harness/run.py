@@ -65,9 +65,10 @@ class GenerationRun:
     def _prepare(self, requests: Sequence[Any]) -> None:
         """Sort the requests by generation arguments, and out those that are copies made to even out processes."""
         lm = self.lm
-        encoded = prompts.encode(lm.tokenizer, [request.args[0] for request in requests], lm.add_bos_token)
+        encoded = map(lm.as_text, prompts.encode(lm.tokenizer, [one.args[0] for one in requests], lm.add_bos_token))
         mask = lm.engine.facts.mask_token_id if lm.engine is not None else None
-        room = prompts.Room(lm.max_length, mask, bool(lm.truncation))
+        room = prompts.Room(lm.max_length, mask, lm.truncates)
+        left_out: list[int] = []
         occurrences = prompts.Occurrences(lm.world_size)
         for place, (request, ids) in enumerate(zip(requests, encoded, strict=True)):
             text, gen_kwargs = request.args[:2]
@@ -82,12 +83,20 @@ class GenerationRun:
             fitting = room.fit(ids, group.budget, prompts.name_of(request))
             key = prompts.request_key(fitting, occurrence)
             task = request.task_name or ""
-            prompt = Prompt(place, text, gen_kwargs, fitting, key, task, request.doc_id, occurrence)
+            cut = len(ids) - len(fitting)
+            left_out += [cut] if cut else []
+            prompt = Prompt(place, text, gen_kwargs, fitting, key, task, request.doc_id, occurrence, cut)
             known = lm.store.find(prompt) if lm.store is not None else None
             if known is not None:
                 self.answers[place] = known
             else:
                 group.prompts.append(prompt)
+        if left_out:
+            logger.warning(
+                "%d of %d prompts do not fit the context beside their answers: their oldest tokens are left out, %d in "
+                "all. truncation=False refuses such prompts.",
+                *(len(left_out), len(requests), sum(left_out)),
+            )
 
     def _group(self, gen_kwargs: Any) -> Group:
         """What a set of generation arguments comes to, over ``--model_args``."""
@@ -196,6 +205,8 @@ class GenerationRun:
         """Text with statistics; into the answers, the store, the totals and the progress bar."""
         lm = self.lm
         stats["prompt_tokens"] = len(prompt.ids)
+        if prompt.left_out:
+            stats |= {"truncated_prompts": 1, "prompt_tokens_left_out": prompt.left_out}
         if not lm.arguments.log_decoding_order:
             stats.pop("decoding_order", None)
         response = TracedResponse(self._text(tokens, group.until), stats)

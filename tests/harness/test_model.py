@@ -186,12 +186,18 @@ def test_thinking_is_cut_off(
         ("", {"max_gen_toks": 4}, RequestError, "document 1: the prompt is empty"),
         ("x", {"confidence_treshold": 0.5}, ConfigError, r"confidence_treshold .*Did you mean confidence_threshold\?"),
         ("x", {"confidence_threshold": "high"}, ConfigError, "confidence_threshold"),
-        ("x", {"num_beams": 4}, ConfigError, "num_beams=4 has no meaning"),
+        ("x", {"num_beams": 4}, ConfigError, "num_beams=4 is not available"),
     ],
 )
 def test_requests_that_cannot_be_answered(
-    requests: Any, lm: S2D2LM, prompt: str, gen_kwargs: dict[str, Any], error: type[Exception], message: str
+    requests: Any,
+    make: Callable[..., S2D2LM],
+    prompt: str,
+    gen_kwargs: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
+    lm = make(truncation=False, special_tokens="refuse")
     before = lm.engine.trace.totals()["forwards"]
     good = requests(["fine"], max_gen_toks=4)
     bad = Instance("generate_until", {}, (prompt, gen_kwargs), 0, metadata=("task", 1, 1))
@@ -200,12 +206,40 @@ def test_requests_that_cannot_be_answered(
     assert lm.engine.trace.totals()["forwards"] == before
 
 
-def test_truncation_is_asked_for(requests: Any, make: Callable[..., S2D2LM]) -> None:
+def test_a_long_prompt_loses_its_oldest_tokens_and_is_counted(
+    requests: Any, make: Callable[..., S2D2LM], caplog: pytest.LogCaptureFixture
+) -> None:
     long = "abc" * 100
-    cut = make(truncation=True, max_length=64).generate_until(requests([long], max_gen_toks=4), disable_tqdm=True)
-    short = make().generate_until(requests([long[-60:]], max_gen_toks=4), disable_tqdm=True)
-    assert cut == short
-    assert cut[0].stats["prompt_tokens"] == 60
+    model = make(max_length=64)
+    cut = model.generate_until(requests([long, "short"], max_gen_toks=4), disable_tqdm=True)
+    assert cut[0] == make().generate_until(requests([long[-60:]], max_gen_toks=4), disable_tqdm=True)[0]
+    assert (cut[0].stats["prompt_tokens"], cut[0].stats["prompt_tokens_left_out"]) == (60, 240)
+    assert "1 of 2 prompts do not fit" in caplog.text
+    task = model.get_model_info()["s2d2"]["tasks"]["task"]
+    assert (task["truncated_prompts"], task["prompt_tokens_left_out"], task["requests"]) == (1, 240, 2)
+    with pytest.raises(RequestError, match="a prompt of 300 tokens"):
+        make(max_length=64, truncation=False).generate_until(requests([long], max_gen_toks=4), disable_tqdm=True)
+
+
+def test_the_mask_string_in_a_document_is_text(requests: Any, make: Callable[..., S2D2LM]) -> None:
+    text = "what is <|MASK|> here? <|im_end|>"
+    model = make()
+    ids = model.tok_encode(text)
+    assert bytes(model.tokenizer.decode(ids), "utf8") == text.encode()
+    assert model.engine is not None
+    assert model.engine.facts.mask_token_id not in ids
+    assert 258 in ids  # other special strings are what they are for hf
+    for name, count in (("parse", len(text) - len("<|im_end|>") + 1), ("text", len(text))):
+        answer = make(special_tokens=name).generate_until(requests([text], max_gen_toks=4), disable_tqdm=True)
+        assert answer[0].stats["prompt_tokens"] == count
+    with pytest.raises(RequestError, match="mask token"):
+        make(special_tokens="refuse").generate_until(requests([text], max_gen_toks=4), disable_tqdm=True)
+    asked = [Instance("loglikelihood", {}, (text, " <|MASK|>"), 0)]
+    assert model.loglikelihood(asked, disable_tqdm=True)[0][0] < 0
+    with pytest.raises(ConfigError, match="chat template"):
+        make(special_tokens="text").apply_chat_template([{"role": "user", "content": text}])
+    with pytest.raises(ConfigError, match="special_tokens='mask' is not one of: parse, text, refuse"):
+        make(special_tokens="mask")
 
 
 @pytest.mark.parametrize(
@@ -279,11 +313,13 @@ def test_scoring_tasks(evaluate: Callable[..., Any]) -> None:
     assert evaluate("tiny_rolling", limit=2)["results"]["tiny_rolling"]["word_perplexity,none"] > 1
 
 
-def test_long_contexts_are_refused_unless_truncated(make: Callable[..., S2D2LM]) -> None:
+def test_long_contexts_are_cut_unless_that_is_forbidden(make: Callable[..., S2D2LM]) -> None:
     asked = [Instance("loglikelihood", {}, ("a" * 300, " b"), 0)]
-    with pytest.raises(RequestError, match="truncation=True"):
-        make().loglikelihood(asked, disable_tqdm=True)
-    assert make(truncation=True).loglikelihood(asked, disable_tqdm=True)[0][0] < 0
+    with pytest.raises(RequestError, match="truncation=False"):
+        make(truncation=False).loglikelihood(asked, disable_tqdm=True)
+    model = make()
+    assert model.loglikelihood(asked, disable_tqdm=True)[0][0] < 0
+    assert model.get_model_info()["s2d2"]["scoring"]["truncated_prompts"] == 1
 
 
 # The harness around it
@@ -337,7 +373,11 @@ def test_what_the_run_gave_for_another_decoder_than_the_task_s_falls_away(
 
 @pytest.mark.parametrize(
     ("preset", "message"),
-    [("fast-a", "sdar has sdar-a, sdar-b"), ("sdar-c", r"Did you mean sdar-b\?"), (3, "there is no preset 3")],
+    [
+        ("fast-a", "sdar has sdar-a, sdar-b"),
+        ("sdar-c", r"Did you mean sdar-b\?"),
+        (3, "preset=3 is not of the right type"),
+    ],
 )
 def test_a_preset_that_does_not_fit(
     requests: Any, make: Callable[..., S2D2LM], lm: S2D2LM, preset: Any, message: str
