@@ -65,8 +65,8 @@ test-slow: $(VENV)/.installed  ## the slow tests, and those for a GPU where ther
 
 bench: $(VENV)/.installed  ## measure decoders on this machine: the toy model, and a random 100M shape; tables in out/bench/
 	$(OFFLINE) $(BIN)/s2d2-lmeval bench --output out/bench/toy.json --plot out/bench/toy.png
-	$(OFFLINE) $(BIN)/s2d2-lmeval bench --model sdar-100m --scripted-acceptance 0.8 --prompts 8 --new-tokens 32 \
-	    --block-length 4 --decoders ar,dynamic,s2d2,s2d2:lookahead,sliding+row_budget=auto \
+	$(OFFLINE) $(BIN)/s2d2-lmeval bench --model sdar-100m --scripted_acceptance 0.8 --prompts 8 --new_tokens 32 \
+	    --block_length 4 --decoders ar,dynamic,s2d2,s2d2:lookahead,sliding+row_budget=auto \
 	    --output out/bench/sdar-100m.json --plot out/bench/sdar-100m.png
 
 toy: $(VENV)/.installed  ## train the embedded toy model anew, into build/toy: two runs, 2 h 20 min
@@ -86,8 +86,8 @@ bench-gsm8k bench-humaneval bench-ifeval: bench-%: $(VENV)/.installed
 	    $(if $(DATA),--metadata s2d2_data_dir=$(DATA)) $(UNSAFE_$*) --log_samples --output_path $(OUT)/bench-$*
 
 sweep-gsm8k sweep-humaneval sweep-ifeval: sweep-%: $(VENV)/.installed
-	$(BIN)/s2d2-lmeval sweep studies/thresholds.yaml --model $(MODEL) --task s2d2_$* --batch-size $(BATCH) \
-	    $(if $(DECODER),--decoder $(DECODER)) $(if $(LIMIT),--limit $(LIMIT)) $(if $(DATA),--data-dir $(DATA)) \
+	$(BIN)/s2d2-lmeval sweep studies/thresholds.yaml --model $(MODEL) --task s2d2_$* --batch_size $(BATCH) \
+	    $(if $(DECODER),--decoder $(DECODER)) $(if $(LIMIT),--limit $(LIMIT)) $(if $(DATA),--data_dir $(DATA)) \
 	    $(UNSAFE_$*) --output $(OUT)/sweep-$*
 	$(BIN)/s2d2-lmeval report $(OUT)/sweep-$*
 

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from s2d2_lmeval import __version__
+from s2d2_lmeval.cli.values import Parser, as_in_the_harness
 from s2d2_lmeval.errors import S2D2Error
 
 COMMANDS = {
@@ -38,7 +39,7 @@ examples:
   s2d2-lmeval doctor JetLM/SDAR-1.7B-Chat
   s2d2-lmeval generate --model toy --prompt "What is 17 + 25?" --trace
   s2d2-lmeval eval --model_args pretrained=JetLM/SDAR-1.7B-Chat --tasks gsm8k_cot_zeroshot --apply_chat_template
-  lm_eval --model s2d2 --include_path "$(s2d2-lmeval --print-include-path)" --tasks …
+  lm_eval --model s2d2 --include_path "$(s2d2-lmeval --print_include_path)" --tasks …
 """
 
 
@@ -51,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["eval"]:
-            # Everything behind it belongs to the harness's own parser, `--help` included.
-            return int(import_module(COMMANDS["eval"]).run_harness(arguments[1:]))
+            # Everything after it belongs to the harness's own parser, `--help` included.
+            return int(import_module(COMMANDS["eval"]).run_harness([*map(as_in_the_harness, arguments[1:])]))
         args = build_parser().parse_args(arguments)
         return int(args.run(args))
     except S2D2Error as error:
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="s2d2-lmeval",
         description="Decode and evaluate block-diffusion language models under lm-evaluation-harness.",
         epilog=_EPILOG,
@@ -73,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"s2d2-lmeval {__version__}")
     parser.add_argument(
-        "--print-include-path",
+        "--print_include_path",
         action=_PrintIncludePath,
         help="print the folder of the packaged tasks, for lm_eval's --include_path",
     )

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.cli.values import nonempty, parse_options, real, whole
+from s2d2_lmeval.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
         "--model",
+        type=nonempty,
         default="toy",
         help="a checkpoint, or sdar-100m or sdar-8b: that shape, random weights (default: toy)",
     )
@@ -46,14 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="comma-separated DECODER[:SCHEDULE][+OPTION=VALUE…] (default: %(default)s)",
     )
     parser.add_argument("--batch", default="1,8", metavar="LIST", help="rows in flight (default: %(default)s)")
-    parser.add_argument("--block-length", type=int, default=16, help="of block decoders (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=16, help="how many (default: %(default)s)")
-    parser.add_argument("--prompt-length", type=int, default=64, help="of random prompts (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=64, help="per prompt (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="measured runs of each (default: %(default)s)")
+    parser.add_argument("--block_length", type=whole(), default=16, help="of block decoders (default: %(default)s)")
+    parser.add_argument("--prompts", type=whole(), default=16, help="how many (default: %(default)s)")
+    parser.add_argument("--prompt_length", type=whole(), default=64, help="of random prompts (default: %(default)s)")
+    parser.add_argument("--new_tokens", type=whole(), default=64, help="per prompt (default: %(default)s)")
+    parser.add_argument("--repeats", type=whole(), default=3, help="measured runs of each (default: %(default)s)")
     parser.add_argument(
-        "--scripted-acceptance",
-        type=float,
+        "--scripted_acceptance",
+        type=real(0, 1),
         metavar="RATE",
         help="replace logits by a script in which this share of drafted tokens is right; for random weights",
     )
@@ -63,10 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the toy: answer --prompts held-out problems of each corpus and show accuracy, tokens per forward, and "
         "how many answers equal the first decoder's, instead of times",
     )
-    parser.add_argument("--no-baselines", action="store_true", help="leave out the loops of transformers alone")
+    parser.add_argument("--no_baselines", action="store_true", help="leave out the loops of transformers alone")
     parser.add_argument("--device", help="cuda, cpu, … (default: cuda if there is one)")
     parser.add_argument("--dtype", help="of the weights (default: bfloat16 on CUDA, else float32)")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--threads", type=whole(), help="of torch on the CPU")
     parser.add_argument(
         "--clock",
         choices=tuple(_CLOCKS),
@@ -93,10 +95,12 @@ def run(args: argparse.Namespace) -> int:
     hide_loading_bars()
     console = make_console()
     clock.choose(args.clock)
-    if args.threads:
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = torch.device(choose_device(args.device, None))
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"--dtype {shown(args.dtype)} is not a floating point type; try float32 or bfloat16.")
     plain, model = _models(args.model, device, dtype)
     if args.answers:
         return _show_answers(args, model, console)
@@ -233,15 +237,13 @@ def _workload(args: argparse.Namespace, model: BlockDiffusionModel) -> Workload:
 
 def _numbers(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--batch {text}: give whole numbers separated by commas, such as 1,8.") from None
+        return [whole()(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--batch: {error}. Give whole numbers separated by commas, such as 1,8.") from None
 
 
 def _options(entry: str, args: argparse.Namespace) -> dict[str, Any]:
     """``s2d2:lookahead+acceptance=greedy`` as decoding options."""
-    import yaml
-
     head, *given = entry.split("+")
     decoder, _, schedule = head.partition(":")
     options: dict[str, Any] = {"decoder": decoder}
@@ -249,10 +251,7 @@ def _options(entry: str, args: argparse.Namespace) -> dict[str, Any]:
         options["schedule"] = schedule
     if decoder not in ("ar", "sliding", "dflash", "ddtree"):
         options["block_length"] = args.block_length
-    for item in given:
-        name, _, value = item.partition("=")
-        options[name] = yaml.safe_load(value)
-    return options
+    return {**options, **parse_options(given)}
 
 
 def _table(found: Sequence[Measurement], width: int) -> Any:

@@ -18,7 +18,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2d2_lmeval.errors import ConfigError, RequestError
+from s2d2_lmeval.cli.values import nonempty
+from s2d2_lmeval.errors import ConfigError, RequestError, shown
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
         "--model_args",
+        type=nonempty,
         required=True,
         metavar="NAME=VALUE,…",
         help="pretrained=… and the decoding options, as for eval; base=… names the decoder that is accelerated",
@@ -73,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
     from s2d2_lmeval.cli.generate import encode
     from s2d2_lmeval.studies.calibrate import calibrate
 
-    for name, least in (("nodes", 1), ("depth", 1), ("limit", 1)):
-        if getattr(args, name) < least:
-            raise ConfigError(f"--{name} {getattr(args, name)} is too small; it must be at least {least}.")
+    for given, high in (("nodes", 4096), ("depth", 64), ("limit", 1_000_000)):
+        if not 1 <= (value := getattr(args, given)) <= high:
+            raise ConfigError(f"--{given} {shown(value)} is not from 1 to {high}.")
     console = make_console()
     hide_loading_bars()
     source, options = _arguments(args.model_args)

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2d2_lmeval.cli.values import nonempty, whole
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -72,12 +74,14 @@ class Speed:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--model", default="toy", metavar="PATH", help="another checkpoint than the embedded one")
-    parser.add_argument("--limit", type=int, default=100, help="documents per task (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=8, help="requests in flight (default: %(default)s)")
+    parser.add_argument(
+        "--model", type=nonempty, default="toy", metavar="PATH", help="another checkpoint than the embedded one"
+    )
+    parser.add_argument("--limit", type=whole(), default=100, help="documents per task (default: %(default)s)")
+    parser.add_argument("--rows", type=whole(), default=8, help="requests in flight (default: %(default)s)")
     parser.add_argument(
         "--threads",
-        type=int,
+        type=whole(),
         default=1,
         help="torch's threads on a CPU (default: %(default)s; a model this small gains nothing from more)",
     )

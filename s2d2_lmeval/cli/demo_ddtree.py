@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from s2d2_lmeval.cli.values import nonempty, real, whole
+
 SUMMARY = "drafts for an autoregressive target: ar, dflash and ddtree side by side; needs no network"
 
 BUDGETS = ("16", "32", "64")
@@ -50,16 +52,22 @@ class Measured:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--model", default="toy", metavar="PATH", help="another target than the embedded model")
-    parser.add_argument("--draft", default="toy", metavar="PATH", help="another drafter than the embedded one")
-    parser.add_argument("--limit", type=int, default=100, help="documents per task (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=8, help="requests in flight (default: %(default)s)")
+    parser.add_argument(
+        "--model", type=nonempty, default="toy", metavar="PATH", help="another target than the embedded model"
+    )
+    parser.add_argument(
+        "--draft", type=nonempty, default="toy", metavar="PATH", help="another drafter than the embedded one"
+    )
+    parser.add_argument("--limit", type=whole(), default=100, help="documents per task (default: %(default)s)")
+    parser.add_argument("--rows", type=whole(), default=8, help="requests in flight (default: %(default)s)")
     parser.add_argument(
         "--budgets", nargs="+", default=BUDGETS, metavar="N", help="nodes of trees, or auto (default: 16 32 64)"
     )
-    parser.add_argument("--seed-chain", action="store_true", help="trees hold the arg-max chain whatever it is worth")
-    parser.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature (default: arg-max)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads on a CPU (default: %(default)s)")
+    parser.add_argument("--seed_chain", action="store_true", help="trees hold the arg-max chain whatever it is worth")
+    parser.add_argument(
+        "--temperature", type=real(0, 1000), default=0.0, help="sample at this temperature (default: arg-max)"
+    )
+    parser.add_argument("--threads", type=whole(), default=1, help="torch's threads on a CPU (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/demo-ddtree"), help="folder for the table as files")
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from s2d2_lmeval.cli.values import add_option_argument, parse_options
+from s2d2_lmeval.cli.values import add_option_argument, parse_options, whole
 
 if TYPE_CHECKING:
     from s2d2_lmeval.cli.findings import Finding
@@ -25,14 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option_argument(parser)
     parser.add_argument("--load", action="store_true", help="also load it and decode two blocks with every decoder")
     parser.add_argument(
-        "--ar-quality",
+        "--ar_quality",
         action="store_true",
         help="also answer --tasks in the autoregressive mode and by block decoding, and compare: whether the mode that "
         "lossless decoders are lossless to is worth it",
     )
-    parser.add_argument("--tasks", metavar="A,B", help="tasks of --ar-quality (default for toy: its own)")
-    parser.add_argument("--limit", type=int, default=100, help="documents per task (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=8, help="requests in flight (default: %(default)s)")
+    parser.add_argument("--tasks", metavar="A,B", help="tasks of --ar_quality (default for toy: its own)")
+    parser.add_argument("--limit", type=whole(), default=100, help="documents per task (default: %(default)s)")
+    parser.add_argument("--rows", type=whole(), default=8, help="requests in flight (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 

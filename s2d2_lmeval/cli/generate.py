@@ -9,8 +9,8 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from s2d2_lmeval.cli.values import add_option_argument, parse_options
-from s2d2_lmeval.errors import ConfigError, RequestError
+from s2d2_lmeval.cli.values import add_option_argument, nonempty, parse_options, whole
+from s2d2_lmeval.errors import ConfigError, RequestError, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ SUMMARY = "continue one prompt; --trace draws the decoding order"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("--model", "-m", required=True, metavar="PATH", help='folder, hub id, or "toy"')
+    parser.add_argument("--model", "-m", type=nonempty, required=True, metavar="PATH", help='folder, hub id, or "toy"')
     parser.add_argument("--prompt", "-p", required=True, metavar="TEXT", help="the prompt; - reads it from stdin")
     parser.add_argument(
         "--chat",
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
     parser.add_argument("--decoder", "-d", metavar="NAME", help="default: s2d2")
     add_option_argument(parser)
-    parser.add_argument("--max-new-tokens", "-n", type=int, metavar="N")
-    parser.add_argument("--seed", type=int, help="of keyed randomness")
+    parser.add_argument("--max_new_tokens", "-n", type=whole(0), metavar="N")
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), help="of keyed randomness")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--revision", help="of a hub id")
@@ -121,13 +121,13 @@ def as_dict(
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """What --option and the arguments of their own say; a contradiction is refused."""
     options = parse_options(args.option)
-    for name in ("decoder", "max_new_tokens", "seed"):
-        value = getattr(args, name)
+    for option in ("decoder", "max_new_tokens", "seed"):
+        value = getattr(args, option)
         if value is None:
             continue
-        if options.get(name, value) != value:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} and --option {name}={options[name]}: give one.")
-        options[name] = value
+        if options.get(option, value) != value:
+            raise ConfigError(f"--{option} {value} and --option {option}={shown(options[option])}: give one.")
+        options[option] = value
     return options
 
 

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2d2_lmeval.cli.values import nonempty, real, whole
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -31,12 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="what to run (docs/studies.md)")
     parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="results (default: out/NAME)")
-    parser.add_argument("--model", metavar="NAME", help="one model, in place of those of the study")
-    parser.add_argument("--task", action="append", metavar="NAME", help="only this task of the study; may be repeated")
-    parser.add_argument("--decoder", metavar="NAME", help="only configurations of this decoder, and of ar")
-    parser.add_argument("--limit", type=int, metavar="N", help="documents per task")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="requests in flight")
-    parser.add_argument("--data-dir", metavar="DIR", help="benchmark files, for machines without a connection")
+    parser.add_argument("--model", type=nonempty, metavar="NAME", help="one model, in place of those of the study")
+    parser.add_argument(
+        "--task", type=nonempty, action="append", metavar="NAME", help="only this task of the study; may be repeated"
+    )
+    parser.add_argument(
+        "--decoder", type=nonempty, metavar="NAME", help="only configurations of this decoder, and of ar"
+    )
+    parser.add_argument("--limit", type=whole(), metavar="N", help="documents per task")
+    parser.add_argument("--batch_size", type=whole(), metavar="N", help="requests in flight")
+    parser.add_argument(
+        "--data_dir", type=nonempty, metavar="DIR", help="benchmark files, for machines without a connection"
+    )
     parser.add_argument(
         "--confirm_run_unsafe_code", action="store_true", help="allow tasks that run what the model wrote"
     )
@@ -47,11 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check what can be checked without a connection, show the points, and stop",
     )
-    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--threads", type=whole(), help="of torch on the CPU")
     parser.add_argument("--backend", choices=("local", "ray"), default="local", help="where points run")
-    parser.add_argument("--ray-address", metavar="ADDRESS", help="of a running cluster (default: a new local one)")
-    parser.add_argument("--num-gpus", type=float, default=0, help="of a point, with Ray (default: %(default)s)")
-    parser.add_argument("--num-cpus", type=float, default=1, help="of a point, with Ray (default: %(default)s)")
+    parser.add_argument("--ray_address", metavar="ADDRESS", help="of a running cluster (default: a new local one)")
+    parser.add_argument(
+        "--num_gpus", type=real(0, 1_000_000), default=0, help="of a point, with Ray (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num_cpus", type=real(0, 1_000_000), default=1, help="of a point, with Ray (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plan:
         _show_plan(console, plan)
         return 0
-    if args.threads:
+    if args.threads is not None:
         import torch
 
         torch.set_num_threads(args.threads)

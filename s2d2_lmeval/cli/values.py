@@ -1,15 +1,76 @@
-"""``name=value`` on the command line."""
+"""What command lines are made of: spellings, numbers in their range, and ``name=value``."""
 
 from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Iterable
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.errors import ConfigError, shown
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser to which ``--batch-size`` and ``--batch_size``, as the harness spells it, are the same."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's."""
+        declared = {as_in_the_harness(name): name for name in self._option_string_actions}
+        given = [_renamed(argument, declared) for argument in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(given, namespace)
+
+
+def as_in_the_harness(argument: str) -> str:
+    """``argument`` with underscores in the name, if it is a long option."""
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if re.match(r"--[a-zA-Z][\w-]*$", name) else argument
+
+
+def _renamed(argument: str, declared: dict[str, str]) -> str:
+    name, equals, value = argument.partition("=")
+    return declared.get(as_in_the_harness(name), name) + equals + value
+
+
+def whole(low: int = 1, high: int = 1_000_000) -> Callable[[str], int]:
+    """The type of an argument that takes a whole number from ``low`` to ``high``."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {low} to {high}")
+        return value
+
+    return read
+
+
+def real(low: float, high: float) -> Callable[[str], float]:
+    """The type of an argument that takes a number from ``low`` to ``high``."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a number from {low:g} to {high:g}")
+        return value
+
+    return read
+
+
+def nonempty(text: str) -> str:
+    """The type of an argument that must say something."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; name something, or leave the option out")
+    return text
 
 
 def parse_value(text: str) -> Any:
@@ -29,13 +90,13 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
     """
     options: dict[str, Any] = {}
     for pair in pairs:
-        name, equals, text = pair.partition("=")
-        name = name.strip()
-        if not equals or not name:
-            raise ConfigError(f"--option {pair}: write name=value, such as block_length=16.")
-        if name in options:
-            raise ConfigError(f"--option {name} is given twice; give it once.")
-        options[name] = parse_value(text.strip())
+        option, equals, text = pair.partition("=")
+        option = option.strip()
+        if not equals or not option:
+            raise ConfigError(f"--option {shown(pair)}: write name=value, such as block_length=16.")
+        if option in options:
+            raise ConfigError(f"--option {shown(option)} is given twice; give it once.")
+        options[option] = parse_value(text.strip())
     return options
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from s2d2_lmeval import __version__
-from s2d2_lmeval.cli import COMMANDS, main
+from s2d2_lmeval.cli import COMMANDS, build_parser, main
 from s2d2_lmeval.cli.tasks import include_path
 from s2d2_lmeval.cli.values import parse_options, parse_value
 from s2d2_lmeval.errors import ConfigError
@@ -113,3 +113,37 @@ def test_options_are_pairs_and_come_once() -> None:
         parse_options(["decoder"])
     with pytest.raises(ConfigError, match="twice"):
         parse_options(["top_k=1", "top_k=2"])
+
+
+def test_both_spellings_of_a_long_option_are_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    for confirm in ("--confirm_run_unsafe_code", "--confirm-run-unsafe-code"):
+        for batch in ("--batch_size=4", "--batch-size=4"):
+            args = build_parser().parse_args(["sweep", "s.yaml", confirm, batch])
+            assert (args.confirm_run_unsafe_code, args.batch_size) == (True, 4)
+    args = build_parser().parse_args(
+        ["generate", "--model", "a-b_c", "--prompt=--x-y", "--max-new-tokens", "3", "--no_chat"]
+    )
+    assert (args.model, args.prompt, args.max_new_tokens, args.chat) == ("a-b_c", "--x-y", 3, False)
+    with pytest.raises(SystemExit):
+        main(["eval", "--include-path", "", "--no-such-option"])
+    assert "unrecognized arguments: --no_such_option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bench", "--threads", "0"], "--threads: '0' is not a whole number from 1"),
+        (["sweep", "s.yaml", "--threads", "0"], "--threads: '0'"),
+        (["sweep", "s.yaml", "--model", ""], "--model: it is empty"),
+        (["generate", "--model", "", "--prompt", "x"], "--model/-m: it is empty"),
+        (["demo", "--rows", "1e9"], "--rows: '1e9' is not a whole number"),
+        (["bench", "--scripted-acceptance", "nan"], "'nan' is not a number from 0 to 1"),
+    ],
+)
+def test_empty_and_neutral_looking_values_are_not_ignored(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
