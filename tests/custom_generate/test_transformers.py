@@ -164,6 +164,37 @@ def test_a_misspelt_option_is_refused(how: dict[str, Any]) -> None:
         decode(how, max_new_tokens=4, do_verify_policy="somtimes")
 
 
+def test_what_looks_at_one_row_of_logits_works_as_in_transformers(how: dict[str, Any]) -> None:
+    settings = {"do_sample": True, "temperature": 0.7, "min_p": 0.05, "typical_p": 0.9, "suppress_tokens": [3, 5]}
+    torch.manual_seed(3)
+    seed = int(torch.randint(2**31, ()).item())
+    ours = {**settings, "suppress_tokens": [3, 5, 7], "logit_bias": {11: 2.0}, "seed": seed}
+    expected = engine().generate([PROMPT], {**OPTIONS, **ours, "max_new_tokens": 9, "stop_token_ids": ()})[0]
+    torch.manual_seed(3)
+    theirs = {**settings, "bad_words_ids": [[7]], "sequence_bias": {(11,): 2.0}}
+    assert decode(how, max_new_tokens=9, **theirs).tolist() == [PROMPT + expected.token_ids]
+    # Stop tokens are no bad words to transformers.
+    words = decode(how, max_new_tokens=9, bad_words_ids=[[1], [2]], eos_token_id=[1], pad_token_id=0)
+    suppressed = decode(how, max_new_tokens=9, suppress_tokens=[2], eos_token_id=[1], pad_token_id=0)
+    assert torch.equal(words, suppressed)
+    with pytest.raises(ConfigError, match="not a single token"):
+        decode(how, max_new_tokens=4, bad_words_ids=[[1, 2]])
+
+
+def test_a_checkpoint_s_repetition_penalty_is_left_out_with_a_note(
+    how: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    plain_answer = decode(how, max_new_tokens=9)
+    plain().generation_config.repetition_penalty = 1.1
+    try:
+        assert torch.equal(decode(how, max_new_tokens=9), plain_answer)
+        assert "repetition_penalty=1.1 of generation_config.json is left out" in caplog.text
+        with pytest.raises(RequestError, match="RepetitionPenalty"):
+            decode(how, max_new_tokens=4, repetition_penalty=1.3)
+    finally:
+        plain().generation_config = GenerationConfig()
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

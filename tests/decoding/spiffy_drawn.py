@@ -55,9 +55,11 @@ def cases(draw: st.DrawFn, bases: tuple[str, ...]) -> Case:
     options: dict[str, Any] = {
         "block_length": length,
         "temperature": (temperature := draw(st.sampled_from([0.0, 0.3, 1.0]))),
-        "do_sample": temperature > 0 and draw(st.booleans()),
+        "do_sample": draw(st.booleans()) and temperature > 0,
         "top_k": draw(st.sampled_from([0, 4])),
         "top_p": draw(st.sampled_from([1.0, 0.8])),
+        "min_p": draw(st.sampled_from([0.0, 0.05])),
+        "logit_bias": draw(st.sampled_from([(), ((2, 1.5), (4, -1.0))])),
         "suppress_mask_token": draw(st.sampled_from([True, True, False])),
         "stop_token_ids": tuple(draw(st.lists(st.integers(0, MASK - 1), max_size=2))),
         "schedule": draw(st.sampled_from(["fused", "fused", "reference"])),

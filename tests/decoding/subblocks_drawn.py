@@ -119,7 +119,7 @@ def options(draw: st.DrawFn, decoder: str, policy: str | None = None) -> Subbloc
         "temperature": (temperature := draw(st.sampled_from([0.0, 0.6, 1.0, 1.7]))),
         "top_k": draw(st.sampled_from([0, 0, 4])),
         "top_p": draw(st.sampled_from([1.0, 1.0, 0.8])),
-        "do_sample": temperature > 0 and draw(st.booleans()),
+        "do_sample": draw(st.booleans()) and temperature > 0,
         "confidence_threshold": draw(st.sampled_from([0.3, 0.5, 0.85])),
         "stop_token_ids": tuple(draw(st.lists(st.integers(0, MASK - 1), max_size=2))),
         "cache_ver": draw(st.booleans()),

@@ -126,7 +126,11 @@ def test_larger_trees_are_the_ar_law_too(vocabulary: int, block: int, prompt: li
     [
         (3, {"temperature": 0.6}),
         (3, {"schedule": "fused"}),
+        (3, {"min_p": 0.6, "logit_bias": {0: 0.7}}),
+        (3, {"typical_p": 0.5}),
         pytest.param(4, {"top_k": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"min_p": 0.3, "suppress_tokens": [1]}, marks=pytest.mark.slow),
+        pytest.param(4, {"typical_p": 0.8, "logit_bias": {2: 1.0}}, marks=pytest.mark.slow),
         pytest.param(4, {"top_p": 0.8, "temperature": 1.4}, marks=pytest.mark.slow),
     ],
 )

@@ -29,6 +29,15 @@ SAMPLING = (
     {},
     {"do_sample": True, "temperature": 0.4},
     {"do_sample": True, "temperature": 1.0, "top_k": 8, "top_p": 0.9},
+    {
+        "do_sample": True,
+        "temperature": 0.8,
+        "min_p": 0.05,
+        "typical_p": 0.9,
+        "logit_bias": {3: 2.0, 5: -1.5},
+        "suppress_tokens": (1, 7),
+    },
+    {"logit_bias": {3: 2.0, 5: -1.5}, "suppress_tokens": (1, 7)},
 )
 
 
