@@ -24,6 +24,11 @@ The names are those of the published functions; `decoder`, `schedule`, `acceptan
 `preset=NAME` names one of the published settings of the last section. It lies under every other option, wherever that
 is given: with `--model_args pretrained=…,temperature=0.5` and a task's `preset: sdar-b` the temperature is 0.5.
 
+`do_sample=true` without a temperature samples at temperature 1; a temperature without `do_sample` decides by itself
+whether to sample; both at odds (`do_sample=true,temperature=0`) are refused. Filters (`top_k` to `typical_p`) work as in
+transformers and in that order. `suppress_tokens` and `logit_bias` count for the arg-max too, in drafts as in
+verifications; `bad_words_ids` and `sequence_bias` are taken as far as they name single tokens.
+
 Under the options you give lie the published settings of the checkpoint's family (last section; `s2d2-lmeval doctor
 PATH` shows those of a checkpoint), and under these the defaults below. A name that is unknown, or belongs to another
 decoder or family, is refused; `spiffy` takes the options of the decoder that it accelerates (`base`) as well. What
@@ -177,6 +182,7 @@ def _values(kind: str, meta: Any) -> str:
         "str": "a name",
         "tuple[int, ...]": "token ids",
         "object": "keyed, fixed, torch, an object",
+        "tuple[tuple[int, float], ...]": "token ids to numbers",
     }.get(kind, kind)
     low, high = meta["low"], meta["high"]
     if low is not None and high is not None:

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--anew", action="store_true", help="in a folder of another code version: start again in it")
     parser.add_argument(
         "--plan",
-        "--dry-run",
+        "--dry_run",
         action="store_true",
         help="check what can be checked without a connection, show the points, and stop",
     )
