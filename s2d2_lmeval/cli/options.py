@@ -25,8 +25,8 @@ The names are those of the published functions; `decoder`, `schedule`, `acceptan
 is given: with `--model_args pretrained=…,temperature=0.5` and a task's `preset: sdar-b` the temperature is 0.5.
 
 `do_sample=true` without a temperature samples at temperature 1; a temperature without `do_sample` decides by itself
-whether to sample; both at odds (`do_sample=true,temperature=0`) are refused. Filters (`top_k` to `typical_p`) work as in
-transformers and in that order. `suppress_tokens` and `logit_bias` count for the arg-max too, in drafts as in
+whether to sample; both at odds (`do_sample=true,temperature=0`) are refused. Filters (`top_k` to `typical_p`) work as
+in transformers and in that order. `suppress_tokens` and `logit_bias` count for the arg-max too, in drafts as in
 verifications; `bad_words_ids` and `sequence_bias` are taken as far as they name single tokens.
 
 Under the options you give lie the published settings of the checkpoint's family (last section; `s2d2-lmeval doctor
