@@ -3,7 +3,7 @@
 Different from calling `lm_eval`:
   - the model s2d2 is registered directly, in every environment, and is what --model means if you leave it out;
   - the packaged tasks are found, beside those of an --include_path of your own (which wins where names collide);
-  - what s2d2 refuses is one message and exit code 2.
+  - what s2d2 refuses is one message and exit code 2, and so are results that could not be written.
 
 `ls` and `validate` work too: s2d2-lmeval eval ls tasks
 """
@@ -36,6 +36,7 @@ def run_harness(arguments: Sequence[str]) -> int:
     from lm_eval.utils import setup_logging
 
     from s2d2_lmeval.cli.tasks import include_path, register
+    from s2d2_lmeval.harness.saving import refuse_to_lose_results
 
     asked = list(arguments)
     if not asked or asked[0] in ("-h", "--help"):
@@ -54,8 +55,20 @@ def run_harness(arguments: Sequence[str]) -> int:
         namespace.include_path = [str(include_path()), *folders(given, without=include_path())]
     if getattr(namespace, "model", "") is None and not settings.get("model"):
         namespace.model = "s2d2"
+    _take_token(namespace)
+    refuse_to_lose_results()
     harness.execute(namespace)
     return 0
+
+
+def _take_token(namespace: argparse.Namespace) -> None:
+    """A hub token goes where the libraries look for it, and no further: the harness prints and records arguments."""
+    from s2d2_lmeval.harness.secrets import ADVICE, holds_token
+
+    given = getattr(namespace, "model_args", None)
+    if isinstance(given, dict) and holds_token(given) and isinstance(given.get("token"), str):
+        print(f"s2d2-lmeval: {ADVICE}", file=sys.stderr)
+        os.environ["HF_TOKEN"] = given.pop("token")
 
 
 def _parse(harness: Any, arguments: Sequence[str]) -> argparse.Namespace:

@@ -40,6 +40,11 @@ def tasks_with_cached_requests() -> Mapping[str, Any]:
     return {output.task_name: output.task for output in tasks if hasattr(output, "task")}  # older releases
 
 
+def model_args() -> Any:
+    """``--model_args``: a text or a mapping; None outside of an evaluation."""
+    return variables("simple_evaluate").get("model_args")
+
+
 def results() -> Any:
     """What ``simple_evaluate`` is about to return; None before there is something."""
     return variables("simple_evaluate").get("results")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.errors import ConfigError, RequestError
 from s2d2_lmeval.families.facts import NO_MASK
-from s2d2_lmeval.harness import caching, caller, identity, loading, report
+from s2d2_lmeval.harness import caching, caller, identity, loading, report, saving, secrets
 from s2d2_lmeval.harness import filters as _filters  # noqa: F401  (importing it registers s2d2_stats)
 from s2d2_lmeval.harness.arguments import rows_in_flight, sort_arguments
 from s2d2_lmeval.harness.custom import CustomFunction
@@ -68,6 +68,7 @@ class S2D2LM(HFLM):
         revision: str | None = None,
         **options: Any,
     ) -> None:
+        saving.refuse_to_lose_results()
         self.arguments = arguments = sort_arguments(pretrained, options)
         accelerator = loading.join_processes()
         where = loading.choose_device(device, accelerator)
@@ -106,6 +107,8 @@ class S2D2LM(HFLM):
         self.told: set[Any] = set()
         self.reset_totals()
         if self.rank == 0:
+            if secrets.holds_token(options):
+                logger.warning("%s", secrets.ADVICE)
             name = self.custom.name if self.custom else None
             logger.info("%s", report.header(loaded.source, self.engine, self.decoding, name, rows))
 
@@ -380,4 +383,8 @@ class S2D2LM(HFLM):
                 self.device, getattr(self._model, "dtype", None), engine.attention if engine is not None else None
             ),
         }
-        return {**super().get_model_info(), "s2d2": about}
+        # The harness has written the arguments down by now, once for the model and once for every task.
+        if (results := caller.results()) is not None:
+            results["configs"] = secrets.redacted(results.get("configs", {}))
+        given = {"model_args": secrets.redacted(caller.model_args())} if caller.model_args() else {}
+        return {**super().get_model_info(), **given, "s2d2": about}

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import logging
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from s2d2_lmeval.cli import main
 from s2d2_lmeval.cli.evaluate import folders
 from s2d2_lmeval.cli.tasks import include_path
+from s2d2_lmeval.errors import S2D2Error
 
 TASK = """
 task: cli_letters
@@ -132,3 +137,85 @@ def test_errors_of_the_harness_pass_through(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(HarnessCLI, "execute", fail)
     with pytest.raises(ValueError, match="Tasks not found: no_such_task"):
         main(["eval", "--tasks", "no_such_task"])
+
+
+@pytest.fixture
+def evaluation(checkpoint: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Without what takes the harness seconds: its versions of the whole system, and its index of all tasks."""
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager.__init__
+    ours = {"include_defaults": False}
+    monkeypatch.setattr(TaskManager, "__init__", lambda self, *given, **named: index(self, *given, **{**named, **ours}))
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    arguments = ["--model_args", f"pretrained={checkpoint},decoder=dynamic", "--device", "cpu", "--limit", "1"]
+    return [*arguments, "--tasks", "cli_letters", "--include_path", str(tasks), "--log_samples"]
+
+
+@pytest.mark.parametrize("lost", ["results", "samples"])
+def test_results_that_cannot_be_written_are_an_error(
+    evaluation: list[str],
+    lost: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A full disk; the harness itself says so in its log at most, and ends with 0."""
+    caplog.set_level(logging.ERROR, logger="lm_eval")
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    where = "asdict" if lost == "results" else "sanitize_list"
+    monkeypatch.setattr(f"lm_eval.loggers.evaluation_tracker.{where}", full)
+    assert main(["eval", *evaluation, "--output_path", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr()
+    assert "No space left on device" in shown.err.splitlines()[-1]
+    assert "make room" in shown.err.splitlines()[-1]
+    assert ("|exact_match|" in shown.out) is (lost == "results")
+
+
+def test_plain_lm_eval_does_not_end_with_0_either(
+    evaluation: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lm_eval.__main__ import cli_evaluate
+
+    (tmp_path / "file").write_text("")
+    path = str(tmp_path / "file" / "below")
+    monkeypatch.setattr("sys.argv", ["lm_eval", "run", "--model", "s2d2", *evaluation, "--output_path", path])
+    with pytest.raises(S2D2Error, match=r"Could not save results.*Not a directory"):
+        cli_evaluate()
+    assert "|exact_match|" in capsys.readouterr().out
+
+
+TOKEN = "hf_" + "aBcDeFgHiJ" * 3 + "1234"
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["s2d2-lmeval eval", "lm_eval"])
+def test_hub_tokens_are_not_recorded(
+    evaluation: list[str],
+    plain: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from lm_eval.__main__ import cli_evaluate
+
+    monkeypatch.setenv("HF_TOKEN", "")
+    evaluation[1] += f",token={TOKEN}"
+    arguments = [*evaluation, "--output_path", str(tmp_path / "out")]
+    if plain:
+        monkeypatch.setattr("sys.argv", ["lm_eval", "run", "--model", "s2d2", *arguments])
+        cli_evaluate()
+        assert "HF_TOKEN" in caplog.text
+    else:
+        assert main(["eval", *arguments]) == 0
+        shown = capsys.readouterr()
+        assert "HF_TOKEN" in shown.err
+        assert TOKEN not in shown.out + shown.err + caplog.text
+        assert os.environ["HF_TOKEN"] == TOKEN
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) == 2
+    assert not [path for path in files if TOKEN in path.read_text()]
