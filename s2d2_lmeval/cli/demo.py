@@ -181,7 +181,7 @@ def _row(name: str, task: str, results: Mapping[str, Any]) -> Row:
         nfe=stats["nfe"] / requests,
         new_tokens=stats["new_tokens"] / requests,
         tokens_per_forward=stats["tokens_per_forward"],
-        acceptance=stats["acceptance"] if stats["drafted"] else None,
+        acceptance=stats.get("acceptance"),
     )
 
 

@@ -119,14 +119,14 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(name: str, accuracy: float, totals: Mapping[str, float], equal: int, documents: int) -> Measured:
     """One line of the table from a run's totals. Without drafts every forward is the target's."""
-    rounds, drafts = totals.get("rounds", 0), totals.get("drafter_forwards", 0)
+    drafts = totals.get("drafter_forwards", 0)
     targets, steps = totals.get("target_forwards", totals["nfe"]), totals.get("target_steps", totals["forwards"])
     return Measured(
         configuration=name,
         accuracy=accuracy,
         tokens_per_target_forward=totals["new_tokens"] / targets,
-        acceptance_length=totals["round_tokens"] / rounds if rounds else None,
-        without_bonus=totals["round_accepted"] / rounds if rounds else None,
+        acceptance_length=totals.get("acceptance_length"),
+        without_bonus=totals.get("acceptance_length_without_bonus"),
         target_milliseconds=1000 * totals.get("target_seconds", totals["seconds"]) / steps,
         drafter_milliseconds=1000 * totals["drafter_seconds"] / totals["drafter_steps"] if drafts else None,
         tokens_per_second=totals["tokens_per_second"],

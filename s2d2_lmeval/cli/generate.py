@@ -197,11 +197,16 @@ def statistics_table(
     rows = [
         ("new tokens", f"{new} after a prompt of {prompt_length}; ended by {_ENDED[generation.finish_reason]}"),
         ("forwards", f"{int(stats['nfe'])} ({forwards or 'none'})"),
-        ("tokens per forward", f"{stats['tokens_per_forward']:.2f}"),
     ]
-    if stats["verify_forwards"]:
+    if "tokens_per_forward" in stats:
+        both = f"{stats['tokens_per_forward']:.2f}"
+        if stats["prefill_forwards"] and "tokens_per_decode_forward" in stats:
+            both += f", {stats['tokens_per_decode_forward']:.2f} without forwards that only run the prompt"
+        rows.append(("tokens per forward", both))
+    if "acceptance" in stats:
         accepted, drafted = int(stats["accepted"]), int(stats["drafted"])
         rows.append(("accepted", f"{accepted} of {drafted} drafted tokens ({stats['acceptance']:.0%})"))
+    if "routed" in stats:
         rows.append(("verified", f"{stats['routed']:.0%} of the drafts"))
     rate = f"{new / seconds:.1f} tokens/s" if seconds else "-"
     rows.append(("time", f"{seconds:.2f} s, {rate}, first call included"))

@@ -246,6 +246,23 @@ class DecodingConfig(
         """What the decoder's output is, in a sentence."""
         return PROMISES[self.decoder]
 
+    @property
+    def shares_budget(self) -> bool:
+        """Whether rows may spend of each other's budgets of queries. Under rejection other drafts lead to other tokens,
+        so what is drafted for a row may depend on that row alone.
+        """
+        return self.share_budget and self.acceptance != "rejection"
+
+    @property
+    def caution(self) -> str | None:
+        """What to know of the counts of a run, in a sentence; None where they speak for themselves."""
+        if self.decoder == "sliding" and self.shares_budget:
+            return (
+                "the rows in flight share their budgets, so how many forwards an answer takes depends on the others "
+                "(its tokens do not); share_budget=false keeps budgets apart"
+            )
+        return None
+
     @classmethod
     def option_names(cls) -> frozenset[str]:
         """Every accepted option name, synonyms included."""

@@ -21,9 +21,9 @@ import torch
 from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.decoder import Seating
-from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, NOTHING
+from s2d2_lmeval.decoding.generation import DENOISED
 from s2d2_lmeval.decoding.planning import BlockPlan, plan_blocks
-from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, read_back, record_step
+from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, as_step, read_back, record_step
 from s2d2_lmeval.decoding.remasking import choose
 from s2d2_lmeval.decoding.rows import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Rows
 from s2d2_lmeval.decoding.sampling import draft_tokens
@@ -246,13 +246,13 @@ class BlockDenoiser:
         """A draft of row ``slot`` has come in: verify it, or its step is over."""
         rows = self.rows
         assert read.drafted is not None
-        self._record(row, slot, read.drafted, "draft", outcome)
-        rows.progress[slot].drafts += 1
+        self._record(slot, read.drafted, "draft")
+        rows.progress[slot].drafts += self.verifies
         if read.span[slot].any():
+            rows.progress[slot].routed_drafts += 1
             rows.phase[slot] = VERIFY
             rows.span[slot] = read.span[slot]
             rows.wanted[slot] = rows.masks[slot] if self.verify_all_masks else read.span[slot]
-            outcome.routed[row] = 1
         else:
             self._after_step(slot)
 
@@ -260,12 +260,8 @@ class BlockDenoiser:
         """A verification of row ``slot`` has come in: its step is over."""
         rows, length = self.rows, self.rows.block_length
         assert read.verified is not None
-        fed, progress = read.verified.draft[slot], rows.progress[slot]
-        self._record(row, slot, read.verified, "verify", outcome)
-        outcome.drafted[row] = rows.span[slot].sum()
-        outcome.accepted[row] = (read.verified.marks[slot] == ACCEPTED).sum()
-        progress.drafted += int(outcome.drafted[row])
-        progress.accepted += int(outcome.accepted[row])
+        fed = read.verified.draft[slot]
+        self._record(slot, read.verified, "verify")
         if self.config.schedule == "lookahead":
             # What was fed token-causally and stands is prefix, up to the first that is open or came out another.
             standing = int(np.append((rows.block[slot] == fed) & ~rows.masks[slot], False).argmin())
@@ -274,15 +270,13 @@ class BlockDenoiser:
             rows.cached[slot] += outcome.kept[row]
         self._after_step(slot)
         if read.moved[slot] and not rows.complete[slot]:
-            outcome.carried[row] = 1
             self._after_draft(row, slot, read, outcome)
 
-    def _record(self, row: int, slot: int, step: StepTables[np.ndarray], kind: str, outcome: Outcome) -> None:
+    def _record(self, slot: int, step: StepTables[np.ndarray], kind: str) -> None:
         rows = self.rows
-        first, start = bool(rows.step[slot] == 0), int(rows.start[slot])
-        record_step(rows.progress[slot], step, slot, kind, start, first, self.verifies)
+        done = as_step(step, slot, kind, int(rows.start[slot]), rows.span[slot])
+        record_step(rows.progress[slot], done, step.order[slot], bool(rows.step[slot] == 0), self.verifies)
         rows.block[slot] = step.after[slot]
-        outcome.committed[row] += (step.marks[slot] != NOTHING).sum()
 
     def _after_step(self, slot: int) -> None:
         """A denoising step of row ``slot`` is over: go on in the block, or with the next."""

@@ -19,7 +19,7 @@ import torch
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.denoising import BlockDenoiser
 from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, EDITED, RESAMPLED
-from s2d2_lmeval.decoding.readback import Outcome, StepTables, as_step
+from s2d2_lmeval.decoding.readback import StepTables, as_step
 from s2d2_lmeval.decoding.rows import Rows
 from s2d2_lmeval.decoding.s2d2 import S2D2
 from s2d2_lmeval.decoding.stages import Decisions, Stage
@@ -54,10 +54,10 @@ class EditingDenoiser(BlockDenoiser):
         super().admitted(slot)
         self.post_steps[slot] = 0
 
-    def _record(self, row: int, slot: int, step: StepTables[np.ndarray], kind: str, outcome: Outcome) -> None:
+    def _record(self, slot: int, step: StepTables[np.ndarray], kind: str) -> None:
         rows, marks, start = self.rows, step.marks[slot], int(self.rows.start[slot])
         progress = rows.progress[slot]
-        progress.steps.append(as_step(step, slot, kind, start))
+        progress.steps.append(as_step(step, slot, kind, start, rows.span[slot]))
         if kind == "draft":
             places = np.flatnonzero(marks == EDITED)
             before, after = step.before[slot].tolist(), step.after[slot].tolist()
@@ -67,9 +67,7 @@ class EditingDenoiser(BlockDenoiser):
         order = progress.decoding_order[-1]
         assert isinstance(order, dict)
         for mark, show in _SHOWN.items():
-            decided = np.flatnonzero(marks == mark).tolist()
-            order["unmask"] += [show(start + place) for place in decided]
-            outcome.committed[row] += len(decided)
+            order["unmask"] += [show(start + place) for place in np.flatnonzero(marks == mark).tolist()]
         rows.block[slot] = step.after[slot]
 
     def _block_finished(self, slot: int) -> bool:

@@ -96,15 +96,15 @@ class Engine:
         """
         answers: list[Generation | None] = [None] * len(requests)
         waiting = deque(index for index, request in enumerate(requests) if request.max_new_tokens > 0)
-        for index, request in enumerate(requests):
-            if request.max_new_tokens == 0:
-                answers[index] = self._nothing_to_do(request)
 
         def finished(index: int, answer: Generation) -> None:
             answers[index] = answer
             if on_finished is not None:
                 on_finished(index, answer)
 
+        for index, request in enumerate(requests):
+            if request.max_new_tokens == 0:
+                finished(index, self._nothing_to_do(request))
         while waiting:
             if not self._decode(requests, waiting, finished):
                 # Here the exception is gone, and with it what it kept alive of the failed step.
@@ -192,7 +192,7 @@ class Engine:
             self.trace.seated(len(request.prompt), shared)
 
     def _step(self) -> None:
-        """One engine step: plan, forward, advance; and its record in the trace."""
+        """One engine step: plan, forward, advance; and what the trace says of it."""
         started, model_seconds = clock.now(), self.runner.model_seconds
         plan = self.decoder.plan()
         logits = self.runner.forward(plan.request)
@@ -201,23 +201,14 @@ class Engine:
         outcome = self.decoder.advance(logits)
         self.runner.settle()
         self.runner.commit(plan.request, outcome.kept, outcome.path)
-        self.trace.records.append(
+        self.trace.forwarded(
             ForwardRecord(
                 kinds=tuple(KIND_OF_PHASE[phase] for phase in plan.phases),
                 widths=plan.request.layout.widths,
                 wanted=plan.wanted_counts,
                 kept=plan.request.keep + outcome.kept,
-                committed=outcome.committed,
-                drafted=outcome.drafted,
-                accepted=outcome.accepted,
-                routed=outcome.routed,
-                carried=outcome.carried,
-                deepest=outcome.deepest,
-                windows=outcome.windows,
-                seconds=clock.now() - started,
+                seconds=clock.since(started),
                 model_seconds=self.runner.model_seconds - model_seconds,
-                states=outcome.states,
-                skipped=outcome.skipped,
             )
         )
 
@@ -236,10 +227,16 @@ class Engine:
         if counted > request.max_new_tokens:
             counted = kept = request.max_new_tokens
             reason = "length"
-        self.trace.finished(counted, progress.counts)
-        return Generation(new[:kept], reason, progress.stats(counted), progress.decoding_order, progress.steps, canvas)
+        stats = self._count(progress, len(request.prompt), counted)
+        return Generation(new[:kept], reason, stats, progress.decoding_order, progress.steps, canvas)
 
     def _nothing_to_do(self, request: Request) -> Generation:
         """The answer to a request for no tokens."""
-        self.trace.finished(0)
-        return Generation([], "length", Progress().stats(0), [], [], list(request.prompt))
+        return Generation([], "length", self._count(Progress(), len(request.prompt), 0), [], [], list(request.prompt))
+
+    def _count(self, progress: Progress, prompt: int, new_tokens: int) -> dict[str, float]:
+        """The statistics of a complete request, which the trace counts too."""
+        counts, depths = progress.verified(prompt + new_tokens)
+        stats = progress.summary(new_tokens, counts)
+        self.trace.finished({**stats, **depths})
+        return stats

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from s2d2_lmeval.runtime import clock, statistics
 
 NOTHING, ACCEPTED, RESAMPLED, RATIO, HIGH_CONFIDENCE, DENOISED, KEPT, AUTOREGRESSIVE, EDITED = range(9)
 """How a place was decided in a step: the marks of :class:`Step`."""
@@ -36,7 +38,8 @@ class Step:
 
     ``start`` is the block's first position; ``before``, ``draft`` and ``tokens`` are the block's ids before the step,
     with every mask drafted, and after the step; ``marks`` says how each place was decided in it (:data:`MARK_NAMES`; 0
-    where it was not).
+    where it was not). ``drafted`` are the positions of the tokens that were put before the verifier, siblings of a tree
+    at the same one.
     """
 
     kind: str
@@ -45,6 +48,7 @@ class Step:
     draft: list[int]
     tokens: list[int]
     marks: list[int]
+    drafted: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -68,18 +72,52 @@ FORWARDS = ("prefill", "draft", "verify", "commit", "drafter")
 """What a forward does for a request; ``drafter`` is a forward of a drafter beside the model."""
 
 
+@dataclass(frozen=True)
+class Verification:
+    """What a verification did for the answer, which may end before what was drafted does.
+
+    ``drafted`` tokens put before the verifier, ``accepted`` of these, and all tokens ``decided``; ``offered`` and
+    ``stood`` are the depths at which a token was drafted and accepted, 1 being the first drafted position.
+    """
+
+    drafted: int
+    accepted: int
+    decided: int
+    offered: frozenset[int]
+    stood: frozenset[int]
+
+
+def verifications(steps: Sequence[Step], end: int) -> Iterator[Verification]:
+    """The verifications among ``steps``, as far as they concern positions before ``end``, where the answer does."""
+    for step in steps:
+        drafted = [position for position in step.drafted if position < end]
+        if drafted:
+            first = min(step.drafted) - 1
+            marks = step.marks[: max(end - step.start, 0)]
+            accepted = [step.start + place for place, mark in enumerate(marks) if mark == ACCEPTED]
+            yield Verification(
+                drafted=len(drafted),
+                accepted=len(accepted),
+                decided=len(marks) - marks.count(NOTHING),
+                offered=frozenset(position - first for position in drafted),
+                stood=frozenset(position - first for position in accepted),
+            )
+
+
 @dataclass
 class Progress:
-    """A request on its way: counters, steps and the published decoding order, filled in as forwards come back."""
+    """A request on its way: counters, steps and the published decoding order, filled in as forwards come back.
+
+    ``drafts`` that a routing policy looked at, and ``routed_drafts`` of these that it sent to the verifier.
+    """
 
     forwards: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORWARDS, 0))
     drafts: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    routed_drafts: int = 0
     blocks: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     """What only some decoders count."""
-    begun: float = field(default_factory=time.perf_counter)
+    begun: float = field(default_factory=clock.now)
     steps: list[Step] = field(default_factory=list)
     decoding_order: list[PublishedStep] = field(default_factory=list)
 
@@ -87,19 +125,33 @@ class Progress:
         """Add ``more`` to a count of the decoder's own."""
         self.counts[name] = self.counts.get(name, 0) + more
 
-    def stats(self, new_tokens: int) -> dict[str, float]:
-        """The request's statistics. ``nfe`` counts every forward that it took part in."""
+    def verified(self, end: int) -> tuple[dict[str, int], dict[str, int]]:
+        """What verifications did for an answer that ends before position ``end``: counts, and counts by depth."""
+        found = list(verifications(self.steps, end))
+        counts = {name: sum(getattr(one, name) for one in found) for name in ("drafted", "accepted")}
+        if found:
+            counts |= {"rounds": len(found), "round_tokens": sum(one.decided for one in found)}
+            counts["round_accepted"] = counts["accepted"]
+        offered, stood = statistics.BY_DEPTH
+        depths = Counter(f"{offered}{depth}" for one in found for depth in one.offered)
+        depths.update(f"{stood}{depth}" for one in found for depth in one.stood)
+        return counts, depths
+
+    def summary(self, new_tokens: int, counts: dict[str, int]) -> dict[str, float]:
+        """The request's statistics (:mod:`~s2d2_lmeval.runtime.statistics`); ``counts`` are those of :meth:`verified`.
+
+        ``seconds`` is the time in flight, which it shared with others: no rate follows from it.
+        """
         nfe = sum(self.forwards.values())
-        return {
+        routing = {"drafts": self.drafts, "routed_drafts": self.routed_drafts} if self.drafts else {}
+        everything = {
             "nfe": nfe,
+            "decode_nfe": nfe - self.forwards["prefill"],
             "new_tokens": new_tokens,
-            "tokens_per_forward": new_tokens / nfe if nfe else 0.0,
             **{f"{kind}_forwards": count for kind, count in self.forwards.items()},
-            "drafted": self.drafted,
-            "accepted": self.accepted,
-            "acceptance": self.accepted / self.drafted if self.drafted else 0.0,
-            "routed": self.forwards["verify"] / self.drafts if self.drafts else 0.0,
+            **counts,
+            **routing,
             "blocks": self.blocks,
             **self.counts,
-            "seconds": time.perf_counter() - self.begun,
         }
+        return {**everything, **statistics.ratios(everything), "seconds": clock.since(self.begun)}

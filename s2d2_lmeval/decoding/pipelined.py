@@ -20,7 +20,7 @@ import torch
 from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.decoder import Seating
-from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, HIGH_CONFIDENCE, NOTHING, RESAMPLED, Step
+from s2d2_lmeval.decoding.generation import DENOISED, HIGH_CONFIDENCE, NOTHING, RESAMPLED, Step
 from s2d2_lmeval.decoding.pipelined_planning import PipelinePlan, Wanted, Window, plan_pipeline
 from s2d2_lmeval.decoding.pipelined_rows import PipelineRows
 from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, read_back
@@ -205,24 +205,20 @@ class PipelinedDenoiser:
         rows.cached[slots] += plan.request.keep
         outcome = Outcome.zeros(len(slots))
         over = []
-        for row, slot in enumerate(slots.tolist()):
+        for slot in slots.tolist():
             width, progress = int(plan.widths[slot]), rows.progress[slot]
             progress.forwards[KIND_OF_PHASE[rows.phase[slot]]] += 1
             step = StepTables(*(table[slot, :width] for table in read.drafted.all()))
-            self._record(row, slot, step, outcome)
+            self._record(slot, step)
             span = read.span[slot, :width]
             if rows.phase[slot] == VERIFY:
-                outcome.drafted[row] = rows.span[slot].sum()
-                outcome.accepted[row] = (step.marks == ACCEPTED).sum()
-                progress.drafted += int(outcome.drafted[row])
-                progress.accepted += int(outcome.accepted[row])
                 rows.span[slot] = False
             else:
-                progress.drafts += 1
+                progress.drafts += self.verifies
             if span.any():
+                progress.routed_drafts += 1
                 rows.phase[slot] = VERIFY
                 rows.span[slot, rows.base[slot] : rows.base[slot] + width] = span
-                outcome.routed[row] = 1
             else:
                 self._end_iteration(slot, step)
                 over.append(slot)
@@ -232,10 +228,10 @@ class PipelinedDenoiser:
             self._maybe_complete(slot)
         return outcome
 
-    def _record(self, row: int, slot: int, step: StepTables[np.ndarray], outcome: Outcome) -> None:
+    def _record(self, slot: int, step: StepTables[np.ndarray]) -> None:
         """Add the step of row ``slot`` to its request's record."""
         rows = self.rows
-        base = int(rows.base[slot])
+        base, verified = int(rows.base[slot]), rows.phase[slot] == VERIFY
         rows.progress[slot].steps.append(
             Step(
                 kind=KIND_OF_PHASE[rows.phase[slot]],
@@ -244,10 +240,10 @@ class PipelinedDenoiser:
                 draft=step.draft.tolist(),
                 tokens=step.after.tolist(),
                 marks=step.marks.tolist(),
+                drafted=(int(rows.prompt[slot]) + np.flatnonzero(rows.span[slot])).tolist() if verified else (),
             )
         )
         rows.generated[slot, base : base + len(step.after)] = step.after
-        outcome.committed[row] = (step.marks != NOTHING).sum()
 
     def _end_iteration(self, slot: int, step: StepTables[np.ndarray]) -> None:
         """An iteration of row ``slot`` is over: see what it decided, and whether the answer ends."""

@@ -14,7 +14,6 @@ from s2d2_lmeval.decoding.generation import (
     DENOISED,
     HIGH_CONFIDENCE,
     KEPT,
-    NOTHING,
     RATIO,
     RESAMPLED,
     Progress,
@@ -26,32 +25,19 @@ Table = TypeVar("Table", torch.Tensor, np.ndarray)
 
 @dataclass
 class Outcome:
-    """What one engine step did to each active row (R,), for the cache and the trace.
+    """What of one engine step's queries became prefix of each active row (R,).
 
-    ``kept`` leading queries that became prefix only now, by being accepted; ``committed`` tokens decided; ``drafted``
-    tokens put before the verifier; ``accepted`` of these accepted; ``routed`` 1 where a draft goes on to the verifier;
-    ``carried`` 1 where a verification carried the next draft along and that came to use; ``deepest`` depth of the draft
-    tree or chain that was run; ``windows`` draft windows that ran beside it; ``states`` draft states of the block that
-    ran beside it and ``skipped`` denoising steps that needed no forward because of them. Where what is kept is
-    not the leading queries behind the prefix, ``path`` names them, counted from its end, per row.
+    ``kept`` leading queries that did so only now, by being accepted. Where they are not the leading queries after the
+    prefix, ``path`` names them, counted from its end, per row.
     """
 
     kept: np.ndarray
-    committed: np.ndarray
-    drafted: np.ndarray
-    accepted: np.ndarray
-    routed: np.ndarray
-    carried: np.ndarray
-    deepest: np.ndarray
-    windows: np.ndarray
-    states: np.ndarray
-    skipped: np.ndarray
     path: dict[int, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def zeros(cls, rows: int) -> Outcome:
         """Nothing yet, for R rows."""
-        return cls(*np.zeros((10, rows), dtype=np.int64))
+        return cls(np.zeros(rows, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -116,8 +102,8 @@ def fetch(columns: list[torch.Tensor]) -> list[np.ndarray]:
     return np.split(packed, np.cumsum([column.shape[1] for column in columns])[:-1], axis=1)
 
 
-def as_step(step: StepTables[np.ndarray], slot: int, kind: str, start: int) -> Step:
-    """The step of row ``slot``, whose block begins at ``start``."""
+def as_step(step: StepTables[np.ndarray], slot: int, kind: str, start: int, span: np.ndarray) -> Step:
+    """The step of row ``slot``, whose block begins at ``start``; ``span`` (B,) is what the verifier had before it."""
     return Step(
         kind=kind,
         start=start,
@@ -125,17 +111,16 @@ def as_step(step: StepTables[np.ndarray], slot: int, kind: str, start: int) -> S
         draft=step.draft[slot].tolist(),
         tokens=step.after[slot].tolist(),
         marks=step.marks[slot].tolist(),
+        drafted=(start + np.flatnonzero(span)).tolist() if kind == "verify" else (),
     )
 
 
-def record_step(
-    progress: Progress, step: StepTables[np.ndarray], slot: int, kind: str, start: int, first: bool, verifies: bool
-) -> None:
-    """Add the step of row ``slot``, whose block begins at ``start``, to its request's record."""
-    marks = step.marks[slot]
-    progress.steps.append(as_step(step, slot, kind, start))
-    if (marks != NOTHING).any():
-        entries = published_order(marks, step.order[slot], start, verifies)
+def record_step(progress: Progress, done: Step, order: np.ndarray, first: bool, verifies: bool) -> None:
+    """Add a step to its request's record; ``order`` (B,) within equal marks."""
+    progress.steps.append(done)
+    marks = np.array(done.marks)
+    if marks.any():
+        entries = published_order(marks, order, done.start, verifies)
         progress.decoding_order.append(["|", *entries] if first else entries)
 
 

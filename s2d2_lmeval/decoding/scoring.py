@@ -143,25 +143,17 @@ class Scorer:
             item.greedy &= bool(part[1].all())
         for item, n in zip(items, take, strict=True):
             item.done += int(n)
-        self._record(layout, scored, take, clock.now() - started, self.runner.model_seconds - model_seconds)
+        self._record(layout, scored, take, clock.since(started), self.runner.model_seconds - model_seconds)
 
     def _record(
         self, layout: Layout, scored: np.ndarray, take: np.ndarray, seconds: float, model_seconds: float
     ) -> None:
-        zeros = np.zeros(len(scored), dtype=np.int64)
-        self.trace.records.append(
+        self.trace.forwarded(
             ForwardRecord(
                 kinds=("score",) * len(scored),
                 widths=layout.widths,
                 wanted=scored,
                 kept=take,
-                committed=zeros,
-                drafted=zeros,
-                accepted=zeros,
-                routed=zeros,
-                carried=zeros,
-                deepest=zeros,
-                windows=zeros,
                 seconds=seconds,
                 model_seconds=model_seconds,
             )

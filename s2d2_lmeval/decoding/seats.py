@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from s2d2_lmeval.decoding.generation import Progress, Request
+from s2d2_lmeval.decoding.generation import ACCEPTED, AUTOREGRESSIVE, Progress, Request, Step
 
 IDLE, PREFILL, DRAFT, VERIFY, COMMIT, PROPOSE = range(6)
 """Phases of a row: what its next forward does."""
@@ -60,6 +60,16 @@ class Seats:
         """Free a seat."""
         self.phase[slot] = IDLE
         self.requests[slot] = None
+
+    def record(self, slot: int, fresh: list[int], depths: np.ndarray, mask_token_id: int) -> None:
+        """Put a round into the request's record, before :meth:`extend`: drafted tokens at ``depths`` (1 is the next
+        position), of which all of ``fresh`` but the last were accepted.
+        """
+        progress, start, kind = self.progress[slot], len(self.tokens[slot]), KIND_OF_PHASE[self.phase[slot]]
+        marks = [ACCEPTED] * (len(fresh) - 1) + [AUTOREGRESSIVE]
+        drafted = (start - 1 + depths[depths > 0]).tolist()
+        progress.steps.append(Step(kind, start, [mask_token_id] * len(fresh), fresh, fresh, marks, drafted))
+        progress.decoding_order.append(list(range(start, start + len(fresh))))
 
     def extend(self, slot: int, fresh: list[int], stop_token_ids: tuple[int, ...], ends: bool = True) -> bool:
         """Take decided tokens over and ask the stop rules; True if one ends the decoding.

@@ -28,7 +28,6 @@ import torch
 from s2d2_lmeval.decoding import random, tree_budget, trees
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.decoder import Seating
-from s2d2_lmeval.decoding.generation import ACCEPTED, AUTOREGRESSIVE, Step
 from s2d2_lmeval.decoding.readback import Outcome, fetch
 from s2d2_lmeval.decoding.seats import KIND_OF_PHASE, PREFILL
 from s2d2_lmeval.decoding.tree_acceptance import acceptance_of
@@ -65,7 +64,7 @@ class Sliding:
         self.acceptance = acceptance_of(config, random.source_of(config.random_source, config.seed))
         self.window = config.window - 1
         queries = None if config.row_budget == "auto" else int(config.row_budget)
-        shared = not self.acceptance.depends_on_draft
+        shared = config.shares_budget
         self.budget = tree_budget.QueryBudget(queries, self.queries_of_node(facts), self.window, most, shared)
 
     @classmethod
@@ -86,7 +85,7 @@ class Sliding:
         """Queries that one row may bring to a round: all there are if it is alone, at most twice its share if not."""
         if config.row_budget == "auto":
             return max(min(WIDEST, WIDEST_FORWARD // slots), config.window + 1)
-        return int(config.row_budget) * (1 if slots == 1 else 2)
+        return int(config.row_budget) * (2 if slots > 1 and config.shares_budget else 1)
 
     @classmethod
     def most_nodes(cls, config: DecodingConfig, facts: Facts, most: int) -> int:
@@ -185,31 +184,17 @@ class Sliding:
             raise NumericalError
         rows = self.rows
         path = path[path > 0] - 1
-        fresh = [*rows.token[slot, path + 1].tolist(), int(bonus[0])]
-        self.budget.round_ran(int(rows.nodes[slot]), len(path), rows.price[slot])
+        fresh, nodes_run = [*rows.token[slot, path + 1].tolist(), int(bonus[0])], int(rows.nodes[slot])
+        self.budget.round_ran(nodes_run, len(path), rows.price[slot])
         outcome.path[row] = path
         outcome.kept[row] = len(path)
-        outcome.committed[row] = len(fresh)
-        outcome.drafted[row] = rows.nodes[slot]
-        outcome.accepted[row] = len(path)
-        outcome.deepest[row] = self._plan.deepest[row]
-        outcome.windows[row] = self._plan.windows[row]
-        outcome.carried[row] = met[0]
         rows.cached[slot] += len(path)
-        self._record(slot, fresh, bool(met[0]))
+        rows.record(slot, fresh, rows.depth[slot, 1 : 1 + nodes_run], self.mask_token_id)
+        rows.progress[slot].count("windows", int(self._plan.windows[row]))
+        rows.progress[slot].count("windows_used", int(met[0]))
+        rows.progress[slot].count("windows_missed", 1 - int(met[0]))
         struck = rows.extend(slot, fresh, self.config.stop_token_ids)
         rows.complete[slot] = struck or len(rows.tokens[slot]) >= rows.limit[slot]
         rows.round[slot] += 1
         rows.nodes[slot], rows.windows[slot], rows.price[slot] = nodes[0], windows, price[0] / PRICE_UNIT
         rows.token[slot, 1:], rows.parent[slot, 1:], rows.depth[slot, 1:] = token, parent, depth
-
-    def _record(self, slot: int, fresh: list[int], met: bool) -> None:
-        """Put the round into the request's statistics and its decoding order."""
-        rows, progress = self.rows, self.rows.progress[slot]
-        start, kind = len(rows.tokens[slot]), KIND_OF_PHASE[rows.phase[slot]]
-        marks = [ACCEPTED] * (len(fresh) - 1) + [AUTOREGRESSIVE]
-        progress.steps.append(Step(kind, start, [self.mask_token_id] * len(fresh), fresh, fresh, marks))
-        progress.decoding_order.append(list(range(start, start + len(fresh))))
-        progress.drafted += int(rows.nodes[slot])
-        progress.accepted += len(fresh) - 1
-        progress.count("windows_used" if met else "windows_missed", 1)

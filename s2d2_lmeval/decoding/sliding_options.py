@@ -18,10 +18,15 @@ class SlidingOptions:
     window: int = option(16, "positions that a draft looks ahead", decoders=_SLIDING, low=2)
     row_budget: int | str = option(
         64,
-        "queries per sequence and forward, shared among the sequences in flight (unless acceptance=rejection); auto: "
-        "as many as pay, by what forwards are measured to cost",
+        "queries per sequence and forward; auto: as many as pay, by what forwards are measured to cost",
         decoders=_SLIDING,
         low=3,
+    )
+    share_budget: bool = option(
+        True,
+        "the sequences in flight share their budgets (never with acceptance=rejection), so how many forwards one takes "
+        "depends on the others; false: it does not",
+        decoders=_SLIDING,
     )
     draft_shape: str = option("tree", "what is drafted from a window", decoders=_SLIDING, choices=DRAFT_SHAPES)
 
@@ -44,5 +49,7 @@ class SlidingOptions:
                 "acceptance=rejection draws for what it drafts, so the size of drafts must not depend on the clock: "
                 "give row_budget as a number."
             )
+        if not self.share_budget and self.row_budget == "auto":
+            yield "share_budget=false needs row_budget as a number: auto weighs all sequences in flight together."
         if source not in ("keyed", "fixed"):
             yield "sliding draws ahead of what it decides, so only keyed draws can be named: use random_source=keyed."

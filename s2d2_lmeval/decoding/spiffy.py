@@ -255,16 +255,13 @@ class Spiffy(BlockDenoiser):
         rows, plan, made = self.rows, self._plan, 0
         progress, begun = rows.progress[slot], int(rows.start[slot])
         while made < read.links[slot] and not rows.complete[slot]:
-            self._record(row, slot, read.chain[made], "draft", outcome)
+            self._record(slot, read.chain[made], "draft")
             self._after_step(slot)
             made += 1
         if read.crossed[slot] and rows.start[slot] > begun:
             self._keep_block(row, slot, int(read.crossed[slot]) - 1, outcome)
-        outcome.states[row] = plan.inside[row] + plan.finishing[row]
-        outcome.skipped[row] = made - 1
         self.budget.learn(made - 1)
-        progress.drafts += made
-        for name, count in zip(_COUNTS, (made, outcome.states[row], made - 1), strict=True):
+        for name, count in zip(_COUNTS, (made, plan.inside[row] + plan.finishing[row], made - 1), strict=True):
             progress.count(name, int(count))
 
     def _keep_block(self, row: int, slot: int, state: int, outcome: Outcome) -> None:

@@ -50,8 +50,8 @@ class SubblockSpiffy(SubblockDenoiser, Spiffy):
             tables = [self._begin_blocks(tables[0] if tables else none), *tables[1:]]
         return super()._read_chain(tables, links, crossed)
 
-    def _record(self, row: int, slot: int, step: StepTables[np.ndarray], kind: str, outcome: Outcome) -> None:
-        super()._record(row, slot, step, kind, outcome)
+    def _record(self, slot: int, step: StepTables[np.ndarray], kind: str) -> None:
+        super()._record(slot, step, kind)
         decided, stop = self._extent(self.rows.block)
         self.decided[slot], self.stop[slot] = decided[slot], stop[slot]
 

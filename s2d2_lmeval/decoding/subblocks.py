@@ -27,8 +27,8 @@ from s2d2_lmeval.decoding import random
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.decoder import Seating
 from s2d2_lmeval.decoding.denoising import BlockDenoiser
-from s2d2_lmeval.decoding.generation import AUTOREGRESSIVE, NOTHING
-from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, record_step
+from s2d2_lmeval.decoding.generation import AUTOREGRESSIVE
+from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, as_step, record_step
 from s2d2_lmeval.decoding.rows import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Rows
 from s2d2_lmeval.decoding.s2d2 import S2D2
 from s2d2_lmeval.decoding.sampling import draft_tokens
@@ -172,16 +172,15 @@ class SubblockDenoiser(BlockDenoiser):
     def _after_commit(self, row: int, slot: int, read: Readback, outcome: Outcome) -> None:
         """The first token of a block has come in."""
         assert read.drafted is not None
-        self._record(row, slot, read.drafted, KIND_OF_PHASE[self._plan.phases[row]], outcome)
+        self._record(slot, read.drafted, KIND_OF_PHASE[self._plan.phases[row]])
         self._go_on(slot, begun=True)
 
-    def _record(self, row: int, slot: int, step: StepTables[np.ndarray], kind: str, outcome: Outcome) -> None:
+    def _record(self, slot: int, step: StepTables[np.ndarray], kind: str) -> None:
         """As everywhere; the published order knows no blocks, no ranks, and a minus for everything denoised."""
         rows = self.rows
-        by_place = dataclasses.replace(step, order=np.zeros_like(step.order))
-        record_step(rows.progress[slot], by_place, slot, kind, int(rows.start[slot]), first=False, verifies=True)
+        done = as_step(step, slot, kind, int(rows.start[slot]), rows.span[slot])
+        record_step(rows.progress[slot], done, np.zeros_like(step.order[slot]), first=False, verifies=True)
         rows.block[slot] = step.after[slot]
-        outcome.committed[row] += (step.marks[slot] != NOTHING).sum()
 
     def _after_step(self, slot: int) -> None:
         self.rows.step[slot] += 1

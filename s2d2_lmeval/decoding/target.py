@@ -18,7 +18,6 @@ import torch
 from s2d2_lmeval.decoding import random, trees
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.decoder import Plan, Seating
-from s2d2_lmeval.decoding.generation import ACCEPTED, AUTOREGRESSIVE, Step
 from s2d2_lmeval.decoding.readback import Outcome, fetch
 from s2d2_lmeval.decoding.sampling import probabilities
 from s2d2_lmeval.decoding.seats import DRAFT, KIND_OF_PHASE, PREFILL
@@ -101,7 +100,7 @@ class Target:
         fresh = torch.cat([rows.token, follows], dim=1)
         tokens = fresh.gather(1, torch.cat([path, end + rows.token.shape[1]], dim=1))
         sound = self._sound(logits).expand(len(path), 1)
-        return self._settle(plan, fetch([sound, path, tokens]))
+        return self._settle(plan, fetch([sound, path, tokens, plan.depth]))
 
     def _say(self, logits: torch.Tensor) -> torch.Tensor:
         """The tokens (M,) that the target says behind the nodes of ``logits`` (M, V)."""
@@ -134,47 +133,18 @@ class Target:
         return outcome
 
     def _after_round(self, row: int, slot: int, read: list[np.ndarray], outcome: Outcome) -> None:
-        sound, path, tokens = read
+        sound, path, tokens, depth = read
         if not sound[0]:
             raise NumericalError
-        rows, drafted = self.rows, int(self._plan.drafted[row])
+        rows = self.rows
         path = path[path > 0] - 1
         fresh = [*tokens[1 : 1 + len(path)].tolist(), int(tokens[-1])]
         outcome.path[row] = path
-        outcome.kept[row] = outcome.accepted[row] = len(path)
-        outcome.committed[row] = len(fresh)
-        outcome.drafted[row] = drafted
-        outcome.deepest[row] = self.depths if drafted else 0
+        outcome.kept[row] = len(path)
         rows.cached[slot] += len(path)
-        self._record(slot, fresh, drafted)
-        begun = len(rows.tokens[slot]) - int(rows.prompt[slot])
+        rows.record(slot, fresh, depth, self.facts.mask_token_id)
         struck = rows.extend(slot, fresh, self.config.stop_token_ids)
-        if drafted:
-            self._count(slot, begun, len(fresh))
         rows.complete[slot] = struck or len(rows.tokens[slot]) >= rows.limit[slot]
-
-    def _record(self, slot: int, fresh: list[int], drafted: int) -> None:
-        """Put the round into the request's statistics and its decoding order."""
-        rows, progress = self.rows, self.rows.progress[slot]
-        start, kind = len(rows.tokens[slot]), KIND_OF_PHASE[rows.phase[slot]]
-        marks = [ACCEPTED] * (len(fresh) - 1) + [AUTOREGRESSIVE]
-        masks = [self.facts.mask_token_id] * len(fresh)
-        progress.steps.append(Step(kind, start, masks, fresh, fresh, marks))
-        progress.decoding_order.append(list(range(start, start + len(fresh))))
-        progress.drafted += drafted
-        progress.accepted += len(fresh) - 1
-
-    def _count(self, slot: int, begun: int, fresh: int) -> None:
-        """Count a round with a draft, which decided ``fresh`` tokens behind the first ``begun`` new ones, as far as
-        they are part of the answer: ``round_tokens`` with and ``round_accepted`` without the target's own token.
-        """
-        rows, request = self.rows, self.rows.requests[slot]
-        assert request is not None
-        kept, reason = rows.kept[slot] or (request.max_new_tokens, "length")
-        end = min(kept + (reason == "stop"), request.max_new_tokens)
-        tokens = min(max(end - begun, 0), fresh)
-        for name, more in (("rounds", 1), ("round_tokens", tokens), ("round_accepted", min(tokens, fresh - 1))):
-            rows.progress[slot].count(name, more)
 
     def _enter_round(self, slot: int) -> None:
         """Run a round next, or first a chunk of a long prompt."""

@@ -61,14 +61,12 @@ class TargetRows(Seats):
 class TargetPlan:
     """A pass of the target and how to read its logits: ``at`` (rows, nodes) of each, row-major, the root first.
 
-    ``depth`` (count, N + 1) of the nodes that are run, -1 elsewhere; ``length`` and ``key`` (count,) on the device;
-    ``drafted`` (R,) nodes of the active rows.
+    ``depth`` (count, N + 1) of the nodes that are run, -1 elsewhere; ``length`` and ``key`` (count,) on the device.
     """
 
     request: Pass
     phases: np.ndarray
     wanted_counts: np.ndarray
-    drafted: np.ndarray
     at: tuple[torch.Tensor, torch.Tensor]
     depth: torch.Tensor
     length: torch.Tensor
@@ -144,7 +142,6 @@ def plan_target(rows: TargetRows, mask_token_id: int, shifted: bool, chunk: int,
         ),
         phases=phases,
         wanted_counts=np.where(prefilling, 0, nodes + 1),
-        drafted=nodes,
         at=(sent["row"], sent["node"]),
         depth=rows.depth.where(present, -1),
         length=sent["length"],

@@ -44,10 +44,6 @@ class Verdict:
 class Acceptance(Protocol):
     """Both sides of speculation: judging drafts and drawing them."""
 
-    depends_on_draft: bool
-    """Whether other drafts, or more of them, could lead to other tokens. Then what is drafted for a row may depend on
-    that row alone."""
-
     def judge(self, logits: torch.Tensor, plan: RoundPlan) -> Verdict:
         """The verdict on every row's tree from the verifier ``logits`` (M, V)."""
 
@@ -61,8 +57,6 @@ class Acceptance(Protocol):
 
 class Keyed:
     """Stands what the verifier would choose itself."""
-
-    depends_on_draft = False
 
     def __init__(self, config: DecodingConfig, source: random.RandomSource, choices: int) -> None:
         self.config = config
@@ -79,7 +73,7 @@ class Keyed:
         else:
             tokens = logits.argmax(-1)
         chosen = torch.full_like(facts["parent"], -1).index_put(plan.verify_at, tokens)
-        depths = int(plan.deepest.max(initial=0))
+        depths = plan.deepest
         path = trees.descend(chosen, facts["token"], facts["parent"], facts["depth"], depths)
         end = path.max(1, keepdim=True).values
         return Verdict(path, end, chosen.gather(1, end))
@@ -99,8 +93,6 @@ class Keyed:
 
 class Rejection:
     """Speculative sampling of chains. Draws are named by position and round: drafted again, a place is drawn anew."""
-
-    depends_on_draft = True
 
     def __init__(self, config: DecodingConfig, source: random.RandomSource) -> None:
         self.config = config

@@ -73,16 +73,15 @@ class RoundPlan:
 
     ``verify_at`` (rows, nodes) of the verifier logits, root 0; ``facts`` the trees and the lengths of every row on the
     device (:func:`send_trees`), ``window_base`` (count, N + 1) index of each node's first window logit, -1 where it has
-    none, and ``running`` (count,) the rows that are in a round; ``drafted`` and ``windows`` (R,) nodes and windows of
-    the active rows; ``deepest`` (R,) depth of their trees.
+    none, and ``running`` (count,) the rows that are in a round; ``windows`` (R,) of the active rows, and the
+    depth of the ``deepest`` of their trees.
     """
 
     request: Pass
     phases: np.ndarray
     wanted_counts: np.ndarray
-    drafted: np.ndarray
     windows: np.ndarray
-    deepest: np.ndarray
+    deepest: int
     verifies: int
     verify_at: tuple[torch.Tensor, torch.Tensor]
     facts: dict[str, torch.Tensor]
@@ -137,14 +136,12 @@ def plan_round(
         running=np.isin(np.arange(rows.count), slots[~prefilling]),
     )
     visible = tree_visibility(sent["kind"], sent["owner"], sent["ancestors"].bool())
-    in_tree = np.arange(rows.depth.shape[1]) <= nodes[:, None]
     return RoundPlan(
         request=Pass(layout, sent["tokens"], sent["positions"], visible, sent["read"], keep=text),
         phases=phases,
         wanted_counts=np.where(prefilling, 0, nodes + 1) + windows.sum(1) * window,
-        drafted=nodes,
         windows=windows.sum(1),
-        deepest=(rows.depth[slots] * in_tree).max(1),
+        deepest=int((rows.depth[slots] * (np.arange(rows.depth.shape[1]) <= nodes[:, None])).max(initial=0)),
         verifies=int(verifying.sum()),
         verify_at=(sent["verify_row"], sent["verify_node"]),
         facts=sent,

@@ -7,6 +7,7 @@ the seed, where its requests come from, or what the results are written into. So
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,3 +49,23 @@ def model_args() -> Any:
 def results() -> Any:
     """What ``simple_evaluate`` is about to return; None before there is something."""
     return variables("simple_evaluate").get("results")
+
+
+class Evaluations:
+    """Tells one evaluation from the next of the same model object.
+
+    An evaluation makes its requests anew, so it is known by the first of them. Requests that come from no evaluation
+    belong together.
+    """
+
+    def __init__(self) -> None:
+        self._known: weakref.ref[Any] | None = None
+        self._begun = False
+
+    def entered(self) -> bool:
+        """Whether the evaluation that we are in is another than at the last call."""
+        several = variables("evaluate").get("requests")
+        first = next((group[0] for group in several.values() if group), None) if isinstance(several, Mapping) else None
+        same = self._begun and (self._known() if self._known is not None else None) is first
+        self._begun, self._known = True, None if first is None else weakref.ref(first)
+        return not same

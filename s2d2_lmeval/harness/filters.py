@@ -21,12 +21,7 @@ from lm_eval.api.filter import Filter
 from lm_eval.api.registry import filter_registry, register_filter
 
 from s2d2_lmeval._autoload import FILTER_NAME
-
-_COUNTS_OF_WHAT_RATIO = {
-    "tokens_per_forward": ("new_tokens", "nfe"),
-    "acceptance": ("accepted", "drafted"),
-    "routed": ("verify_forwards", "draft_forwards"),
-}
+from s2d2_lmeval.runtime.statistics import ratios, without_ratios
 
 
 class StatsFilter(Filter):
@@ -47,16 +42,12 @@ def merged(several: list[Mapping[str, Any]]) -> dict[str, Any]:
         return {}
     if len(several) == 1:
         return dict(several[0])
-    common = [name for name in several[0] if all(name in stats for stats in several)]
-    means: dict[str, Any] = {
-        name: sum(stats[name] for stats in several) / len(several)
-        for name in common
-        if all(isinstance(stats[name], (int, float)) for stats in several)
-    }
-    for ratio, (above, below) in _COUNTS_OF_WHAT_RATIO.items():
-        if ratio in means and above in means and below in means:
-            means[ratio] = means[above] / means[below] if means[below] else 0.0
-    return {**means, "responses": len(several)}
+    numbers = [without_ratios(stats) for stats in several]
+    common = [name for name in numbers[0] if all(name in counts for counts in numbers)]
+    means = {name: sum(counts[name] for counts in numbers) / len(numbers) for name in common}
+    # A time in flight is no denominator.
+    rates = ratios({name: value for name, value in means.items() if name != "seconds"})
+    return {**means, **rates, "responses": len(several)}
 
 
 if FILTER_NAME not in filter_registry:  # a name in waiting (see _autoload) finds the class by itself

@@ -8,7 +8,6 @@ decoding inside a block, and every response carries its statistics.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +29,7 @@ from s2d2_lmeval.harness.generation_arguments import BUDGET_NAMES, token_budget
 from s2d2_lmeval.harness.prompts import logger, spelled_out
 from s2d2_lmeval.harness.responses import ResponseStore
 from s2d2_lmeval.harness.run import GenerationRun
+from s2d2_lmeval.runtime import clock
 
 _SCORED_AT_ONCE = 16
 """Requests per row in flight that are handed to the scorer between two updates of the progress bar."""
@@ -105,6 +105,7 @@ class S2D2LM(HFLM):
         self.decoding = self.configuration({})
         self._check_max_length()
         self.told: set[Any] = set()
+        self._evaluations = caller.Evaluations()
         self.reset_totals()
         if self.rank == 0:
             if secrets.holds_token(options):
@@ -143,7 +144,9 @@ class S2D2LM(HFLM):
         return config.replace(stop_token_ids=tuple(dict.fromkeys((*config.stop_token_ids, *self.end_of_text_ids))))
 
     def _join_evaluation(self) -> None:
-        """Take what belongs to the evaluation that we are in: its seed, and no other one's response cache."""
+        """Take what belongs to the evaluation that we are in: its seed, no other one's response cache or counts."""
+        if self._evaluations.entered():
+            self.reset_totals()
         if self.seed != caller.seed():
             self.seed = caller.seed()
             self.decoding = self.configuration({})
@@ -236,6 +239,7 @@ class S2D2LM(HFLM):
     ) -> list[tuple[float, bool]]:
         """Score (text, context ids, continuation ids) triples exactly, in the model's autoregressive mode."""
         engine = self._scorer()
+        self._join_evaluation()
         pairs = [self._fitting_pair(context, continuation) for _, context, continuation in requests]
         cut = sum(len(pair[0]) < len(request[1]) for pair, request in zip(pairs, requests, strict=True))
         if cut:
@@ -245,10 +249,19 @@ class S2D2LM(HFLM):
                 *(cut, len(pairs)),
             )
             self.totals.scoring["truncated_prompts"] = self.totals.scoring.get("truncated_prompts", 0) + cut
-        order = sorted(range(len(pairs)), key=lambda place: -len(pairs[place][0]) - len(pairs[place][1]))
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-        before, started = engine.trace.totals(), time.perf_counter()
-        with tqdm(total=len(pairs), disable=disable_tqdm or self.rank != 0, desc="Scoring", unit="req") as bar:
+        before, started = engine.trace.totals(), clock.now()
+        try:
+            self._score(engine, requests, pairs, scores, disable_tqdm or self.rank != 0)
+        finally:
+            self.totals.add_scoring(before, engine.trace.totals(), len(pairs), clock.since(started))
+        self._exchange_totals()
+        return scores
+
+    def _score(self, engine: Any, requests: Any, pairs: Any, scores: list[tuple[float, bool]], quiet: bool) -> None:
+        """Score the ``pairs`` of ``requests``, longest first, into ``scores``."""
+        order = sorted(range(len(pairs)), key=lambda place: -len(pairs[place][0]) - len(pairs[place][1]))
+        with tqdm(total=len(pairs), disable=quiet, desc="Scoring", unit="req") as bar:
             step = _SCORED_AT_ONCE * engine.max_batch
             for first in range(0, len(order), step):
                 places = order[first : first + step]
@@ -257,9 +270,6 @@ class S2D2LM(HFLM):
                     if requests[place][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[place][0], score)
                 bar.update(len(places))
-        self.totals.add_scoring(before, engine.trace.totals(), len(pairs), time.perf_counter() - started)
-        self._exchange_totals()
-        return scores
 
     def _scorer(self) -> Any:
         if self.engine is None:
@@ -305,6 +315,8 @@ class S2D2LM(HFLM):
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Take the harness's response cache (``--use_cache``), kept apart from runs with another configuration."""
+        # The harness does this at the start of an evaluation, which may find every response in the cache.
+        self.reset_totals()
         super().set_cache_hook(cache_hook)
         self._join_evaluation()
         if cache_hook.dbdict is not None:
@@ -336,7 +348,7 @@ class S2D2LM(HFLM):
         }
 
     def reset_totals(self) -> None:
-        """Start counting anew: between evaluations that share one loaded model."""
+        """Start counting anew, as every evaluation does."""
         self.totals = report.Totals()
         self._totals_of_all: list[report.Totals] | None = None
         self.configurations: dict[str, dict[str, Any]] = {}
@@ -377,6 +389,7 @@ class S2D2LM(HFLM):
             "preset": decoding.preset if decoding is not None else None,
             "seed": decoding.seed if decoding is not None else self.seed,
             "promise": decoding.promise if decoding is not None else None,
+            "caution": decoding.caution if decoding is not None else None,
             "family": engine.facts.family if engine is not None else None,
             "configurations": list(self.configurations.values()),
             "environment": report.environment(

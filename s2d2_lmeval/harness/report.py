@@ -16,21 +16,7 @@ import torch
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.runtime.memory import RowLimit
-
-_RATIOS = {
-    "tokens_per_forward": ("new_tokens", "nfe"),
-    "tokens_per_second": ("new_tokens", "seconds"),
-    "tokens_per_target_forward": ("new_tokens", "target_forwards"),
-    "acceptance": ("accepted", "drafted"),
-    "acceptance_length": ("round_tokens", "rounds"),
-    "acceptance_length_without_bonus": ("round_accepted", "rounds"),
-    "routed": ("verify_forwards", "draft_forwards"),
-    "rows_per_forward": ("nfe", "forwards"),
-    "queries_per_forward": ("queries", "nfe"),
-    "forwards_saved": ("states_accepted", "steps"),
-}
-_DERIVED = frozenset(_RATIOS)
-_BY_DEPTH = ("offered_at_", "accepted_at_")
+from s2d2_lmeval.runtime.statistics import add, gained, with_ratios, without_ratios
 
 
 @dataclass
@@ -48,33 +34,29 @@ class Totals:
 
     def add_run(self, before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> None:
         """Count what the engine's trace gained in a call that took ``seconds``."""
-        _add(self.run, _gain(before, after))
-        _add(self.run, {"seconds": seconds})
+        add(self.run, {**gained(before, after), "seconds": seconds})
 
     def add_scoring(
         self, before: Mapping[str, float], after: Mapping[str, float], requests: int, seconds: float
     ) -> None:
         """Count a call of the scorer."""
-        gained = _gain(before, after)
-        _add(self.scoring, {"requests": requests, "forwards": gained.get("forwards", 0), "seconds": seconds})
+        forwards = gained(before, after).get("forwards", 0)
+        add(self.scoring, {"requests": requests, "forwards": forwards, "seconds": seconds})
 
     def add_response(self, task: str, stats: Mapping[str, Any]) -> None:
         """Count one response of a task."""
-        numbers = {
-            name: value for name, value in stats.items() if isinstance(value, (int, float)) and name not in _DERIVED
-        }
-        numbers.pop("seconds", None)
-        _add(self.tasks.setdefault(task, {}), {"requests": 1, **numbers})
+        counts = {name: value for name, value in without_ratios(stats).items() if name != "seconds"}
+        add(self.tasks.setdefault(task, {}), {"requests": 1, **counts})
 
     def summary(self) -> dict[str, Any]:
         """The totals with their ratios, sum over sum."""
         parts: dict[str, Any] = {}
         if self.run:
-            parts["totals"] = _with_ratios(self.run)
+            parts["totals"] = with_ratios(self.run)
         if self.scoring:
-            parts["scoring"] = _with_ratios(self.scoring)
+            parts["scoring"] = with_ratios(self.scoring)
         if self.tasks:
-            parts["tasks"] = {name: _with_ratios(counts) for name, counts in sorted(self.tasks.items())}
+            parts["tasks"] = {name: with_ratios(counts) for name, counts in sorted(self.tasks.items())}
         return parts
 
 
@@ -84,35 +66,12 @@ def merge(several: Iterable[Totals]) -> Totals:
     for totals in several:
         for mine, other in ((merged.run, totals.run), (merged.scoring, totals.scoring)):
             seconds = max(mine.get("seconds", 0.0), other.get("seconds", 0.0))
-            _add(mine, other)
+            add(mine, other)
             if other:
                 mine["seconds"] = seconds
         for task, counts in totals.tasks.items():
-            _add(merged.tasks.setdefault(task, {}), counts)
+            add(merged.tasks.setdefault(task, {}), counts)
     return merged
-
-
-def _gain(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    return {
-        name: value - before.get(name, 0) for name, value in after.items() if name not in _DERIVED and name != "seconds"
-    }
-
-
-def _add(counts: dict[str, float], more: Mapping[str, float]) -> None:
-    for name, value in more.items():
-        counts[name] = counts.get(name, 0) + value
-
-
-def _with_ratios(counts: Mapping[str, float]) -> dict[str, Any]:
-    """``counts`` and their ratios; ``offered_at_1``, ``accepted_at_1`` and so on as one list by depth."""
-    known = {ratio: parts for ratio, parts in _RATIOS.items() if all(part in counts for part in parts)}
-    plain = {name: value for name, value in counts.items() if not name.startswith(_BY_DEPTH)}
-    ratios: dict[str, Any] = {r: counts[a] / counts[b] if counts[b] else 0.0 for r, (a, b) in known.items()}
-    offered = [counts[f"offered_at_{depth}"] for depth in range(1, len(counts)) if f"offered_at_{depth}" in counts]
-    if offered:
-        stood = [counts[f"accepted_at_{depth}"] for depth in range(1, len(offered) + 1)]
-        ratios["acceptance_by_depth"] = [round(a / o, 4) if o else 0.0 for a, o in zip(stood, offered, strict=True)]
-    return {**plain, **ratios}
 
 
 def environment(device: torch.device, dtype: torch.dtype | None, attention: str | None) -> dict[str, Any]:
@@ -164,6 +123,8 @@ def header(
         lines.append(("decoder", f"{custom}, one request at a time"))
     elif config is not None and model is not None:
         lines.append(("decoder", f"{config.decoder}: {config.promise}"))
+        if config.caution is not None:
+            lines.append(("counts", config.caution))
         if config.preset is not None:
             lines.append(("preset", config.preset))
         lines.append(("layout", config.layout))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,8 @@ from s2d2_lmeval.harness.progress import DecodingProgress
 from s2d2_lmeval.harness.prompts import Prompt, logger
 from s2d2_lmeval.harness.responses import TracedResponse
 from s2d2_lmeval.harness.stopping import StopStrings, after_string, after_token
+from s2d2_lmeval.runtime import clock
+from s2d2_lmeval.runtime.statistics import ratios
 
 if TYPE_CHECKING:
     from s2d2_lmeval.harness.model import S2D2LM
@@ -148,19 +149,18 @@ class GenerationRun:
             stats["decoding_order"] = generation.decoding_order
             self._answer(group, queue[index], generation.token_ids, stats, generation.steps)
 
-        before, started = lm.engine.trace.totals(), time.perf_counter()
-        generations = lm.engine.generate(
-            [prompt.ids for prompt in queue],
-            group.config,
-            max_new_tokens=group.budget,
-            seeds=[prompt.key for prompt in queue],
-            stop=self._stopper(group.until),
-            on_finished=finished,
-        )
-        for index, generation in enumerate(generations):
-            if queue[index].place not in self.answers:  # a request for no tokens is never in flight
-                finished(index, generation)
-        lm.totals.add_run(before, lm.engine.trace.totals(), time.perf_counter() - started)
+        before, started = lm.engine.trace.totals(), clock.now()
+        try:
+            lm.engine.generate(
+                [prompt.ids for prompt in queue],
+                group.config,
+                max_new_tokens=group.budget,
+                seeds=[prompt.key for prompt in queue],
+                stop=self._stopper(group.until),
+                on_finished=finished,
+            )
+        finally:
+            lm.totals.add_run(before, lm.engine.trace.totals(), clock.since(started))
 
     def _run_custom(self, group: Group) -> None:
         """One request at a time through the user's function.
@@ -170,9 +170,9 @@ class GenerationRun:
         lm, stopper, sums = self.lm, self._stopper(group.until), report.Totals()
         devices = [lm.device] if lm.device.type == "cuda" else []
         seed = int(group.options.get("seed") or lm.seed or 0)
-        started = time.perf_counter()
+        started = clock.now()
         for index, prompt in enumerate(group.in_order()):
-            began = time.perf_counter()
+            began = clock.now()
             tokens: list[int] = []
             stats: dict[str, Any] = {"nfe": 0}
             if group.budget > 0:
@@ -181,12 +181,11 @@ class GenerationRun:
                     torch.manual_seed((prompt.key + seed) % (1 << 63))
                     tokens, stats = lm.custom(lm.model, prompt.ids, group.budget, group.options)
             kept, counted, reason = _cut(tokens, group.stop_token_ids, stopper, index)
-            stats.update(new_tokens=counted, finish_reason=reason, seconds=time.perf_counter() - began)
-            if stats.get("nfe"):
-                stats["tokens_per_forward"] = counted / stats["nfe"]
+            stats.update(new_tokens=counted, finish_reason=reason)
+            stats.update(ratios(stats), seconds=clock.since(began))
             self._answer(group, prompt, tokens[:kept], stats)
             sums.add_response("all", stats)
-        lm.totals.add_run({}, sums.tasks.get("all", {}), time.perf_counter() - started)
+        lm.totals.add_run({}, sums.tasks.get("all", {}), clock.since(started))
 
     def _stopper(self, until: Sequence[str]) -> StopStrings:
         """The stop strings of a group. Those inside a reasoning trace, which is cut off anyway, do not count."""

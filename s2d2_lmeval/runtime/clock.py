@@ -6,6 +6,7 @@ not.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -13,12 +14,24 @@ from s2d2_lmeval.errors import ConfigError
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
+logger = logging.getLogger("s2d2_lmeval")
+
 _chosen = "wall"
 
 
 def now() -> float:
     """Seconds since some moment."""
     return CLOCKS[_chosen]()
+
+
+def since(started: float) -> float:
+    """Seconds since ``started``; says so where the clock went backwards, so that nobody trusts its rates."""
+    seconds = now() - started
+    if seconds < 0:
+        logger.warning(
+            "the clock went backwards by %g s: times of this run mean little, and rates are left out.", -seconds
+        )
+    return seconds
 
 
 def choose(name: str) -> None:

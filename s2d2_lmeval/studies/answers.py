@@ -63,8 +63,8 @@ def answer(
                 corpus=corpus,
                 problems=len(chosen),
                 accuracy=sum(map(score, chosen, texts)) / len(chosen),
-                tokens_per_forward=totals["tokens_per_forward"],
-                queries=totals["queries"] / totals["nfe"],
+                tokens_per_forward=totals.get("tokens_per_forward", float("nan")),
+                queries=totals["queries_per_forward"],
                 texts=tuple(tuple(one.token_ids) for one in generations),
             )
         )

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.runtime import clock
+from s2d2_lmeval.runtime.trace import KINDS
 from s2d2_lmeval.studies.plain import PlainS2D2
 from s2d2_lmeval.studies.scripted import Script
 
@@ -90,10 +91,9 @@ def decoder(model: BlockDiffusionModel, name: str, options: Mapping[str, Any], b
         model.trace.reset()
         started = clock.now()
         model.generate(work.prompts, config)
-        totals = {**model.trace.totals(), "wall": clock.now() - started}
-        alone = (record for record in model.trace.records if set(record.kinds) == {"prefill"})
-        totals["prefill_seconds"] = sum(record.seconds for record in alone)
-        return totals
+        totals = model.trace.totals()
+        wall = clock.now() - started
+        return {**totals, "wall": wall, "decode_wall": wall - (totals["seconds"] - totals["decode_seconds"])}
 
     def conclude(runs: list[Mapping[str, float]]) -> Measurement:
         def median(value: Callable[[Mapping[str, float]], float]) -> float:
@@ -104,13 +104,9 @@ def decoder(model: BlockDiffusionModel, name: str, options: Mapping[str, Any], b
             name=name,
             batch=batch,
             tokens_per_second=median(lambda run: run["new_tokens"] / run["wall"]),
-            decode_tokens_per_second=median(lambda run: run["new_tokens"] / (run["wall"] - run["prefill_seconds"])),
-            tokens_per_forward=runs[0]["tokens_per_forward"],
-            forwards={
-                key.removesuffix("_forwards"): int(count)
-                for key, count in runs[0].items()
-                if key.endswith("_forwards") and count
-            },
+            decode_tokens_per_second=median(lambda run: run["new_tokens"] / run["decode_wall"]),
+            tokens_per_forward=runs[0].get("tokens_per_forward"),
+            forwards={kind: int(runs[0][f"{kind}_forwards"]) for kind in KINDS if runs[0][f"{kind}_forwards"]},
             milliseconds=milliseconds,
             over_floor=milliseconds / floor_milliseconds(model.hf_model),
             outside=median(lambda run: 1 - run["model_seconds"] / run["wall"]),

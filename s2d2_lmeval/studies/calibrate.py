@@ -29,7 +29,7 @@ from s2d2_lmeval.decoding.decoder import Decoder
 from s2d2_lmeval.decoding.draft_graph import ROOT, DraftGraph, Node, Pairs
 from s2d2_lmeval.decoding.engine import Engine
 from s2d2_lmeval.decoding.generation import Generation, Step
-from s2d2_lmeval.decoding.readback import Outcome, StepTables
+from s2d2_lmeval.decoding.readback import StepTables
 from s2d2_lmeval.decoding.spiffy import ChainReadback, EditingSpiffy, Spiffy, signature
 from s2d2_lmeval.decoding.subblock_spiffy import SubblockSpiffy
 from s2d2_lmeval.errors import ConfigError
@@ -46,8 +46,8 @@ class RankedStep(Step):
     decided first to begin with, and the best ``ranks`` (B, :data:`VOCABULARY_RANKS`) of each place.
     """
 
-    places: list[int]
-    ranks: list[list[int]]
+    places: Sequence[int] = ()
+    ranks: Sequence[Sequence[int]] = ()
 
 
 class _Logging(Spiffy):
@@ -66,8 +66,8 @@ class _Logging(Spiffy):
         self._places, self._ranks = self.tables.places.cpu().numpy(), self.tables.tokens.cpu().numpy()
         return super()._read_chain(tables, links, crossed)
 
-    def _record(self, row: int, slot: int, step: StepTables[np.ndarray], kind: str, outcome: Outcome) -> None:
-        super()._record(row, slot, step, kind, outcome)
+    def _record(self, slot: int, step: StepTables[np.ndarray], kind: str) -> None:
+        super()._record(slot, step, kind)
         steps = self.rows.progress[slot].steps
         places, ranks = self._places[slot].tolist(), self._ranks[slot].tolist()
         steps[-1] = RankedStep(**vars(steps[-1]), places=places, ranks=ranks)

@@ -80,9 +80,9 @@ def decode(
         totals = model.trace.totals()
         found = Outcome(
             accuracy=right / len(problems),
-            tokens_per_forward=totals["tokens_per_forward"],
+            tokens_per_forward=totals.get("tokens_per_forward", float("nan")),
             tokens_per_second=totals["new_tokens"] / seconds,
-            routed=totals["routed"],
+            routed=totals.get("routed", float("nan")),
         )
         if best is None or found.tokens_per_second > best.tokens_per_second:
             best = found

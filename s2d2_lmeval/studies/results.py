@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from s2d2_lmeval.errors import StudyError
+from s2d2_lmeval.runtime.statistics import ratios
 from s2d2_lmeval.studies.manifest import read_manifest
 from s2d2_lmeval.studies.statistics import holm, interval, paired_p_value, pareto
 from s2d2_lmeval.studies.store import Line, PointRecord, read_point
@@ -152,7 +153,7 @@ def _row(key: tuple[str, str, str], several: Sequence[tuple[Line, PointRecord]],
     sums: Counter[str] = Counter()
     for sample in samples:
         sums.update({name: value for name, value in sample["stats"].items() if isinstance(value, (int, float))})
-    seconds = sum(record.decoding_seconds for _, record in several)
+    rates = ratios({**sums, "seconds": sum(record.decoding_seconds for _, record in several)})
     low, high = interval(list(scores.values()))
     lengths = Counter(length for sample in samples for length in sample["accepted"])
     segments = [segment for _, record in several for segment in record.segments.values()]
@@ -169,11 +170,11 @@ def _row(key: tuple[str, str, str], several: Sequence[tuple[Line, PointRecord]],
         low=low,
         high=high,
         new_tokens=sums["new_tokens"] / len(samples),
-        tokens_per_forward=sums["new_tokens"] / sums["nfe"] if sums["nfe"] else 0.0,
-        tokens_per_second=sums["new_tokens"] / seconds if seconds else 0.0,
+        tokens_per_forward=rates.get("tokens_per_forward", float("nan")),
+        tokens_per_second=rates.get("tokens_per_second", float("nan")),
         nfe=sums["nfe"] / len(samples),
         forwards={kind: sums[f"{kind}_forwards"] / len(samples) for kind in KINDS},
-        acceptance=sums["accepted"] / sums["drafted"] if sums["drafted"] else None,
+        acceptance=rates.get("acceptance"),
         acceptance_lengths=dict(sorted(lengths.items())),
         environment=segments[-1]["environment"],
         batch="/".join(sorted({str(segment["rows"]) for segment in segments})),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.harness.identity import HUB_ONLY, of_plain, with_files
+from s2d2_lmeval.runtime.statistics import ratios
 from s2d2_lmeval.studies.results import accuracy_of
 from s2d2_lmeval.studies.store import PointRecord
 from s2d2_lmeval.studies.study import Search
@@ -144,15 +145,18 @@ def _objectives(wanted: Search, jobs: Sequence[Job], records: Sequence[PointReco
         if not record.is_complete(job.settings):
             return record.failure["error"] if record.failure else f"{job.point.label} did not complete"
     records = [record.of_the_result() for record in records]
-    tokens = sum(record.new_tokens for record in records)
-    nfe = sum(sample["stats"].get("nfe", 0) for record in records for sample in record.samples.values())
-    seconds = sum(record.decoding_seconds for record in records)
+    counts = {
+        "new_tokens": sum(record.new_tokens for record in records),
+        "nfe": sum(sample["stats"].get("nfe", 0) for record in records for sample in record.samples.values()),
+        "seconds": sum(record.decoding_seconds for record in records),
+    }
     values = {
+        "tokens_per_second": 0.0,
+        "tokens_per_forward": 0.0,
+        **ratios(counts),
         "accuracy": fmean(
             accuracy_of(record, job.point.task.metric)[1] for job, record in zip(jobs, records, strict=True)
         ),
-        "tokens_per_second": tokens / seconds if seconds else 0.0,
-        "tokens_per_forward": tokens / nfe if nfe else 0.0,
     }
     return [values[name] for name in wanted.objectives]
 

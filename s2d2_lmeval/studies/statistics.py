@@ -67,8 +67,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points are on the front: no other is at least as good in both coordinates and better in one."""
+    """Which points are on the front: no other is at least as good in both coordinates and better in one. One with a
+    coordinate that is not known (NaN) is not.
+    """
     return [
-        not any(other[0] >= point[0] and other[1] >= point[1] and other != point for other in points)
+        not np.isnan(point).any()
+        and not any(other[0] >= point[0] and other[1] >= point[1] and other != point for other in points)
         for point in points
     ]

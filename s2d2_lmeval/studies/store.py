@@ -321,7 +321,7 @@ class PointStore:
             "document": prompt.document,
             "text": str(response),
             "stats": dict(response.stats),
-            "accepted": acceptance_lengths(steps),
+            "accepted": acceptance_lengths(steps, len(prompt.ids) + int(response.stats["new_tokens"])),
             "order": None,
             "segment": max(self.record.segments),
             "elapsed": time.perf_counter() - self._began,
@@ -334,11 +334,11 @@ class PointStore:
             self._on_sample(line, self._done)
 
 
-def acceptance_lengths(steps: Sequence[Step]) -> list[int]:
-    """How many drafted tokens each verification accepted."""
-    from s2d2_lmeval.decoding.generation import ACCEPTED
+def acceptance_lengths(steps: Sequence[Step], end: int) -> list[int]:
+    """How many drafted tokens each verification accepted of an answer that ends before position ``end``."""
+    from s2d2_lmeval.decoding.generation import verifications
 
-    return [step.marks.count(ACCEPTED) for step in steps if step.kind == "verify"]
+    return [verification.accepted for verification in verifications(steps, end)]
 
 
 def decoding_order(steps: Sequence[Step]) -> list[list[int]]:

@@ -110,10 +110,11 @@ def test_other_errors_are_not_taken_for_a_shortage(monkeypatch: pytest.MonkeyPat
 def test_auto_takes_what_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(holds=99, max_batch="auto")
     monkeypatch.setattr(model._runner, "rows_that_fit", lambda capacity, wanted: 3)
+    model.trace.reset(keep_records=True)
     answers = model.generate(PROMPTS, {"block_length": 4, "max_new_tokens": 6})
     assert max(len(record.kinds) for record in model.trace.records) == 3
     monkeypatch.setattr(model._runner, "rows_that_fit", lambda capacity, wanted: 1000)
-    model.trace.reset()
+    model.trace.reset(keep_records=True)
     assert [answer.token_ids for answer in answers] == [
         answer.token_ids for answer in model.generate(PROMPTS, {"block_length": 4, "max_new_tokens": 6})
     ]

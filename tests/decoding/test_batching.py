@@ -89,7 +89,7 @@ def test_waiting_prompts_take_freed_rows_at_once(schedule: str) -> None:
     model, count, rows = engine(max_batch=3, seed=1), 11, 3
     texts = [[(3 * i + j) % MASK for j in range(1 + i % 6)] for i in range(count)]
     budgets = [1 + 5 * (i % 4) for i in range(count)]
-    model.trace.reset()
+    model.trace.reset(keep_records=True)
     finished_after: list[int] = []
     config = {"block_length": 4, "schedule": schedule}
     answers = model.generate(

@@ -107,7 +107,7 @@ def check(model: BlockDiffusionModel, options: dict[str, Any], monkeypatch: pyte
     config = model.config({**options, "max_new_tokens": 9})
     # The cache is allocated, once, and for options that are auto forwards are timed, once.
     model.generate(PROMPTS if "auto" in options.values() else PROMPTS[:1], config)
-    model.trace.reset()
+    model.trace.reset(keep_records=True)
     with counted(monkeypatch) as seen:
         model.generate(PROMPTS, config)
     assert set(seen) == {"cpu"}

@@ -124,7 +124,7 @@ def test_a_request_decodes_the_same_alone_and_in_any_batch(
 @pytest.mark.parametrize("decoder", ["pipelined", "s2d2"])
 def test_a_long_prompt_shares_no_forward_with_other_phases(family: str, decoder: str) -> None:
     model = engine(family, max_batch=2)
-    model.trace.reset()
+    model.trace.reset(keep_records=True)
     prompts_of = [[1, 2, 3], [4] * 7, [5] * 40, [6] * 45, [7, 8]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "PREFILL_CHUNK", 16)

@@ -62,7 +62,7 @@ def test_a_long_beginning_is_computed_once(decoder: str) -> None:
     options = {**DECODERS[decoder], "max_new_tokens": 4}
     texts = prompts(200, 8)
     model = engine()
-    model.trace.reset()
+    model.trace.reset(keep_records=True)
     model.generate(texts, options)
     kept = sum(int(record.kept.sum()) for record in model.trace.records)
     run = sum(len(text) for text in texts) - model.trace.reused_tokens
@@ -83,7 +83,7 @@ def test_several_beginnings_in_one_run() -> None:
 def test_requests_with_another_beginning_do_not_wait() -> None:
     texts = [*prompts(100, 3), [1, 2, 3]]
     model = engine(max_batch=2)
-    model.trace.reset()
+    model.trace.reset(keep_records=True)
     finished: list[int] = []
     model.generate(texts, {**BLOCK, "max_new_tokens": 4}, on_finished=lambda index, answer: finished.append(index))
     assert len(model.trace.records[0].kinds) == 2  # the last prompt took the seat that the second waits for

@@ -141,7 +141,7 @@ def test_a_request_that_cannot_be_decoded_is_refused_before_anything_runs(
     prompts: list[list[int]], arguments: dict[str, Any], names: str
 ) -> None:
     model = engine()
-    model.trace.reset()
+    model.trace.reset(keep_records=True)
     with pytest.raises(RequestError, match=names) as caught:
         model.generate(prompts, FIXED, **arguments)
     assert isinstance(caught.value, S2D2Error)

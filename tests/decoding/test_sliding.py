@@ -129,7 +129,7 @@ def test_rows_share_the_budget() -> None:
     """Together no more than their shares, those of rows that just ended included; one of them more than its own."""
     model = engine(dtype=torch.float64)
     model.max_batch = 4
-    model.trace.reset()
+    model.trace.reset(keep_records=True)
     prompts = [[(5 * i + n) % (VOCABULARY - 1) for i in range(9)] for n in range(4)]
     model.generate(prompts, {"decoder": "sliding", "row_budget": 24, "window": 4}, max_new_tokens=40)
     rounds = [record.widths for record in model.trace.records]

@@ -143,7 +143,7 @@ def test_the_device_is_read_once_a_step(decoder: str, monkeypatch: pytest.Monkey
         raise AssertionError("a value was read from the device in passing")
 
     config = model.config(setting(decoder, random_source="keyed", use_block_cache=True))
-    model.trace.reset()
+    model.trace.reset(keep_records=True)
     monkeypatch.setattr(torch.Tensor, "cpu", counted)
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, refused)
@@ -178,7 +178,7 @@ def test_with_the_block_cache_most_drafts_forward_the_sub_block_alone() -> None:
     model = engine(seed=3)
     widths = {}
     for cached in (False, True):
-        model.trace.reset()
+        model.trace.reset(keep_records=True)
         options = setting("dynamic", block_length=8, small_block_size=4, confidence_threshold=1.0, max_new_tokens=16)
         model.generate([text(8)], {**options, "use_block_cache": cached, "schedule": "fused"})
         records = [record for record in model.trace.records if record.kinds == ("draft",)]
