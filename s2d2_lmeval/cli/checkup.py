@@ -105,6 +105,7 @@ def _weights(where: str) -> Iterator[Finding]:
 
 def _tokenizer(arguments: Arguments, where: str, revision: str | None, facts: Any) -> Iterator[Finding]:
     from s2d2_lmeval.harness.loading import check_mask, load_tokenizer
+    from s2d2_lmeval.harness.templates import limited
 
     section = "checkpoint"
     try:
@@ -129,8 +130,17 @@ def _tokenizer(arguments: Arguments, where: str, revision: str | None, facts: An
         elif facts.mask_token_id >= 0:
             mask = tokenizer.convert_ids_to_tokens(facts.mask_token_id)
             yield Finding(section, "mask token", f"{facts.mask_token_id} {mask}")
-    has = bool(tokenizer.chat_template)
-    yield Finding(section, "chat template", "yes" if has else "none; do not use --apply_chat_template", OK)
+    if not tokenizer.chat_template:
+        yield Finding(section, "chat template", "none; do not use --apply_chat_template")
+        return
+    try:
+        with limited():
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "?"}], add_generation_prompt=True, tokenize=False
+            )
+        yield Finding(section, "chat template", "yes")
+    except S2D2Error as error:
+        yield Finding(section, "chat template", str(error), PROBLEM)
 
 
 def _decoders(facts: Any, asked: Mapping[str, Any]) -> Iterator[Finding]:

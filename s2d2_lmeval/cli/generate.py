@@ -79,6 +79,8 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None, system: str
     :param chat: None means: if the tokenizer has a template.
     :raises RequestError: when a template is asked for and there is none.
     """
+    from s2d2_lmeval.harness.templates import limited
+
     templated = bool(tokenizer.chat_template) if chat is None else chat
     if not templated:
         if system is not None:
@@ -89,7 +91,8 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None, system: str
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    with limited():
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.families.files import parse_json, read_text
 
 FORMAT, VERSION = "s2d2-lmeval draft graph", 1
 ROOT = 0
@@ -131,8 +132,8 @@ def load_graph(source: str, base: str) -> DraftGraph:
         text = (files("s2d2_lmeval") / "toy" / "draft_graphs" / f"{like}.json").read_text()
     else:
         try:
-            text = Path(source).read_text()
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(Path(source))
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"draft_graph={source} cannot be read ({error}). Give a file that `s2d2-lmeval calibrate` wrote, or "
                 "draft_graph=default."
@@ -149,8 +150,8 @@ def parse_graph(text: str) -> DraftGraph:
     :raises ConfigError: naming what is wrong with it.
     """
     try:
-        plain = json.loads(text)
-    except json.JSONDecodeError as error:
+        plain = parse_json(text)
+    except ValueError as error:
         raise ConfigError(f"is no JSON ({error}). Calibrate it anew with `s2d2-lmeval calibrate`.") from None
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise ConfigError(f'is not a draft graph: it has no "format": "{FORMAT}".')
@@ -216,12 +217,17 @@ def _check(graph: DraftGraph) -> None:
 
 def reachable(parents: Sequence[Sequence[int]]) -> set[int]:
     """Numbers of the nodes, given by their ``parents``, that a path leads to from the root."""
-    reached: set[int] = {ROOT}
-    while True:
-        more = {number for number, above in enumerate(parents, 1) if reached.intersection(above)} - reached
-        if not more:
-            return reached - {ROOT}
-        reached |= more
+    below: dict[int, list[int]] = {}
+    for number, above in enumerate(parents, 1):
+        for parent in above:
+            below.setdefault(parent, []).append(number)
+    reached, left = {ROOT}, [ROOT]
+    while left:
+        for number in below.get(left.pop(), ()):
+            if number not in reached:
+                reached.add(number)
+                left.append(number)
+    return reached - {ROOT}
 
 
 def _mapping(plain: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from transformers import PreTrainedConfig, Qwen2Config
 from transformers.activations import ACT2FN
@@ -26,7 +26,8 @@ SIZES = (
 )
 # Some published code has the switch, but no checkpoint uses it; a window would not fit one attention for all.
 NO_WINDOW = {"use_sliding_window": False}
-_MOST_LAYERS = 10_000
+MOST_LAYERS = 10_000
+_LARGEST = 1 << 40
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Says nothing about the arithmetic, but loading and tokenizing want it.
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
@@ -85,9 +86,15 @@ def qwen2(config: Mapping[str, Any]) -> Qwen2Config:
 
 def configured(native: type[Config], fields: Mapping[str, Any]) -> Config:
     """A native configuration of fields under native names; CheckpointError where transformers refuses one of them."""
-    layers = fields.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > _MOST_LAYERS:
-        raise CheckpointError(f"config.json says num_hidden_layers={layers}; more than {_MOST_LAYERS} cannot be meant.")
+    for name, most in (
+        ("num_hidden_layers", MOST_LAYERS),
+        ("vocab_size", _LARGEST),
+        ("max_position_embeddings", _LARGEST),
+    ):
+        if name in fields and not is_whole(fields[name], 1, most):
+            raise CheckpointError(
+                f"config.json says {name}={fields[name]!r}; a positive integer up to {most} is needed."
+            )
     try:
         return native.from_dict(dict(fields))
     except Exception as error:  # transformers checks some fields, and falls over others
@@ -95,12 +102,22 @@ def configured(native: type[Config], fields: Mapping[str, Any]) -> Config:
         raise CheckpointError(f"config.json does not describe a {native.__name__}: {reason}") from None
 
 
+def is_whole(value: Any, least: int, most: int | None = None) -> TypeGuard[int]:
+    """Whether a value is an integer in that range; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value and (most is None or value <= most)
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is a finite number; True and False are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def _positive(config: Mapping[str, Any], name: str) -> int | float:
     if config.get(name) is None:
         raise CheckpointError(f"config.json lacks {name!r}.")
     value = config[name]
     integral = not name.endswith("_eps")
-    if isinstance(value, bool) or not isinstance(value, int if integral else (int, float)) or value <= 0:
+    if not (is_whole(value, 1) if integral else is_number(value) and value > 0):
         kind = "integer" if integral else "number"
         raise CheckpointError(f"config.json says {name}={value!r}; a positive {kind} is needed.")
     return value
@@ -154,9 +171,9 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         if config.get(name) is not None:
             rope.setdefault(name, config[name])
     theta = rope.get("rope_theta")
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
+    if not is_number(theta) or theta <= 0:
         raise CheckpointError(f"config.json says rope_theta={theta!r}; a positive number is needed.")
     part = rope.get("partial_rotary_factor", 1.0)
-    if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 < part <= 1:
+    if not is_number(part) or not 0 < part <= 1:
         raise CheckpointError(f"config.json says partial_rotary_factor={part!r}; a share from 0 to 1 is needed.")
     return rope

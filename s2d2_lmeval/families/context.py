@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.families.config_map import is_number, is_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -43,7 +44,7 @@ def _stretched(rope: Mapping[str, Any], named: int) -> int:
     given = {"factor": 1.0, "original_max_position_embeddings": named, **rope}
     for name in ("factor", "original_max_position_embeddings"):
         value = given[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < _LONGEST:
+        if not is_number(value) or not 0 < value < _LONGEST:
             raise CheckpointError(f"config.json says {name}={value!r} for yarn; a positive number is needed.")
         length *= value
     return int(length)
@@ -61,6 +62,6 @@ def _window(native: PreTrainedConfig) -> int | float:
     names = [*(["sliding_window"] if slides else []), "attention_chunk_size"]
     windows = {name: getattr(native, name, None) for name in names}
     for name, window in windows.items():
-        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        if window is not None and not is_whole(window, 1):
             raise CheckpointError(f"config.json says {name}={window!r}; a positive integer is needed.")
     return min((window for window in windows.values() if window is not None), default=math.inf)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families import block_length as lengths
 from s2d2_lmeval.families.block_length import first
-from s2d2_lmeval.families.config_map import configured
+from s2d2_lmeval.families.config_map import configured, is_whole
 from s2d2_lmeval.families.context import positions
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class Family:
         ids: dict[int, None] = {}
         for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
             for stop in value if isinstance(value, (list, tuple)) else (value,):
-                if stop is not None and (not _is_int(stop) or not 0 <= stop < vocab):
+                if stop is not None and not is_whole(stop, 0, vocab - 1):
                     raise CheckpointError(
                         f"{source}: the stop token id {stop!r} (eos_token_id) is not a token of a vocabulary of "
                         f"{vocab}. Correct eos_token_id in generation_config.json or config.json."
@@ -251,7 +251,7 @@ class Family:
                 f"{source}: config.json names no mask token. Give its id as mask_token_id=…, or add "
                 '"mask_token_id" to config.json.'
             )
-        if not _is_int(mask) or not 0 <= mask < vocab:
+        if not is_whole(mask, 0, vocab - 1):
             raise CheckpointError(
                 f"{source}: mask token id {mask!r} is not in the vocabulary (ids 0 to {vocab - 1}). "
                 "Give the right one as mask_token_id=…."
@@ -289,7 +289,7 @@ class Family:
                 f"{source}: config.json names no block length. Give it as block_length=…, or add "
                 '"block_size" to config.json.'
             )
-        if not _is_int(length) or length < 1:
+        if not is_whole(length, 1):
             raise CheckpointError(f"{source}: block length {length!r} is not a positive integer.")
         if origin == "assumed":
             caveat = (
@@ -302,7 +302,3 @@ class Family:
 def names_blocks(config: Mapping[str, Any]) -> bool:
     """Whether a config.json names a mask token or a block length, which an autoregressive model does not have."""
     return first(config, (*_MASK_FIELDS, *lengths.FIELDS)) is not None
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -15,6 +15,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from s2d2_lmeval.errors import CheckpointError, first_line
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SHARD = re.compile(r"[\w.-]{1,200}")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Integers, truth values and complex numbers are no weights, but transformers casts them without a word.
 _NO_WEIGHTS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64")
@@ -29,11 +30,16 @@ def resolve(source: str | Path) -> str:
         from s2d2_lmeval.toy import checkpoint_path
 
         return str(checkpoint_path())
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists():
-        raise CheckpointError(f"{source} is a file; a checkpoint is a folder with config.json and *.safetensors.")
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return str(path)
+        if path.exists():
+            raise CheckpointError(f"{source} is a file; a checkpoint is a folder with config.json and *.safetensors.")
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{source!r} is no path of a folder ({first_line(error)}).") from None
     if not isinstance(source, str) or not _HUB_ID.fullmatch(source) or source.startswith("."):
         raise CheckpointError(f"there is no folder {source}.")
     return source
@@ -198,7 +204,7 @@ def _shards(source: str, index: Path, hub: Mapping[str, Any]) -> list[Path]:
     weight_map = (found or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; fetch it again.")
-    strange = [name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name]
+    strange = [name for name in weight_map.values() if not isinstance(name, str) or not _SHARD.fullmatch(name)]
     if strange:
         raise CheckpointError(
             f"{index} says weight_map={strange[0]!r} where the name of a file belongs; fetch it again."

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.errors import ConfigError, RequestError
 from s2d2_lmeval.families.facts import NO_MASK
-from s2d2_lmeval.harness import caching, caller, identity, loading, report, saving, secrets
+from s2d2_lmeval.harness import caching, caller, identity, loading, report, saving, secrets, templates
 from s2d2_lmeval.harness import filters as _filters  # noqa: F401  (importing it registers s2d2_stats)
 from s2d2_lmeval.harness.arguments import rows_in_flight, sort_arguments
 from s2d2_lmeval.harness.custom import CustomFunction
@@ -217,6 +217,11 @@ class S2D2LM(HFLM):
             return self.decoding.max_new_tokens
         given = [self.arguments.decoding[name] for name in BUDGET_NAMES if name in self.arguments.decoding]
         return token_budget(given[0]) if given else 256
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as the tokenizer's template writes it, under limits of time and memory."""
+        with templates.limited():
+            return str(super().apply_chat_template(chat_history, add_generation_prompt))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answer every request (an Instance whose ``args`` are the prompt and its generation arguments), in order.

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, Qwen3Config
 
 from s2d2_lmeval.errors import CheckpointError
-from s2d2_lmeval.families.config_map import configured
+from s2d2_lmeval.families.config_map import MOST_LAYERS, configured, is_number, is_whole
 from s2d2_lmeval.families.files import read_config, resolve, stored_weights, weight_files
 from s2d2_lmeval.runtime.drafter import DFlash, DrafterShape
 
@@ -67,6 +67,8 @@ def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
     :raises CheckpointError: for a configuration of no DFlash drafter, or of one that is more than that.
     """
     own = config.get("dflash_config") or {}
+    if not isinstance(own, Mapping):
+        raise CheckpointError(f"{source}: config.json says dflash_config={own!r}; an object is needed.")
 
     def value(name: str, default: Any = None) -> Any:
         return own.get(name, config.get(name, default))
@@ -77,22 +79,33 @@ def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
         if own.get(name):
             raise CheckpointError(f"{source} is a drafter with {what} ({name}={own[name]!r}), which is not DFlash.")
     layers, mask = config.get("num_hidden_layers"), value("mask_token_id")
-    if not isinstance(layers, int) or not isinstance(mask, int) or not _names_layers(config, value):
+    if not is_whole(layers, 1, MOST_LAYERS) or not is_whole(mask, 0) or not _names_layers(config, value):
         raise CheckpointError(
             f"{source} is no DFlash drafter: its config.json must name num_hidden_layers, mask_token_id and "
             "target_layer_ids or num_target_layers (in dflash_config)."
         )
     kinds = config.get("layer_types") or ["full_attention"] * layers
-    sliding = [kind == "sliding_attention" or bool(own.get("use_swa")) for kind in kinds]
     window = own.get("swa_window_size") or config.get("sliding_window")
-    if any(sliding) and not isinstance(window, int):
+    fits = {
+        "layer_types": isinstance(kinds, list) and len(kinds) == layers,
+        "block_size": is_whole(value("block_size", DEFAULT_BLOCK_LENGTH), 1),
+        "sliding_window": window is None or is_whole(window, 1),
+        **{name: is_number(value(name, 1.0)) for name in ("input_embedding_scale", "output_multiplier")},
+        "final_logit_softcapping": value("final_logit_softcapping") is None
+        or is_number(value("final_logit_softcapping")),
+    }
+    for name, fine in fits.items():
+        if not fine:
+            raise CheckpointError(f"{source}: config.json says {name}={value(name)!r}, which no drafter has.")
+    sliding = [kind == "sliding_attention" or bool(own.get("use_swa")) for kind in kinds]
+    if any(sliding) and window is None:
         raise CheckpointError(f"{source}: config.json has layers of sliding_attention but no sliding_window.")
     causal = own.get("causal", config.get("is_causal"))
     fields = {**config, "layer_types": ["full_attention"] * layers, "use_sliding_window": False}
     fields |= {"model_type": "qwen3", "sliding_window": None}
     return DrafterShape(
         config=configured(Qwen3Config, fields),
-        block_length=int(value("block_size", DEFAULT_BLOCK_LENGTH)),
+        block_length=value("block_size", DEFAULT_BLOCK_LENGTH),
         mask_token_id=mask,
         layer_ids=tuple(value("target_layer_ids") or default_layer_ids(layers, config["num_target_layers"])),
         windows=tuple(window if slides else None for slides in sliding),
@@ -104,7 +117,10 @@ def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
 
 
 def _names_layers(config: Mapping[str, Any], value: Any) -> bool:
-    return bool(value("target_layer_ids")) or isinstance(config.get("num_target_layers"), int)
+    ids = value("target_layer_ids")
+    if ids:
+        return isinstance(ids, list) and all(is_whole(one, 0) for one in ids)
+    return is_whole(config.get("num_target_layers"), 1, MOST_LAYERS)
 
 
 def default_layer_ids(drafter_layers: int, target_layers: int) -> list[int]:

@@ -128,7 +128,15 @@ def test_refuses_factors_that_do_not_fit(what, message, publish, tmp_path):
         ({"use_dora": True}, "use_dora=True"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens"),
+        ({"something_of_tomorrow": 1}, "something_of_tomorrow=1"),
+        ({"bias": "all"}, "bias='all'"),
         ({"lora_alpha": None}, "lora_alpha=None"),
+        ({"alpha_pattern": [3]}, "alpha_pattern"),
+        ({"alpha_pattern": {"(a+)+$": 3}}, "name the modules more plainly"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern"),
     ],
 )
 def test_refuses_what_is_no_plain_lora(config, message, publish, tmp_path):

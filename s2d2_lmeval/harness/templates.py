@@ -1,0 +1,99 @@
+"""Chat templates under limits: one is a program that comes with a checkpoint, and nothing says that it ends.
+
+transformers renders it in a sandbox that keeps it from the machine, but not from looping or growing without end. So the
+rendering itself, and nothing else of ``apply_chat_template``, is done in a process of its own
+(:mod:`s2d2_lmeval.harness.template_worker`), which the system stops at a limit of processor time or memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import tokenization_utils_base
+
+from s2d2_lmeval.errors import CheckpointError, S2D2Error, first_line
+
+SECONDS = 10
+"""Processor time for one conversation; a template takes a thousandth of one."""
+
+_workers: dict[int, subprocess.Popen[str]] = {}
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Inside, ``tokenizer.apply_chat_template`` renders under limits.
+
+    :raises CheckpointError: for whatever goes wrong with a template.
+    """
+    own = tokenization_utils_base.render_jinja_template
+    tokenization_utils_base.render_jinja_template = _render
+    try:
+        yield
+    except S2D2Error:
+        raise
+    except Exception as error:
+        raise _unusable(first_line(error)) from None
+    finally:
+        tokenization_utils_base.render_jinja_template = own
+
+
+def _unusable(reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"the tokenizer's chat template cannot be used ({reason}). Correct it (chat_template.jinja or "
+        "tokenizer_config.json), name another tokenizer of the same vocabulary, or go without a chat template."
+    )
+
+
+def _render(*args: Any, **job: Any) -> tuple[list[str], list[Any]]:
+    """As transformers' ``render_jinja_template``, which the worker runs."""
+    job.update(zip(("conversations",), args, strict=False))
+    try:
+        request = json.dumps({"seconds": SECONDS, "job": job})
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _unusable(f"its arguments are no JSON: {first_line(error)}") from None
+    said = _ask(request)
+    if "rendered" in said:
+        return said["rendered"], []
+    raise TemplateError(said["error"]) if said.get("by_template") else _unusable(said["error"])
+
+
+def _ask(request: str) -> dict[str, Any]:
+    worker = _workers.get(os.getpid())
+    if worker is None or worker.poll() is not None:
+        worker = _workers[os.getpid()] = _start()
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    try:
+        worker.stdin.write(request + "\n")
+        worker.stdin.flush()
+        line = worker.stdout.readline()
+    except BaseException as error:  # an answer that is still to come would be taken for that of the next question
+        worker.kill()
+        worker.wait()
+        if not isinstance(error, OSError):
+            raise
+        line = ""
+    if not line:
+        ended = worker.wait()
+        why = f"it ran longer than {SECONDS} seconds" if ended < 0 else f"its process ended with code {ended}"
+        raise _unusable(why)
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+def _start() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("template_worker.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
+    )
