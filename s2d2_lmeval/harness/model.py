@@ -182,16 +182,18 @@ class S2D2LM(HFLM):
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """As the harness's.
+        """As the harness's, under limits of time and memory.
 
         Raises:
+            CheckpointError: a template that fails, or has no end.
             ConfigError: special strings are to be text, and a template is made of them.
         """
         if self.special_tokens == "text":
             raise ConfigError(
                 "special_tokens=text would take the chat template's own special tokens for text: leave one of them out."
             )
-        return super().apply_chat_template(chat_history, add_generation_prompt)
+        with templates.limited():
+            return str(super().apply_chat_template(chat_history, add_generation_prompt))
 
     def _check_max_length(self) -> None:
         limit = self.engine.max_context if self.engine is not None else None
@@ -217,11 +219,6 @@ class S2D2LM(HFLM):
             return self.decoding.max_new_tokens
         given = [self.arguments.decoding[name] for name in BUDGET_NAMES if name in self.arguments.decoding]
         return token_budget(given[0]) if given else 256
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the tokenizer's template writes it, under limits of time and memory."""
-        with templates.limited():
-            return str(super().apply_chat_template(chat_history, add_generation_prompt))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answer every request (an Instance whose ``args`` are the prompt and its generation arguments), in order.
