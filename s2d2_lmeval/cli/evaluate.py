@@ -3,6 +3,7 @@
 Different from calling `lm_eval`:
   - the model s2d2 is registered directly, in every environment, and is what --model means if you leave it out;
   - the packaged tasks are found, beside those of an --include_path of your own (which wins where names collide);
+  - --sandbox process|bwrap|docker|docker:IMAGE says where what the model wrote runs (docs/sandbox.md);
   - what s2d2 refuses is one message and exit code 2, and so are results that could not be written.
 
 `ls` and `validate` work too: s2d2-lmeval eval ls tasks
@@ -36,9 +37,13 @@ def run_harness(arguments: Sequence[str]) -> int:
     from lm_eval.utils import setup_logging
 
     from s2d2_lmeval.cli.tasks import include_path, register
+    from s2d2_lmeval.harness.sandbox import modes
     from s2d2_lmeval.harness.saving import refuse_to_lose_results
 
-    asked = list(arguments)
+    own = argparse.ArgumentParser(prog="s2d2-lmeval eval", add_help=False, allow_abbrev=False)
+    own.add_argument("--sandbox")
+    ours, asked = own.parse_known_args(list(arguments))
+    modes.choose(ours.sandbox)
     if not asked or asked[0] in ("-h", "--help"):
         print(f"{__doc__}\nArguments of lm_eval:\n")
         asked = ["run", "--help"]

@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--confirm_run_unsafe_code", action="store_true", help="allow tasks that run what the model wrote"
     )
+    parser.add_argument(
+        "--sandbox", metavar="MODE", help="where that runs: process, bwrap, docker, docker:IMAGE (docs/sandbox.md)"
+    )
     parser.add_argument("--anew", action="store_true", help="in a folder of another code version: start again in it")
     parser.add_argument(
         "--plan",
@@ -74,11 +77,13 @@ def run(args: argparse.Namespace) -> int:
     from rich.text import Text
 
     from s2d2_lmeval.cli.console import hide_loading_bars, make_console
+    from s2d2_lmeval.harness.sandbox import modes
     from s2d2_lmeval.harness.secrets import ADVICE, holds_token
     from s2d2_lmeval.studies.planning import Plan
     from s2d2_lmeval.studies.study import read_study
     from s2d2_lmeval.studies.sweep import COMPLETE, FAILED, Sweep
 
+    modes.choose(args.sandbox)
     console = make_console()
     hide_loading_bars()
     overrides: dict[str, Any] = {"limit": args.limit, "batch_size": args.batch_size, "data_dir": args.data_dir}

@@ -18,10 +18,11 @@ _FRACTION = re.compile(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
 def answered_number(text: str) -> Decimal | None:
     r"""The number that a worked solution ends in.
 
-    In order of preference: the last ``\boxed{…}`` that holds a number, the number behind the last ``####``, the last
+    In order of preference: the last ``\boxed{…}`` that holds a number, the number after the last ``####``, the last
     number of the text. Thousands separators, currency signs, units and ``\frac`` are understood; None if there is no
-    number.
+    number. Thoughts (``<think>``) do not count.
     """
+    text = without_thoughts(text)
     for boxed in reversed(list(_boxed(text))):
         found = _numbers(boxed)
         if found:
@@ -63,34 +64,56 @@ def _numbers(text: str) -> list[Decimal]:
 
 
 _FENCE = re.compile(
-    r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE
+    r"^[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*(?P=fence)|\Z)",
+    re.DOTALL | re.MULTILINE,
 )
 _PYTHON = ("python", "py", "python3")
+_CLASS = re.compile(r"^class\s+(?P<name>\w+)[^\n]*:[^\n]*\n(?P<body>(?:[ \t]+[^\n]*(?:\n|\Z)|[ \t]*\n)*)", re.MULTILINE)
+
+
+def without_thoughts(text: str) -> str:
+    """A reply without what stands between ``<think>`` and ``</think>``.
+
+    A template may have opened the thoughts in the prompt, and the token budget may end before they do.
+    """
+    text = text.rpartition("</think>")[2]
+    return text.partition("<think>")[0]
 
 
 def answered_code(text: str, entry_point: str) -> str:
-    """The code in a reply: the fenced block that defines ``entry_point``, else the longest one, else the whole text.
+    """The code in a reply: the last fenced block that defines ``entry_point``; where none does, the longest of those
+    marked as Python, or of all; the whole text where it has no blocks. Thoughts do not count.
 
-    Blocks marked as Python come first; a block that the token budget cut off counts to its end.
+    A block that the token budget cut off counts to its end.
     """
+    text = without_thoughts(text)
     blocks = [(match["language"].lower() in _PYTHON, match["code"]) for match in _FENCE.finditer(text)]
     if not blocks:
         return text
-    return max(blocks, key=lambda block: (_defines(block[1], entry_point), block[0], len(block[1])))[1]
+    defining = [code for _, code in blocks if _defines(code, entry_point)]
+    return defining[-1] if defining else max(blocks, key=lambda block: (block[0], len(block[1])))[1]
 
 
 def whole_program(prompt: str, reply: str, entry_point: str) -> str:
     """A program from a HumanEval prompt (imports, helpers, signature and docstring of ``entry_point``) and a reply.
 
-    A reply that defines the function itself stands behind the prompt's imports and helpers; any other continues the
-    prompt.
+    A reply that defines the function itself, or a class (such as ``Solution``) with that method, stands after the
+    prompt's imports and helpers; any other continues the prompt.
     """
     code = answered_code(reply, entry_point)
     if not _defines(code, entry_point):
         return prompt + code
+    code = textwrap.dedent(code)  # fences inside a list are indented as a whole
+    holders = [match["name"] for match in _CLASS.finditer(code) if _defines(match["body"], entry_point)]
+    alone = re.search(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\s*\(", code, re.MULTILINE)
+    method = f"\n{entry_point} = {holders[-1]}().{entry_point}\n" if holders and not alone else ""
+    return f"{preamble(prompt, entry_point)}\n{code}{method}"
+
+
+def preamble(prompt: str, entry_point: str) -> str:
+    """What a HumanEval prompt has ahead of ``entry_point``: imports, and helpers that its tests may call."""
     start = re.search(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\s*\(", prompt, re.MULTILINE)
-    preamble = prompt[: start.start()] if start else ""
-    return f"{preamble}\n{textwrap.dedent(code)}"  # fences inside a list are indented as a whole
+    return prompt[: start.start()] if start else ""
 
 
 def _defines(code: str, name: str) -> bool:

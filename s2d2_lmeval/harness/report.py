@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.harness import sandbox
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.runtime.memory import RowLimit
 from s2d2_lmeval.runtime.statistics import add, gained, with_ratios, without_ratios
@@ -75,7 +76,7 @@ def merge(several: Iterable[Totals]) -> Totals:
 
 
 def environment(device: torch.device, dtype: torch.dtype | None, attention: str | None) -> dict[str, Any]:
-    """What timings depend on: hardware, types, back ends, versions, threads."""
+    """What timings depend on: hardware, types, back ends, versions, threads; and what surrounded model-written code."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "device_type": device.type,
@@ -87,6 +88,7 @@ def environment(device: torch.device, dtype: torch.dtype | None, attention: str 
         "torch": str(torch.__version__),
         **{name: _version(name) for name in ("transformers", "lm_eval", "s2d2-lmeval")},
         **({"cuda": torch.version.cuda} if device.type == "cuda" else {}),
+        **({"sandbox": sandbox.record()} if sandbox.record() else {}),
     }
 
 

@@ -182,7 +182,10 @@ def source_of(problem: Problem, response: str) -> str:
 
 
 def score(problem: Problem, response: str) -> float:
-    """1.0 when the program returns the right value in every test case, else 0.0. Runs ``response`` in a subprocess."""
+    """1.0 when the program returns the right value in every test case, else 0.0. Runs ``response`` in the sandbox."""
     specification = problem.specification
     results = sandbox.call(source_of(problem, response), specification["name"], specification["arguments"])
-    return float(results is not None and json.dumps(results) == json.dumps(specification["results"]))
+    try:
+        return float(results is not None and json.dumps(results) == json.dumps(specification["results"]))
+    except (TypeError, ValueError):  # sets, bytes, numbers of thousands of digits
+        return 0.0

@@ -6,17 +6,18 @@ from typing import Any
 
 from datasets import DatasetDict
 
-from s2d2_lmeval.harness.answers import whole_program
-from s2d2_lmeval.harness.sandbox import Limits, run_program
+from s2d2_lmeval.harness import sandbox
+from s2d2_lmeval.harness.answers import preamble, whole_program
 from s2d2_lmeval.harness.task_data import load_documents
 from s2d2_lmeval.harness.task_helpers import with_decoding_metrics
 
 FILES = {"test": ("humaneval/HumanEval.jsonl.gz", "humaneval/HumanEval.jsonl", "HumanEval.jsonl.gz", "HumanEval.jsonl")}
-LIMITS = Limits(cpu_seconds=10, wall_seconds=20.0, memory_bytes=2**30)
+LIMITS = sandbox.Limits(cpu_seconds=10, wall_seconds=20.0, memory_bytes=2**30)
 
 
 def load(s2d2_data_dir: Any = None, **_: Any) -> DatasetDict:
-    """The split ``test``, with ``prompt``, ``test`` and ``entry_point``."""
+    """The split ``test``, with ``prompt``, ``test`` and ``entry_point``; refused where programs cannot be run."""
+    sandbox.prepare()
     return load_documents(("openai/openai_humaneval",), FILES, s2d2_data_dir)
 
 
@@ -27,12 +28,12 @@ def every_response(resps: list[list[str]], docs: list[dict[str, Any]]) -> list[l
 
 @with_decoding_metrics
 def process_results(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
-    """The share of responses whose program passes the document's tests, each in a limited process of its own."""
+    """The share of responses whose program passes the document's tests."""
     return {"pass@1": sum(map(float, (passes(doc, response) for response in results[0]))) / len(results[0])}
 
 
 def passes(doc: dict[str, Any], response: str) -> bool:
-    """Whether the program of a response passes."""
-    entry_point = doc["entry_point"]
-    program = whole_program(doc["prompt"], response, entry_point)
-    return run_program(f"{program}\n{doc['test']}\ncheck({entry_point})\n", LIMITS).passed
+    """Whether the program of a response passes. It never sees the tests: they call its function from outside."""
+    prompt, name = doc["prompt"], doc["entry_point"]
+    tests = f"{preamble(prompt, name)}\n{doc['test']}\ncheck({name})\n"
+    return sandbox.run_tests(whole_program(prompt, response, name), name, tests, LIMITS).passed

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
+from s2d2_lmeval.harness import sandbox
 from s2d2_lmeval.harness.task_helpers import decoding_metrics
 from s2d2_lmeval.toy import Problem, held_out, score
 
@@ -22,7 +23,8 @@ def load_arithmetic(**_: Any) -> DatasetDict:
 
 
 def load_programs(**_: Any) -> DatasetDict:
-    """Held-out functions to complete as the split ``test``."""
+    """Held-out functions to complete as the split ``test``; refused where programs cannot be run."""
+    sandbox.prepare()
     return _load("programs")
 
 

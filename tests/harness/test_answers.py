@@ -70,6 +70,15 @@ CODE = "def f(x):\n    return x\n"
         f"```py title=x\n{CODE}```",
         f"Example:\n```python\nprint(f(1))\nprint(f(2))\nprint(f(3))\n```\nand\n```python\n{CODE}```",
         f"```\nsome longer output\nthat is not code at all\n```\n```python\n{CODE}```",
+        f"~~~python\n{CODE}~~~",
+        f"~~~\n{CODE}",
+        f"````python\n{CODE}````",
+        f"A draft:\n```python\ndef f(x):\n    # longer, wrong\n    return None\n```\nNo:\n```python\n{CODE}```",
+        f"```python\n{CODE}```\nIt is used like so:\n```python\nfor n in range(100):\n    print(f(n))\n```",
+        f"<think>\n```python\ndef f(x):\n    return None\n```\n</think>\n```python\n{CODE}```",
+        f"Perhaps\n```python\ndef f(x):\n    return None\n```\n</think>\n```python\n{CODE}```",
+        f"```python\n{CODE}```\n<think>\n```python\ndef f(x): return None\n```",
+        f"~~~python\n{CODE}~~~\n```\nf(1) == 1\n```",
     ],
 )
 def test_fenced_code(text: str) -> None:
@@ -78,6 +87,12 @@ def test_fenced_code(text: str) -> None:
 
 def test_text_without_fences_is_code() -> None:
     assert answered_code("    return 1", "f") == "    return 1"
+
+
+@pytest.mark.parametrize("text", ["<think>\n```python\ndef f(x): return x\n```", "<think>def f(x): return x</think>"])
+def test_thoughts_are_not_answers(text: str) -> None:
+    assert answered_code(text, "f") == ""
+    assert answered_number(text.replace("x", "7")) is None
 
 
 PROMPT = 'import math\n\ndef helper(x):\n    return x\n\ndef f(x):\n    """Doc."""\n'
@@ -91,6 +106,10 @@ PROMPT = 'import math\n\ndef helper(x):\n    return x\n\ndef f(x):\n    """Doc."
         "```python\ndef f(x):\n    return helper(math.floor(x))\n```",
         "1. Like so:\n   ```python\n   def f(x):\n       return helper(math.floor(x))\n   ```",
         "def f(x):\n    return helper(math.floor(x))",
+        "```python\nclass Solution:\n    def f(self, x):\n        return helper(math.floor(x))\n```",
+        "```python\nclass S(object):\n\n    def g(self): return 1\n\n    def f(self, x): return self.g()\n```",
+        "```python\nclass Other:\n    def f(self): return 5\n\ndef f(x):\n    return helper(math.floor(x))\n```",
+        "```python\nclass Solution:\n    @staticmethod\n    def f(x):\n        return 1\n\nprint(Solution().f(2))\n```",
     ],
 )
 def test_whole_programs_run(reply: str) -> None:
