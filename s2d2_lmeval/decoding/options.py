@@ -139,14 +139,20 @@ def converted(name: str, kind: str, value: Any) -> Any:
             return _token_ids(value)
         if kind == "tuple[tuple[int, float], ...]":
             return _biases(value)
+        if kind == "object" and _is_source(value):
+            return value
     except ConfigError:
         raise
     except (TypeError, ValueError, OverflowError, RecursionError):
         pass
-    else:
-        if kind not in _KINDS:
-            return value
     raise ConfigError(f"{name}={shown(value)} is not of the right type; it takes {_KINDS[kind]}.")
+
+
+def _is_source(value: Any) -> bool:
+    """Whether randomness can be drawn from ``value``."""
+    if isinstance(value, str):
+        return value in ("keyed", "fixed", "torch")
+    return callable(getattr(value, "uniform", None)) and callable(getattr(value, "categorical", None))
 
 
 def _number(value: Any) -> float:
@@ -208,5 +214,6 @@ _KINDS = {
     "float": "a finite number",
     "str": "a name",
     "tuple[int, ...]": "a list of token ids",
+    "object": "keyed, fixed, torch, or an object with uniform(n) and categorical(probabilities)",
     "tuple[tuple[int, float], ...]": "token ids and what to add to their logits, such as {5: -2.5}",
 }

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from s2d2_lmeval.decoding.options import option
-from s2d2_lmeval.errors import shown
 
 GREEDY = 1e-6
 """Temperatures below are zero."""
@@ -61,11 +60,4 @@ class SamplingOptions:
             yield (
                 f"do_sample=true contradicts temperature={self.temperature:g}, which is greedy: raise the temperature, "
                 "or drop do_sample."
-            )
-        source = self.random_source
-        drawable = callable(getattr(source, "uniform", None)) and callable(getattr(source, "categorical", None))
-        if not (source in ("keyed", "fixed", "torch") if isinstance(source, str) else drawable):
-            yield (
-                f"random_source={shown(source)}: use keyed, fixed, torch, or an object with uniform(n) and "
-                "categorical(probabilities)."
             )
