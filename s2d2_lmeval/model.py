@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from transformers import PreTrainedModel
 from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.engine import Engine
 from s2d2_lmeval.decoding.generation import Generation, Request
+from s2d2_lmeval.decoding.options import converted
 from s2d2_lmeval.decoding.scoring import Scorer
-from s2d2_lmeval.errors import ConfigError, RequestError
+from s2d2_lmeval.errors import ConfigError, RequestError, shown
 from s2d2_lmeval.families import Facts, adopt, load_checkpoint
 from s2d2_lmeval.families.facts import DrafterFacts
 from s2d2_lmeval.families.files import HUB_OPTIONS
@@ -51,6 +54,8 @@ def load(
         else :func:`s2d2_lmeval.families.load_checkpoint` takes.
     :raises CheckpointError: when the checkpoint is not what it says it is.
     """
+    if static_shapes is not None:
+        static_shapes = converted("static_shapes", "bool", static_shapes)
     if isinstance(source, torch.nn.Module):
         model, facts = adopt(source, autoregressive=draft is not None, **options)
     else:
@@ -90,7 +95,7 @@ class BlockDiffusionModel:
                 "within which that is the same."
             )
         if max_context is not None and (type(max_context) is not int or not 1 <= max_context <= limit):
-            raise ConfigError(f"max_context={max_context!r}: this checkpoint takes 1 to {limit} positions.")
+            raise ConfigError(f"max_context={shown(max_context)}: this checkpoint takes 1 to {limit} positions.")
         self.hf_model = hf_model
         self.facts = facts
         self.max_context = max_context or facts.max_context
@@ -132,7 +137,7 @@ class BlockDiffusionModel:
         """``options`` over the family's paper setting; a complete configuration is passed through."""
         if isinstance(options, DecodingConfig):
             return options
-        return DecodingConfig.from_options(options or {}, self.facts)
+        return DecodingConfig.from_options({} if options is None else options, self.facts)
 
     def generate(
         self,
@@ -155,18 +160,23 @@ class BlockDiffusionModel:
         :raises RequestError: for a prompt that cannot be decoded.
         """
         resolved = self.config(config)
-        shared_budget = resolved.max_new_tokens if max_new_tokens is None else max_new_tokens
-        budgets = list(shared_budget) if isinstance(shared_budget, Sequence) else [shared_budget] * len(prompts)
-        keys = list(range(len(prompts))) if seeds is None else list(seeds)
+        prompts = _several("prompts", prompts)
+        budget = resolved.max_new_tokens if max_new_tokens is None else max_new_tokens
+        budgets = [budget] * len(prompts) if _is_whole(budget) else _several("max_new_tokens", budget)
+        keys = list(range(len(prompts))) if seeds is None else _several("seeds", seeds)
         if not len(prompts) == len(budgets) == len(keys):
             raise RequestError(
                 f"{len(prompts)} prompts, {len(budgets)} budgets, {len(keys)} seeds: give one of each per prompt."
             )
         requests = []
         for index, (prompt, budget, key) in enumerate(zip(prompts, budgets, keys, strict=True)):
-            ids = [int(token) for token in prompt]
-            self._check(index, ids, budget)
-            requests.append(Request(ids, budget, key, None if stop is None else _bound(stop, index)))
+            ids = _tokens(f"Prompt {index}", prompt)
+            if not _is_whole(budget):
+                raise RequestError(f"Prompt {index}: max_new_tokens={shown(budget)} is not a whole number.")
+            if not _is_whole(key) or not -(1 << 63) <= key < 1 << 63:
+                raise RequestError(f"Prompt {index}: the seed {shown(key)} is not a whole number of 64 bits.")
+            self._check(index, ids, int(budget))
+            requests.append(Request(ids, int(budget), int(key), None if stop is None else _bound(stop, index)))
         engine = self.engine_class(self._runner, self.facts, resolved, self.trace, self.rows)
         return engine.run(requests, on_finished)
 
@@ -178,18 +188,24 @@ class BlockDiffusionModel:
             are shifted by one token: then nothing predicts the first.
         :raises RequestError: for a pair that does not fit the context, holds the mask token or cannot be predicted.
         """
-        for index, (context, continuation) in enumerate(requests):
-            if not len(continuation):
+        pairs = []
+        for index, request in enumerate(_several("requests", requests)):
+            pair = _several(f"Request {index}", request)
+            if len(pair) != 2:
+                raise RequestError(f"Request {index} is not a pair of context and continuation.")
+            context, continuation = (_tokens(f"Request {index}", part) for part in pair)
+            if not continuation:
                 raise RequestError(f"Request {index}: the continuation is empty; there is nothing to score.")
-            if self.facts.token_shift and not len(context):
+            if self.facts.token_shift and not context:
                 raise RequestError(
                     f"Request {index}: the context is empty, and nothing predicts this model's first token. Put a "
                     "token before it, such as the end-of-text token."
                 )
             self._check(index, [*context, *continuation], 0)
+            pairs.append((context, continuation))
         facts = self.facts
         scorer = Scorer(self._runner, facts.mask_token_id, facts.token_shift, self.trace, self.rows)
-        return scorer.run(requests)
+        return scorer.run(pairs)
 
     def release(self) -> None:
         """Give the cache's memory back; the next call takes what it needs."""
@@ -201,7 +217,7 @@ class BlockDiffusionModel:
                 f"Prompt {index} is empty; a block-diffusion model needs at least one token to start from."
             )
         if budget < 0:
-            raise RequestError(f"Prompt {index}: max_new_tokens={budget} is negative.")
+            raise RequestError(f"Prompt {index}: max_new_tokens={shown(budget)} is negative.")
         if self.facts.mask_token_id in prompt:
             raise RequestError(
                 f"Prompt {index} contains the mask token (id {self.facts.mask_token_id}), which the model "
@@ -210,14 +226,44 @@ class BlockDiffusionModel:
         outside = [token for token in prompt if not 0 <= token < self.facts.vocab_size]
         if outside:
             raise RequestError(
-                f"Prompt {index} holds token id {outside[0]}, outside the vocabulary of {self.facts.vocab_size}."
+                f"Prompt {index} holds token id {shown(outside[0])}, outside the vocabulary of {self.facts.vocab_size}."
             )
         if len(prompt) + budget > self.max_context:
             raise RequestError(
-                f"Prompt {index} has {len(prompt)} tokens and asks for {budget} more, but the context holds "
+                f"Prompt {index} has {len(prompt)} tokens and asks for {shown(budget)} more, but the context holds "
                 f"{self.max_context}. Shorten it, lower max_new_tokens, or raise max_context up to what the checkpoint "
                 "allows."
             )
+
+
+def _several(name: str, values: Any) -> list[Any]:
+    """``values`` as a list.
+
+    :raises RequestError: for something else than several.
+    """
+    try:
+        if not isinstance(values, (str, bytes)):
+            return list(values)
+    except TypeError:
+        pass
+    raise RequestError(f"{name}: {shown(values)} is not a list of one for each.")
+
+
+def _tokens(name: str, ids: Any) -> list[int]:
+    """Token ids as plain integers.
+
+    :raises RequestError: for text, and whatever else is not token ids.
+    """
+    try:
+        if not isinstance(ids, (str, bytes)):
+            return [operator.index(token) for token in ids]
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise RequestError(f"{name}: {shown(ids)} is not a list of token ids; a tokenizer makes them of text.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _bound(stop: Callable[[int, list[int]], int | None], index: int) -> Callable[[list[int]], int | None]:

@@ -115,5 +115,5 @@ def _same(value: Any, neutral: Any) -> bool:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` Did you mean …?`` or nothing."""
-    close = get_close_matches(str(name)[:100], sorted(set(known)), n=1, cutoff=0.5)
+    close = get_close_matches(name[:100] if isinstance(name, str) else "", sorted(set(known)), n=1, cutoff=0.5)
     return f" Did you mean {close[0]}?" if close else ""

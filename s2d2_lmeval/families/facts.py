@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.errors import CheckpointError, shown
 from s2d2_lmeval.families import block_length as lengths
 from s2d2_lmeval.families.block_length import first
 from s2d2_lmeval.families.config_map import configured, is_whole
@@ -205,7 +205,7 @@ class Family:
             caveats.append(doubt)
         context, limit = positions(native)
         if length > min(context, limit):
-            raise CheckpointError(f"{source}: a block of {length} tokens does not fit its {context} positions.")
+            raise CheckpointError(f"{source}: a block of {shown(length)} tokens does not fit its {context} positions.")
         return Facts(
             family=self.name,
             native_class=self.native_class,
@@ -253,7 +253,7 @@ class Family:
             )
         if not is_whole(mask, 0, vocab - 1):
             raise CheckpointError(
-                f"{source}: mask token id {mask!r} is not in the vocabulary (ids 0 to {vocab - 1}). "
+                f"{source}: mask token id {shown(mask)} is not in the vocabulary (ids 0 to {vocab - 1}). "
                 "Give the right one as mask_token_id=…."
             )
         return int(mask)
@@ -290,7 +290,7 @@ class Family:
                 '"block_size" to config.json.'
             )
         if not is_whole(length, 1):
-            raise CheckpointError(f"{source}: block length {length!r} is not a positive integer.")
+            raise CheckpointError(f"{source}: block length {shown(length)} is not a positive integer.")
         if origin == "assumed":
             caveat = (
                 f"blocks of {length} are assumed, as in the first checkpoints of {self.name}: neither config.json nor "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.errors import CheckpointError, shown
 from s2d2_lmeval.families.autoregressive import TARGETS
 from s2d2_lmeval.families.dream import DREAM
 from s2d2_lmeval.families.facts import ADAPTER_FIELD, AUTOREGRESSIVE, FAMILY_FIELD, Facts, Family, names_blocks
@@ -61,7 +61,7 @@ def mark(native: PreTrainedConfig, facts: Facts) -> None:
 def family_named(name: str) -> Family:
     """The family of that name; CheckpointError names the known ones."""
     if not isinstance(name, str) or name not in FAMILIES:
-        raise CheckpointError(f"no family is called {name!r}. Known families: {', '.join(FAMILIES)}.")
+        raise CheckpointError(f"no family is called {shown(name)}. Known families: {', '.join(FAMILIES)}.")
     return FAMILIES[name]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.errors import ConfigError, shown
 from s2d2_lmeval.runtime import flash
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.passes import Pass
@@ -37,8 +37,10 @@ def choose_backend(attention: str, device: torch.device | None = None, dtype: to
 
     :raises ConfigError: for a name that is not a back end, or one that these weights or this machine cannot have.
     """
-    if attention not in ("auto", *BACKENDS):
-        raise ConfigError(f"attention={attention!r} is not a back end here; use one of: auto, {', '.join(BACKENDS)}.")
+    if not isinstance(attention, str) or attention not in ("auto", *BACKENDS):
+        raise ConfigError(
+            f"attention={shown(attention)} is not a back end here; use one of: auto, {', '.join(BACKENDS)}."
+        )
     if attention == "sdpa":
         return "sdpa"
     on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"

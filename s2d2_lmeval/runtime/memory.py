@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.errors import ConfigError, shown
 
 MOST_ROWS_ON_CPU, MOST_ROWS = 16, 128
 """Rows in flight beyond which a wider batch no longer decodes faster: a CPU computes, a GPU reads weights."""
@@ -31,9 +31,9 @@ class RowLimit:
     at_most: int | None = None
 
     def __post_init__(self) -> None:
-        number = not isinstance(self.asked, bool) and isinstance(self.asked, int)
-        if self.asked != "auto" and not (number and int(self.asked) >= 1):
-            raise ConfigError(f"max_batch={self.asked}: give auto, or the number of rows in flight, 1 or more.")
+        fine = self.asked == "auto" if isinstance(self.asked, str) else isinstance(self.asked, int) and self.asked >= 1
+        if not fine or isinstance(self.asked, bool):
+            raise ConfigError(f"max_batch={shown(self.asked)}: give auto, or the number of rows in flight, 1 or more.")
 
     @property
     def automatic(self) -> bool:
