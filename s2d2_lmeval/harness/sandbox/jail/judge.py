@@ -5,7 +5,6 @@ value, and says whether the tests ran to their end. No code of the program ever 
 from __future__ import annotations
 
 import builtins
-import os
 
 from . import kernel, program, values
 
@@ -84,9 +83,8 @@ def _is_description(value: Any) -> bool:
     return isinstance(text, str) and isinstance(names, list) and bool(names) and all(isinstance(n, str) for n in names)
 
 
-def judge(job: Mapping[str, Any], questions: int, answers: int) -> None:
-    """Read the tests from standard input, run them, write the verdict to standard output."""
-    report = os.dup(1)
+def judge(job: Mapping[str, Any], questions: int, answers: int, report: int) -> None:
+    """Read the tests from standard input, run them, write the verdict to ``report``."""
     try:
         tests = values.receive(0, _LARGEST)
         kernel.silence()

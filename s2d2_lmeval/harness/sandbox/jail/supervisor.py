@@ -35,8 +35,7 @@ def main() -> None:
         verdict = _supervise(_completed(values.receive(0, _FROM_THE_EVALUATOR)))
     except BaseException as error:
         verdict = {"sandbox": f"{type(error).__name__}: {error}"}
-    if verdict is not None:
-        values.send(1, verdict, _FROM_THE_EVALUATOR)
+    values.send(1, verdict, _FROM_THE_EVALUATOR)
 
 
 def _completed(job: dict[str, Any]) -> dict[str, Any]:
@@ -54,8 +53,8 @@ def _completed(job: dict[str, Any]) -> dict[str, Any]:
     return {**job, "readable": [*_READABLE, *own]}
 
 
-def _supervise(job: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A verdict where the judge gave none; None where it did."""
+def _supervise(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The judge's verdict, or why there is none."""
     kernel.adopt_orphans()
     layers = []
     if kernel.LINUX and "namespaces" not in job["without"]:
@@ -63,22 +62,23 @@ def _supervise(job: Mapping[str, Any]) -> dict[str, Any] | None:
     kernel.dumpable(0)  # inherited, so the judge's memory is closed as well
     for_program, questions = os.pipe()
     answers, for_judge = os.pipe()
-    alive, until_judged = os.pipe()
+    verdicts, for_verdict = os.pipe()
     children: list[int] = []
     try:
         # The judge first: in a PID namespace the first process is the one that no other can end, and that ends all.
-        keep = (0, 1, 2, questions, answers, until_judged)
-        children.append(_fork(lambda: judge.judge(job, questions, answers), keep))
-        own = (for_program, for_judge)
-        children.append(_fork(lambda: program.serve(job, *own, layers), own))
-        for descriptor in (for_program, questions, answers, for_judge, until_judged):
+        judging = (questions, answers, for_verdict)
+        children.append(_fork(lambda: judge.judge(job, *judging), (0, 1, 2, *judging)))
+        serving = (for_program, for_judge)
+        children.append(_fork(lambda: program.serve(job, *serving, layers), serving))
+        for descriptor in (*judging, *serving):
             os.close(descriptor)
-        stopped = _wait(alive, job, watch="mount namespace" not in layers)
+        stopped = _wait(verdicts, job, watch="mount namespace" not in layers)
         if stopped:
             return {"error": stopped}
-        status = _reap(children)
-        if status == 0:
-            return None
+        try:
+            return values.receive(verdicts, _FROM_THE_EVALUATOR)
+        except EOFError:
+            status = _reap(children)
         if os.WIFSIGNALED(status):
             return {"error": f"the tests were ended by signal {os.WTERMSIG(status)}"}
         return {"sandbox": "the judge failed"}
@@ -113,12 +113,12 @@ def _fork(run: Callable[[], None], keep: tuple[int, ...]) -> int:
         os._exit(1)
 
 
-def _wait(alive: int, job: Mapping[str, Any], watch: bool) -> str:
-    """Until the judge has closed ``alive``; why it is not waited for any longer, or ""."""
+def _wait(verdicts: int, job: Mapping[str, Any], watch: bool) -> str:
+    """Until there is a verdict, or can be none; why it is not waited for any longer, or ""."""
     limits = job["limits"]
     deadline = time.monotonic() + limits["wall_seconds"]
     while (left := deadline - time.monotonic()) > 0:
-        if select.select([alive], [], [], min(left, 0.1) if watch else left)[0]:
+        if select.select([verdicts], [], [], min(left, 0.1) if watch else left)[0]:
             return ""
         if watch and not _is_small(job["folder"], limits["folder_bytes"]):
             return f"wrote more than {limits['folder_bytes']} bytes or very many files"
