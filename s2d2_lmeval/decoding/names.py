@@ -92,6 +92,8 @@ def changes_nothing(name: str, value: Any) -> bool:
     foreign = FOREIGN.get(name)
     if foreign is None:
         return False
+    if getattr(value, "shape", ()):
+        value = "an array"
     written = (
         value.strip().lower() if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else value
     )

@@ -16,7 +16,7 @@ from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.decoding.names import changes_nothing, nearest
 from s2d2_lmeval.decoding.options import converted
 from s2d2_lmeval.decoding.sliding_options import DRAFT_SHAPES
-from s2d2_lmeval.errors import ConfigError, shown
+from s2d2_lmeval.errors import ConfigError, first_line, shown
 from s2d2_lmeval.harness.custom import CustomFunction, load_object
 from s2d2_lmeval.runtime.memory import RowLimit
 
@@ -75,9 +75,9 @@ def sort_arguments(pretrained: Any, options: Mapping[str, Any]) -> Arguments:
     :raises ConfigError: for a name that nobody knows, an option that this model class does not have, or a missing
         ``pretrained``.
     """
-    if pretrained is None or pretrained == "":
+    if _absent(pretrained):
         raise ConfigError("--model_args has no pretrained=…: a folder, a hub id, or toy (the embedded checkpoint).")
-    custom = CustomFunction.load(options["custom_generate"]) if options.get("custom_generate") else None
+    custom = None if _absent(options.get("custom_generate")) else CustomFunction.load(options["custom_generate"])
     decoder_names = custom.option_names if custom else DecodingConfig.option_names()
     left = _without_synonyms(options, HARNESS | (custom.parameters if custom else frozenset()))
     own = {name: left.pop(name, None) for name in ("custom_generate", "custom_model_class", "peft", "max_batch")}
@@ -97,7 +97,7 @@ def sort_arguments(pretrained: Any, options: Mapping[str, Any]) -> Arguments:
     return Arguments(
         source=pretrained,
         custom=custom,
-        model_class=load_object(own["custom_model_class"]) if own["custom_model_class"] else None,
+        model_class=_class(own["custom_model_class"]),
         peft=own["peft"],
         log_decoding_order=converted("log_decoding_order", "bool", log_decoding_order or False),
         rows=_limit("max_batch", own["max_batch"]) if own["max_batch"] is not None else None,
@@ -106,18 +106,26 @@ def sort_arguments(pretrained: Any, options: Mapping[str, Any]) -> Arguments:
     )
 
 
+def _absent(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value == "")
+
+
+def _class(spec: Any) -> Any:
+    return None if _absent(spec) else spec if callable(spec) else load_object(spec)
+
+
 def rows_in_flight(batch_size: int | str, max_batch_size: int | None) -> RowLimit:
     """Rows in flight for a harness ``--batch_size``.
 
     A number is taken as it is. ``auto`` (and ``auto:N``) is as many as memory holds, at most ``max_batch_size``.
     """
-    if str(batch_size).startswith("auto"):
+    if isinstance(batch_size, str) and batch_size.startswith("auto"):
         return RowLimit("auto", None if max_batch_size is None else _positive("max_batch_size", max_batch_size))
     return _limit("batch_size", batch_size)
 
 
 def _limit(name: str, value: Any) -> RowLimit:
-    return RowLimit("auto") if value == "auto" else RowLimit(_positive(name, value))
+    return RowLimit("auto") if isinstance(value, str) and value == "auto" else RowLimit(_positive(name, value))
 
 
 def _positive(name: str, value: Any) -> int:
@@ -127,7 +135,8 @@ def _positive(name: str, value: Any) -> int:
     except (TypeError, ValueError, OverflowError):
         number, whole = 0, False
     if number < 1 or not whole or isinstance(value, bool):
-        raise ConfigError(f"{name}={shown(value)}: give the number of requests to decode side by side, 1 or more.")
+        said = shown(value).strip("'")
+        raise ConfigError(f"{name}={said}: give the number of requests to decode side by side, 1 or more.")
     return number
 
 
@@ -140,6 +149,8 @@ def _without_synonyms(options: Mapping[str, Any], own: frozenset[str]) -> dict[s
     named: dict[str, Any] = {}
     for given, value in options.items():
         name = given if given in own else LOADING_SYNONYMS.get(given, given)
+        if getattr(value, "shape", ()):
+            raise ConfigError(f"{name}={shown(value)} is an array; give plain values.")
         if name not in own and (changes_nothing(name, value) or (value is None and name != given)):
             continue
         if name == "attention" and isinstance(value, str):
@@ -215,7 +226,7 @@ def _quantization(loading: dict[str, Any]) -> None:
     try:
         loading["quantization_config"] = BitsAndBytesConfig(**options)
     except (ImportError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"quantization options {options} do not work: {error}") from None
+        raise ConfigError(f"quantization options {shown(options)} do not work: {first_line(error)}") from None
 
 
 def _placement(loading: dict[str, Any]) -> None:

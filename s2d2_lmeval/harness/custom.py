@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.errors import ConfigError, RequestError
+from s2d2_lmeval.errors import ConfigError, RequestError, shown
 from s2d2_lmeval.harness.generation_arguments import BUDGET_NAMES
 
 _PASSED_BY_US = frozenset(("model", "input_ids", "inputs", "attention_mask", "max_gen_toks", "tokenizer"))
@@ -143,9 +143,9 @@ def load_object(spec: str) -> Any:
 
     :raises ConfigError: when there is no such file, module or name, or importing it fails.
     """
-    source, _, name = str(spec).rpartition(":")
+    source, _, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
     if not source or not name:
-        raise ConfigError(f"{spec!r} does not say what to take from where; write path/to/file.py:name or module:name.")
+        raise ConfigError(f"{shown(spec)} does not say what to take from where: path/to/file.py:name or module:name.")
     module = _module_of_file(Path(source).expanduser()) if source.endswith(".py") else _import(source, source)
     if not hasattr(module, name):
         from s2d2_lmeval.harness.arguments import nearest
@@ -182,12 +182,12 @@ def _module_of_file(path: Path) -> ModuleType:
     return module
 
 
-def _import(name: str, shown: str) -> ModuleType:
+def _import(name: str, source: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and name.startswith(error.name):
-            raise ConfigError(f"there is no module {shown}; for a file, write its path with .py.") from None
-        raise ConfigError(f"{shown} cannot be imported: {error!r}") from error
+            raise ConfigError(f"there is no module {source}; for a file, write its path with .py.") from None
+        raise ConfigError(f"{source} cannot be imported: {error!r}") from error
     except Exception as error:
-        raise ConfigError(f"{shown} cannot be imported: {error!r}") from error
+        raise ConfigError(f"{source} cannot be imported: {error!r}") from error

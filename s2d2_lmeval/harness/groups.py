@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.errors import ConfigError, shown
 from s2d2_lmeval.harness.prompts import Prompt
 
 
@@ -50,7 +51,10 @@ class Group:
 
 def canonical(gen_kwargs: Any) -> str:
     """A key under which equal generation arguments meet."""
-    return json.dumps(gen_kwargs, sort_keys=True, default=repr)
+    try:
+        return json.dumps(gen_kwargs, sort_keys=True, default=repr)
+    except (TypeError, ValueError, RecursionError):
+        raise ConfigError(f"generation_kwargs hold what JSON cannot write: {shown(gen_kwargs)}.") from None
 
 
 def ids_of_special_strings(strings: Sequence[str], vocabulary: Mapping[str, int]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from s2d2_lmeval.errors import CheckpointError, ConfigError
+from s2d2_lmeval.errors import CheckpointError, ConfigError, first_line, shown
 from s2d2_lmeval.families import Facts, load_checkpoint
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.families.loading import usable_device
@@ -111,11 +111,13 @@ def load_tokenizer(arguments: Arguments, source: str, revision: str | None) -> P
     :raises CheckpointError: when there is none.
     """
     options = arguments.harness
-    named = options.get("tokenizer") or source
+    named = source if options.get("tokenizer") is None else options["tokenizer"]
     if isinstance(named, PreTrainedTokenizerBase):
         if options.get("special_tokens") == "text":
             raise ConfigError("special_tokens=text is for a tokenizer that is loaded here; give its path or hub id.")
         return named
+    if not isinstance(named, (str, Path)):
+        raise ConfigError(f"tokenizer={shown(named)} is neither a folder nor a hub id.")
     extra = {
         name: arguments.loading[name]
         for name in ("cache_dir", "local_files_only", "token")
@@ -136,15 +138,15 @@ def load_tokenizer(arguments: Arguments, source: str, revision: str | None) -> P
                 **extra,
             )
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "custom code" in first_line:
+        said = first_line(error)
+        if "custom code" in said:
             raise CheckpointError(
                 f"the tokenizer of {named} is code of its own, which is not run unasked. Look at it and give "
                 "trust_remote_code=True (model code is not run even so), or name a folder or hub id with a tokenizer "
                 "of the same vocabulary: tokenizer=…."
             ) from None
         raise CheckpointError(
-            f"no tokenizer could be loaded from {named} ({first_line}). Give one of the same vocabulary with "
+            f"no tokenizer could be loaded from {named} ({said}). Give one of the same vocabulary with "
             "tokenizer=…, a folder or hub id."
         ) from None
 
