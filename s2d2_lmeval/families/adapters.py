@@ -144,5 +144,5 @@ def _matches(pattern: str, module: str) -> bool:
         raise CheckpointError(f"adapter_config.json has the alpha_pattern {pattern!r}; name the modules more plainly.")
     try:
         return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(f"adapter_config.json has the alpha_pattern {pattern!r}: {error}.") from None

@@ -96,7 +96,8 @@ def configured(native: type[Config], fields: Mapping[str, Any]) -> Config:
                 f"config.json says {name}={fields[name]!r}; a positive integer up to {most} is needed."
             )
     try:
-        return native.from_dict(dict(fields))
+        # A language model has no labels, and transformers would write a name for each.
+        return native.from_dict({name: value for name, value in fields.items() if name != "num_labels"})
     except Exception as error:  # transformers checks some fields, and falls over others
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"config.json does not describe a {native.__name__}: {reason}") from None

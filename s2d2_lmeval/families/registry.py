@@ -143,7 +143,7 @@ def _unknown(config: Mapping[str, Any]) -> CheckpointError:
     names = [*_classes(config.get("auto_map")), *_strings(config.get("architectures"))]
     of_class = f" (class {names[0]})" if names else ""
     natives = {native for family in FAMILIES.values() for native in family.native_types}
-    if model_type in natives:
+    if isinstance(model_type, str) and model_type in natives:
         return CheckpointError(
             f"model_type {model_type!r}{of_class} is an autoregressive model, or a block-diffusion model under its "
             f'native name. Say which with family=… or in config.json ("{FAMILY_FIELD}": one of {", ".join(FAMILIES)}).'

@@ -130,16 +130,18 @@ def load_tokenizer(arguments: Arguments, source: str, revision: str | None) -> P
     try:
         # The tokenizer's loader reads config.json and warns of a model type that is none of transformers' own.
         with without_messages("transformers.configuration_utils", "You are using a model of type"):
-            return AutoTokenizer.from_pretrained(
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 resolve(named),
                 revision=revision or arguments.loading.get("revision") or "main",
                 use_fast=options.get("use_fast_tokenizer", True),
                 trust_remote_code=bool(options.get("trust_remote_code", False)),
                 **extra,
             )
+        tokenizer("a")  # some damage shows only in use
+        return tokenizer
     except Exception as error:
         said = first_line(error)
-        if "custom code" in said:
+        if "custom code" in str(error):
             raise CheckpointError(
                 f"the tokenizer of {named} is code of its own, which is not run unasked. Look at it and give "
                 "trust_remote_code=True (model code is not run even so), or name a folder or hub id with a tokenizer "

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, Qwen3Config
 
-from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.errors import CheckpointError, first_line
 from s2d2_lmeval.families.config_map import MOST_LAYERS, configured, is_number, is_whole
 from s2d2_lmeval.families.files import read_config, resolve, stored_weights, weight_files
 from s2d2_lmeval.runtime.drafter import DFlash, DrafterShape
@@ -40,14 +40,12 @@ def load_drafter(source: str | Path, target: PreTrainedModel, **hub: Any) -> DFl
     shape = drafter_shape(read_config(source, **hub), source)
     check_fit(shape, target, source)
     files = weight_files(source, **hub)
+    expected = _expected(shape, len(stored_weights(files)), source)
     weights: dict[str, torch.Tensor] = {}
-    stored_weights(files)
     for file in files:
         weights |= load_file(file)
     if any(".attention_conv." in name or name.startswith("candidate_selector.") for name in weights):
         raise _is_dflash2(source)
-    with torch.device("meta"):
-        expected = {name: list(tensor.shape) for name, tensor in DFlash(shape).state_dict().items()}
     found = {name: list(tensor.shape) for name, tensor in weights.items()}
     wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if wrong:
@@ -59,6 +57,19 @@ def load_drafter(source: str | Path, target: PreTrainedModel, **hub: Any) -> DFl
     drafter.load_state_dict(weights)
     head = target.get_output_embeddings().weight
     return drafter.to(head.device).eval().requires_grad_(False).attach(target)
+
+
+def _expected(shape: DrafterShape, stored: int, source: str) -> dict[str, list[int]]:
+    """Names and shapes of the weights that a drafter of that shape has."""
+    if shape.config.num_hidden_layers > stored:
+        raise CheckpointError(
+            f"{source}: config.json says {shape.config.num_hidden_layers} layers, but there are {stored} weights."
+        )
+    try:
+        with torch.device("meta"):
+            return {name: list(tensor.shape) for name, tensor in DFlash(shape).state_dict().items()}
+    except Exception as error:
+        raise CheckpointError(f"{source}: config.json describes no drafter ({first_line(error)}).") from None
 
 
 def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
@@ -73,7 +84,7 @@ def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
     def value(name: str, default: Any = None) -> Any:
         return own.get(name, config.get(name, default))
 
-    if "DFlash2DraftModel" in (config.get("architectures") or ()) or any(value(name) for name in _DFLASH2):
+    if "DFlash2DraftModel" in str(config.get("architectures")) or any(value(name) for name in _DFLASH2):
         raise _is_dflash2(source)
     for name, what in _SUCCESSORS.items():
         if own.get(name):
