@@ -28,6 +28,8 @@ DRAFTED = ("dflash", "ddtree")
 """Decoders that need a drafter beside the model."""
 DECODERS = ("ar", *DENOISERS, "sliding", "spiffy", "pipelined", *DRAFTED)
 
+_PRECISION = " (tested in float32 and float64; in bfloat16 and float16 near-ties can fall either way)"
+
 PROMISES = {
     "ar": "the model's own autoregressive law: one token at a time at block size one",
     "sequential": "the definition of sequential block denoising",
@@ -36,10 +38,10 @@ PROMISES = {
     "entropy_bounded": "the definition of entropy-bounded remasking",
     "editing": "the definition of block denoising with token editing (LLaDA2)",
     "pipelined": "the definition of pipelined block denoising (D2F)",
-    "sliding": "the model's own autoregressive law, token for token the output of ar with the same seed",
-    "dflash": "the target's own autoregressive law, token for token the output of ar with the same seed",
-    "ddtree": "the target's own autoregressive law, token for token the output of ar with the same seed",
-    "spiffy": "the output of the decoder that it accelerates, state by state, with the same seed",
+    "sliding": f"the model's own autoregressive law, token for token the output of ar with the same seed{_PRECISION}",
+    "dflash": f"the target's own autoregressive law, token for token the output of ar with the same seed{_PRECISION}",
+    "ddtree": f"the target's own autoregressive law, token for token the output of ar with the same seed{_PRECISION}",
+    "spiffy": f"the output of the decoder that it accelerates, state by state, with the same seed{_PRECISION}",
     "s2d2": "the published S2D2 algorithm; the AR law exactly when every draft is sampled and verified under "
     "AR-like caching (in sub-blocks the first tokens too, with sample_first_token), otherwise neither the AR nor the "
     "diffusion law",

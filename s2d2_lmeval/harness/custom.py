@@ -145,7 +145,7 @@ def load_object(spec: str) -> Any:
     """
     source, _, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
     if not source or not name:
-        raise ConfigError(f"{shown(spec)} does not say what to take from where: path/to/file.py:name or module:name.")
+        raise ConfigError(f"{shown(spec)} does not say what to take: write path/to/file.py:name or module:name.")
     module = _module_of_file(Path(source).expanduser()) if source.endswith(".py") else _import(source, source)
     if not hasattr(module, name):
         from s2d2_lmeval.harness.arguments import nearest
