@@ -182,4 +182,5 @@ def test_programs_run_only_where_that_was_confirmed(harness: Callable[..., dict[
         harness(["s2d2_humaneval"], data)
     found = harness(["s2d2_humaneval", "s2d2_ifeval"], data, confirm_run_unsafe_code=True, apply_chat_template=True)
     assert found["results"]["s2d2_humaneval"]["pass@1,none"] == 0.0
+    assert found["config"]["s2d2"]["environment"]["sandbox"].startswith(("process: ", "bwrap: "))
     assert "inst_level_strict_acc,none" in found["results"]["s2d2_ifeval"]

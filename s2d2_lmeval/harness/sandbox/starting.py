@@ -81,6 +81,9 @@ class Starter:
             with open(out_of, "rb", closefd=False) as reader:
                 output = reader.read()
             return output, self._finish()
+        except BaseException:  # also an interrupt: nothing of this run is left for the next
+            self._kill()
+            raise
         finally:
             watch.cancel()
             os.close(into)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _FROM_THE_EVALUATOR = 2**30
 _SIGKILL = 9
+_HIGHEST_DESCRIPTOR = 1 << 16  # of a starter, which opens a dozen
 _READABLE = (
     "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/localtime",
     "/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom", "/sys/devices/system/cpu",
@@ -103,7 +104,7 @@ def _fork(run: Callable[[], None], keep: tuple[int, ...]) -> int:
         return child
     try:
         kernel.die_with_parent()
-        edges = [-1, *sorted(keep), os.sysconf("SC_OPEN_MAX")]
+        edges = [-1, *sorted(keep), _HIGHEST_DESCRIPTOR]
         for before, after in itertools.pairwise(edges):
             if before + 1 < after:  # closerange(0, 0) closes everything
                 os.closerange(before + 1, after)
