@@ -27,8 +27,8 @@ def response(text: str) -> TracedResponse:
 
 
 STEPS = [
-    Step("draft", 8, [9, 9], [1, 2], [9, 9], [0, 0]),
-    Step("verify", 8, [9, 9], [1, 2], [1, 3], [ACCEPTED, RESAMPLED]),
+    Step("draft", 2, [9, 9], [1, 2], [9, 9], [0, 0]),
+    Step("verify", 2, [9, 9], [1, 2], [1, 3], [ACCEPTED, RESAMPLED], drafted=[2, 3]),
 ]
 
 
@@ -62,7 +62,7 @@ def test_responses_come_back_with_their_statistics(tmp_path: Path) -> None:
         assert [store.find(other) for other in others] == [None] * 3
         sample = store.record.samples[prompt(0).name]
         assert sample["accepted"] == [1]
-        assert sample["order"] == [[8, 1, ACCEPTED], [9, 1, RESAMPLED]]
+        assert sample["order"] == [[2, 1, ACCEPTED], [3, 1, RESAMPLED]]
         assert store.record.samples[prompt(4).name]["order"] is None
 
 
