@@ -171,8 +171,8 @@ class BlockDiffusionModel:
         requests = []
         for index, (prompt, budget, key) in enumerate(zip(prompts, budgets, keys, strict=True)):
             ids = _tokens(f"Prompt {index}", prompt)
-            if not _is_whole(budget):
-                raise RequestError(f"Prompt {index}: max_new_tokens={shown(budget)} is not a whole number.")
+            if not _is_whole(budget) or budget < 0:
+                raise RequestError(f"Prompt {index}: max_new_tokens={shown(budget)} is not a whole number from 0 on.")
             if not _is_whole(key) or not -(1 << 63) <= key < 1 << 63:
                 raise RequestError(f"Prompt {index}: the seed {shown(key)} is not a whole number of 64 bits.")
             self._check(index, ids, int(budget))
@@ -180,12 +180,18 @@ class BlockDiffusionModel:
         engine = self.engine_class(self._runner, self.facts, resolved, self.trace, self.rows)
         return engine.run(requests, on_finished)
 
-    def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
+    def score(
+        self,
+        requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+        on_scored: Callable[[int, tuple[float, bool]], None] | None = None,
+    ) -> list[tuple[float, bool]]:
         """log p(continuation | context) in the model's autoregressive mode, and whether greedy decoding would write the
-        continuation.
+        continuation. Requests with the same context share its forwards.
 
         :param requests: (context, continuation) pairs of token ids; the context may be empty, unless the model's logits
-            are shifted by one token: then nothing predicts the first.
+            are shifted by one token: then nothing predicts the first. Both together take at most
+            :attr:`max_score_length` tokens.
+        :param on_scored: told of each request as it is scored.
         :raises RequestError: for a pair that does not fit the context, holds the mask token or cannot be predicted.
         """
         pairs = []
@@ -201,11 +207,17 @@ class BlockDiffusionModel:
                     f"Request {index}: the context is empty, and nothing predicts this model's first token. Put a "
                     "token before it, such as the end-of-text token."
                 )
-            self._check(index, [*context, *continuation], 0)
+            # Where logits are shifted, nobody asks what follows the last token, so it takes no position.
+            self._check(index, [*context, *continuation], -int(self.facts.token_shift))
             pairs.append((context, continuation))
         facts = self.facts
         scorer = Scorer(self._runner, facts.mask_token_id, facts.token_shift, self.trace, self.rows)
-        return scorer.run(pairs)
+        return scorer.run(pairs, on_scored)
+
+    @property
+    def max_score_length(self) -> int:
+        """Tokens that a context and its continuation may take together in :meth:`score`."""
+        return self.max_context + int(self.facts.token_shift)
 
     def release(self) -> None:
         """Give the cache's memory back; the next call takes what it needs."""
@@ -216,8 +228,6 @@ class BlockDiffusionModel:
             raise RequestError(
                 f"Prompt {index} is empty; a block-diffusion model needs at least one token to start from."
             )
-        if budget < 0:
-            raise RequestError(f"Prompt {index}: max_new_tokens={shown(budget)} is negative.")
         if self.facts.mask_token_id in prompt:
             raise RequestError(
                 f"Prompt {index} contains the mask token (id {self.facts.mask_token_id}), which the model "

@@ -3,18 +3,22 @@
 The model is asked what it would say at each position given the true tokens before it: the text runs token-causally, and
 beside it a mask token for every scored position sees the text before that position and itself (S2D2's verifier; arXiv
 2603.25702). Where logits are shifted by one token no masks are needed: the text's own row t-1 says it. For a
-block-diffusion model this is the likelihood of its autoregressive mode, not of its diffusion mode,
-which has no tractable one.
+block-diffusion model this is the likelihood of its autoregressive mode, not of its diffusion mode, which has no
+tractable one.
+
+Continuations of one context share it: the context runs once, and each continuation is a branch after it that sees the
+context and itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from s2d2_lmeval.decoding.planning import Upload
 from s2d2_lmeval.errors import CapacityError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.runtime import clock
@@ -22,20 +26,121 @@ from s2d2_lmeval.runtime.memory import RowLimit, out_of_memory
 from s2d2_lmeval.runtime.passes import Layout, Pass
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
-from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, by_reach
+from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, by_reach, in_branches
 
 CHUNK = 256
-"""Most tokens that one row brings to a forward; each scored one brings a mask besides."""
+"""Most tokens of a text that one row brings to a forward, and most tokens of a branch; a scored one may bring a mask
+besides."""
+
+Score = tuple[float, bool]
+Pair = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass
-class _Item:
-    tokens: np.ndarray
-    """Context and continuation."""
-    scored_from: int
-    done: int = 0
-    log_likelihood: float = 0.0
-    greedy: bool = True
+class _Queries:
+    """What one row brings to a forward: queries (W,), and where ``reads`` of them say the probability of a token.
+
+    ``branch`` is 0 for the text and its masks; ``keep`` leading queries become prefix; a read is (query, pair, token).
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    rank: list[int] = field(default_factory=list)
+    reach: list[int] = field(default_factory=list)
+    branch: list[int] = field(default_factory=list)
+    reads: list[tuple[int, int, int]] = field(default_factory=list)
+    keep: int = 0
+
+    @property
+    def width(self) -> int:
+        return len(self.tokens)
+
+    def add_text(self, tokens: Sequence[int], start: int, branch: int = 0) -> None:
+        """Token-causal ``tokens`` from position ``start`` on."""
+        positions = range(start, start + len(tokens))
+        self.tokens += tokens
+        for column in (self.positions, self.rank, self.reach):
+            column += positions
+        self.branch += [branch] * len(tokens)
+
+    def add_mask(self, mask: int, position: int, branch: int = 0) -> None:
+        """A mask that sees what lies before ``position``."""
+        self.tokens.append(mask)
+        self.positions.append(position)
+        self.rank.append(NOBODY)
+        self.reach.append(position - 1 if position else NOTHING)
+        self.branch.append(branch)
+
+
+class _Row:
+    """Pairs that are scored in one row: a single one, whose continuation is part of the ``text`` (whatever its length),
+    or several with one context, which is the text; their continuations are branches.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[int, Pair]]) -> None:
+        self.pairs = [number for number, _ in pairs]
+        context, target = pairs[0][1]
+        alone = len(pairs) == 1
+        self.scored = [int(token) for token in target] if alone else []
+        self.text = [int(token) for token in context] + self.scored[:-1]
+        self.first = len(context)
+        self.branches = [] if alone else [(number, [int(token) for token in pair[1]]) for number, pair in pairs]
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing has run yet."""
+        self.done = self.spoken = self.branched = 0
+        self.log_likelihood = dict.fromkeys(self.pairs, 0.0)
+        self.greedy = dict.fromkeys(self.pairs, True)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything is scored."""
+        return self.spoken == len(self.scored) and self.branched == len(self.branches)
+
+    def next(self, shifted: bool, mask: int) -> _Queries:
+        """The queries of the next forward; the row moves on past them."""
+        brought = _Queries(keep=min(CHUNK, len(self.text) - self.done))
+        end = self.done + brought.keep
+        brought.add_text(self.text[self.done : end], self.done)
+        while self.spoken < len(self.scored) and self.first + self.spoken <= end:
+            position = self.first + self.spoken
+            if not shifted:
+                brought.add_mask(mask, position)
+            at = position - 1 - self.done if shifted else brought.width - 1
+            brought.reads.append((at, self.pairs[0], self.scored[self.spoken]))
+            self.spoken += 1
+        if end == len(self.text):
+            if shifted and brought.keep:  # the context's last row says the first token of every branch
+                brought.reads += [(brought.keep - 1, number, target[0]) for number, target in self.branches]
+            self._branch_off(brought, shifted, mask)
+        self.done = end
+        return brought
+
+    def _branch_off(self, brought: _Queries, shifted: bool, mask: int) -> None:
+        """Bring as many branches as a forward may take, or one."""
+        while self.branched < len(self.branches):
+            number, target = self.branches[self.branched]
+            if brought.width and brought.width + (1 if shifted else 2) * len(target) > 2 * CHUNK:
+                return
+            self.branched += 1
+            begin = brought.width
+            brought.add_text(target[:-1], self.first, self.branched)
+            if shifted:
+                brought.reads += [(begin + place, number, token) for place, token in enumerate(target[1:])]
+                continue
+            for place, token in enumerate(target):
+                brought.add_mask(mask, self.first + place, self.branched)
+                brought.reads.append((brought.width - 1, number, token))
+
+
+def rows_of(pairs: Sequence[Pair]) -> list[_Row]:
+    """``pairs`` sorted into rows, longest first. A continuation that is too long for a branch has a row of its own."""
+    together: dict[tuple[object, ...], list[tuple[int, Pair]]] = {}
+    for number, (context, target) in enumerate(pairs):
+        key = (number,) if len(target) > CHUNK else (None, *context)
+        together.setdefault(key, []).append((number, (context, target)))
+    return sorted(map(_Row, together.values()), key=lambda row: -len(row.text))
 
 
 class Scorer:
@@ -44,117 +149,102 @@ class Scorer:
     def __init__(self, runner: Runner, mask_token_id: int, token_shift: bool, trace: Trace, limit: RowLimit) -> None:
         self.runner = runner
         self.mask_token_id = mask_token_id
-        self.ahead = int(token_shift)
-        """How far ahead of its own position a query speaks."""
+        self.shifted = token_shift
         self.trace = trace
         self.limit = limit
 
     @torch.inference_mode()
-    def run(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
-        """For each pair: log p(continuation | context), and whether every token of it is the model's arg-max."""
-        items = [_Item(np.array([*context, *target], dtype=np.int64), len(context)) for context, target in pairs]
-        # Rows of like length share forwards.
-        order = sorted(range(len(items)), key=lambda index: len(items[index].tokens))
-        left = [items[index] for index in order]
-        while left:
-            capacity = len(left[-1].tokens) + 2 * CHUNK
-            rows = self.limit.most(self.runner.device)
-            if self.limit.automatic and rows > 1:
-                rows = min(rows, self.runner.rows_that_fit(capacity, CHUNK))
-            if self._run_batch(left[:rows]):
-                left = left[rows:]
-            else:
-                self._back_off(left[:rows])
-        return [(item.log_likelihood, item.greedy) for item in items]
+    def run(self, pairs: Sequence[Pair], on_scored: Callable[[int, Score], None] | None = None) -> list[Score]:
+        """For each pair: log p(continuation | context), and whether every token of it is the model's arg-max.
 
-    def _run_batch(self, items: list[_Item]) -> bool:
-        """Score ``items`` side by side; False if memory ran out."""
+        ``on_scored`` is told of each as it is complete.
+        """
+        scores: list[Score] = [(0.0, True)] * len(pairs)
+        left = rows_of(pairs)
+        while left:
+            capacity = len(left[0].text) + 2 * CHUNK
+            most = self.limit.most(self.runner.device)
+            if self.limit.automatic and most > 1:
+                most = min(most, self.runner.rows_that_fit(capacity, CHUNK))
+            if not self._run_batch(left[:most], capacity):
+                self._back_off(left[:most])
+                continue
+            for row in left[:most]:
+                for number in row.pairs:
+                    scores[number] = row.log_likelihood[number], row.greedy[number]
+                    if on_scored is not None:
+                        on_scored(number, scores[number])
+            left = left[most:]
+        return scores
+
+    def _run_batch(self, rows: list[_Row], capacity: int) -> bool:
+        """Score ``rows`` side by side; False if memory ran out."""
         try:
-            self.runner.reserve(len(items), max(len(item.tokens) for item in items) + 2 * CHUNK)
-            while True:
-                slots = np.array([slot for slot, item in enumerate(items) if item.done < len(item.tokens)])
-                if not len(slots):
-                    return True
-                self._step([items[slot] for slot in slots], slots)
+            self.runner.reserve(len(rows), capacity)
+            while slots := [slot for slot, row in enumerate(rows) if not row.complete]:
+                self._step([rows[slot] for slot in slots], np.array(slots))
         except Exception as error:
             if not out_of_memory(error):
                 raise
             return False
+        return True
 
-    def _back_off(self, items: list[_Item]) -> None:
-        """Memory ran out with ``items`` in flight: they begin again, half as many at a time."""
+    def _back_off(self, rows: list[_Row]) -> None:
+        """Memory ran out with ``rows`` in flight: they begin again, half as many at a time."""
         self.runner.release()
-        if len(items) == 1:
+        if len(rows) == 1:
             raise CapacityError("Memory ran out on a single text. Shorten it, or load the weights in a smaller type.")
-        self.limit.at_most = len(items) // 2
+        self.limit.at_most = len(rows) // 2
         self.trace.batch_halvings += 1
-        for item in items:
-            item.done, item.log_likelihood, item.greedy = 0, 0.0, True
+        for row in rows:
+            row.begin()
 
-    def _step(self, items: list[_Item], slots: np.ndarray) -> None:
-        """One forward: the next chunk of every row, scored where it is to be."""
+    def _step(self, rows: list[_Row], slots: np.ndarray) -> None:
+        """One forward: the next queries of every row, and the scores that they give."""
         started, model_seconds = clock.now(), self.runner.model_seconds
-        done = np.array([item.done for item in items])
-        take = np.array([min(CHUNK, len(item.tokens) - item.done) for item in items])
-        length = np.array([len(item.tokens) for item in items])
-        scored_from = np.maximum(np.array([item.scored_from for item in items]), done + self.ahead)
-        scored = (np.minimum(done + take + self.ahead, length) - scored_from).clip(0)
-        layout = Layout(slots, take if self.ahead else take + scored)
-        r, local = layout.row_of, layout.local
-        masks = local >= take[r]
-        positions = np.where(masks, scored_from[r] + local - take[r], done[r] + local)
-        about = positions + self.ahead
-        speaks = masks | ((self.ahead > 0) & (about >= scored_from[r]) & (about < (scored_from + scored)[r]))
-        truth = np.concatenate(
-            [item.tokens[item.done : item.done + int(n)] for item, n in zip(items, take, strict=True)]
-        )
-        tokens = np.full(layout.queries, self.mask_token_id)
-        tokens[~masks] = truth
-        rank = layout.padded(np.where(masks, NOBODY, positions), NOBODY)
-        reach = layout.padded(np.where(masks, positions - 1, positions), NOTHING)
-        device = self.runner.device
-
-        def upload(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)
-
-        logits = self.runner.forward(
-            Pass(
-                layout=layout,
-                tokens=upload(tokens),
-                positions=upload(positions),
-                visible=by_reach(upload(rank), upload(reach)),
-                wanted=upload(np.flatnonzero(speaks)),
-                keep=take,
-            )
-        )
-        targets = upload(
-            np.concatenate(
-                [item.tokens[start : start + n] for item, start, n in zip(items, scored_from, scored, strict=True)]
-            )
-        )
+        brought = [row.next(self.shifted, self.mask_token_id) for row in rows]
+        keep = np.array([one.keep for one in brought])
+        request, targets = self._pass(brought, Layout(slots, np.array([one.width for one in brought])), keep)
+        logits = self.runner.forward(request)
         if self.mask_token_id != NO_MASK:
             logits[:, self.mask_token_id] = -torch.inf
         chosen = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1).double()
         best = logits.argmax(-1) == targets
         values = torch.stack([chosen, best.double()]).cpu().numpy()
         self.runner.settle()
-        for item, part in zip(items, np.split(values, np.cumsum(scored)[:-1], axis=1), strict=True):
-            item.log_likelihood += float(part[0].sum())
-            item.greedy &= bool(part[1].all())
-        for item, n in zip(items, take, strict=True):
-            item.done += int(n)
-        self._record(layout, scored, take, clock.since(started), self.runner.model_seconds - model_seconds)
-
-    def _record(
-        self, layout: Layout, scored: np.ndarray, take: np.ndarray, seconds: float, model_seconds: float
-    ) -> None:
+        read = [(row, pair) for row, one in zip(rows, brought, strict=True) for _, pair, _ in one.reads]
+        for (row, pair), log_p, is_best in zip(read, *values.tolist(), strict=True):
+            row.log_likelihood[pair] += log_p
+            row.greedy[pair] &= bool(is_best)
         self.trace.forwarded(
             ForwardRecord(
-                kinds=("score",) * len(scored),
-                widths=layout.widths,
-                wanted=scored,
-                kept=take,
-                seconds=seconds,
-                model_seconds=model_seconds,
+                kinds=("score",) * len(rows),
+                widths=request.layout.widths,
+                wanted=np.array([len(one.reads) for one in brought]),
+                kept=keep,
+                seconds=clock.since(started),
+                model_seconds=self.runner.model_seconds - model_seconds,
             )
         )
+
+    def _pass(self, brought: list[_Queries], layout: Layout, keep: np.ndarray) -> tuple[Pass, torch.Tensor]:
+        """The pass, and the tokens (M,) whose probability its wanted logits say."""
+        upload = Upload()
+        for name in ("tokens", "positions"):
+            upload.add(name, _packed(brought, name))
+        for name, fill in (("rank", NOBODY), ("reach", NOTHING), ("branch", 0)):
+            upload.add(name, layout.padded(_packed(brought, name), fill))
+        reads = [
+            (start + at, token)
+            for start, one in zip(layout.offsets, brought, strict=True)
+            for at, _, token in one.reads
+        ]
+        upload.add("reads", np.array(reads, dtype=np.int64).reshape(-1, 2).T)
+        sent = upload.send(self.runner.device)
+        visible = in_branches(by_reach(sent["rank"], sent["reach"]), sent["branch"])
+        wanted, targets = sent["reads"]
+        return Pass(layout, sent["tokens"], sent["positions"], visible, wanted, keep), targets
+
+
+def _packed(brought: list[_Queries], name: str) -> np.ndarray:
+    return np.array([value for one in brought for value in getattr(one, name)], dtype=np.int64)

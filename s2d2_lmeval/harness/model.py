@@ -31,9 +31,6 @@ from s2d2_lmeval.harness.responses import ResponseStore
 from s2d2_lmeval.harness.run import GenerationRun
 from s2d2_lmeval.runtime import clock
 
-_SCORED_AT_ONCE = 16
-"""Requests per row in flight that are handed to the scorer between two updates of the progress bar."""
-
 
 @register_model("s2d2")
 class S2D2LM(HFLM):
@@ -251,7 +248,8 @@ class S2D2LM(HFLM):
                 *(cut, len(pairs)),
             )
             self.totals.scoring["truncated_prompts"] = self.totals.scoring.get("truncated_prompts", 0) + cut
-        scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+        # Nothing is certain: the harness makes empty continuations of texts that are its prefix token alone.
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         before, started = engine.trace.totals(), clock.now()
         try:
             self._score(engine, requests, pairs, scores, disable_tqdm or self.rank != 0)
@@ -261,17 +259,19 @@ class S2D2LM(HFLM):
         return scores
 
     def _score(self, engine: Any, requests: Any, pairs: Any, scores: list[tuple[float, bool]], quiet: bool) -> None:
-        """Score the ``pairs`` of ``requests``, longest first, into ``scores``."""
-        order = sorted(range(len(pairs)), key=lambda place: -len(pairs[place][0]) - len(pairs[place][1]))
+        """Score the ``pairs`` of ``requests`` into ``scores``."""
         with tqdm(total=len(pairs), disable=quiet, desc="Scoring", unit="req") as bar:
-            step = _SCORED_AT_ONCE * engine.max_batch
-            for first in range(0, len(order), step):
-                places = order[first : first + step]
-                for place, score in zip(places, engine.score([pairs[place] for place in places]), strict=True):
-                    scores[place] = score
-                    if requests[place][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[place][0], score)
-                bar.update(len(places))
+
+            def scored(place: int, score: tuple[float, bool]) -> None:
+                scores[place] = score
+                if requests[place][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[place][0], score)
+                bar.update(1)
+
+            places = [place for place, (_, continuation) in enumerate(pairs) if continuation]
+            engine.score([pairs[place] for place in places], lambda index, score: scored(places[index], score))
+            for place in sorted(set(range(len(pairs))) - set(places)):
+                scored(place, scores[place])
 
     def _scorer(self) -> Any:
         if self.engine is None:
@@ -284,8 +284,14 @@ class S2D2LM(HFLM):
             )
         return self.engine
 
+    @property
+    def _window(self) -> int:
+        """Tokens that a context and its continuation may take together."""
+        assert self.engine is not None
+        return self.max_length + self.engine.max_score_length - self.engine.max_context
+
     def _fitting_pair(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        spare = self.max_length - len(continuation)
+        spare = self._window - len(continuation)
         if len(context) <= spare:
             return context, continuation
         if not self.truncates or spare < 1:
@@ -305,7 +311,7 @@ class S2D2LM(HFLM):
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             # A window holds one token more than its length: the prefix.
-            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - 1, 1):
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self._window - 1, 1):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(owner)
         totals = [0.0] * len(requests)

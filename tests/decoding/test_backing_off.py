@@ -122,7 +122,7 @@ def test_auto_takes_what_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scores_are_the_same_with_half_the_rows() -> None:
-    pairs = [([1, 2, 3], [4] * (1 + i)) for i in range(7)]
+    pairs = [([1, 2, 3 + i], [4] * (1 + i)) for i in range(7)]
     model = small(holds=2)
     for (score, best), (expected, greedy) in zip(model.score(pairs), engine().score(pairs), strict=True):
         assert score == pytest.approx(expected)
