@@ -92,7 +92,10 @@ class S2D2LM(HFLM):
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         own = self.tokenizer.get_added_vocab().get(self.think_end_token)
         if own is not None and self.think_end_token not in self.tok_decode([own]):
-            self.think_end_token = own  # a special token leaves no trace in the text: look for its id
+            raise ConfigError(
+                f"think_end_token={self.think_end_token} is a special token here, which leaves no trace in an answer's "
+                f"text: give its id, think_end_token={own}."
+            )
         self.engine = loaded.engine
         self.custom: CustomFunction | None = arguments.custom
         self.truncates = arguments.harness.get("truncation") is not False

@@ -17,7 +17,7 @@ from s2d2_lmeval.harness.groups import Group, canonical, ids_of_special_strings
 from s2d2_lmeval.harness.progress import DecodingProgress
 from s2d2_lmeval.harness.prompts import Prompt, logger
 from s2d2_lmeval.harness.responses import TracedResponse
-from s2d2_lmeval.harness.stopping import StopStrings, after_string, after_token
+from s2d2_lmeval.harness.stopping import StopStrings
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.statistics import ratios
 
@@ -107,6 +107,13 @@ class GenerationRun:
         end = lm.eot_token_id
         end_text = lm.tok_decode([end], skip_special_tokens=False) if end is not None else None
         until = tuple(handle_stop_sequences(list(asked.until), eos=end_text))
+        if lm.think_end_token is not None and asked.until and "thinking" not in lm.told:
+            lm.told.add("thinking")
+            logger.warning(
+                "stop strings (%s) end an answer inside its reasoning trace too, as with --model hf; --gen_kwargs "
+                "until=… with a string that no trace holds avoids that.",
+                ", ".join(map(repr, asked.until)),
+            )
         special = ids_of_special_strings(until, lm.tokenizer.get_added_vocab())
         budget = lm.max_gen_toks if asked.max_new_tokens is None else asked.max_new_tokens
         if lm.custom is not None:
@@ -188,15 +195,8 @@ class GenerationRun:
         lm.totals.add_run({}, sums.tasks.get("all", {}), clock.since(started))
 
     def _stopper(self, until: Sequence[str]) -> StopStrings:
-        """The stop strings of a group. Those inside a reasoning trace, which is cut off anyway, do not count."""
-
-        def decode(tokens: Sequence[int]) -> str:
-            return self.lm.tok_decode(tokens, skip_special_tokens=False)
-
-        end = self.lm.think_end_token
-        if isinstance(end, int):
-            return StopStrings(decode, until, after_token(end))
-        return StopStrings(decode, until, after_string(decode, end) if end else None)
+        """The stop strings of a group; as with the harness's ``hf`` they count inside a reasoning trace too."""
+        return StopStrings(lambda tokens: self.lm.tok_decode(tokens, skip_special_tokens=False), until)
 
     def _answer(
         self, group: Group, prompt: Prompt, tokens: list[int], stats: dict[str, Any], steps: Sequence[Step] = ()
@@ -219,8 +219,8 @@ class GenerationRun:
         """The text of an answer as the harness's ``hf`` models cut it."""
         end = self.lm.think_end_token
         if isinstance(end, int):
-            start = after_token(end)(0, tokens)
-            text, end = self.lm.tok_decode(tokens[start or 0 :]).lstrip(), None
+            start = len(tokens) - tokens[::-1].index(end) if end in tokens else 0
+            text, end = self.lm.tok_decode(tokens[start:]).lstrip(), None
         else:
             text = self.lm.tok_decode(tokens)
         return postprocess_generated_text(text, list(until), end)

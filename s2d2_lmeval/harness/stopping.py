@@ -20,21 +20,13 @@ class StopStrings:
     that a multi-byte character or a token boundary cuts in two is found when its second half arrives.
     """
 
-    def __init__(
-        self,
-        decode: Callable[[Sequence[int]], str],
-        strings: Sequence[str],
-        answer_start: Callable[[int, list[int]], int | None] | None = None,
-    ) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], strings: Sequence[str]) -> None:
         """
         :param decode: token ids to text, special tokens included.
         :param strings: the stop strings; empty ones are ignored.
-        :param answer_start: ``answer_start(request, tokens)`` is the index of the first token of the answer proper,
-            None while there is none: stop strings before it (in a reasoning trace) do not count.
         """
         self._decode = decode
         self._strings = tuple(dict.fromkeys(string for string in strings if string))
-        self._answer_start = answer_start
         # Every token but those the margin is for carries at least a byte.
         self._overlap = max((len(string.encode()) for string in self._strings), default=0) + _MARGIN
         self._seen: dict[int, int] = {}
@@ -42,16 +34,10 @@ class StopStrings:
     def __call__(self, request: int, tokens: list[int]) -> int | None:
         if not self._strings:
             return None
-        begin = 0
-        if self._answer_start is not None:
-            start = self._answer_start(request, tokens)
-            if start is None:
-                return None
-            begin = start
-        seen = max(self._seen.get(request, 0), begin)
+        seen = self._seen.get(request, 0)
         if len(tokens) <= seen:
             return None
-        first = max(begin, seen - self._overlap)
+        first = max(0, seen - self._overlap)
         if not self._stopped(tokens[first:]):
             self._seen[request] = len(tokens)
             return None
@@ -63,30 +49,3 @@ class StopStrings:
     def _stopped(self, tokens: list[int]) -> bool:
         text = self._decode(tokens)
         return any(string in text for string in self._strings)
-
-
-def after_string(decode: Callable[[Sequence[int]], str], marker: str) -> Callable[[int, list[int]], int | None]:
-    """``answer_start`` for an answer that begins behind the first ``marker``."""
-    marks = StopStrings(decode, [marker])
-    found: dict[int, int] = {}
-
-    def start(request: int, tokens: list[int]) -> int | None:
-        if request not in found:
-            end = marks(request, tokens)
-            if end is not None:
-                found[request] = end
-        return found.get(request)
-
-    return start
-
-
-def after_token(marker: int) -> Callable[[int, list[int]], int | None]:
-    """``answer_start`` for an answer that begins behind the last token ``marker``."""
-
-    def start(request: int, tokens: list[int]) -> int | None:
-        for index in range(len(tokens) - 1, -1, -1):
-            if tokens[index] == marker:
-                return index + 1
-        return None
-
-    return start

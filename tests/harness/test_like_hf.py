@@ -27,8 +27,9 @@ HOW: dict[str, dict[str, Any]] = {
     "truncation": {"model_args": {"truncation": True, "max_length": 64}},
     "thinking": {"model_args": {"think_end_token": "a"}},
     "thinking by id": {"model_args": {"think_end_token": 65}},
-    "thinking in a chat": {**CHAT, "model_args": {"think_end_token": "</think>", "enable_thinking": True}},
+    "thinking in a chat": {**CHAT, "model_args": {"think_end_token": 260, "enable_thinking": True}},
 }
+GENERATING = ("gen", "gen_no_stop", "gen_many_stops", "gen_prefixed")
 SOME = ("gen", "gen_prefixed", "gen_repeated", "choose_letters", "choose_words", "score", "score_no_context", "roll")
 
 
@@ -48,7 +49,7 @@ def plain_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 def test_the_same_as_hf(how: str, kind: str, stock_tasks: Path, plain_checkpoints: dict[str, Path]) -> None:
     """Texts to the letter; log-likelihoods to what sums of float32 in another order differ by."""
     options = dict(HOW[how])
-    tasks = tuple(TASKS) if how == "plain" else SOME
+    tasks = tuple(TASKS) if how == "plain" else GENERATING if how.startswith("thinking") else SOME
     given = {"pretrained": str(plain_checkpoints[kind]), "dtype": "float32", **options.pop("model_args", {})}
     theirs = evaluated("hf", given, tasks, stock_tasks, **{**options, "batch_size": 1})
     ours = evaluated("s2d2", {**given, "decoder": "ar"}, tasks, stock_tasks, **options)

@@ -151,23 +151,24 @@ def test_decoding_order_on_demand(requests: Any, make: Callable[..., S2D2LM], lm
     assert traced.stats["decoding_order"][0][0] == "|"
 
 
-@pytest.mark.parametrize("end", ["</think>", 260])
-def test_thinking_is_cut_off(
-    requests: Any, make: Callable[..., S2D2LM], monkeypatch: pytest.MonkeyPatch, end: str | int
-) -> None:
-    model = make(think_end_token=end)
-    kept: list[int] = []
+def test_thinking_is_cut_off(requests: Any, make: Callable[..., S2D2LM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the harness' ``hf`` does it: the answer begins after the last end token, stop strings count everywhere."""
+    model = make(think_end_token=260)
+    written, kept = "a</think>b</think>\nc\n\nd", []
 
-    def generate(prompts: Any, config: Any, *, stop: Any, on_finished: Any, **rest: Any) -> list[Generation]:
-        encoded = model.tokenizer("a\n\nb</think>\nc\n\nd", add_special_tokens=False)["input_ids"]
+    def generate(prompts: Any, config: Any, *, stop: Any, on_finished: Any, **rest: Any) -> None:
+        encoded = model.tokenizer(written, add_special_tokens=False)["input_ids"]
         kept.append(stop(0, encoded))
-        generation = Generation(encoded[: kept[0]], "stop_string", {}, [], [], [])
-        on_finished(0, generation)
-        return [generation]
+        on_finished(0, Generation(encoded[: kept[-1]], "stop_string", {}, [], [], []))
 
     monkeypatch.setattr(model.engine, "generate", generate)
-    assert model.generate_until(requests(["x"], until=["\n\n"], max_gen_toks=50), disable_tqdm=True) == ["c"]
-    assert kept == [9]
+    asked = requests(["x"], until=["\n\n"], max_gen_toks=50)
+    assert model.generate_until(asked, disable_tqdm=True) == ["c"]
+    written = "a\n\nb</think>c"
+    assert model.generate_until(asked, disable_tqdm=True) == ["a"]
+    assert kept == [8, 3]
+    with pytest.raises(ConfigError, match="think_end_token=260"):
+        make(think_end_token="</think>")
 
 
 # Refusals: before anything is decoded
@@ -294,15 +295,16 @@ def test_rolling_scores_cover_every_token_once(make: Callable[..., S2D2LM], monk
     asked = [Instance("loglikelihood_rolling", {}, (string,), 0) for string in (text, "short")]
     scored: list[tuple[list[int], list[int]]] = []
 
-    def score(pairs: Any) -> Any:
+    def score(pairs: Any, on_scored: Any) -> None:
         scored.extend(pairs)
-        return [(-float(len(continuation)), True) for _, continuation in pairs]
+        for index, (_, continuation) in enumerate(pairs):
+            on_scored(index, (-float(len(continuation)), True))
 
     monkeypatch.setattr(model.engine, "score", score)
     assert model.loglikelihood_rolling(asked, disable_tqdm=True) == [-float(len(text)), -5.0]
     assert all(len(context) + len(continuation) <= 16 for context, continuation in scored)
     assert ([model.prefix_token_id], model.tok_encode("short")) in scored
-    tokens = [token for _, continuation in reversed(scored) for token in continuation]
+    tokens = [token for _, continuation in scored for token in continuation]
     assert sorted(tokens) == sorted(model.tok_encode(text + "short"))
 
 

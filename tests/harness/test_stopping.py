@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from s2d2_lmeval.harness.stopping import StopStrings, after_string, after_token
+from s2d2_lmeval.harness.stopping import StopStrings
 
 SPECIAL = 256
 
@@ -79,14 +79,3 @@ def test_long_answers_are_read_once() -> None:
 def test_nothing_to_stop_at() -> None:
     assert StopStrings(decode, [])(0, list(b"abc")) is None
     assert StopStrings(decode, ["", ""])(0, list(b"abc")) is None
-
-
-def test_strings_in_a_reasoning_trace_do_not_count() -> None:
-    tokens = [*b"one\n\ntwo", SPECIAL, *b"three\n\nfour"]
-    for start in (after_string(decode, "</think>"), after_token(SPECIAL)):
-        stopper = StopStrings(decode, ["\n\n"], start)
-        kept = by_blocks(stopper, tokens, [4] * 10)
-        assert kept is not None
-        assert decode(tokens[:kept]) == "one\n\ntwo</think>three\n\n"
-    unfinished = StopStrings(decode, ["\n\n"], after_string(decode, "</think>"))
-    assert unfinished(0, list(b"thinking\n\nstill")) is None
