@@ -172,7 +172,7 @@ class BlockDiffusionModel:
         for index, (prompt, budget, key) in enumerate(zip(prompts, budgets, keys, strict=True)):
             ids = _tokens(f"Prompt {index}", prompt)
             if not _is_whole(budget) or budget < 0:
-                raise RequestError(f"Prompt {index}: max_new_tokens={shown(budget)} is not a whole number from 0 on.")
+                raise RequestError(f"Prompt {index}: max_new_tokens={shown(budget)} is negative or not a whole number.")
             if not _is_whole(key) or not -(1 << 63) <= key < 1 << 63:
                 raise RequestError(f"Prompt {index}: the seed {shown(key)} is not a whole number of 64 bits.")
             self._check(index, ids, int(budget))
