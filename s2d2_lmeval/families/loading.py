@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 
 from s2d2_lmeval.errors import CheckpointError, ConfigError, first_line
 from s2d2_lmeval.families.adapters import merge_adapter
@@ -83,7 +84,7 @@ def load_checkpoint(
     if facts.block_length_from == "assumed":
         warnings.warn(f"{source}: {facts.caveat}.", stacklevel=2)
     mark(native, facts)
-    quantized = bool(quantization_config or getattr(native, "quantization_config", None))
+    quantized = bool(quantization_config) or _is_quantized(native)
     files = weight_files(source, from_pretrained.get("variant"), revision=revision, **hub)
     _check_size(source, chosen, native, stored_weights(files, quantized=quantized))
     arguments = {
@@ -208,11 +209,27 @@ def _load(family: Family, source: str, arguments: Mapping[str, Any]) -> PreTrain
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # transformers' own refusals are many: packages, devices, quantizers
-            reason = _some("weights of the wrong shape", conversions) if conversions else first_line(error)
-            raise CheckpointError(f"{source} does not fit {family.native_class}: {reason}.") from None
+            if conversions:
+                what = f"does not fit {family.native_class}: {_some('weights of the wrong shape', conversions)}"
+            else:
+                what = f"cannot be loaded as {family.native_class}: {first_line(error).rstrip('. ')}"
+            raise CheckpointError(f"{source} {what}.") from None
     _check_fit(family, source, info)
     _check_head(source, model)
     return model.eval()
+
+
+def _is_quantized(native: PreTrainedConfig) -> bool:
+    """Whether config.json says so; transformers takes weights of a kind that it does not know for plain ones."""
+    given = getattr(native, "quantization_config", None)
+    if given is None:
+        return False
+    try:
+        if AutoHfQuantizer.supports_quant_method(given):
+            return True
+    except Exception:  # not an object, or without a method
+        pass
+    raise CheckpointError(f"config.json says quantization_config={given!r}, which transformers cannot read.")
 
 
 def _check_size(source: str, family: Family, native: PreTrainedConfig, weights: Mapping[str, Stored]) -> None:

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from s2d2_lmeval.decoding.draft_graph import DraftGraph, load_graph
+from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families import checkpoint_facts, load_checkpoint
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.runtime.drafter_loading import load_drafter
@@ -207,6 +208,13 @@ def test_weights_and_indexes(publish: Callable[..., Any], times: int) -> None:
         file.write_bytes(struct.pack("<Q", len(text)) + text.encode() + raw[8 + length :])
         tries.attempt(f"header {number} {name}={entry[name]}", lambda: load_checkpoint(folder))
     tries.check(refused_at_least=100)
+
+
+def test_integers_under_a_quantizer_that_nobody_knows(publish: Callable[..., Any]) -> None:
+    folder, _, _, weights = publish("sdar", quantization_config={"quant_method": "of mine"})
+    save_file({name: value.to(torch.int8) for name, value in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="quantization_config="):
+        load_checkpoint(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
