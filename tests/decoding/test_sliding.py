@@ -13,6 +13,7 @@ from s2d2_lmeval import BlockDiffusionModel, DecodingConfig
 from s2d2_lmeval.decoding.generation import Generation
 from s2d2_lmeval.decoding.tree_budget import QueryBudget
 from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.runtime import clock
 
 from . import editing_tiny, pipelined_cases, subblocks_drawn, tiny
 from .tiny import VOCABULARY, engine
@@ -97,8 +98,11 @@ def test_equals_ar_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_ar_however_much_the_clock_makes_it_buy(family: str) -> None:
+def test_equals_ar_however_much_the_clock_makes_it_buy(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock whose seconds are of any length."""
     for seed in range(100, 104):
+        seconds = itertools.accumulate(pace(1000) for pace in itertools.repeat(random.Random(seed).expovariate))
+        monkeypatch.setitem(clock.CLOCKS, "wall", lambda seconds=seconds: next(seconds))
         check(seed, family, row_budget="auto")
 
 
