@@ -136,6 +136,12 @@ def test_what_a_harness_hands_to_every_model_has_no_effect(entry_point: Any) -> 
 
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS.values())
+def test_samples_at_temperature_zero_are_a_contradiction(entry_point: Any) -> None:
+    with pytest.raises(ConfigError, match="do_sample=true contradicts temperature=0"):
+        entry_point(model(), PROMPT, do_sample=True, **SHORT)
+
+
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS.values())
 def test_the_temperature_alone_says_whether_to_sample(entry_point: Any) -> None:
     call = {**SHORT, "random_source": "torch", "threshold": 0.9, "return_stats": False, "do_sample": False}
     answers = set()

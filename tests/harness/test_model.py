@@ -308,6 +308,14 @@ def test_rolling_scores_cover_every_token_once(make: Callable[..., S2D2LM], monk
     assert sorted(tokens) == sorted(model.tok_encode(text + "short"))
 
 
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_gen_toks", "max_tokens"])
+def test_gen_kwargs_win_over_a_task_s_budget_whatever_its_name(evaluate: Callable[..., Any], name: str) -> None:
+    results = evaluate("tiny_ar", {"decoder": "ar"}, gen_kwargs=f"{name}=3", limit=2)
+    tokens = [configuration["max_new_tokens"] for configuration in results["config"]["s2d2"]["configurations"]]
+    assert tokens == [3]
+    assert results["config"]["s2d2"]["tasks"]["tiny_ar"]["new_tokens"] <= 6
+
+
 def test_scoring_tasks(evaluate: Callable[..., Any]) -> None:
     results = evaluate("tiny_choices", batch_size=2, limit=3)
     assert results["results"]["tiny_choices"]["acc,none"] in (0.0, 1 / 3, 2 / 3, 1.0)
