@@ -13,13 +13,12 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.cli.values import nonempty
-from s2d2_lmeval.errors import ConfigError, RequestError, shown
+from s2d2_lmeval.errors import ConfigError, RequestError, first_line, shown
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -125,15 +124,19 @@ def read_prompts(path: Path, limit: int) -> list[str]:
 
     :raises RequestError: when there is none.
     """
+    from s2d2_lmeval.families.files import parse_json, read_text
+
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--prompts {path} cannot be read ({error}).") from None
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--prompts {shown(str(path))} cannot be read ({first_line(error)}).") from None
     lines = [line for line in lines if line.strip()]
     try:
-        texts = [json.loads(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise RequestError(f'--prompts {path}: every line must be an object with "prompt".') from None
+        texts = [parse_json(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
+    except (ValueError, KeyError, TypeError):
+        texts = [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise RequestError(f'--prompts {path}: every line must be an object with the text of its "prompt".')
     if not texts:
         raise RequestError(f"--prompts {path} holds no prompt.")
     return texts[:limit]

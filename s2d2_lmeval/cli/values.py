@@ -40,10 +40,7 @@ def whole(low: int = 1, high: int = 1_000_000) -> Callable[[str], int]:
     """The type of an argument that takes a whole number from ``low`` to ``high``."""
 
     def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
+        value = int(text) if text.isdecimal() and len(text) <= 19 else low - 1
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from {low} to {high}")
         return value

@@ -176,7 +176,7 @@ def command_lines(folder: Path) -> list[list[str]]:
         for option, action in subcommands[name]._option_string_actions.items():
             if not option.startswith("--") or option in ("--help", "--output", "--plot", "--traces", "--ar_quality"):
                 continue
-            values = TEXTS if action.nargs != 0 else ("",)
+            values = [text for text in TEXTS if "\0" not in text] if action.nargs != 0 else [""]  # as no system allows
             lines += [[name, *given, *([option, text] if action.nargs != 0 else [option])] for text in values]
     return lines
 
