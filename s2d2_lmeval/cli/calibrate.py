@@ -131,10 +131,11 @@ def read_prompts(path: Path, limit: int) -> list[str]:
     except (OSError, ValueError) as error:
         raise RequestError(f"--prompts {shown(str(path))} cannot be read ({first_line(error)}).") from None
     lines = [line for line in lines if line.strip()]
+    texts: list[Any] = [None]
     try:
         texts = [parse_json(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
     except (ValueError, KeyError, TypeError):
-        texts = [None]
+        pass
     if not all(isinstance(text, str) for text in texts):
         raise RequestError(f'--prompts {path}: every line must be an object with the text of its "prompt".')
     if not texts:
