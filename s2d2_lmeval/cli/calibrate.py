@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,10 +133,8 @@ def read_prompts(path: Path, limit: int) -> list[str]:
         raise RequestError(f"--prompts {shown(str(path))} cannot be read ({first_line(error)}).") from None
     lines = [line for line in lines if line.strip()]
     texts: list[Any] = [None]
-    try:
+    with suppress(ValueError, KeyError, TypeError):
         texts = [parse_json(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
-    except (ValueError, KeyError, TypeError):
-        pass
     if not all(isinstance(text, str) for text in texts):
         raise RequestError(f'--prompts {path}: every line must be an object with the text of its "prompt".')
     if not texts:
