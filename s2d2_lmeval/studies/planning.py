@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
-from s2d2_lmeval.errors import CheckpointError, ConfigError, StudyError
+from s2d2_lmeval.errors import CheckpointError, ConfigError, S2D2Error, StudyError
 from s2d2_lmeval.harness.generation_arguments import GenerationArguments
 from s2d2_lmeval.harness.identity import HUB_ONLY, code_version
 from s2d2_lmeval.harness.secrets import redacted
@@ -91,7 +91,7 @@ class Plan:
         for task in study.tasks:
             try:
                 loaded = load_tasks(manager, task.task)
-            except StudyError as error:
+            except S2D2Error as error:
                 if not preview or task.task not in manager.all_tasks:
                     raise
                 self.unknown.append(str(error))

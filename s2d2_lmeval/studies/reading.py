@@ -16,6 +16,7 @@ LARGEST_STUDY = 1 << 18
 LARGEST_MANIFEST = 1 << 28
 MOST_NODES = 100_000
 LARGEST_NUMBER = 1 << 63
+DEEPEST = 50
 
 _UNREADABLE = (OSError, ValueError, RecursionError, OverflowError, MemoryError, yaml.YAMLError)
 
@@ -95,16 +96,18 @@ def refuse_exotic(content: Any) -> None:
 
     :raises ValueError: naming what is none of them.
     """
-    left = [content]
+    left = [(content, 0)]
     while left:
-        value = left.pop()
+        value, depth = left.pop()
+        if depth > DEEPEST:
+            raise ValueError("it is nested too deeply")
         if isinstance(value, Mapping):
-            left += [*value.keys(), *value.values()]
+            left += [(one, depth + 1) for one in (*value.keys(), *value.values())]
         elif isinstance(value, (list, tuple)):
-            left += value
+            left += [(one, depth + 1) for one in value]
         elif isinstance(value, str):
             if any((ord(letter) < 32 and letter not in "\n\r\t") or 0xD800 <= ord(letter) < 0xE000 for letter in value):
-                raise ValueError(f"{shown(value)} contains characters that are none")
+                raise ValueError(f"{shown(repr(value))} contains characters that are none")
         elif isinstance(value, int):
             if abs(value) >= LARGEST_NUMBER:
                 raise ValueError("it holds a number of more than 18 digits")

@@ -116,7 +116,12 @@ def _is_optional_dict(value: Any) -> bool:
 
 _HOLDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "point": {"definition": _is(dict)},
-    "segment": {"number": _is_count, "environment": _is(dict), "rows": _is(int, str), "decoding": _is_optional_dict},
+    "segment": {
+        "number": _is_count,
+        "environment": _values(_is(str, int, float, type(None))),
+        "rows": _is(int, str),
+        "decoding": _is_optional_dict,
+    },
     "sample": {
         "name": _is(str),
         "text": _is(str),

@@ -397,7 +397,7 @@ def _search(raw: Any) -> Search:
         trials=whole(raw["trials"], "search: trials", 1, MOST_POINTS),
         space={option: _axis(option, axis) for option, axis in mapping(raw["space"], "search: space", _AXIS).items()},
         decoding=mapping(raw.get("decoding") or {}, "search: decoding", "Write OPTION: VALUE."),
-        objectives=tuple([objectives] if isinstance(objectives, str) else objectives or ()),
+        objectives=tuple(objectives) if isinstance(objectives, (list, tuple)) else (objectives,),
         parallel=whole(raw.get("parallel", 1), "search: parallel", 1, MOST_ROWS),
         seed=whole(raw.get("seed", 0), "search: seed", 0, 1 << 31),
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from s2d2_lmeval.cli import main
 from s2d2_lmeval.cli.sweep import chosen
@@ -90,6 +91,31 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "search": ({"search": {"trials": 3}}, "search has no space"),
     "search axis": ({"search": {"trials": 3, "space": {"top_k": {"low": 3}}}}, "low below high"),
     "search option": ({"search": {"trials": 3, "space": {"topk": {"low": 1, "high": 3}}}}, "Did you mean top_k?"),
+    "metric": (
+        {"tasks": [{"task": "s2d2_toy_arithmetic", "metric": "nope"}]},
+        "has no metric nope; give metric: one of",
+    ),
+    "filter": ({"tasks": [{"task": "s2d2_toy_arithmetic", "metric": "accuracy,nope"}]}, "has no metric accuracy,nope"),
+    "name above": ({"name": "../.."}, "no name of a folder"),
+    "name elsewhere": ({"name": "/tmp/x"}, "no name of a folder"),
+    "name of two lines": ({"name": "a\nb"}, "one line"),
+    "one seed": ({"seeds": 5}, "a list of different whole numbers"),
+    "seeds that are none": ({"seeds": [True]}, "whole numbers"),
+    "model of a number": ({"models": {"m": 5}}, "models: m: 5 should be a mapping"),
+    "decoding of a word": ({"decoding": {"a": "ar"}}, "decoding: a: ar should be a mapping"),
+    "large grid": ({"decoding": {"a": {"grid": {"top_k": [*range(10**5)], "seed": [*range(10**5)]}}}}, "10000 points"),
+    "many points": ({"seeds": [*range(6000)]}, "the study has more than 10000 points"),
+    "large number": ({"limit": 10**4000}, "more than 18 digits"),
+    "search in parallel": (
+        {"search": {"trials": 3, "space": {"top_k": {"low": 1, "high": 3}}, "parallel": 0}},
+        "search: parallel: 0 should be a whole number from 1",
+    ),
+    "search step": ({"search": {"trials": 3, "space": {"top_k": {"low": 1, "high": 3, "step": 0}}}}, "optuna"),
+    "search log": ({"search": {"trials": 3, "space": {"top_p": {"low": 0.0, "high": 1.0, "log": True}}}}, "optuna"),
+    "search twice": (
+        {"search": {"trials": 3, "space": {"top_k": {"choices": [1, 2]}}, "decoding": {"top_k": 3}}},
+        "in the space and beside it",
+    ),
     "objective": (
         {"search": {"trials": 3, "space": {"top_k": {"low": 1, "high": 3}}, "objectives": ["speed"]}},
         "speed is no objective",
@@ -112,11 +138,74 @@ def test_mistakes_are_found_before_anything_runs(study: dict[str, Any], mistake:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", ["- a", "models: [", "", "\x00"])
-def test_files_that_are_no_studies(tmp_path: Path, content: str) -> None:
+NO_STUDIES = {
+    "list": ("- a", "holds no study"),
+    "not closed": ("models: [", "cannot be read"),
+    "empty": ("", "holds no study"),
+    "zero": ("\x00", "cannot be read"),
+    "key twice": (
+        "models: [toy]\ndecoding: {a: {decoder: ar}}\ndecoding: {b: {decoder: ar}}",
+        "decoding is there twice",
+    ),
+    "key twice below": ("decoding:\n  a: {top_k: 1, top_k: 2}", r"top_k is there twice \(line 2\)"),
+    "nested": ("a: " + "[" * 9000, "nested too deeply"),
+    "contains itself": ("a: &a [*a]", "contains itself"),
+    "grows": (
+        "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40))]),
+        "more than 1",
+    ),
+    "many digits": ("limit: " + "9" * 5000, "cannot be read"),
+    "large": ("a" * 300_000, "more than 262144 bytes"),
+    "date": ("name: 2024-01-01", "put it in quotes"),
+    "python": ("name: !!python/object:os.system x", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("what", NO_STUDIES)
+def test_files_that_are_no_studies(tmp_path: Path, what: str) -> None:
+    content, message = NO_STUDIES[what]
     (tmp_path / "x.yaml").write_text(content)
-    with pytest.raises(StudyError, match=r"x\.yaml"):
+    with pytest.raises(StudyError, match=message) as caught:
         read_study(tmp_path / "x.yaml")
+    assert str(caught.value).startswith(str(tmp_path / "x.yaml"))
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/tmp", "none.yaml"])
+def test_what_is_no_file(path: str) -> None:
+    with pytest.raises(StudyError, match=r"cannot be read as a study: .*file"):
+        read_study(Path(path))
+
+
+def test_anchors_and_merges_are_no_keys_given_twice(tmp_path: Path) -> None:
+    text = "models: [toy]\ntasks: [a]\ndecoding:\n  a: &a {decoder: s2d2, top_k: 1}\n  b: {<<: *a, top_k: 2}"
+    (tmp_path / "x.yaml").write_text(text)
+    assert read_study(tmp_path / "x.yaml").decoding["b"] == {"decoder": "s2d2", "top_k": 2}
+
+
+def test_optuna_is_missed_before_anything_runs(study: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    study["search"] = {"trials": 3, "space": {"top_k": {"low": 1, "high": 3}}}
+    with pytest.raises(StudyError, match=r"s2d2-lmeval\[sweep\]"):
+        Plan(make_study(study), Path("nowhere"))
+
+
+def test_a_plan_needs_no_connection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the hub's documents nor its models are at hand."""
+    task = "task: far\ndataset_path: nobody/nothing-at-all\noutput_type: generate_until\ndoc_to_text: x\n"
+    (tmp_path / "far.yaml").write_text(task)
+    study = {"models": ["nobody/nothing-at-all"], "tasks": ["far", "s2d2_toy_arithmetic"], "seeds": [0, 1]}
+    study |= {"decoding": {"ar": {"decoder": "ar"}}, "include_path": str(tmp_path), "limit": 3}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(study))
+    for name in ("--plan", "--dry-run"):
+        assert main(["sweep", str(tmp_path / "x.yaml"), name, "--output", str(tmp_path / "out")]) == 0
+        shown = capsys.readouterr().out
+        assert "nothing-at-all, far, ar, seed 1: decoder=ar" in shown
+        assert "4 points, 6 samples and those of tasks that are not on this machine." in shown
+        assert "Not checked: tasks: far cannot be loaded" in shown
+        assert "Not checked: model nothing-at-all" in shown
+    assert main(["sweep", str(tmp_path / "x.yaml"), "--output", str(tmp_path / "out")]) == 2
+    assert "far cannot be loaded" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_line_refuses_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
