@@ -31,12 +31,12 @@ def limit_memory() -> None:
 
 
 def limit_time(seconds: int) -> None:
-    """Let the system end this process when it has used that much more processor time, whatever it is doing."""
+    """Let the system end this process when it has used that much more processor time (and a second), whatever it does."""
     if resource is None:
         return
     usage = resource.getrusage(resource.RUSAGE_SELF)
     used = int(usage.ru_utime + usage.ru_stime)
-    resource.setrlimit(resource.RLIMIT_CPU, (used + 1 + seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    resource.setrlimit(resource.RLIMIT_CPU, (used + 2 + seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
