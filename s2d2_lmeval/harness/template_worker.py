@@ -31,7 +31,7 @@ def limit_memory() -> None:
 
 
 def limit_time(seconds: int) -> None:
-    """Let the system end this process when it has used that much more processor time (and a second), whatever it does."""
+    """Let the system end this process when it has used that much more processor time, whatever it does."""
     if resource is None:
         return
     usage = resource.getrusage(resource.RUSAGE_SELF)
