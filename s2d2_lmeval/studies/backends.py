@@ -154,5 +154,6 @@ def _died(job: Job, error: Exception) -> Outcome:
     lines = str(error).strip().splitlines()
     text = f"its Ray worker died {ATTEMPTS} times ({type(error).__name__}: {lines[0] if lines else 'no reason given'})"
     with PointStore(job.path) as store:
+        store.begin(job.definition, job.point.label)
         store.append("failure", error=text, traceback="")
     return Outcome(0, 0.0, text)

@@ -57,8 +57,7 @@ class Evaluator:
         with opened as store:
             if store.record.is_complete(job.settings):
                 return Outcome(0, 0.0)
-            if not store.record.point:
-                store.append("point", definition=job.definition, label=job.point.label)
+            store.begin(job.definition, job.point.label)
             try:
                 self._complete(job, store)
                 error = ""

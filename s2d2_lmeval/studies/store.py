@@ -292,6 +292,11 @@ class PointStore:
         self.record.add(line)
         return line
 
+    def begin(self, definition: Mapping[str, Any], label: str) -> None:
+        """Say what the file is of, if it does not yet; nothing in it counts before."""
+        if not self.record.point:
+            self.append("point", definition=definition, label=label)
+
     def begin_segment(self, **about: Any) -> None:
         """A process begins (or goes on) with the point."""
         self.append("segment", number=1 + max(self.record.segments, default=-1), **about)

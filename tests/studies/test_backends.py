@@ -40,6 +40,15 @@ def test_a_worker_with_other_code(study: dict[str, Any], tmp_path: Path, monkeyp
         backends._work(job, tmp_path / "study.json")
 
 
+def test_a_point_that_takes_its_worker_along_has_failed(study: dict[str, Any], tmp_path: Path) -> None:
+    plan = Plan(make_study(study), tmp_path)
+    job = plan.jobs(plan.study.points())[0]
+    assert "died 2 times" in backends._died(job, RuntimeError("killed")).error
+    failure = read_point(job.path).failure
+    assert failure is not None
+    assert "RuntimeError: killed" in failure["error"]
+
+
 @pytest.fixture(scope="module")
 def ray_backend() -> Iterator[RayBackend]:
     """Two workers on this machine."""

@@ -93,3 +93,17 @@ def test_a_search_in_which_nothing_works_ends(
         StudyError, match="every trial of a round failed, the last one with: RuntimeError: no such luck"
     ):
         run_study(study, tmp_path)
+
+
+def test_other_documents_are_another_search(study: dict[str, Any], run_study: RunStudy, tmp_path: Path) -> None:
+    study["search"]["trials"] = 1
+    run_study({**study, "limit": 1}, tmp_path)
+    run_study(study, tmp_path)
+    assert len(optuna.get_all_study_names(f"sqlite:///{tmp_path / 'search.db'}")) == 2
+    assert {row.documents for row in read_results(tmp_path).rows} == {2}
+
+
+def test_a_damaged_record_of_the_search(study: dict[str, Any], run_study: RunStudy, tmp_path: Path) -> None:
+    (tmp_path / "search.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(StudyError, match=r"search\.db.*cannot be used"):
+        run_study(study, tmp_path)

@@ -37,8 +37,7 @@ NAME = of_plain({})
 
 
 def begin(store: PointStore) -> PointStore:
-    if not store.record.point:
-        store.append("point", definition={})
+    store.begin({}, "a point")
     store.begin_segment(environment={}, rows=4, decoding=None)
     store.decoding_begins()
     return store
