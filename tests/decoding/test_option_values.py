@@ -63,9 +63,10 @@ def test_every_option_takes_every_value_in_an_answer_or_a_sentence(family: str) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ENGINES)
-def test_everything_that_makes_a_configuration_decodes(family: str) -> None:
+def test_what_makes_a_configuration_decodes(family: str) -> None:
     tries = Tries()
-    for text, options in accepted(family, tries, all_of_them=True):
+    fine = accepted(family, tries, all_of_them=True)
+    for text, options in random.Random(family).sample(fine, 1500):
         tries.attempt(text, lambda options=options: decode(family, options), seconds=60)
     tries.check()
 
@@ -74,11 +75,11 @@ def test_everything_that_makes_a_configuration_decodes(family: str) -> None:
 @pytest.mark.parametrize("family", ENGINES)
 def test_several_odd_options_at_once(family: str) -> None:
     tries, rng, facts = Tries(), random.Random(family), ENGINES[family]().facts
-    for number in range(3000):
+    for number in range(1500):
         options: dict[str, Any] = {name: rng.choice(VALUES) for name in rng.sample(NAMES, rng.randrange(2, 5))}
         options["decoder"] = rng.choice(facts.decoders)
         tries.attempt(f"{number}: {sorted(options)}", lambda options=options: decode(family, options), seconds=60)
-    tries.check(refused_at_least=1000)
+    tries.check(refused_at_least=500)
 
 
 def test_prompts_budgets_and_seeds_of_any_kind() -> None:

@@ -107,9 +107,9 @@ def test_models_with_odd_arguments(make: Callable[..., S2D2LM]) -> None:
 
 
 @pytest.mark.slow
-def test_models_with_every_odd_argument(make: Callable[..., S2D2LM]) -> None:
+def test_models_with_many_odd_arguments(make: Callable[..., S2D2LM]) -> None:
     tries = Tries()
-    for name, value in odd_loads():
+    for name, value in random.Random(3).sample(odd_loads(), 1500):
         tries.attempt(label(name, value), lambda name=name, value=value: load_with(make, name, value), seconds=60)
     tries.check()
 
