@@ -27,6 +27,7 @@ class EditingOptions:
         decoders=_BOTH,
         schemes=_SCHEME,
         low=0,
+        high=1000,
     )
     num_to_transfer: int = option(1, "masks that a step decides at least", decoders=_BOTH, schemes=_SCHEME, low=1)
     eos_early_stop: bool = option(

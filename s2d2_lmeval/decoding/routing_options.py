@@ -52,12 +52,14 @@ class RoutingOptions:
     ucb_beta: float = option(
         1.0, "bandit: weight of the exploration bonus", decoders=_S2D2, schemes=_BLOCKWISE, low=0.0
     )
-    ucb_span_length_bins: int = option(2, "bandit: buckets of span length", decoders=_S2D2, schemes=_BLOCKWISE, low=1)
+    ucb_span_length_bins: int = option(
+        2, "bandit: buckets of span length", decoders=_S2D2, schemes=_BLOCKWISE, low=1, high=100
+    )
     ucb_block_progress_bins: int = option(
-        2, "bandit: buckets of decoded share of the block", decoders=_S2D2, schemes=_BLOCKWISE, low=1
+        2, "bandit: buckets of decoded share of the block", decoders=_S2D2, schemes=_BLOCKWISE, low=1, high=100
     )
     ucb_entropy_bins: int = option(
-        2, "bandit: buckets of mean normalised entropy", decoders=_S2D2, schemes=_BLOCKWISE, low=1
+        2, "bandit: buckets of mean normalised entropy", decoders=_S2D2, schemes=_BLOCKWISE, low=1, high=100
     )
     ucb_entropy_source: str = option(
         "span",

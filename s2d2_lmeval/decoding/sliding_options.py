@@ -21,6 +21,7 @@ class SlidingOptions:
         "queries per sequence and forward; auto: as many as pay, by what forwards are measured to cost",
         decoders=_SLIDING,
         low=3,
+        high=4096,
     )
     share_budget: bool = option(
         True,

@@ -31,6 +31,7 @@ class TreeOptions:
         "to cost",
         decoders=_TREE,
         low=0,
+        high=4096,
     )
     tree_seed_chain: bool = option(
         False, "the tree holds the arg-max chain whatever its probability, so it never accepts less", decoders=_TREE
