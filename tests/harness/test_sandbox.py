@@ -18,7 +18,7 @@ from s2d2_lmeval.cli import main
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness import sandbox
 from s2d2_lmeval.harness.sandbox import Limits, Outcome, modes, starting
-from s2d2_lmeval.harness.sandbox.jail import values
+from s2d2_lmeval.harness.sandbox.jail import kernel, values
 
 PYTHON_ALONE = ("namespaces", "landlock", "seccomp")
 LAYERS = pytest.mark.parametrize(
@@ -217,6 +217,30 @@ def test_namespaces_are_reported_truthfully() -> None:
     assert ("pid namespace" in layers) == (results("import os\ndef f(): return os.getpid()") < 5)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's")
+def test_the_evaluator_is_closed_while_it_judges_and_open_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, exchange = [], starting.Starter._exchange
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(kernel.dumpable())
+        return exchange(*arguments)
+
+    monkeypatch.setattr(starting.Starter, "_exchange", watched)
+    before = kernel.dumpable()
+    assert sandbox.call("def f(): return 1", "f", [[]]) == [1]
+    assert seen == [0]
+    assert kernel.dumpable() == before == 1
+
+
+def test_an_interrupt_leaves_nothing_for_the_next_run(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox.active_layers()
+    with monkeypatch.context() as patch:
+        patch.setattr(starting.values, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sandbox.call("def f(): return 1", "f", [[]])
+    assert sandbox.call("def f(): return 2", "f", [[]]) == [2]
+
+
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process of its own to start from, and nothing known yet."""
@@ -350,7 +374,12 @@ def _stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: 
 def test_a_container_that_does_not_start_is_refused(
     fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _stand_in(tmp_path, monkeypatch, "docker", "echo 'Cannot connect to the Docker daemon' >&2; exit 125")
+    _stand_in(
+        tmp_path,
+        monkeypatch,
+        "docker",
+        "echo 'Cannot connect to the Docker daemon' >&2; echo 'Run docker --help' >&2; exit 125",
+    )
     with pytest.raises(ConfigError, match=r"Cannot connect to the Docker daemon.*docker build"):
         sandbox.prepare()
 

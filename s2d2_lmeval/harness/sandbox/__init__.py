@@ -120,7 +120,8 @@ def _probed(wanted: modes.Mode | None) -> tuple[modes.Mode, tuple[str, ...]]:
     mode = wanted or modes.Mode("process")
     answer = _run(mode, "def f(): return 1", "f", {"source": None, "calls": [[]]}, Limits(wall_seconds=60.0))
     if answer.get("results") != [1]:
-        why = str(answer.get("sandbox") or answer.get("error") or "").strip().splitlines()
+        said = str(answer.get("sandbox") or answer.get("error") or "").strip().splitlines()
+        why = [line for line in said if "--help" not in line]  # docker's last line
         raise ConfigError(
             f"the sandbox for model-written code ({mode.name}) does not start: {why[-1] if why else 'no answer'}. "
             f"{mode.hint()}"
