@@ -15,11 +15,9 @@ import torch
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
-from s2d2_lmeval.errors import ConfigError, RequestError
+from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.harness import caching, caller, identity, loading, report, saving, secrets, templates
 from s2d2_lmeval.harness import filters as _filters  # noqa: F401  (importing it registers s2d2_stats)
@@ -29,7 +27,7 @@ from s2d2_lmeval.harness.generation_arguments import BUDGET_NAMES, token_budget
 from s2d2_lmeval.harness.prompts import logger, spelled_out
 from s2d2_lmeval.harness.responses import ResponseStore
 from s2d2_lmeval.harness.run import GenerationRun
-from s2d2_lmeval.runtime import clock
+from s2d2_lmeval.harness.scoring import ScoringRun, rolling
 
 
 @register_model("s2d2")
@@ -240,85 +238,19 @@ class S2D2LM(HFLM):
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Score (text, context ids, continuation ids) triples exactly, in the model's autoregressive mode."""
-        engine = self._scorer()
         self._join_evaluation()
-        pairs = [self._fitting_pair(context, continuation) for _, context, continuation in requests]
-        cut = sum(len(pair[0]) < len(request[1]) for pair, request in zip(pairs, requests, strict=True))
-        if cut:
-            logger.warning(
-                "%d of %d contexts do not fit before their continuations: their oldest tokens are left out. "
-                "truncation=False refuses such contexts.",
-                *(cut, len(pairs)),
-            )
-            self.totals.scoring["truncated_prompts"] = self.totals.scoring.get("truncated_prompts", 0) + cut
-        # Nothing is certain: the harness makes empty continuations of texts that are its prefix token alone.
-        scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        before, started = engine.trace.totals(), clock.now()
-        try:
-            self._score(engine, requests, pairs, scores, disable_tqdm or self.rank != 0)
-        finally:
-            self.totals.add_scoring(before, engine.trace.totals(), len(pairs), clock.since(started))
+        scores = ScoringRun(self, requests, quiet=disable_tqdm or self.rank != 0).answer()
         self._exchange_totals()
         return scores
-
-    def _score(self, engine: Any, requests: Any, pairs: Any, scores: list[tuple[float, bool]], quiet: bool) -> None:
-        """Score the ``pairs`` of ``requests`` into ``scores``."""
-        with tqdm(total=len(pairs), disable=quiet, desc="Scoring", unit="req") as bar:
-
-            def scored(place: int, score: tuple[float, bool]) -> None:
-                scores[place] = score
-                if requests[place][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[place][0], score)
-                bar.update(1)
-
-            places = [place for place, (_, continuation) in enumerate(pairs) if continuation]
-            engine.score([pairs[place] for place in places], lambda index, score: scored(places[index], score))
-            for place in sorted(set(range(len(pairs))) - set(places)):
-                scored(place, scores[place])
-
-    def _scorer(self) -> Any:
-        if self.engine is None:
-            raise RequestError("this model is of no known family, so it cannot score; use generate_until tasks only.")
-        if "scoring" not in self.told:
-            self.told.add("scoring")
-            logger.info(
-                "log-likelihoods are those of the model's autoregressive mode (block size one): exact for that mode, "
-                "and no bound on the likelihood of its diffusion mode. Decoding options do not change them."
-            )
-        return self.engine
-
-    @property
-    def _window(self) -> int:
-        """Tokens that a context and its continuation may take together."""
-        assert self.engine is not None
-        return self.max_length + self.engine.max_score_length - self.engine.max_context
-
-    def _fitting_pair(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        spare = self._window - len(continuation)
-        if len(context) <= spare:
-            return context, continuation
-        if not self.truncates or spare < 1:
-            raise RequestError(
-                f"a context of {len(context)} tokens and a continuation of {len(continuation)} do not fit the "
-                f"{self.max_length} positions of this model. Shorten them"
-                + (", or leave truncation=False out." if spare >= 1 else ".")
-            )
-        return context[-spare:], continuation
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text (an Instance whose only argument it is), in windows of the whole
         context.
         """
-        windows: list[tuple[None, list[int], list[int]]] = []
-        owners: list[int] = []
-        for owner, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
-            # A window holds one token more than its length: the prefix.
-            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self._window - 1, 1):
-                windows.append((None, *make_disjoint_window(window)))
-                owners.append(owner)
+        windows = rolling(self, [request.args[0] for request in requests])
         totals = [0.0] * len(requests)
-        for owner, (score, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+        scores = self._loglikelihood_tokens([(None, *pair) for _, pair in windows], disable_tqdm)
+        for (owner, _), (score, _) in zip(windows, scores, strict=True):
             totals[owner] += score
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
