@@ -85,9 +85,9 @@ def lines(value: str) -> list[str]:
 
 
 def test_every_package_is_listed() -> None:
-    folders = [folder for folder in (ROOT / "s2d2_lmeval").iterdir() if (folder / "__init__.py").exists()]
-    found = {f"s2d2_lmeval.{folder.name}" for folder in folders}
-    found |= {f"s2d2_lmeval.{name}" for name in ("custom_generate", "task_configs")} | {"s2d2_lmeval"}
+    files = (ROOT / "s2d2_lmeval").rglob("__init__.py")
+    found = {".".join(file.parent.relative_to(ROOT).parts) for file in files}
+    found |= {f"s2d2_lmeval.{name}" for name in ("custom_generate", "task_configs")}
     assert set(lines(setup_cfg()["options"]["packages"])) == found
 
 

@@ -424,3 +424,19 @@ def test_bubblewrap(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sandbox.call("def f():\n    open('x', 'w').write('x')\n    return 1", "f", [[]]) == [1]
     assert not sandbox.run_tests("def f(): return 1", "f", "assert f() == 2").passed
     assert sandbox.active_layers()[0] == "bwrap"
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_bubblewrap_stands_in_where_namespaces_are_not_ours_to_make(
+    works: bool, fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(modes.VARIABLE, raising=False)
+
+    def run(mode: modes.Mode, *_: Any) -> dict[str, Any]:
+        if mode.name == "bwrap" and not works:
+            return {"sandbox": "FileNotFoundError: bwrap"}
+        return {"results": [1], "layers": ["landlock 7", "seccomp"]}
+
+    monkeypatch.setattr(sandbox, "_run", run)
+    assert sandbox.active_layers() == (["bwrap"] if works else []) + ["landlock 7", "seccomp"]
+    assert str(sandbox.record()).startswith("bwrap: " if works else "process: ")
