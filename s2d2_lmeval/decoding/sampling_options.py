@@ -20,7 +20,7 @@ class SamplingOptions:
     """
 
     random_source: object = option("keyed", "keyed (by request and position), fixed, torch, or an object of your own")
-    seed: int = option(0, "seed of keyed randomness")
+    seed: int = option(0, "seed of keyed randomness; in an evaluation, if not given, the harness's --seed")
     do_sample: bool = option(
         False,
         "sample the draft, at temperature 1 if none is given; otherwise it is the arg-max. A temperature alone decides",

@@ -330,7 +330,7 @@ class S2D2LM(HFLM):
             "rows_in_flight": 1 if self.custom is not None or engine is None else engine.max_batch,
             "decoder": self.custom.name if self.custom is not None else decoding.decoder if decoding else None,
             "preset": decoding.preset if decoding is not None else None,
-            "seed": decoding.seed if decoding is not None else self.seed,
+            "seed": decoding.seed if decoding is not None else self.seed or 0,
             "promise": decoding.promise if decoding is not None else None,
             "caution": decoding.caution if decoding is not None else None,
             "family": engine.facts.family if engine is not None else None,

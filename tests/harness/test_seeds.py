@@ -93,3 +93,33 @@ def test_an_evaluation_without_seeds(run: Run, manager: TaskManager, make: Calla
     run(lm, seed=5)
     results = evaluate(lm=lm, task_dict=load_tasks(manager, "sampled"), limit=3, bootstrap_iters=0)
     assert answers(results) == run(seed=None)[0]
+
+
+DRAWING = """
+import torch
+
+def draw(model, input_ids, max_gen_toks=4):
+    return torch.cat([input_ids, torch.randint(64, 90, (1, max_gen_toks))], dim=1)
+"""
+
+
+def test_a_function_of_ones_own_draws_by_the_seed(tmp_path: Path, manager: TaskManager, checkpoint: Path) -> None:
+    (tmp_path / "draw.py").write_text(DRAWING)
+    model_args = {"pretrained": str(checkpoint), "custom_generate": f"{tmp_path / 'draw.py'}:draw"}
+
+    def drawn(seed: Any) -> tuple[tuple[str, ...], Any]:
+        results = simple_evaluate(
+            model="s2d2",
+            model_args=model_args,
+            tasks=["sampled"],
+            task_manager=manager,
+            limit=3,
+            device="cpu",
+            torch_random_seed=seed,
+        )
+        return tuple(answers(results)), results["config"]["s2d2"]["seed"]
+
+    found = [drawn(seed) for seed in (1, 2, None)]
+    assert len({texts for texts, _ in found}) == 3
+    assert [seed for _, seed in found] == [1, 2, 0]
+    assert drawn(2) == found[1]
