@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,9 @@ def of_source(name: str, arguments: Mapping[str, Any]) -> str:
         from s2d2_lmeval.toy import checkpoint_path, drafter_path
 
         source = drafter_path() if name == "draft" else checkpoint_path()
-    path = Path(str(source)).expanduser()
-    if path.exists():
-        return f"sha256:{of_path(path)}"
+    place = os.path.expanduser(str(source))
+    if os.path.exists(place):  # of any text; a pathlib.Path raises for one that is too long
+        return f"sha256:{of_path(Path(place))}"
     from huggingface_hub import snapshot_download
 
     revision = arguments.get("revision") if name in ("pretrained", "tokenizer") else None
@@ -82,8 +83,8 @@ def of_source(name: str, arguments: Mapping[str, Any]) -> str:
 
 def with_files(options: Mapping[str, Any]) -> dict[str, Any]:
     """Decoding options, with a digest of its content in place of every file that one names."""
-    named = {name: Path(str(options[name])).expanduser() for name in _FILES if name in options}
-    return {**options, **{name: f"sha256:{of_file(path)}" for name, path in named.items() if path.is_file()}}
+    named = {name: os.path.expanduser(str(options[name])) for name in _FILES if name in options}
+    return {**options, **{name: f"sha256:{of_file(Path(at))}" for name, at in named.items() if os.path.isfile(at)}}
 
 
 def of_path(path: Path) -> str:
