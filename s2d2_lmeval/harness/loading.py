@@ -182,8 +182,8 @@ def resolve(source: Any) -> Any:
         from s2d2_lmeval.toy import checkpoint_path
 
         return str(checkpoint_path())
-    if isinstance(source, (str, Path)) and Path(source).expanduser().is_dir():
-        return str(Path(source).expanduser().resolve())
+    if isinstance(source, (str, Path)) and os.path.isdir(place := os.path.expanduser(source)):
+        return str(Path(place).resolve())
     return str(source) if isinstance(source, Path) else source
 
 
