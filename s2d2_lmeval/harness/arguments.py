@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.decoding.names import changes_nothing, nearest
-from s2d2_lmeval.decoding.options import converted
+from s2d2_lmeval.decoding.options import LARGEST, converted
 from s2d2_lmeval.decoding.sliding_options import DRAFT_SHAPES
 from s2d2_lmeval.errors import ConfigError, first_line, shown
 from s2d2_lmeval.harness.custom import CustomFunction, load_object
@@ -33,8 +36,19 @@ SPECIAL_TOKENS = ("parse", "text", "refuse")
 tokens, and a prompt with the mask is refused.
 """
 
-_SWITCHES = frozenset(("use_fast_tokenizer", "trust_remote_code", "add_bos_token", "truncation", "enable_thinking"))
-_COUNTS = frozenset(("max_length", "prefix_token_id"))
+_KINDS = {
+    **dict.fromkeys(("use_fast_tokenizer", "trust_remote_code", "add_bos_token", "truncation"), "bool"),
+    **dict.fromkeys(("enable_thinking", "static_shapes", "force_download", "local_files_only"), "bool"),
+    **dict.fromkeys(("max_length", "prefix_token_id", "max_context", "mask_token_id"), "int"),
+}
+_TEXTS = {
+    **dict.fromkeys(("draft", "revision", "variant", "cache_dir", "offload_folder", "family", "device"), (str, Path)),
+    "dtype": (str, torch.dtype),
+    "token": (str, bool),
+    "think_end_token": (str, int),
+    "device_map": (str, dict),
+}
+LONGEST_TEXT = 1000
 
 PLACEMENT = frozenset(("parallelize", "device_map", "max_memory_per_gpu", "max_cpu_memory", "offload_folder"))
 QUANTIZATION = ("load_in_8bit", "load_in_4bit", "bnb_4bit_", "llm_int8_")
@@ -79,6 +93,7 @@ def sort_arguments(pretrained: Any, options: Mapping[str, Any]) -> Arguments:
         raise ConfigError("--model_args has no pretrained=…: a folder, a hub id, or toy (the embedded checkpoint).")
     custom = None if _absent(options.get("custom_generate")) else CustomFunction.load(options["custom_generate"])
     decoder_names = custom.option_names if custom else DecodingConfig.option_names()
+    check_text("pretrained", pretrained, (str, Path, torch.nn.Module))
     left = _without_synonyms(options, HARNESS | (custom.parameters if custom else frozenset()))
     own = {name: left.pop(name, None) for name in ("custom_generate", "custom_model_class", "peft", "max_batch")}
     log_decoding_order = left.pop("log_decoding_order", None)
@@ -90,6 +105,7 @@ def sort_arguments(pretrained: Any, options: Mapping[str, Any]) -> Arguments:
     for name, value in left.items():
         sorted_by_reader[_reader(name, decoder_names, custom)][name] = value
     _check_harness(sorted_by_reader["harness"])
+    check_text("peft", own["peft"], (str, Path))
     loading = sorted_by_reader["loading"]
     _quantization(loading)
     _placement(loading)
@@ -183,14 +199,33 @@ _OTHERS = (
 )
 
 
+def _convert(options: dict[str, Any]) -> None:
+    """Values in their types, in place."""
+    for name, value in options.items():
+        if value is not None and name in _KINDS:
+            options[name] = converted(name, _KINDS[name], value)
+            if abs(options[name]) > LARGEST:
+                raise ConfigError(f"{name}={shown(value)} is too large.")
+        elif name in _TEXTS:
+            check_text(name, value)
+
+
+def check_text(name: str, value: Any, kinds: tuple[type, ...] = ()) -> None:
+    """Refuse what does not name anything: another type, or a text as long as a page.
+
+    :raises ConfigError: naming the argument.
+    """
+    fine = value is None or isinstance(value, kinds or _TEXTS[name])
+    long = (
+        len(str(value)) > LONGEST_TEXT if isinstance(value, (str, Path)) else isinstance(value, int) and value > LARGEST
+    )
+    if not fine or long:
+        raise ConfigError(f"{name}={shown(value)} is not a name or a path.")
+
+
 def _check_harness(harness: dict[str, Any]) -> None:
     """What the harness's class would find out only after the weights are loaded, or not at all."""
-    for name in _SWITCHES & harness.keys():
-        if harness[name] is not None:
-            harness[name] = converted(name, "bool", harness[name])
-    for name in _COUNTS & harness.keys():
-        if harness[name] is not None:
-            harness[name] = converted(name, "int", harness[name])
+    _convert(harness)
     if harness.get("backend", "default") not in ("default", "causal"):
         raise ConfigError(f"backend={shown(harness['backend'])} is not available with --model s2d2: models are causal.")
     if harness.get("special_tokens") not in (None, *SPECIAL_TOKENS):
@@ -199,8 +234,6 @@ def _check_harness(harness: dict[str, Any]) -> None:
         )
     if not isinstance(harness.get("chat_template_args") or {}, Mapping):
         raise ConfigError(f"chat_template_args={shown(harness['chat_template_args'])} is not a mapping.")
-    if not isinstance(harness.get("think_end_token") or "", (str, int)):
-        raise ConfigError(f"think_end_token={shown(harness['think_end_token'])} is neither a text nor a token id.")
     if harness.get("enable_thinking") and harness.get("think_end_token") is None:
         raise ConfigError("enable_thinking=True needs think_end_token=…, the token that ends the reasoning trace.")
 
@@ -254,11 +287,7 @@ def _numbers(loading: dict[str, Any], decoding: Mapping[str, Any]) -> None:
     """Numbers in their types. A block length also chooses the paper's setting for it, and completes a config.json that
     names none.
     """
-    for name in ("max_context", "mask_token_id"):
-        if loading.get(name) is not None:
-            loading[name] = converted(name, "int", loading[name])
-    if loading.get("static_shapes") is not None:
-        loading["static_shapes"] = converted("static_shapes", "bool", loading["static_shapes"])
+    _convert(loading)
     for name, value in decoding.items():
         if SYNONYMS.get(name, name) == "block_length" and value is not None:
             loading["block_length"] = converted(name, "int", value)

@@ -21,7 +21,7 @@ from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.harness import caching, caller, identity, loading, report, saving, secrets, templates
 from s2d2_lmeval.harness import filters as _filters  # noqa: F401  (importing it registers s2d2_stats)
-from s2d2_lmeval.harness.arguments import rows_in_flight, sort_arguments
+from s2d2_lmeval.harness.arguments import check_text, rows_in_flight, sort_arguments
 from s2d2_lmeval.harness.custom import CustomFunction
 from s2d2_lmeval.harness.generation_arguments import BUDGET_NAMES, token_budget
 from s2d2_lmeval.harness.prompts import logger, spelled_out
@@ -64,6 +64,8 @@ class S2D2LM(HFLM):
         **options: Any,
     ) -> None:
         saving.refuse_to_lose_results()
+        check_text("dtype", dtype)
+        check_text("revision", revision)
         self.arguments = arguments = sort_arguments(pretrained, options)
         accelerator = loading.join_processes()
         where = loading.choose_device(device, accelerator)

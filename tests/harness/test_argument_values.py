@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from s2d2_lmeval.cli import COMMANDS, build_parser, main
 from s2d2_lmeval.decoding.config import DecodingConfig
@@ -17,6 +20,7 @@ from s2d2_lmeval.harness import arguments
 from s2d2_lmeval.harness.arguments import rows_in_flight, sort_arguments
 from s2d2_lmeval.harness.generation_arguments import GenerationArguments
 from s2d2_lmeval.harness.model import S2D2LM
+from s2d2_lmeval.runtime import clock
 
 from ..fuzzing import Tries
 from ..odd_values import TEXTS, VALUES, label
@@ -182,9 +186,13 @@ def command_lines(folder: Path) -> list[list[str]]:
 
 
 def try_commands(lines: list[list[str]], seconds: float) -> Tries:
-    tries = Tries()
-    for line in lines:
-        tries.attempt(f"{line!r:.200}", lambda line=line: run_command(line), seconds=seconds)
+    """Commands set variables of the environment, threads and the clock for their process, which ends with them."""
+    tries, threads = Tries(), torch.get_num_threads()
+    with patch.dict(os.environ):
+        for line in lines:
+            tries.attempt(f"{line!r:.200}", lambda line=line: run_command(line), seconds=seconds)
+    torch.set_num_threads(threads)
+    clock.choose("wall")
     return tries
 
 
