@@ -17,3 +17,9 @@ def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     for name in clock.CLOCKS:
         monkeypatch.setitem(clock.CLOCKS, name, lambda: next(ticks) / 1000)
+
+
+@pytest.fixture(autouse=True)
+def sandbox_unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test inherits the sandbox that another's command line chose."""
+    monkeypatch.setenv("S2D2_SANDBOX", "")

@@ -48,7 +48,7 @@ class Step:
     draft: list[int]
     tokens: list[int]
     marks: list[int]
-    drafted: Sequence[int] = ()
+    drafted: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

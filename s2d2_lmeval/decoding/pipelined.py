@@ -240,7 +240,7 @@ class PipelinedDenoiser:
                 draft=step.draft.tolist(),
                 tokens=step.after.tolist(),
                 marks=step.marks.tolist(),
-                drafted=(int(rows.prompt[slot]) + np.flatnonzero(rows.span[slot])).tolist() if verified else (),
+                drafted=(int(rows.prompt[slot]) + np.flatnonzero(rows.span[slot])).tolist() if verified else [],
             )
         )
         rows.generated[slot, base : base + len(step.after)] = step.after

@@ -111,7 +111,7 @@ def as_step(step: StepTables[np.ndarray], slot: int, kind: str, start: int, span
         draft=step.draft[slot].tolist(),
         tokens=step.after[slot].tolist(),
         marks=step.marks[slot].tolist(),
-        drafted=(start + np.flatnonzero(span)).tolist() if kind == "verify" else (),
+        drafted=(start + np.flatnonzero(span)).tolist() if kind == "verify" else [],
     )
 
 

@@ -46,8 +46,8 @@ class RankedStep(Step):
     decided first to begin with, and the best ``ranks`` (B, :data:`VOCABULARY_RANKS`) of each place.
     """
 
-    places: Sequence[int] = ()
-    ranks: Sequence[Sequence[int]] = ()
+    places: list[int] = field(default_factory=list)
+    ranks: list[list[int]] = field(default_factory=list)
 
 
 class _Logging(Spiffy):

@@ -76,7 +76,7 @@ def test_only_spiffy_is_calibrated(tmp_path: Path) -> None:
 
 def step(tokens: list[int], places: list[int], start: int = 0) -> RankedStep:
     ranks = [[10 * place + rank for rank in range(4)] for place in range(len(tokens))]
-    return RankedStep("draft", start, [], [], tokens, [], places, ranks)
+    return RankedStep("draft", start, [], [], tokens, [], places=places, ranks=ranks)
 
 
 def test_counts_of_a_trace_by_hand() -> None:

@@ -60,18 +60,24 @@ def choose(text: str | None) -> None:
     :raises ConfigError: for a name that is no mode, and for a program that is not there.
     """
     if text is not None:
-        os.environ[VARIABLE] = text or " "
-        chosen()
+        mode_of(text)
+        os.environ[VARIABLE] = text
 
 
 def chosen() -> Mode | None:
     """The mode that the environment asks for; None where it does not say.
 
-    :raises ConfigError: for a name that is no mode.
+    :raises ConfigError: as :func:`mode_of`.
     """
     text = os.environ.get(VARIABLE, "")
-    if not text:
-        return None
+    return mode_of(text) if text else None
+
+
+def mode_of(text: str) -> Mode:
+    """The mode that ``text`` names.
+
+    :raises ConfigError: for a name that is no mode.
+    """
     name, _, image = text.partition(":")
     if name not in MODES or (image and name != "docker"):
         raise ConfigError(
