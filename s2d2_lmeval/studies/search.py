@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.harness.identity import HUB_ONLY, of_plain, with_files
 from s2d2_lmeval.runtime.statistics import ratios
+from s2d2_lmeval.studies.points import Search
 from s2d2_lmeval.studies.results import accuracy_of
 from s2d2_lmeval.studies.store import PointRecord
-from s2d2_lmeval.studies.study import Search
 
 if TYPE_CHECKING:
     import optuna

@@ -12,7 +12,7 @@ from typing import Any
 from s2d2_lmeval.errors import S2D2Error, StudyError
 from s2d2_lmeval.harness.arguments import nearest
 from s2d2_lmeval.harness.identity import of_plain
-from s2d2_lmeval.studies.study import Task
+from s2d2_lmeval.studies.points import Task
 
 FEWSHOT_SEED = 1234
 """The harness's own default: the same examples as from its command line."""

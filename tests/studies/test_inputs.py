@@ -16,9 +16,10 @@ from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.harness import identity
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.studies.planning import Plan
+from s2d2_lmeval.studies.points import model_identity
 from s2d2_lmeval.studies.results import read_results
 from s2d2_lmeval.studies.store import PointStore, decode_line, encode_line, read_point
-from s2d2_lmeval.studies.study import make_study, model_identity
+from s2d2_lmeval.studies.study import make_study
 from s2d2_lmeval.studies.sweep import Sweep
 from s2d2_lmeval.toy import checkpoint_path
 
