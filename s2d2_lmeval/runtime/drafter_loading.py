@@ -53,7 +53,9 @@ def load_drafter(source: str | Path, target: PreTrainedModel, **hub: Any) -> DFl
         raise CheckpointError(
             f"{source} does not hold the weights of a DFlash drafter: {wrong[0]} has {has}, needs {needs}."
         )
-    drafter = DFlash(shape).to(target.dtype)
+    # Whoever samples by the global generator gets the same draws whether the drafter was loaded before or not.
+    with torch.random.fork_rng(devices=[]):
+        drafter = DFlash(shape).to(target.dtype)
     drafter.load_state_dict(weights)
     head = target.get_output_embeddings().weight
     return drafter.to(head.device).eval().requires_grad_(False).attach(target)

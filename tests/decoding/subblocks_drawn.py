@@ -94,14 +94,15 @@ class Case:
         draws: Draws = KeyedDraws(self.seed, self.request)
         if self.random_source != "keyed":
             draws = Draws(TorchSource() if self.random_source == "torch" else FixedSource())
+        model = shifted_model(self.model_seed)  # its random initialisation draws
         torch.manual_seed(self.seed)
-        oracle = SubblockOracle(shifted_model(self.model_seed), self.options, draws, MASK)
+        oracle = SubblockOracle(model, self.options, draws, MASK)
         return oracle.run(self.prompt), oracle.new_tokens()
 
     def by_engine(self, **others: Any) -> Generation:
         """What the engine answers; ``others`` are further options."""
-        torch.manual_seed(self.seed)
         model = engine(self.model_seed)
+        torch.manual_seed(self.seed)
         return model.generate([self.prompt], self.engine_options(**others), seeds=[self.request])[0]
 
 

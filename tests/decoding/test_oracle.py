@@ -39,9 +39,10 @@ def options_of(run: dict[str, Any]) -> Options:
 
 def check(run: dict[str, Any]) -> None:
     options = options_of(run)
+    plain = model()  # its random initialisation draws
     torch.manual_seed(run["seed"])
     source = TorchSource() if run["rng"] == "torch" else FixedSource()
-    result = decode(model(), run["prompt"], options, Draws(source), mask_id=MASK)
+    result = decode(plain, run["prompt"], options, Draws(source), mask_id=MASK)
     if run["kwargs"].get("trim_stop_tokens", True):
         new = result.new_tokens(options.stop_token_ids)
         while new and new[-1] == MASK:

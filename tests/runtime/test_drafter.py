@@ -232,3 +232,11 @@ def test_a_cache_that_was_begun_from_another_slot() -> None:
     cache.begin(1, 0, 3)
     assert cache.lengths[1] == 3
     assert cache._keys[0][1, :3].eq(1).all()
+
+
+def test_loading_leaves_the_global_generator_alone() -> None:
+    """A published function that is given a drafter's folder loads it between the user's seed and the first draw."""
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    s2d2_lmeval.load("toy", draft="toy")
+    assert torch.equal(torch.get_rng_state(), before)
