@@ -43,6 +43,8 @@ class Tries:
                 self.unreadable.append(f"{label}: {str(error)[:200]!r}")
         except OutOfTime:
             self.hangs.append(label)
+        except KeyboardInterrupt:
+            raise
         except BaseException:
             self.tracebacks.append(f"{label}: {traceback.format_exc(limit=-4)}")
         else:

@@ -158,7 +158,7 @@ class BanditPolicy(_Unjudging):
         self.config = config
         buckets = config.ucb_span_length_bins * config.ucb_block_progress_bins * config.ucb_entropy_bins
         self.pulls = torch.zeros(rows, 2, buckets, dtype=torch.float64, device=device)
-        self.mean = torch.zeros_like(self.pulls)
+        self.gained = torch.zeros_like(self.pulls)
         self.decisions = torch.zeros(rows, dtype=torch.float64, device=device)
         self.bucket = torch.zeros(rows, dtype=torch.long, device=device)
 
@@ -184,19 +184,18 @@ class BanditPolicy(_Unjudging):
         index = self.bucket.view(-1, 1, 1).expand(-1, 2, 1)
         pulls = self.pulls.gather(2, index).squeeze(2)
         bonus = (self.decisions.clamp_min(1).log().unsqueeze(1) / pulls.clamp_min(1)).sqrt()
-        bound = self.mean.gather(2, index).squeeze(2) + self.config.ucb_beta * bonus
+        mean = self.gained.gather(2, index).squeeze(2) / pulls.clamp_min(1)
+        bound = mean + self.config.ucb_beta * bonus
         skip, verify = bound.masked_fill(pulls == 0, torch.inf).unbind(1)
         return verify >= skip
 
     def reward(self, finished: torch.Tensor, verified: bool, decided: torch.Tensor) -> None:
         row = torch.arange(len(finished), device=finished.device)
         place = (row, torch.full_like(row, int(verified)), self.bucket)
-        gained = decided.double() / (2 if verified else 1)
-        pulls = self.pulls[place] + finished
-        self.pulls[place] = pulls
-        self.mean[place] += (gained - self.mean[place]) / pulls.clamp_min(1) * finished
+        self.pulls[place] += finished
+        self.gained[place] += decided.double() / (2 if verified else 1) * finished
 
     def reset(self, row: int) -> None:
         self.pulls[row] = 0
-        self.mean[row] = 0
+        self.gained[row] = 0
         self.decisions[row] = 0
