@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.generation import Generation
-from s2d2_lmeval.decoding.sampling_options import GREEDY
+from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.sampling import GREEDY
 from s2d2_lmeval.errors import ConfigError, RequestError
 from s2d2_lmeval.families import adopt
 from s2d2_lmeval.model import BlockDiffusionModel, load

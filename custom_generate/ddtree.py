@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from s2d2_lmeval.custom_generate.calling import decoding_options, one_prompt
-from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.model import BlockDiffusionModel, load
 

@@ -18,7 +18,7 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from s2d2_lmeval.custom_generate.calling import FIELDS, decoding_options, one_prompt, ready
-from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import ConfigError
 
 

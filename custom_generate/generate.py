@@ -41,8 +41,8 @@ from transformers.generation import (
 
 from s2d2_lmeval import DecodingConfig, Generation
 from s2d2_lmeval.custom_generate.calling import ready
-from s2d2_lmeval.decoding.config import SYNONYMS
-from s2d2_lmeval.decoding.names import FOREIGN
+from s2d2_lmeval.decoding.options.config import SYNONYMS
+from s2d2_lmeval.decoding.options.names import FOREIGN
 from s2d2_lmeval.errors import RequestError
 
 _OF_A_ROW = (

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from s2d2_lmeval.custom_generate.calling import FIELDS, decoding_options, one_prompt, ready
-from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.options.config import DecodingConfig
 
 
 def generate_cached(

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from s2d2_lmeval.custom_generate.calling import FIELDS, decoding_options, one_prompt, ready
-from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.generation import Generation
+from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import ConfigError
 
 DECODER_OF_STRATEGY = {

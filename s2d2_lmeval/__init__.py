@@ -14,13 +14,13 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "load": "s2d2_lmeval.model",
     "BlockDiffusionModel": "s2d2_lmeval.model",
-    "DecodingConfig": "s2d2_lmeval.decoding.config",
+    "DecodingConfig": "s2d2_lmeval.decoding.options.config",
     "Generation": "s2d2_lmeval.decoding.generation",
 }
 
 if TYPE_CHECKING:
-    from s2d2_lmeval.decoding.config import DecodingConfig
     from s2d2_lmeval.decoding.generation import Generation
+    from s2d2_lmeval.decoding.options.config import DecodingConfig
     from s2d2_lmeval.model import BlockDiffusionModel, load
 
 __all__ = ["BlockDiffusionModel", "DecodingConfig", "Generation", "load"]

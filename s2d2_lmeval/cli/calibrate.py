@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.tree import Tree
 
-    from s2d2_lmeval.decoding.draft_graph import DraftGraph
+    from s2d2_lmeval.decoding.spiffy.graph import DraftGraph
 
 SUMMARY = "calibrate a draft graph for spiffy, from traces of its base decoder"
 

@@ -146,7 +146,7 @@ def _tokenizer(arguments: Arguments, where: str, revision: str | None, facts: An
 def _decoders(facts: Any, asked: Mapping[str, Any]) -> Iterator[Finding]:
     """The published settings, what was ``asked`` for, and every decoder that fits with what it promises."""
     from s2d2_lmeval.cli.options import as_written
-    from s2d2_lmeval.decoding.config import DecodingConfig
+    from s2d2_lmeval.decoding.options.config import DecodingConfig
 
     defaults = ", ".join(f"{name}={as_written(value)}" for name, value in facts.defaults.items())
     yield Finding("decoders", "default setting", defaults)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from s2d2_lmeval.decoding.config import DecodingConfig
     from s2d2_lmeval.decoding.generation import Generation
+    from s2d2_lmeval.decoding.options.config import DecodingConfig
     from s2d2_lmeval.model import BlockDiffusionModel
 
 SUMMARY = "continue one prompt; --trace draws the decoding order"

@@ -12,7 +12,7 @@ SUMMARY = "list the decoding options"
 _INTRODUCTION = """\
 # Decoding options
 
-<!-- Written by `make docs` from s2d2_lmeval/decoding/config.py; a test compares the two. -->
+<!-- Written by `make docs` from s2d2_lmeval/decoding/options/config.py; a test compares the two. -->
 
 The names are those of the published functions; `decoder`, `schedule`, `acceptance`, `random_source` and the options of
 `sliding` are new. They mean the same everywhere:
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the options."""
-    from s2d2_lmeval.decoding.config import DECODERS, SYNONYMS
+    from s2d2_lmeval.decoding.options.config import DECODERS, SYNONYMS
     from s2d2_lmeval.errors import ConfigError
 
     if args.decoder is not None and args.decoder not in DECODERS:
@@ -69,7 +69,7 @@ def describe() -> list[dict[str, Any]]:
     """Every option: ``name``, ``synonyms``, ``default``, ``values`` (as texts), ``meaning``, ``decoders``,
     ``schemes``.
     """
-    from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
+    from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
 
     described = []
     for field in dataclasses.fields(DecodingConfig):
@@ -140,8 +140,8 @@ def _written(options: Mapping[str, Any]) -> str:
 
 def _heading(option: dict[str, Any]) -> str:
     """Which decoders, and of which families, an option belongs to."""
-    from s2d2_lmeval.decoding.config import DECODERS
-    from s2d2_lmeval.decoding.options import SCHEMES
+    from s2d2_lmeval.decoding.options.config import DECODERS
+    from s2d2_lmeval.decoding.options.option import SCHEMES
 
     decoders, schemes = option["decoders"], option["schemes"]
     if set(decoders) == set(DECODERS):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.generation import Request
+from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.readback import Outcome
-from s2d2_lmeval.decoding.seats import Seats
+from s2d2_lmeval.decoding.state import Seats
 from s2d2_lmeval.runtime.costs import MeasureCosts
 from s2d2_lmeval.runtime.passes import Pass
 
@@ -50,7 +50,7 @@ class Plan(Protocol):
 
     @property
     def phases(self) -> np.ndarray:
-        """(R,) what each row does in it (:data:`~s2d2_lmeval.decoding.seats.KIND_OF_PHASE`)."""
+        """(R,) what each row does in it (:data:`~s2d2_lmeval.decoding.state.KIND_OF_PHASE`)."""
 
     @property
     def wanted_counts(self) -> np.ndarray:

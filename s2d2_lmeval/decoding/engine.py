@@ -11,25 +11,25 @@ from typing import ClassVar
 
 import torch
 
-from s2d2_lmeval.decoding.config import STRATEGY_OF_DECODER, DecodingConfig
-from s2d2_lmeval.decoding.ddtree import DDTree
+from s2d2_lmeval.decoding.blocks.denoising import BlockDenoiser
+from s2d2_lmeval.decoding.blocks.editing import EditingDenoiser, EditingS2D2
+from s2d2_lmeval.decoding.blocks.rows import KIND_OF_PHASE
+from s2d2_lmeval.decoding.blocks.s2d2 import S2D2
+from s2d2_lmeval.decoding.blocks.subblocks import SubblockDenoiser, SubblockS2D2
 from s2d2_lmeval.decoding.decoder import Decoder, Seating
-from s2d2_lmeval.decoding.denoising import BlockDenoiser
-from s2d2_lmeval.decoding.dflash import DFlash
-from s2d2_lmeval.decoding.editing import EditingDenoiser, EditingS2D2
 from s2d2_lmeval.decoding.generation import Generation, Progress, Request
-from s2d2_lmeval.decoding.pipelined import PipelinedDenoiser
-from s2d2_lmeval.decoding.pipelined_s2d2 import PipelinedS2D2
+from s2d2_lmeval.decoding.options.config import STRATEGY_OF_DECODER, DecodingConfig
+from s2d2_lmeval.decoding.options.spiffy import misfit
+from s2d2_lmeval.decoding.pipelined.denoising import PipelinedDenoiser
+from s2d2_lmeval.decoding.pipelined.s2d2 import PipelinedS2D2
 from s2d2_lmeval.decoding.prefixes import SharedPrefixes
-from s2d2_lmeval.decoding.rows import KIND_OF_PHASE
-from s2d2_lmeval.decoding.s2d2 import S2D2
-from s2d2_lmeval.decoding.sampling import bias_of
-from s2d2_lmeval.decoding.sliding import Sliding
-from s2d2_lmeval.decoding.spiffy import EditingSpiffy, Spiffy
-from s2d2_lmeval.decoding.spiffy_options import misfit
-from s2d2_lmeval.decoding.subblock_spiffy import SubblockSpiffy
-from s2d2_lmeval.decoding.subblocks import SubblockDenoiser, SubblockS2D2
-from s2d2_lmeval.decoding.target import Target
+from s2d2_lmeval.decoding.rounds.ddtree import DDTree
+from s2d2_lmeval.decoding.rounds.dflash import DFlash
+from s2d2_lmeval.decoding.rounds.sliding import Sliding
+from s2d2_lmeval.decoding.rounds.target import Target
+from s2d2_lmeval.decoding.sampling.filters import bias_of
+from s2d2_lmeval.decoding.spiffy.decoder import EditingSpiffy, Spiffy
+from s2d2_lmeval.decoding.spiffy.subblocks import SubblockSpiffy
 from s2d2_lmeval.errors import CapacityError, ConfigError
 from s2d2_lmeval.families import Facts
 from s2d2_lmeval.runtime import clock

@@ -17,7 +17,7 @@ from itertools import islice
 import numpy as np
 
 from s2d2_lmeval.decoding.generation import Request
-from s2d2_lmeval.decoding.seats import Seats
+from s2d2_lmeval.decoding.state import Seats
 
 WORTH_WAITING = 64
 """Positions for which a request waits until another has run them."""

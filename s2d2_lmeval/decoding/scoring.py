@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.planning import Upload
+from s2d2_lmeval.decoding.passes import Upload
 from s2d2_lmeval.errors import CapacityError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.runtime import clock

@@ -1,8 +1,9 @@
 """What ``--model_args`` may hold, and who gets which of it.
 
-Three readers share one flat list of names: the decoder (:class:`~s2d2_lmeval.decoding.config.DecodingConfig`, or the
-function given as ``custom_generate``), :func:`s2d2_lmeval.load`, and the harness's own model class, whose names keep
-their meaning. A name that none of them knows is refused with the nearest one.
+Three readers share one flat list of names: the decoder
+(:class:`~s2d2_lmeval.decoding.options.config.DecodingConfig`, or the function given as ``custom_generate``),
+:func:`s2d2_lmeval.load`, and the harness's own model class, whose names keep their meaning. A name that none of them
+knows is refused with the nearest one.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any
 
 import torch
 
-from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
-from s2d2_lmeval.decoding.names import changes_nothing, nearest
-from s2d2_lmeval.decoding.options import LARGEST, converted
-from s2d2_lmeval.decoding.sliding_options import DRAFT_SHAPES
+from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
+from s2d2_lmeval.decoding.options.names import changes_nothing, nearest
+from s2d2_lmeval.decoding.options.option import LARGEST, converted
+from s2d2_lmeval.decoding.options.sliding import DRAFT_SHAPES
 from s2d2_lmeval.errors import ConfigError, first_line, shown
 from s2d2_lmeval.harness.custom import CustomFunction, load_object
 from s2d2_lmeval.runtime.memory import RowLimit

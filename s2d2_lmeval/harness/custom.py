@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import ConfigError, RequestError, shown
 from s2d2_lmeval.harness.generation_arguments import BUDGET_NAMES
 

@@ -7,9 +7,9 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from s2d2_lmeval.decoding.names import changes_nothing
-from s2d2_lmeval.decoding.options import SYNONYMS, converted
-from s2d2_lmeval.decoding.sampling_options import GREEDY
+from s2d2_lmeval.decoding.options.names import changes_nothing
+from s2d2_lmeval.decoding.options.option import SYNONYMS, converted
+from s2d2_lmeval.decoding.options.sampling import GREEDY
 from s2d2_lmeval.errors import ConfigError, shown
 
 BUDGET_NAMES = ("max_new_tokens", *(name for name, target in SYNONYMS.items() if target == "max_new_tokens"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import ConfigError, shown
 from s2d2_lmeval.harness.prompts import Prompt
 

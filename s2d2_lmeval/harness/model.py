@@ -16,7 +16,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
+from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.harness import caching, caller, identity, loading, report, saving, secrets, templates

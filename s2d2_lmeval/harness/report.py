@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.harness import sandbox
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.runtime.memory import RowLimit

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 
-from s2d2_lmeval.decoding.config import SYNONYMS
 from s2d2_lmeval.decoding.generation import Generation, Step
+from s2d2_lmeval.decoding.options.config import SYNONYMS
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness import prompts, report
 from s2d2_lmeval.harness.generation_arguments import BUDGET_NAMES, GenerationArguments

@@ -24,14 +24,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.config import DecodingConfig
 from s2d2_lmeval.decoding.decoder import Decoder
-from s2d2_lmeval.decoding.draft_graph import ROOT, DraftGraph, Node, Pairs
 from s2d2_lmeval.decoding.engine import Engine
 from s2d2_lmeval.decoding.generation import Generation, Step
+from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.readback import StepTables
-from s2d2_lmeval.decoding.spiffy import ChainReadback, EditingSpiffy, Spiffy, signature
-from s2d2_lmeval.decoding.subblock_spiffy import SubblockSpiffy
+from s2d2_lmeval.decoding.spiffy.decoder import ChainReadback, EditingSpiffy, Spiffy, signature
+from s2d2_lmeval.decoding.spiffy.graph import ROOT, DraftGraph, Node, Pairs
+from s2d2_lmeval.decoding.spiffy.subblocks import SubblockSpiffy
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.families import Facts
 from s2d2_lmeval.model import BlockDiffusionModel

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
+from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.errors import CheckpointError, ConfigError, S2D2Error, StudyError
 from s2d2_lmeval.harness.generation_arguments import GenerationArguments
 from s2d2_lmeval.harness.identity import HUB_ONLY, code_version

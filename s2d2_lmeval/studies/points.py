@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from s2d2_lmeval.decoding.config import SYNONYMS
+from s2d2_lmeval.decoding.options.config import SYNONYMS
 from s2d2_lmeval.harness.identity import HUB_ONLY, of_plain, of_source, with_files
 
 _LOADED = ("pretrained", "draft", "tokenizer", "peft")

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from s2d2_lmeval.decoding.random import Key, KeyedSource
+from s2d2_lmeval.decoding.sampling.random import Key, KeyedSource
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.runtime.passes import Pass
 from s2d2_lmeval.runtime.runner import Runner

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from s2d2_lmeval.decoding.draft_graph import DraftGraph, Pairs
 from s2d2_lmeval.decoding.generation import Generation
+from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, Pairs
 from s2d2_lmeval.model import BlockDiffusionModel, load
 from s2d2_lmeval.studies.calibrate import calibrate
 from s2d2_lmeval.toy.corpora import CORPORA, held_out, training_stream

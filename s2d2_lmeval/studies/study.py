@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from s2d2_lmeval.decoding.config import SYNONYMS, DecodingConfig
+from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.harness.arguments import nearest, sort_arguments
 from s2d2_lmeval.harness.identity import of_plain

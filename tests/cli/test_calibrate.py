@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from s2d2_lmeval.cli import main
-from s2d2_lmeval.decoding.draft_graph import load_graph
+from s2d2_lmeval.decoding.spiffy.graph import load_graph
 
 ARGUMENTS = "pretrained=toy,base=static,block_length=4,max_new_tokens=12,dtype=float32"
 

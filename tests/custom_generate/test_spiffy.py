@@ -9,7 +9,7 @@ import torch
 
 from s2d2_lmeval.custom_generate.sdar import block_diffusion_generate_baseline
 from s2d2_lmeval.custom_generate.spiffy import spiffy_generate
-from s2d2_lmeval.decoding.draft_graph import DraftGraph
+from s2d2_lmeval.decoding.spiffy.graph import DraftGraph
 from s2d2_lmeval.errors import ConfigError, RequestError
 from tests.decoding.tiny import VOCABULARY, engine, tiny_model
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, Qwen3ForCausalLM, StoppingCriteria, d
 
 import s2d2_lmeval
 from s2d2_lmeval.custom_generate.generate import generate
-from s2d2_lmeval.decoding.config import SYNONYMS
+from s2d2_lmeval.decoding.options.config import SYNONYMS
 from s2d2_lmeval.errors import ConfigError, RequestError
 
 from .checkpoints import REPOSITORY, SDAR

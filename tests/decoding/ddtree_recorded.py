@@ -13,9 +13,9 @@ from unittest.mock import patch
 import torch
 
 from s2d2_lmeval import BlockDiffusionModel
-from s2d2_lmeval.decoding import trees
 from s2d2_lmeval.decoding.generation import Generation
-from s2d2_lmeval.decoding.target_passes import TargetRows
+from s2d2_lmeval.decoding.rounds import trees
+from s2d2_lmeval.decoding.rounds.target_passes import TargetRows
 
 DATA = Path(__file__).parent / "data" / "ddtree"
 STOP = 62

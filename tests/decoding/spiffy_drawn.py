@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from s2d2_lmeval.decoding.draft_graph import DraftGraph
+from s2d2_lmeval.decoding.spiffy.graph import DraftGraph
 
 from .drawn import MASK, prompts
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from s2d2_lmeval import BlockDiffusionModel, load
-from s2d2_lmeval.decoding import target as rounds
 from s2d2_lmeval.decoding.generation import ACCEPTED
-from s2d2_lmeval.decoding.target_passes import TargetPlan
+from s2d2_lmeval.decoding.rounds import target as rounds
+from s2d2_lmeval.decoding.rounds.target_passes import TargetPlan
 from s2d2_lmeval.errors import ConfigError, NumericalError
 from s2d2_lmeval.families import adopt
 from s2d2_lmeval.runtime.passes import TARGET, Layout, Pass

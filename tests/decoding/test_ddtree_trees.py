@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from s2d2_lmeval.decoding import trees
-from s2d2_lmeval.decoding.ddtree import nodes_worth_running
+from s2d2_lmeval.decoding.rounds import trees
+from s2d2_lmeval.decoding.rounds.ddtree import nodes_worth_running
 
 
 @pytest.mark.parametrize("seed", range(4))

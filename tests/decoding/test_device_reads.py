@@ -17,8 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2d2_lmeval import BlockDiffusionModel
-from s2d2_lmeval.decoding.draft_graph import DraftGraph
 from s2d2_lmeval.decoding.engine import DECODER_CLASSES
+from s2d2_lmeval.decoding.spiffy.graph import DraftGraph
 
 from . import drafting_tiny, editing_tiny, pipelined_cases, subblocks_drawn
 from .tiny import engine

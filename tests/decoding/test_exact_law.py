@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from s2d2_lmeval import BlockDiffusionModel
-from s2d2_lmeval.decoding import s2d2
+from s2d2_lmeval.decoding.blocks import s2d2
 
 from .branching import Path
 from .tiny import engine

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from s2d2_lmeval import DecodingConfig, load
-from s2d2_lmeval.decoding.draft_graph import parse_graph
+from s2d2_lmeval.decoding.spiffy.graph import parse_graph
 from s2d2_lmeval.errors import RequestError
 from s2d2_lmeval.runtime.memory import RowLimit
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2d2_lmeval.decoding.random import ACCEPT, DRAFT, Key, KeyedSource, hashed
+from s2d2_lmeval.decoding.sampling.random import ACCEPT, DRAFT, Key, KeyedSource, hashed
 
 WORDS = torch.arange(3).unsqueeze(1) * 7, torch.arange(5).expand(3, 5) + 2**33, torch.tensor([[0], [4], [1]])
 """Request, position, draw of three rows of five places."""

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from s2d2_lmeval.decoding import row_statistics as module
-from s2d2_lmeval.decoding.row_statistics import arg_max, in_torch, likeliest, probability_of, row_statistics
+from s2d2_lmeval.decoding.sampling import row_statistics as module
+from s2d2_lmeval.decoding.sampling.row_statistics import arg_max, in_torch, likeliest, probability_of, row_statistics
 
 SHAPES = [(1, 1), (3, 5), (7, 64), (4, 65), (9, 640), (33, 5000), (6, 4160)]
 
@@ -99,8 +99,8 @@ def test_tokens_and_their_probabilities() -> None:
 
 INTERPRETED = """
 import torch
-from s2d2_lmeval.decoding import row_statistics_kernel as kernel
-from s2d2_lmeval.decoding.row_statistics import in_torch
+from s2d2_lmeval.decoding.sampling import row_statistics_kernel as kernel
+from s2d2_lmeval.decoding.sampling.row_statistics import in_torch
 kernel.BLOCK = 64
 for rows, vocabulary in ((1, 1), (3, 5), (7, 64), (4, 65), (9, 640)):
     x = 4 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(vocabulary))

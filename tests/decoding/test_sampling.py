@@ -21,7 +21,7 @@ from transformers.generation import (
 )
 
 from s2d2_lmeval import DecodingConfig
-from s2d2_lmeval.decoding.sampling import bias_of, filtered
+from s2d2_lmeval.decoding.sampling.filters import bias_of, filtered
 from s2d2_lmeval.errors import ConfigError
 
 from .test_sliding import ENGINES

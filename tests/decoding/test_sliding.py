@@ -11,7 +11,7 @@ import torch
 
 from s2d2_lmeval import BlockDiffusionModel, DecodingConfig
 from s2d2_lmeval.decoding.generation import Generation
-from s2d2_lmeval.decoding.tree_budget import QueryBudget
+from s2d2_lmeval.decoding.rounds.budgets import QueryBudget
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.runtime import clock
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from s2d2_lmeval import DecodingConfig
-from s2d2_lmeval.decoding import random, sliding, tree_acceptance
+from s2d2_lmeval.decoding.rounds import acceptance as tree_acceptance
+from s2d2_lmeval.decoding.rounds import sliding
+from s2d2_lmeval.decoding.sampling import random
 
 from .branching import Path
 from .test_exact_law import EXACT, Law, ar_law, distance

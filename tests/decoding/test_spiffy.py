@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from s2d2_lmeval import BlockDiffusionModel, DecodingConfig, load
-from s2d2_lmeval.decoding.draft_graph import DraftGraph, load_graph, parse_graph
 from s2d2_lmeval.decoding.engine import DECODER_CLASSES
 from s2d2_lmeval.decoding.generation import Generation
-from s2d2_lmeval.decoding.spiffy import Spiffy
+from s2d2_lmeval.decoding.spiffy.decoder import Spiffy
+from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, load_graph, parse_graph
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness.report import Totals
 from s2d2_lmeval.runtime.costs import CostCurve

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from s2d2_lmeval import DecodingConfig
-from s2d2_lmeval.decoding.draft_graph import DraftGraph, parse_graph, reachable
+from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, parse_graph, reachable
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.studies.calibrate import Counts, RankedStep, calibrate, choose, count, trace
 

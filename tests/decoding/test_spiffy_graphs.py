@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from s2d2_lmeval.decoding.draft_graph import DraftGraph, load_graph, parse_graph
-from s2d2_lmeval.decoding.draft_states import Eligibility, RankTables, StateDrafter
+from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, load_graph, parse_graph
+from s2d2_lmeval.decoding.spiffy.states import Eligibility, RankTables, StateDrafter
 from s2d2_lmeval.errors import ConfigError
 
 MASK = 99

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2d2_lmeval.decoding import s2d2
+from s2d2_lmeval.decoding.blocks import s2d2
 
 from .subblocks_drawn import engine
 from .test_exact_law import EXACT, Enumeration, Law, ar_law, distance

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from s2d2_lmeval import DecodingConfig
-from s2d2_lmeval.decoding.routing import DraftView
-from s2d2_lmeval.decoding.throughput import BINS, AcceptanceCurve, ThroughputPolicy, VerifyCosts
+from s2d2_lmeval.decoding.routing.policies import DraftView
+from s2d2_lmeval.decoding.routing.throughput import BINS, AcceptanceCurve, ThroughputPolicy, VerifyCosts
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.runtime.costs import CostCurve
 

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2d2_lmeval.decoding import tree_budget, trees
-from s2d2_lmeval.decoding.tree_passes import NOBODY, NODE, TEXT, VERIFIER, WINDOW, ancestors, tree_visibility
+from s2d2_lmeval.decoding.rounds import budgets as tree_budget
+from s2d2_lmeval.decoding.rounds import trees
+from s2d2_lmeval.decoding.rounds.passes import NOBODY, NODE, TEXT, VERIFIER, WINDOW, ancestors, tree_visibility
 
 
 def marginals(seed: int, rows: int, depths: int, choices: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from s2d2_lmeval import BlockDiffusionModel, DecodingConfig, load
-from s2d2_lmeval.decoding import random as keyed
+from s2d2_lmeval.decoding.sampling import random as keyed
 
 from .oracle import Draws, Options
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from s2d2_lmeval.decoding.draft_graph import DraftGraph, load_graph
+from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, load_graph
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families import checkpoint_facts, load_checkpoint
 from s2d2_lmeval.model import BlockDiffusionModel

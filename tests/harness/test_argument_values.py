@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from s2d2_lmeval.cli import COMMANDS, build_parser, main
-from s2d2_lmeval.decoding.config import DecodingConfig
-from s2d2_lmeval.decoding.names import FOREIGN
+from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.names import FOREIGN
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness import arguments
 from s2d2_lmeval.harness.arguments import rows_in_flight, sort_arguments

@@ -10,7 +10,7 @@ import yaml
 
 from s2d2_lmeval.cli import main
 from s2d2_lmeval.cli.sweep import chosen
-from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import S2D2Error, StudyError
 from s2d2_lmeval.families.facts import Facts
 from s2d2_lmeval.families.registry import family_named

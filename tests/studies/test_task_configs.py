@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from s2d2_lmeval.decoding.config import DecodingConfig
+from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness.task_data import load_documents
 from s2d2_lmeval.harness.task_helpers import METRICS

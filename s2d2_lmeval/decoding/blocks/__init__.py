@@ -1,0 +1,1 @@
+"""Blocks denoised one after the other: remasking, editing, sub-blocks, S2D2."""

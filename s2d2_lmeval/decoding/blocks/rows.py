@@ -1,0 +1,95 @@
+"""The rows in flight of block decoders: what each sequence holds, on the device and mirrored on the host.
+
+The host knows where every row stands (phase, block, lengths), so the next pass can be laid out without asking the
+device. The device holds the tokens. One small read per engine step keeps the mirror true.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from s2d2_lmeval.decoding.generation import Request
+from s2d2_lmeval.decoding.state import COMMIT, DRAFT, IDLE, KIND_OF_PHASE, PREFILL, VERIFY, Seats
+
+__all__ = ["COMMIT", "DRAFT", "IDLE", "KIND_OF_PHASE", "PREFILL", "VERIFY", "Rows"]
+
+
+class Rows(Seats):
+    """State of ``count`` sequences of up to ``length`` positions in blocks of ``block_length`` (B).
+
+    ``store`` (count, length + B + 1 + D * B) on the device holds each row's canvas (prompt, decided tokens, masks),
+    behind it the current block with every mask drafted, one mask token, and D drafted states of the block: all that a
+    pass may want to feed, addressable by one index.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        length: int,
+        block_length: int,
+        mask_token_id: int,
+        device: torch.device,
+        draft_states: int = 0,
+    ) -> None:
+        super().__init__(count)
+        self.length = -(-length // block_length) * block_length
+        self.block_length = self.prefix_grain = block_length
+        self.mask_token_id = mask_token_id
+        self.device = device
+        self.draft_states = draft_states
+        self.states_at = self.length + block_length + 1
+        """Where the drafted states begin in the store."""
+        stride = self.states_at + draft_states * block_length
+        self.store = torch.full((count, stride), mask_token_id, dtype=torch.long, device=device)
+        self.start = np.zeros(count, dtype=np.int64)
+        """First position of the current block."""
+        self.total = np.zeros(count, dtype=np.int64)
+        """End of the last block."""
+        self.step = np.zeros(count, dtype=np.int64)
+        """Denoising steps of the current block that are complete."""
+        self.block = np.full((count, block_length), mask_token_id, dtype=np.int64)
+        """Mirror of the current block."""
+        self.wanted = np.zeros((count, block_length), dtype=bool)
+        """Places of the block whose logits the next forward must give."""
+        self.span = np.zeros((count, block_length), dtype=bool)
+        """Places of the block that are before the verifier."""
+
+    @property
+    def stride(self) -> int:
+        """Distance of two rows in the flattened store."""
+        return self.store.shape[1]
+
+    @property
+    def masks(self) -> np.ndarray:
+        """(count, B) undecided places of the current block."""
+        return self.block == self.mask_token_id
+
+    def admit(self, slot: int, request: Request) -> None:
+        """Seat a request; its first block begins at the last block boundary in the prompt."""
+        super().admit(slot, request)
+        prompt, block = len(request.prompt), self.block_length
+        self.store[slot, : self.length] = self.mask_token_id
+        self.store[slot, :prompt] = torch.tensor(request.prompt, dtype=torch.long)
+        self.total[slot] = -(-(prompt + request.max_new_tokens) // block) * block
+        self.tokens[slot] = list(request.prompt[: prompt // block * block])
+        self.begin_block(slot, prompt // block * block)
+
+    def begin_block(self, slot: int, start: int) -> None:
+        """Turn to the block at ``start``; it holds what is left of the prompt, then masks."""
+        self.start[slot] = start
+        self.step[slot] = 0
+        self.block[slot] = self.mask_token_id
+        request = self.requests[slot]
+        assert request is not None
+        rest = request.prompt[start : start + self.block_length]
+        self.block[slot, : len(rest)] = rest
+
+    def end_block(self, slot: int, stop_token_ids: tuple[int, ...], ends: bool = True) -> None:
+        """The current block is finished: take its tokens over and see whether the answer ends here.
+
+        ``ends`` as in :meth:`extend`.
+        """
+        self.progress[slot].blocks += 1
+        struck = self.extend(slot, self.block[slot].tolist(), stop_token_ids, ends)
+        self.ended[slot] = struck or self.start[slot] + self.block_length >= self.total[slot]

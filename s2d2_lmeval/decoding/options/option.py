@@ -1,0 +1,222 @@
+"""How a decoding option is described and checked, and the names that options go by."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from s2d2_lmeval.decoding.options.names import nearest
+from s2d2_lmeval.errors import ConfigError, shown
+
+STRATEGY_OF_DECODER = {
+    "sequential": "sequential",
+    "static": "low_confidence_static",
+    "dynamic": "low_confidence_dynamic",
+    "entropy_bounded": "entropy_bounded",
+}
+FIXED_STRATEGIES = {**STRATEGY_OF_DECODER, "ar": "sequential", "editing": "low_confidence_dynamic"}
+"""Remasking strategies of the decoders that have no choice."""
+
+DENOISERS = (*STRATEGY_OF_DECODER, "editing", "s2d2")
+BASES = (*STRATEGY_OF_DECODER, "editing")
+"""Decoders whose steps can be skipped; then their options apply too."""
+DRAFTED = ("dflash", "ddtree")
+"""Decoders that need a drafter beside the model."""
+DECODERS = ("ar", *DENOISERS, "sliding", "spiffy", "pipelined", *DRAFTED)
+
+_PRECISION = " (tested in float32 and float64; in bfloat16 and float16 near-ties can fall either way)"
+
+PROMISES = {
+    "ar": "the model's own autoregressive law: one token at a time at block size one",
+    "sequential": "the definition of sequential block denoising",
+    "static": "the definition of static low-confidence remasking",
+    "dynamic": "the definition of dynamic (confidence-threshold) remasking",
+    "entropy_bounded": "the definition of entropy-bounded remasking",
+    "editing": "the definition of block denoising with token editing (LLaDA2)",
+    "pipelined": "the definition of pipelined block denoising (D2F)",
+    "sliding": f"the model's own autoregressive law, token for token the output of ar with the same seed{_PRECISION}",
+    "dflash": f"the target's own autoregressive law, token for token the output of ar with the same seed{_PRECISION}",
+    "ddtree": f"the target's own autoregressive law, token for token the output of ar with the same seed{_PRECISION}",
+    "spiffy": f"the output of the decoder that it accelerates, state by state, with the same seed{_PRECISION}",
+    "s2d2": "the published S2D2 algorithm; the AR law exactly when every draft is sampled and verified under "
+    "AR-like caching (in sub-blocks the first tokens too, with sample_first_token), otherwise neither the AR nor the "
+    "diffusion law",
+}
+
+SYNONYMS = {
+    "block_size": "block_length",
+    "threshold": "confidence_threshold",
+    "skip_threshold": "confidence_threshold",
+    "max_gen_toks": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "gen_length": "max_new_tokens",
+    "stopping_criteria_idx": "stop_token_ids",
+    "stop_token": "stop_token_ids",
+    "eos_id": "stop_token_ids",
+    "bad_words_ids": "suppress_tokens",
+    "sequence_bias": "logit_bias",
+}
+
+SCHEMES = ("block", "editing", "subblock", "pipelined", "autoregressive")
+"""How a family lays out a generation (:attr:`s2d2_lmeval.families.Facts.scheme`)."""
+
+LARGEST = 2**31 - 1
+"""Of whole numbers that have no bound of their own: they are counted in tensors."""
+
+
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    decoders: tuple[str, ...] = DECODERS,
+    schemes: tuple[str, ...] = SCHEMES,
+    choices: tuple[Any, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    init: bool = True,
+    reasons: Mapping[str, str] | None = None,
+    neutral: tuple[Any, ...] = (),
+) -> Any:
+    """A field of :class:`~s2d2_lmeval.decoding.options.config.DecodingConfig` with what it takes to check and explain
+    it.
+
+    ``reasons`` say why some values that one might expect are no choices; ``neutral`` are other tools' ways to write the
+    default.
+    """
+    metadata = {
+        "meaning": meaning,
+        "decoders": decoders,
+        "schemes": schemes,
+        "choices": choices,
+        "low": low,
+        "high": high,
+        "reasons": reasons or {},
+        "neutral": neutral,
+    }
+    return dataclasses.field(default=default, init=init, metadata=metadata)
+
+
+def checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    """``value`` in the type of ``field``, within its choices and range; None is the default."""
+    name, meta = field.name, field.metadata
+    kind = str(field.type).removesuffix(" | None")
+    if value is None:
+        return None if str(field.type).endswith("None") else field.default
+    value = converted(name, kind, value)
+    if value in meta["neutral"]:
+        return field.default
+    if meta["choices"] is not None and value not in meta["choices"]:
+        hint = nearest(value, map(str, meta["choices"]))
+        if value in meta["reasons"]:
+            hint = f" {value} is none: {meta['reasons'][value]}."
+        raise ConfigError(f"{name}={shown(value)} is not one of: {', '.join(map(str, meta['choices']))}.{hint}")
+    if value == "auto" or kind in ("bool", "str") or not isinstance(value, (int, float)):
+        return value
+    low, high = meta["low"], meta["high"]
+    if high is None and isinstance(value, int) and name != "seed":
+        high = LARGEST
+    if low is not None and value < low:
+        raise ConfigError(f"{name}={shown(value)} is too small; it must be at least {low:g}.")
+    if high is not None and value > high:
+        raise ConfigError(f"{name}={shown(value)} is too large; it must be at most {high}.")
+    return value
+
+
+def converted(name: str, kind: str, value: Any) -> Any:
+    """``value`` as a ``kind``; numbers may be written as texts, as YAML reads 1e-5."""
+    try:
+        if kind == "bool" and str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        if kind == "float":
+            return _number(value)
+        if kind == "int" or (kind == "int | str" and value != "auto"):
+            return _whole(value)
+        if kind in ("str", "int | str") and isinstance(value, str):
+            return value
+        if kind == "tuple[int, ...]":
+            return _token_ids(value)
+        if kind == "tuple[tuple[int, float], ...]":
+            return _biases(value)
+        if kind == "object" and _is_source(value):
+            return value
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        pass
+    raise ConfigError(f"{name}={shown(value)} is not of the right type; it takes {_KINDS[kind]}.")
+
+
+def _is_source(value: Any) -> bool:
+    """Whether randomness can be drawn from ``value``."""
+    if isinstance(value, str):
+        return value in ("keyed", "fixed", "torch")
+    return callable(getattr(value, "uniform", None)) and callable(getattr(value, "categorical", None))
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):
+        raise TypeError
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+        return int(value)
+    number = _number(value)
+    if number != int(number):
+        raise ValueError
+    return int(number)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    """One id, several, or lists that hold one each (as ``bad_words_ids`` of transformers)."""
+    several = value if isinstance(value, (list, tuple, set, frozenset)) else (value,)
+    return tuple(_token_id(one) for one in several)
+
+
+def _token_id(value: Any) -> int:
+    if isinstance(value, (list, tuple)):
+        if len(value) != 1:
+            raise ConfigError(
+                f"{shown(value)} is not a single token: whether a sequence goes on depends on the tokens before, and a "
+                "block's tokens are decided together. Give single tokens."
+            )
+        value = value[0]
+    token = _whole(value)
+    if not 0 <= token <= LARGEST:
+        raise ValueError
+    return token
+
+
+def _biases(value: Any) -> tuple[tuple[int, float], ...]:
+    """Ids to what is added to their logits: a mapping or pairs, each id alone or in a list (as ``sequence_bias``)."""
+    if isinstance(value, str):
+        value = json.loads(value)
+    pairs = value.items() if isinstance(value, Mapping) else value
+    biases: dict[int, float] = {}
+    for token, bias in pairs:
+        token = json.loads(token) if isinstance(token, str) else token
+        biases[_token_id(token)] = _number(bias)
+    return tuple(sorted(biases.items()))
+
+
+_KINDS = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "int | str": "a whole number or auto",
+    "float": "a finite number",
+    "str": "a name",
+    "tuple[int, ...]": "a list of token ids",
+    "object": "keyed, fixed, torch, or an object with uniform(n) and categorical(probabilities)",
+    "tuple[tuple[int, float], ...]": "token ids and what to add to their logits, such as {5: -2.5}",
+}

@@ -1,0 +1,63 @@
+"""The decoding options of what is drawn: randomness, temperature, filters, suppressed and favoured tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from s2d2_lmeval.decoding.options.option import option
+
+GREEDY = 1e-6
+"""Temperatures below are zero."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Part of :class:`~s2d2_lmeval.decoding.options.config.DecodingConfig`.
+
+    Filters and biases are functions of one row of logits, the same for draft and verifier. As in transformers, biases
+    and suppressed tokens count for the arg-max too, and filters for what is drawn.
+    """
+
+    random_source: object = option("keyed", "keyed (by request and position), fixed, torch, or an object of your own")
+    seed: int = option(0, "seed of keyed randomness; in an evaluation, if not given, the harness's --seed")
+    do_sample: bool = option(
+        False,
+        "sample the draft, at temperature 1 if none is given; otherwise it is the arg-max. A temperature alone decides",
+    )
+    temperature: float = option(1.0, "softmax temperature of draft and verifier", low=0.0)
+    top_k: int = option(0, "keep the k most probable tokens; 0: all", low=0, neutral=(-1,))
+    top_p: float = option(1.0, "keep the smallest set of tokens with this probability", low=0.0, high=1.0)
+    min_p: float = option(0.0, "keep tokens with this share of the best one's probability", low=0.0, high=1.0)
+    typical_p: float = option(
+        1.0, "keep the tokens whose surprise is nearest to the entropy, up to this probability", low=0.0, high=1.0
+    )
+    suppress_tokens: tuple[int, ...] = option((), "token ids that are never predicted")
+    logit_bias: tuple[tuple[int, float], ...] = option((), "token ids and what to add to their logits")
+    sample_first_token: bool = option(
+        False,
+        "with do_sample, sample a block's first token too, which published code takes as the arg-max",
+        decoders=("dynamic", "s2d2"),
+        schemes=("subblock",),
+    )
+    suppress_mask_token: bool = option(
+        True, "never predict the mask token (published code may; then a block's last steps forbid it)"
+    )
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the draft is sampled rather than the arg-max."""
+        return self.do_sample
+
+    @property
+    def keyed(self) -> bool:
+        """Whether draws are named, so that neither their order nor the batch matters."""
+        return isinstance(self.random_source, str) and self.random_source in ("keyed", "fixed")
+
+    def _sampling_faults(self) -> Iterator[str]:
+        """What is wrong between these options."""
+        if self.do_sample and self.temperature < GREEDY:
+            yield (
+                f"do_sample=true contradicts temperature={self.temperature:g}, which is greedy: raise the temperature, "
+                "or drop do_sample."
+            )

@@ -1,0 +1,162 @@
+"""S2D2 on pipelined blocks: the verifier looks at the first run of masks, across blocks (arXiv 2603.25702).
+
+An iteration of a row, with the verification as a second forward:
+
+1. open    the next block, once the last one is decided far enough
+2. draft   tokens and their confidence at every mask of every open block, which also commits decided blocks in front
+3. route   decide whether the first run of masks (the span) is worth verifying
+4. verify  score the span left to right in verifier blocks of ``target_block_size``; accept a prefix, replace the first
+           rejected token, and optionally accept later runs
+5. top up  blocks that may be forced on and were decided too little
+"""
+
+from __future__ import annotations
+
+import torch
+
+from s2d2_lmeval.decoding.blocks.s2d2 import first_run
+from s2d2_lmeval.decoding.blocks.stages import Decisions
+from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, RESAMPLED
+from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.pipelined.denoising import PipelinedDenoiser
+from s2d2_lmeval.decoding.pipelined.planning import Window
+from s2d2_lmeval.decoding.pipelined.rows import PipelineRows
+from s2d2_lmeval.decoding.routing.estimators import acceptance_estimate
+from s2d2_lmeval.decoding.routing.policies import DraftView, policy_of
+from s2d2_lmeval.decoding.sampling import random
+from s2d2_lmeval.decoding.sampling.acceptance import Verdict, acceptance_ratio, judge, residual
+from s2d2_lmeval.decoding.sampling.filters import filtered
+from s2d2_lmeval.decoding.sampling.row_statistics import row_statistics
+from s2d2_lmeval.errors import ConfigError
+
+
+class PipelinedS2D2(PipelinedDenoiser):
+    """The decoder ``s2d2`` on pipelined blocks."""
+
+    verifies = True
+
+    def __init__(self, config: DecodingConfig, rows: PipelineRows, token_shift: bool, prefill_chunk: int) -> None:
+        super().__init__(config, rows, token_shift, prefill_chunk)
+        if config.do_verify_policy in ("contextual_bandit_ucb", "throughput"):
+            raise ConfigError(
+                f"do_verify_policy={config.do_verify_policy} is made for one block at a time; use another."
+            )
+        self.policy = policy_of(config, rows.count, rows.device)
+        self.scores = config.do_verify_policy in ("score_threshold", "score_hysteresis")
+        # Draft logits wait here for the verification that follows at once; ``slot`` says which of them is of a place.
+        self.draft_logits = torch.empty(0, device=rows.device)
+        self.draft_slot = torch.zeros((rows.count, rows.places + 1), dtype=torch.long, device=rows.device)
+
+    @property
+    def capacity(self) -> int:
+        # The verifier's masks lie behind the drafted window.
+        return self.rows.length + (1 if self.token_shift else self.rows.places)
+
+    def admitted(self, slot: int) -> None:
+        super().admitted(slot)
+        self.policy.reset(slot)
+
+    def _decide(self, decisions: Decisions, window: Window, verify: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+        span = first_run(decisions.masks)
+        if len(verify):
+            self._verify(decisions, window, span & window.verifying.unsqueeze(1), verify)
+        route = torch.zeros_like(span)
+        if len(draft):
+            at = self._plan.draft.at
+            self.draft_logits = draft
+            self.draft_slot = torch.zeros_like(self.draft_slot).index_put(
+                (at[0], window.column[at]), torch.arange(len(draft), device=draft.device)
+            )
+            route = self._route(decisions.masks, span, window, draft)
+        self._top_up(decisions, window, ~route.any(-1, keepdim=True))
+        return route
+
+    def _route(self, masks: torch.Tensor, span: torch.Tensor, window: Window, draft: torch.Tensor) -> torch.Tensor:
+        """The span (count, W) of every drafting row that is to be verified; empty elsewhere."""
+        confidence, at = self._of(window, self.confidence), self._plan.draft.at
+        estimate = torch.zeros_like(confidence)
+        if self.scores:
+            config = self.config
+            law = filtered(draft, config)
+            guess = acceptance_estimate(row_statistics(law), draft.shape[1], confidence[at], config)
+            estimate = estimate.index_put(at, guess)
+        decided = (window.open & ~masks).sum(-1)
+        view = DraftView(window.drafting, masks, span, confidence, estimate, None, decided)
+        return span & (self.policy.decide(view) & window.drafting).unsqueeze(1)
+
+    def _verify(self, decisions: Decisions, window: Window, span: torch.Tensor, logits: torch.Tensor) -> None:
+        """Decide from the verifier's ``logits`` the accepted prefix of each ``span`` (count, W), a replacement for the
+        first rejected token, and later runs.
+        """
+        config, at = self.config, self._plan.verify.at
+        tokens, confidence = self._of(window, self.tokens), self._of(window, self.confidence)
+        verifier = self._law(logits)
+        q = verifier.gather(-1, tokens[at].unsqueeze(-1)).squeeze(-1)
+        self.sound = self.sound & ~q.isnan().any()
+        greedy = config.acceptance == "greedy"
+        if greedy:
+            replacement = torch.full_like(tokens, -1).index_put(at, verifier.argmax(-1))
+            passes = replacement == tokens
+        else:
+            tempered = acceptance_ratio(q, confidence[at], config.ssd_ratio_tempering_factor)
+            ratio = torch.zeros_like(confidence).index_put(at, tempered)
+            passes = self.source.uniform(window.draws(random.ACCEPT), span).to(ratio.dtype) < ratio
+        if config.ssd_threshold_draft_confidence:
+            bar = config.draft_confidence_threshold
+            passes = passes & (confidence > (config.confidence_threshold if bar is None else bar))
+        verdict = judge(passes, span)
+        decisions.decide(verdict.accepted, tokens, ACCEPTED)
+        place = torch.arange(span.shape[1], device=span.device)
+        if config.allow_resample:
+            rejected = span & (place == verdict.rejected.unsqueeze(1))
+            if config.verify_confidence_threshold is not None:
+                believed = torch.zeros_like(confidence).index_put(at, q)
+                rejected = rejected & (believed >= config.verify_confidence_threshold)
+            if not greedy:
+                replacement = self._resample(verifier, verdict, rejected, window)
+            decisions.decide(rejected, replacement, RESAMPLED)
+        if config.ssd_partial_ar_span:
+            later = span & passes & (place > verdict.rejected.unsqueeze(1)) & (window.step > 0)
+            decisions.decide(runs_of(later, config.ssd_partial_ar_span), tokens, ACCEPTED)
+
+    def _resample(
+        self, verifier: torch.Tensor, verdict: Verdict, rejected: torch.Tensor, window: Window
+    ) -> torch.Tensor:
+        """A token from the residual at the first rejected place of every verified row, in a table (count, W)."""
+        plan, width = self._plan, rejected.shape[1]
+        rows, tokens = plan.verify_slots, self._of(window, self.tokens)
+        if self.source.sequential:
+            # Published code draws only where something is replaced; one row at a time, so reading it here is no loss.
+            rows = rows[rejected[rows].any(-1)]
+            if not len(rows):
+                return tokens
+        places = verdict.rejected[rows].clamp_max(width - 1)
+        index = torch.arange(len(verifier), device=verifier.device)
+        slot_of = torch.zeros_like(tokens).index_put(plan.verify.at, index)
+        draft = self._law(self.draft_logits[self._of(window, self.draft_slot)[rows, places]])
+        leftover = residual(verifier[slot_of[rows, places]], draft)
+        drawn = self.source.categorical(leftover, window.draws(random.RESAMPLE).take((rows, places)))
+        return tokens.index_put((rows, places), drawn)
+
+    def _top_up(self, decisions: Decisions, window: Window, among: torch.Tensor) -> None:
+        """Give blocks that may be forced on their minimum of tokens, or all confident ones where these are enough."""
+        least = max(self.config.min_tokens_per_step, 1)
+        score = self._of(window, self.score)
+        left = decisions.masks & window.forced & among
+        decided = self._per_block(decisions.masked_before & ~decisions.masks).sum(-1, keepdim=True)
+        high = left & (score >= self.config.confidence_threshold)
+        due = torch.minimum(least - decided, self._per_block(left).sum(-1, keepdim=True))
+        confident = self._per_block(high).sum(-1, keepdim=True)
+        count = torch.where((due > 0) & (confident > due), confident, due)
+        order = self._ranks(score, left)
+        chosen = (self._per_block(order) < count).view(order.shape) & left
+        decisions.decide(chosen, self._of(window, self.tokens), DENOISED, order)
+
+
+def runs_of(places: torch.Tensor, least: int) -> torch.Tensor:
+    """The contiguous runs of ``places`` (R, W) that are at least ``least`` long."""
+    begins = places & ~torch.nn.functional.pad(places, (1, 0))[:, :-1]
+    run = begins.long().cumsum(-1) * places
+    length = torch.zeros(places.shape[0], places.shape[1] + 1, dtype=torch.long, device=places.device)
+    length = length.scatter_add(1, run, places.long())
+    return places & (length.gather(1, run) >= least)

@@ -1,0 +1,1 @@
+"""Rounds of draft and verification with the autoregressive law: sliding, DFlash, DDTree."""

@@ -1,0 +1,86 @@
+"""DDTree: the best draft tree of a budget of nodes out of one block-diffusion draft (arXiv 2604.12989).
+
+The drafter gives a distribution per place of its block. A node of the tree is a prefix, and its value the product of
+its tokens' probabilities, which is how likely it is to be accepted if the drafter is right; the best tree of N nodes
+holds the N likeliest prefixes (:func:`~s2d2_lmeval.decoding.rounds.trees.grow`). The target verifies all of them in one
+pass, and the rest is as in :mod:`~s2d2_lmeval.decoding.rounds.dflash`.
+
+``tree_budget=auto``  A forward costs more the wider it is, and the next node is worth less than the last. Out of the
+nodes of all rows in flight the best k are run; k is where the expected tokens of the round per second, by the measured
+cost of target and drafter, are highest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from s2d2_lmeval.decoding.rounds import trees
+from s2d2_lmeval.decoding.rounds.dflash import DFlash
+from s2d2_lmeval.runtime.costs import MeasureCosts
+from s2d2_lmeval.runtime.passes import DRAFTER
+
+if TYPE_CHECKING:
+    from s2d2_lmeval.decoding.options.config import DecodingConfig
+    from s2d2_lmeval.families import Facts
+
+WIDEST, WIDEST_FORWARD = 256, 1024
+"""What ``tree_budget=auto`` considers: nodes per row, and queries of all rows together."""
+
+
+class DDTree(DFlash):
+    """The decoder ``ddtree``."""
+
+    seconds_of: torch.Tensor | None = None
+    """Under ``tree_budget=auto``, seconds of a round (count * queries per row + 1,) by the target's queries."""
+
+    @classmethod
+    def most_nodes(cls, config: DecodingConfig, facts: Facts, slots: int) -> int:
+        if config.tree_budget != "auto":
+            return int(config.tree_budget)
+        share = WIDEST_FORWARD // (slots * (1 if facts.token_shift else 2))
+        return max(min(WIDEST, share), cls.most_depths(config, facts))
+
+    @property
+    def node_queries(self) -> int:
+        """Queries of the target that a node takes: its own, and in un-shifted targets its verifier."""
+        return 1 if self.facts.token_shift else 2
+
+    def weigh(self, measure_costs: MeasureCosts) -> None:
+        """With ``tree_budget=auto``, learn what rounds cost at this batch."""
+        if self.config.tree_budget == "auto":
+            rows, widest = self.rows.count, self.node_queries * self.rows.depth.shape[1]
+            target = measure_costs(widest)(np.arange(rows * widest + 1))
+            block = self.depths + 1
+            draft = measure_costs(block, model=DRAFTER)(rows * block)
+            self.seconds_of = torch.from_numpy(target + draft).to(self.rows.device)
+
+    def _grow(self, log_p: torch.Tensor) -> trees.Tree:
+        nodes = self.rows.depth.shape[1] - 1
+        best, token = log_p.topk(min(max(nodes, 1), log_p.shape[-1]), dim=-1)
+        # In double precision, so that the order of nodes is that of exact sums.
+        best = best.double() * self.config.tree_sharpen
+        return trees.grow(best, token, nodes, seed_chain=self.config.tree_seed_chain)
+
+    def _nodes_to_run(self, tree: trees.Tree) -> np.ndarray | int:
+        if self.seconds_of is None:
+            return tree.token.shape[1]
+        return nodes_worth_running(tree, self.seconds_of, self.node_queries).cpu().numpy()
+
+
+def nodes_worth_running(tree: trees.Tree, seconds_of: torch.Tensor, node_queries: int) -> torch.Tensor:
+    """How many nodes of each row's ``tree`` (R, N) to run (R,), so that expected tokens per second are highest.
+
+    Nodes of a row may be left out from the end; what one is worth is the least value up to it, so that a seeded chain
+    is judged as it stands. ``seconds_of`` (Q,) are those of a round of 0, 1, ... queries.
+    """
+    rows = len(tree.value)
+    value, order = tree.value.cummin(1).values.flatten().sort(descending=True, stable=True)
+    taken = torch.arange(rows * tree.value.shape[1] + 1, device=value.device)
+    tokens = torch.cat([value.new_zeros(1), value]).cumsum(0) + rows
+    seconds = seconds_of[((taken + rows) * node_queries).clamp_max(len(seconds_of) - 1)]
+    best = (tokens / seconds).argmax()
+    run = torch.zeros_like(value).scatter(0, order, (taken[1:] <= best).to(value.dtype))
+    return (run.view(rows, -1) * (tree.value > 0)).sum(1).long()

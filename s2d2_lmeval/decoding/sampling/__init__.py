@@ -1,0 +1,1 @@
+"""Keyed randomness, filters, row statistics and the acceptance rule."""

@@ -1,0 +1,105 @@
+"""What decoders want to know of rows of logits, from one pass over the vocabulary.
+
+On CUDA a Triton kernel reads every logit once and writes six numbers per row (:mod:`.row_statistics_kernel`);
+elsewhere, and where Triton is missing, :func:`in_torch` computes the same a few rows at a time, so that what it needs
+besides stays in the processor's cache. No table of probabilities of the whole batch is made.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+
+ELEMENTS_AT_ONCE = 1 << 17
+"""Logits that the twin in torch treats at a time."""
+
+BLOCK, WORTH_BLOCKS = 64, 4096
+"""Neighbours of which :func:`arg_max` first takes the largest: vectorised, which an arg-max on the CPU is not; and the
+vocabulary from which on that pays.
+"""
+
+
+class RowStatistics(NamedTuple):
+    """Of each row (M,) of logits x: the arg-max, the first of several; the largest and the second largest probability;
+    log of the sum of exp x; the entropy in nats; the collision probability, the sum of squares.
+    """
+
+    token: torch.Tensor
+    first: torch.Tensor
+    second: torch.Tensor
+    normaliser: torch.Tensor
+    entropy: torch.Tensor
+    collision: torch.Tensor
+
+
+def row_statistics(logits: torch.Tensor) -> RowStatistics:
+    """The statistics of ``logits`` (M, V); minus infinity rules a token out, NaN makes its row NaN."""
+    if logits.device.type == "cuda" and logits.dtype != torch.float64 and _has_triton():
+        from s2d2_lmeval.decoding.sampling.row_statistics_kernel import in_triton
+
+        return RowStatistics(*in_triton(logits))
+    return in_torch(logits)
+
+
+def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The arg-max (M,) of ``logits`` (M, V) and its probability (M,)."""
+    if logits.device.type == "cuda":
+        statistics = row_statistics(logits)
+        return statistics.token, statistics.first
+    tokens = arg_max(logits)
+    return tokens, probability_of(logits, tokens)
+
+
+def probability_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The probability (M,) of ``tokens`` (M,) under ``logits`` (M, V)."""
+    column = tokens.unsqueeze(-1)
+    if logits.device.type == "cuda":
+        return (logits.gather(-1, column).squeeze(-1) - row_statistics(logits).normaliser).exp()
+    return logits.softmax(-1).gather(-1, column).squeeze(-1)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def in_torch(logits: torch.Tensor) -> RowStatistics:
+    """:func:`row_statistics` without a kernel."""
+    if not len(logits):
+        numbers = [logits.new_empty(0) for _ in range(5)]
+        return RowStatistics(torch.empty(0, dtype=torch.long, device=logits.device), *numbers)
+    parts = [_of_part(part) for part in logits.split(max(1, ELEMENTS_AT_ONCE // logits.shape[1]))]
+    return parts[0] if len(parts) == 1 else RowStatistics(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _of_part(logits: torch.Tensor) -> RowStatistics:
+    token = arg_max(logits).unsqueeze(1)
+    top = logits.gather(1, token)
+    below = logits - top
+    second = below.scatter(1, token, -torch.inf).amax(-1)
+    weight = below.exp()
+    mass = weight.sum(-1)
+    # A token that is ruled out weighs nothing, however far below it is; 0 times infinity would be no number.
+    surprise = torch.linalg.vecdot(weight, below.clamp_(min=-1e4))
+    return RowStatistics(
+        token=token.squeeze(1),
+        first=1 / mass,
+        second=second.exp() / mass,
+        normaliser=top.squeeze(1) + mass.log(),
+        entropy=mass.log() - surprise / mass,
+        collision=torch.linalg.vecdot(weight, weight) / mass.square(),
+    )
+
+
+def arg_max(logits: torch.Tensor) -> torch.Tensor:
+    """The first arg-max of each row of ``logits`` (..., V)."""
+    vocabulary = logits.shape[-1]
+    if logits.device.type != "cpu" or vocabulary < WORTH_BLOCKS or vocabulary % BLOCK or not logits.numel():
+        return logits.argmax(-1)
+    blocks = logits.unflatten(-1, (-1, BLOCK))
+    block = blocks.amax(-1).argmax(-1, keepdim=True)
+    index = block.unsqueeze(-1).expand(*block.shape, BLOCK)
+    return block.squeeze(-1) * BLOCK + blocks.gather(-2, index).squeeze(-2).argmax(-1)

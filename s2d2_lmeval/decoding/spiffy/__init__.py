@@ -1,0 +1,1 @@
+"""Speculation over denoising states."""
