@@ -97,7 +97,7 @@ class _PrintIncludePath(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from s2d2_lmeval.cli.tasks import include_path
+        from s2d2_lmeval.harness.packaged import include_path
 
         print(include_path())
         parser.exit()

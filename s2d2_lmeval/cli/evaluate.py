@@ -36,9 +36,9 @@ def run_harness(arguments: Sequence[str]) -> int:
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
-    from s2d2_lmeval.cli.tasks import include_path, register
-    from s2d2_lmeval.harness.sandbox import modes
+    from s2d2_lmeval.harness.packaged import include_path, register
     from s2d2_lmeval.harness.saving import refuse_to_lose_results
+    from s2d2_lmeval.tasks.sandbox import modes
 
     own = argparse.ArgumentParser(prog="s2d2-lmeval eval", add_help=False, allow_abbrev=False)
     own.add_argument("--sandbox")

@@ -135,8 +135,8 @@ def registration() -> Iterator[Finding]:
 
 
 def _tasks(section: str) -> Iterator[Finding]:
-    from s2d2_lmeval.cli.tasks import include_path
     from s2d2_lmeval.errors import S2D2Error
+    from s2d2_lmeval.harness.packaged import include_path
 
     try:
         folder = include_path()

@@ -77,11 +77,12 @@ def run(args: argparse.Namespace) -> int:
     from rich.text import Text
 
     from s2d2_lmeval.cli.console import hide_loading_bars, make_console
-    from s2d2_lmeval.harness.sandbox import modes
     from s2d2_lmeval.harness.secrets import ADVICE, holds_token
     from s2d2_lmeval.studies.planning import Plan
+    from s2d2_lmeval.studies.search import search
     from s2d2_lmeval.studies.study import read_study
     from s2d2_lmeval.studies.sweep import COMPLETE, FAILED, Sweep
+    from s2d2_lmeval.tasks.sandbox import modes
 
     modes.choose(args.sandbox)
     console = make_console()
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
         torch.set_num_threads(args.threads)
     backend = _backend(args)
-    sweep = Sweep(plan, backend)
+    sweep = Sweep(plan, backend, search)
     try:
         with Display(console, sweep):
             counts = sweep.run()

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.names import nearest
 from s2d2_lmeval.errors import ConfigError, RequestError, shown
 from s2d2_lmeval.harness.generation_arguments import BUDGET_NAMES
 
@@ -148,8 +149,6 @@ def load_object(spec: str) -> Any:
         raise ConfigError(f"{shown(spec)} does not say what to take: write path/to/file.py:name or module:name.")
     module = _module_of_file(Path(source).expanduser()) if source.endswith(".py") else _import(source, source)
     if not hasattr(module, name):
-        from s2d2_lmeval.harness.arguments import nearest
-
         raise ConfigError(
             f"{source} has no {name}.{nearest(name, [key for key in vars(module) if not key.startswith('_')])}"
         )

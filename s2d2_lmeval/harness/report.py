@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.harness import sandbox
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.runtime.memory import RowLimit
 from s2d2_lmeval.runtime.statistics import add, gained, with_ratios, without_ratios
+from s2d2_lmeval.tasks import sandbox
 
 
 @dataclass

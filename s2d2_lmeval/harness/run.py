@@ -22,7 +22,7 @@ from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.statistics import ratios
 
 if TYPE_CHECKING:
-    from s2d2_lmeval.harness.model import S2D2LM
+    from s2d2_lmeval.harness.interface import HarnessModel
 
 
 class GenerationRun:
@@ -32,7 +32,7 @@ class GenerationRun:
     spent.
     """
 
-    def __init__(self, lm: S2D2LM, requests: Sequence[Any], *, quiet: bool) -> None:
+    def __init__(self, lm: HarnessModel, requests: Sequence[Any], *, quiet: bool) -> None:
         self.lm = lm
         self.answers: dict[int, TracedResponse] = {}
         self.groups: dict[str, Group] = {}

@@ -13,7 +13,7 @@ from s2d2_lmeval.harness.prompts import logger
 from s2d2_lmeval.runtime import clock
 
 if TYPE_CHECKING:
-    from s2d2_lmeval.harness.model import S2D2LM
+    from s2d2_lmeval.harness.interface import HarnessModel
     from s2d2_lmeval.model import BlockDiffusionModel
 
 Score = tuple[float, bool]
@@ -26,7 +26,7 @@ class ScoringRun:
     :raises RequestError: for a model that cannot score, and for triples that do not fit it.
     """
 
-    def __init__(self, lm: S2D2LM, triples: Sequence[tuple[Any, list[int], list[int]]], *, quiet: bool) -> None:
+    def __init__(self, lm: HarnessModel, triples: Sequence[tuple[Any, list[int], list[int]]], *, quiet: bool) -> None:
         self.lm = lm
         self.engine = _scorer(lm)
         self.texts = [text for text, _, _ in triples]
@@ -76,13 +76,13 @@ class ScoringRun:
         return context[-spare:], continuation
 
 
-def window(lm: S2D2LM) -> int:
+def window(lm: HarnessModel) -> int:
     """Tokens that a context and its continuation may take together."""
     engine = _scorer(lm)
     return lm.max_length + engine.max_score_length - engine.max_context
 
 
-def rolling(lm: S2D2LM, texts: Sequence[str]) -> list[tuple[int, Pair]]:
+def rolling(lm: HarnessModel, texts: Sequence[str]) -> list[tuple[int, Pair]]:
     """Every text in windows of the whole context, each after one token of what is before it: (text, window)."""
     windows: list[tuple[int, Pair]] = []
     for owner, text in enumerate(texts):
@@ -92,7 +92,7 @@ def rolling(lm: S2D2LM, texts: Sequence[str]) -> list[tuple[int, Pair]]:
     return windows
 
 
-def _scorer(lm: S2D2LM) -> BlockDiffusionModel:
+def _scorer(lm: HarnessModel) -> BlockDiffusionModel:
     if lm.engine is None:
         raise RequestError("this model is of no known family, so it cannot score; use generate_until tasks only.")
     if "scoring" not in lm.told:

@@ -19,7 +19,7 @@ from s2d2_lmeval.harness.identity import HUB_ONLY, code_version
 from s2d2_lmeval.harness.secrets import redacted
 from s2d2_lmeval.studies.manifest import MANIFEST, read_manifest
 from s2d2_lmeval.studies.points import Point, Task, example, model_identity
-from s2d2_lmeval.studies.search import check_search
+from s2d2_lmeval.studies.space import check_search
 from s2d2_lmeval.studies.store import write_whole
 from s2d2_lmeval.studies.study import Study
 from s2d2_lmeval.studies.tasks import check_metric, load_tasks, prepare, task_manager, what_is_asked

@@ -17,6 +17,7 @@ from s2d2_lmeval.harness.identity import HUB_ONLY, of_plain, with_files
 from s2d2_lmeval.runtime.statistics import ratios
 from s2d2_lmeval.studies.points import Search
 from s2d2_lmeval.studies.results import accuracy_of
+from s2d2_lmeval.studies.space import distributions
 from s2d2_lmeval.studies.store import PointRecord
 
 if TYPE_CHECKING:
@@ -26,36 +27,6 @@ if TYPE_CHECKING:
     from s2d2_lmeval.studies.sweep import Sweep
 
 STORAGE = "search.db"
-
-
-def check_search(wanted: Search) -> None:
-    """Find out before anything runs whether a search can.
-
-    :raises StudyError: when optuna is missing, or would not take an axis.
-    """
-    try:
-        import optuna
-    except ImportError:
-        raise StudyError("search needs the package optuna: pip install 's2d2-lmeval[sweep]'.") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    _distributions(wanted)
-
-
-def _distributions(wanted: Search) -> dict[str, Any]:
-    """The axes of the space as optuna has them."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    def distribution(axis: Mapping[str, Any]) -> Any:
-        if "choices" in axis:
-            return CategoricalDistribution(axis["choices"])
-        if all(isinstance(axis[key], int) for key in ("low", "high")):
-            return IntDistribution(**{"step": 1, **axis})
-        return FloatDistribution(**axis)
-
-    try:
-        return {name: distribution(axis) for name, axis in wanted.space.items()}
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise StudyError(f"search: optuna does not take an axis of the space: {str(error)[:300]}") from None
 
 
 def search(sweep: Sweep) -> None:
@@ -109,7 +80,7 @@ def _run_trials(
     sweep: Sweep, model: str, wanted: Search, study: optuna.Study, count: int
 ) -> list[tuple[optuna.Trial, list[float] | str]]:
     """``count`` trials side by side: each with its objectives, or with why it has none."""
-    trials = [study.ask(_distributions(wanted)) for _ in range(count)]
+    trials = [study.ask(distributions(wanted)) for _ in range(count)]
     jobs = [_jobs(sweep, model, wanted, trial.number, trial.params) for trial in trials]
     records = iter(sweep.evaluate([job for several in jobs for job in several]))
     return [

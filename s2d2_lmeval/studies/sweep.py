@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
@@ -57,10 +57,13 @@ class Progress:
 
 @dataclass
 class Sweep(Observer):
-    """The points of a study and how far each is; ``watcher`` is told whenever that changes."""
+    """The points of a study and how far each is; ``watcher`` is told whenever that changes. Where the study has a
+    search, ``search`` makes its points (:func:`s2d2_lmeval.studies.search.search`).
+    """
 
     plan: Plan
     backend: Backend
+    search: Callable[[Sweep], None] | None = None
     points: dict[str, Progress] = field(default_factory=dict)
     watcher: Observer | None = None
     new_samples: int = 0
@@ -76,9 +79,8 @@ class Sweep(Observer):
         self._begun = perf_counter()
         self.evaluate(self.plan.jobs(self.plan.study.points()))
         if self.plan.study.search is not None:
-            from s2d2_lmeval.studies.search import search
-
-            search(self)
+            assert self.search is not None, "a study with a search needs what makes its points"
+            self.search(self)
         self._look_again()
         return Counter(progress.state for progress in self.points.values())
 

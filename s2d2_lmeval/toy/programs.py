@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from s2d2_lmeval.harness import sandbox
+from s2d2_lmeval.tasks import sandbox
 from s2d2_lmeval.toy.problem import Problem
 
 FUNCTIONS = (

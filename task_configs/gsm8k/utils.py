@@ -6,9 +6,9 @@ from typing import Any
 
 from datasets import DatasetDict
 
-from s2d2_lmeval.harness.answers import answered_number, same_number
-from s2d2_lmeval.harness.task_data import load_documents
 from s2d2_lmeval.harness.task_helpers import with_decoding_metrics
+from s2d2_lmeval.tasks.answers import answered_number, same_number
+from s2d2_lmeval.tasks.data import load_documents
 
 FILES = {split: (f"gsm8k/{split}.jsonl", f"{split}.jsonl") for split in ("train", "test")}
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from datasets import DatasetDict
 
-from s2d2_lmeval.harness import sandbox
-from s2d2_lmeval.harness.answers import preamble, whole_program
-from s2d2_lmeval.harness.task_data import load_documents
 from s2d2_lmeval.harness.task_helpers import with_decoding_metrics
+from s2d2_lmeval.tasks import sandbox
+from s2d2_lmeval.tasks.answers import preamble, whole_program
+from s2d2_lmeval.tasks.data import load_documents
 
 FILES = {"test": ("humaneval/HumanEval.jsonl.gz", "humaneval/HumanEval.jsonl", "HumanEval.jsonl.gz", "HumanEval.jsonl")}
 LIMITS = sandbox.Limits(cpu_seconds=10, wall_seconds=20.0, memory_bytes=2**30)

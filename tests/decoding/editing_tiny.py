@@ -49,7 +49,6 @@ def tiny_model(seed: int = 0) -> Glm4MoeForCausalLM:
     return model.eval().requires_grad_(False)
 
 
-@cache
 def engine(seed: int = 0, max_batch: int = 8) -> BlockDiffusionModel:
     """The package's engine around :func:`tiny_model`, weights shared."""
     return load(tiny_model(seed), max_batch=max_batch, mask_token_id=MASK, block_length=4)

@@ -59,7 +59,6 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-@cache
 def engine(family: str, max_batch: int = 8, seed: int = 0) -> BlockDiffusionModel:
     """The package's engine around :func:`tiny_model`, weights shared."""
     return load(tiny_model(family, seed), family=family, max_batch=max_batch, mask_token_id=MASK, block_length=4)

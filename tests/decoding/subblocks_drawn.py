@@ -58,7 +58,6 @@ def shifted_model(seed: int = 0, layers: int = 2, vocabulary: int = VOCABULARY, 
     return model.eval().requires_grad_(False)
 
 
-@cache
 def engine(seed: int = 0, layers: int = 2, max_batch: int = 8, vocabulary: int = VOCABULARY) -> BlockDiffusionModel:
     """The package's engine around :func:`shifted_model`, weights shared."""
     plain = shifted_model(seed, layers, vocabulary)

@@ -55,9 +55,8 @@ def tiny_model(
     return model.eval().requires_grad_(False)
 
 
-@cache
 def engine(max_batch: int = 8, **model: object) -> BlockDiffusionModel:
-    """The package's engine around :func:`tiny_model`, weights shared."""
+    """The package's engine around :func:`tiny_model`, weights shared; a new one each time, for tests change them."""
     plain = tiny_model(**model)
     return load(plain, max_batch=max_batch, mask_token_id=plain.config.vocab_size - 1, block_length=4)
 

@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import pytest
 
-from s2d2_lmeval.harness.answers import answered_code, answered_number, same_number, whole_program
+from s2d2_lmeval.tasks.answers import answered_code, answered_number, same_number, whole_program
 
 
 @pytest.mark.parametrize(

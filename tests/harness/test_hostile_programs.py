@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from s2d2_lmeval.harness import sandbox
-from s2d2_lmeval.harness.sandbox import Limits, modes
-from s2d2_lmeval.harness.sandbox.jail import program, seccomp, values
+from s2d2_lmeval.tasks import sandbox
+from s2d2_lmeval.tasks.sandbox import Limits, modes
+from s2d2_lmeval.tasks.sandbox.jail import program, seccomp, values
 from tests.harness.hostile_programs import EXCESS, FORGERIES, HARM, READS
 
 pytestmark = pytest.mark.skipif(

@@ -16,9 +16,9 @@ import pytest
 
 from s2d2_lmeval.cli import main
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.harness import sandbox
-from s2d2_lmeval.harness.sandbox import Limits, Outcome, modes, starting
-from s2d2_lmeval.harness.sandbox.jail import kernel, values
+from s2d2_lmeval.tasks import sandbox
+from s2d2_lmeval.tasks.sandbox import Limits, Outcome, modes, starting
+from s2d2_lmeval.tasks.sandbox.jail import kernel, values
 
 PYTHON_ALONE = ("namespaces", "landlock", "seccomp")
 LAYERS = pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_what_hangs_is_ended_from_outside(fresh: None, monkeypatch: pytest.Monke
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a limit ends it")
 def test_an_evaluator_that_dies_takes_everything_with_it(tmp_path: Path) -> None:
     source = """
-from s2d2_lmeval.harness import sandbox
+from s2d2_lmeval.tasks import sandbox
 program = "import time\\ndef f():\\n    time.sleep(300)"
 print("ready", flush=True)
 sandbox.call(program, "f", [[]], sandbox.Limits(wall_seconds=300.0))"""

@@ -12,6 +12,7 @@ import torch
 
 from s2d2_lmeval.studies.backends import LocalBackend
 from s2d2_lmeval.studies.planning import Plan
+from s2d2_lmeval.studies.search import search
 from s2d2_lmeval.studies.study import make_study
 from s2d2_lmeval.studies.sweep import Sweep
 
@@ -43,7 +44,7 @@ def backend() -> LocalBackend:
 @pytest.fixture
 def run_study(backend: LocalBackend) -> RunStudy:
     def run(study: Mapping[str, Any], folder: Path, **options: Any) -> Sweep:
-        sweep = Sweep(Plan(make_study(study), folder, **options), backend)
+        sweep = Sweep(Plan(make_study(study), folder, **options), backend, search)
         sweep.run()
         return sweep
 

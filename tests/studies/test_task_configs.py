@@ -14,9 +14,9 @@ import pytest
 
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.harness.task_data import load_documents
 from s2d2_lmeval.harness.task_helpers import METRICS
 from s2d2_lmeval.studies.task_sweeps import BENCHMARKS, files, read_task
+from s2d2_lmeval.tasks.data import load_documents
 
 CONFIGS = Path(__file__).parents[2] / "task_configs"
 TASKS = [path for name in BENCHMARKS for path in sorted((CONFIGS / name).glob("s2d2_*.yaml"))]

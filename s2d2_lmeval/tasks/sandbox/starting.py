@@ -14,8 +14,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from s2d2_lmeval.harness.sandbox.jail import kernel, values
-from s2d2_lmeval.harness.sandbox.modes import Mode
+from s2d2_lmeval.tasks.sandbox.jail import kernel, values
+from s2d2_lmeval.tasks.sandbox.modes import Mode
 
 GRACE = 60.0
 """Seconds beyond a program's own limit of wall time, for starting on a busy machine and for ending."""

@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.harness.sandbox import modes, starting
-from s2d2_lmeval.harness.sandbox.jail import values
+from s2d2_lmeval.tasks.sandbox import modes, starting
+from s2d2_lmeval.tasks.sandbox.jail import values
 
 logger = logging.getLogger(__name__)
 

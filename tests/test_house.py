@@ -1,0 +1,121 @@
+"""The house: imports run one way, no files import each other in a circle, no folder or function outgrows a reader."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+FOLDERS = ("s2d2_lmeval", "custom_generate", "task_configs")
+
+STOREYS = (
+    ("errors",),
+    ("toy", "tasks"),
+    ("families",),
+    ("runtime",),
+    ("decoding",),
+    ("model", "_autoload", ""),
+    ("harness",),
+    ("studies", "custom_generate", "task_configs"),
+    ("cli",),
+    ("__main__",),
+)
+"""Rooms from the ground up; a file imports from its own storey and those below."""
+
+LONGEST_FILE = 400
+NOT_YET = frozenset(("s2d2_lmeval/decoding/options/config.py",))
+"""Files that are longer; none may join them."""
+
+
+def files() -> dict[str, Path]:
+    """Module name -> file, of everything that is installed."""
+    found = {}
+    for folder in FOLDERS:
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            parts = list(path.relative_to(REPOSITORY).with_suffix("").parts)
+            parts = parts if parts[0] == "s2d2_lmeval" else ["s2d2_lmeval", *parts]
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+FILES = files()
+
+
+def imported(module: str) -> set[str]:
+    """The files that a file imports, wherever in it, for types too."""
+    path = FILES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            names = {f"{source}.{alias.name}" for alias in node.names}
+            found |= names & FILES.keys() if names <= FILES.keys() else (names & FILES.keys()) | {source}
+    return (found & FILES.keys()) - {module}
+
+
+GRAPH = {module: imported(module) for module in FILES}
+
+
+def reachable(start: str) -> set[str]:
+    seen: set[str] = set()
+    left = [start]
+    while left:
+        for module in GRAPH[left.pop()] - seen:
+            seen.add(module)
+            left.append(module)
+    return seen
+
+
+def storey(module: str) -> int:
+    room = [*module.split("."), ""][1]
+    return next(height for height, rooms in enumerate(STOREYS) if room in rooms)
+
+
+def test_no_circles() -> None:
+    assert not [module for module in GRAPH if module in reachable(module)]
+
+
+def test_no_import_runs_up() -> None:
+    # "toy" names the embedded checkpoint wherever a path is taken, so the ground floor is open to all.
+    up = [(one, other) for one in GRAPH for other in GRAPH[one] if storey(other) > storey(one)]
+    assert not up
+
+
+def test_decoding_knows_no_family_by_name() -> None:
+    of_a_family = {
+        module
+        for module, path in FILES.items()
+        if module.startswith("s2d2_lmeval.families.") and "Family(" in path.read_text(encoding="utf-8")
+    } - {"s2d2_lmeval.families.facts"}
+    of_decoding = [module for module in GRAPH if module.startswith("s2d2_lmeval.decoding")]
+    assert len(of_decoding) > 40
+    assert len(of_a_family) > 4
+    assert not [(module, other) for module in of_decoding for other in GRAPH[module] & of_a_family]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_files_can_be_read_at_once(folder: str) -> None:
+    long = {
+        str(path.relative_to(REPOSITORY))
+        for path in (REPOSITORY / folder).rglob("*.py")
+        if len(path.read_text(encoding="utf-8").splitlines()) > LONGEST_FILE
+    }
+    assert long <= NOT_YET
+
+
+def test_a_circle_and_a_climb_would_be_found() -> None:
+    """The graph is not empty, and sees imports inside functions and for types."""
+
+    def arrows() -> Iterator[tuple[str, str]]:
+        return ((one, other) for one in GRAPH for other in GRAPH[one])
+
+    assert sum(1 for _ in arrows()) > 400
+    assert "s2d2_lmeval.decoding.engine" in reachable("s2d2_lmeval.cli.bench")
+    assert "s2d2_lmeval.families" in GRAPH["s2d2_lmeval.decoding.decoder"], "which it names for types only"
