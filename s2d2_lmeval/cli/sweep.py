@@ -1,7 +1,7 @@
 """Run a study: decoding configurations on tasks, models and seeds, unattended.
 
 Every finished sample is on disk at once. Interrupted or killed, the same command goes on where it was. What comes out
-is read by `s2d2-lmeval report`.
+is read by `s2d2-lmeval report`. Some studies come with the package: give their name in place of a file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.cli.values import nonempty, real, whole
+from s2d2_lmeval.studies import packaged
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -31,7 +32,12 @@ ROWS_SHOWN = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="what to run (docs/studies.md)")
+    parser.add_argument(
+        "study",
+        type=Path,
+        metavar="STUDY.yaml",
+        help=f"what to run (docs/studies.md): a file, or a packaged study: {', '.join(packaged.names())}",
+    )
     parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="results (default: out/NAME)")
     parser.add_argument("--model", type=nonempty, metavar="NAME", help="one model, in place of those of the study")
     parser.add_argument(
@@ -88,13 +94,16 @@ def run(args: argparse.Namespace) -> int:
     console = make_console()
     hide_loading_bars()
     overrides: dict[str, Any] = {"limit": args.limit, "batch_size": args.batch_size, "data_dir": args.data_dir}
-    study = read_study(args.study, {**overrides, "models": [args.model] if args.model else None})
+    path = packaged.find(args.study)
+    study = read_study(path, {**overrides, "models": [args.model] if args.model else None})
     study = chosen(study, args.task, args.decoder)
     if any(map(holds_token, study.models.values())):
         console.print(ADVICE, soft_wrap=True)
     folder = args.output or Path("out") / study.name
+    # What the embedded model writes is run without asking, as everywhere.
+    unsafe_code = args.confirm_run_unsafe_code or (packaged.is_packaged(path) and args.model is None)
     with console.status("reading tasks"):
-        plan = Plan(study, folder, unsafe_code=args.confirm_run_unsafe_code, anew=args.anew, preview=args.plan)
+        plan = Plan(study, folder, unsafe_code=unsafe_code, anew=args.anew, preview=args.plan)
     if args.plan:
         _show_plan(console, plan)
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from math import ceil, isnan
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +44,19 @@ ORDER_WIDTH = 32
 
 SPEEDS = {"tokens_per_second": "new tokens per second", "tokens_per_forward": "new tokens per forward"}
 
+NEEDED = "figures need matplotlib: pip install 's2d2-lmeval[plot]'."
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
 
 def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise StudyError("figures need matplotlib: pip install 's2d2-lmeval[plot]'.") from None
+    if not can_draw():
+        raise StudyError(NEEDED)
+    import matplotlib
+
     matplotlib.use("Agg", force=False)
     from matplotlib import pyplot
 

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ def write_report(folder: Path, output: Path | None = None) -> tuple[Results, lis
     :raises StudyError: when there are none.
     """
     results = read_results(folder)
+    if not plots.can_draw():
+        results.problems.append(plots.NEEDED)
     output = output or folder / "report"
     figures = Figures(output / "figures")
     page = output / "index.html"
@@ -48,8 +50,9 @@ class Figures:
         self.folder = folder
         self.files: list[Path] = []
 
-    def add(self, name: str, figure: Figure | None, caption: str) -> list[dict[str, str]]:
+    def add(self, name: str, caption: str, draw: Callable[..., Figure | None], *of: Any) -> list[dict[str, str]]:
         """A list of one entry for the template; empty where there is no figure."""
+        figure = draw(*of) if plots.can_draw() else None
         if figure is None:
             return []
         from matplotlib import pyplot
@@ -94,7 +97,7 @@ def _overview(results: Results, model: str, figures: Figures) -> list[dict[str, 
     for speed, words in plots.SPEEDS.items():
         name = f"{model} accuracy and {speed}"
         caption = f"Accuracy over {words}; bars are 95 % intervals."
-        drawn += figures.add(name, plots.accuracy_and_speed(by_task, speed), caption)
+        drawn += figures.add(name, caption, plots.accuracy_and_speed, by_task, speed)
     return drawn
 
 
@@ -117,10 +120,11 @@ def _group(rows: Sequence[Row], figures: Figures) -> dict[str, Any]:
         "figures": [
             *figures.add(
                 f"{name} acceptance",
-                plots.acceptance_histogram(rows),
                 "How many drafted tokens each verification accepted.",
+                plots.acceptance_histogram,
+                rows,
             ),
-            *figures.add(f"{name} order", plots.decoding_order(rows), "The order in which one answer was decided."),
+            *figures.add(f"{name} order", "The order in which one answer was decided.", plots.decoding_order, rows),
         ],
     }
 
