@@ -70,12 +70,12 @@ bench: $(VENV)/.installed  ## measure decoders on this machine: the toy model, a
 	    --output out/bench/sdar-100m.json --plot out/bench/sdar-100m.png
 
 toy: $(VENV)/.installed  ## train the embedded toy model anew, into build/toy: two runs, 2 h 20 min
-	$(BIN)/python -m s2d2_lmeval.toy.train --minutes 80 --seed 1 --out build/toy-first
-	$(BIN)/python -m s2d2_lmeval.toy.train --minutes 45 --seed 2 --rate 2e-3 --start build/toy-first --average \
+	$(BIN)/python -m recipes.toy.train --minutes 80 --seed 1 --out build/toy-first
+	$(BIN)/python -m recipes.toy.train --minutes 45 --seed 2 --rate 2e-3 --start build/toy-first --average \
 	    --corpora arithmetic=0.3,programs=0.2,instructions=0.5 --out build/toy
 
 draft-graphs: $(VENV)/.installed  ## calibrate the draft graphs that come with the package, on the toy model
-	$(OFFLINE) $(BIN)/python -m s2d2_lmeval.studies.spiffy_savings --make-default-graphs
+	$(OFFLINE) $(BIN)/python -m benchmarks.spiffy_savings --make-default-graphs
 
 docs: $(VENV)/.installed  ## write docs/options.md anew from the code
 	$(BIN)/s2d2-lmeval options --markdown > docs/options.md

@@ -10,6 +10,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 FOLDERS = ("s2d2_lmeval", "custom_generate", "task_configs")
+OUTSIDE = ("recipes", "benchmarks")
+"""In the repository, not in the wheel."""
 
 STOREYS = (
     ("errors",),
@@ -45,7 +47,7 @@ FILES = files()
 
 
 def imported(module: str) -> set[str]:
-    """The files that a file imports, wherever in it, for types too."""
+    """What a file imports, wherever in it, for types too."""
     path = FILES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found: set[str] = set()
@@ -57,10 +59,11 @@ def imported(module: str) -> set[str]:
             source = ".".join([*above, *([node.module] if node.module else [])])
             names = {f"{source}.{alias.name}" for alias in node.names}
             found |= names & FILES.keys() if names <= FILES.keys() else (names & FILES.keys()) | {source}
-    return (found & FILES.keys()) - {module}
+    return found - {module}
 
 
-GRAPH = {module: imported(module) for module in FILES}
+IMPORTS = {module: imported(module) for module in FILES}
+GRAPH = {module: names & FILES.keys() for module, names in IMPORTS.items()}
 
 
 def reachable(start: str) -> set[str]:
@@ -100,7 +103,23 @@ def test_decoding_knows_no_family_by_name() -> None:
     assert not [(module, other) for module in of_decoding for other in GRAPH[module] & of_a_family]
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+def test_nothing_installed_imports_what_is_not() -> None:
+    outside = {*OUTSIDE, "tests"}
+    assert not [(module, name) for module in FILES for name in IMPORTS[module] if name.split(".")[0] in outside]
+
+
+def test_everything_installed_serves_something_that_users_start_or_import() -> None:
+    """What only training or a measurement of the docs needs belongs in a folder outside the wheel."""
+    rooms = ("cli", "custom_generate", "task_configs", "__main__", "")
+    starts = [module for module in FILES if [*module.split("."), ""][1] in rooms]
+    starts += [f"s2d2_lmeval.harness.{name}" for name in ("model", "filters", "template_worker")]
+    served = set(starts).union(*map(reachable, starts))
+    # Programs are judged in processes of their own, which start files by path.
+    unstarted = {module for module in FILES.keys() - served if ".sandbox.jail." not in module}
+    assert not [module for module in unstarted if FILES[module].name != "__init__.py"]
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, *OUTSIDE])
 def test_files_can_be_read_at_once(folder: str) -> None:
     long = {
         str(path.relative_to(REPOSITORY))

@@ -9,13 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from s2d2_lmeval.model import BlockDiffusionModel
-from s2d2_lmeval.toy import checkpoint_path
-from s2d2_lmeval.toy.corpora import CORPORA, held_out, score
-from s2d2_lmeval.toy.problem import Problem
-from s2d2_lmeval.toy.tokenization import render
+from s2d2_lmeval.toy import CORPORA, Problem, checkpoint_path, held_out, score
 
 NEW_TOKENS = 128
 
@@ -45,7 +42,7 @@ def answer(
     model: BlockDiffusionModel, name: str, options: Mapping[str, Any], batch: int, problems: int
 ) -> list[Answers]:
     """Answer the first ``problems`` held-out problems of every corpus, half of them raw, half as chats."""
-    tokenizer = Tokenizer.from_file(str(checkpoint_path() / "tokenizer.json"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint_path())
     model.max_batch = batch
     config = model.config({**options, "max_new_tokens": NEW_TOKENS})
     found = []
@@ -71,6 +68,9 @@ def answer(
     return found
 
 
-def _prompt(tokenizer: Tokenizer, index: int, problem: Problem) -> list[int]:
-    text, _ = render(problem, chat=index % 2 == 1)
-    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+def _prompt(tokenizer: PreTrainedTokenizerFast, index: int, problem: Problem) -> list[int]:
+    text = problem.prompt
+    if index % 2:
+        chat = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

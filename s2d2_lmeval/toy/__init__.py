@@ -1,4 +1,4 @@
-"""A small trained block-diffusion model, the corpora it was trained on, and the recipe.
+"""A small trained block-diffusion model and the corpora it was trained on; the repository has the recipe.
 
 Importing this package imports neither torch nor transformers.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from s2d2_lmeval.toy.corpora import CORPORA, Corpus, held_out, score, training_stream
+from s2d2_lmeval.toy.corpora import CORPORA, Corpus, held_out, score
 from s2d2_lmeval.toy.problem import Problem
 
-__all__ = ["CORPORA", "Corpus", "Problem", "checkpoint_path", "drafter_path", "held_out", "score", "training_stream"]
+__all__ = ["CORPORA", "Corpus", "Problem", "checkpoint_path", "drafter_path", "held_out", "score"]
 
 
 def checkpoint_path() -> Path:

@@ -1,9 +1,9 @@
-"""The three toy corpora under one interface: endless training streams and held-out sets that are fixed by a seed."""
+"""The three toy corpora under one interface, and their held-out sets, which are fixed by a seed."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -45,16 +45,6 @@ def held_out(name: str) -> tuple[Problem, ...]:
         problem = CORPORA[name].make_problem(rng)
         problems.setdefault(problem.prompt, problem)
     return tuple(problems.values())
-
-
-def training_stream(name: str, seed: int) -> Iterator[Problem]:
-    """Endless random problems of a corpus; those with the prompt of a held-out problem are left out."""
-    rng = random.Random(f"train {seed} {name}")
-    forbidden = {problem.prompt for problem in held_out(name)}
-    while True:
-        problem = CORPORA[name].make_problem(rng)
-        if problem.prompt not in forbidden:
-            yield problem
 
 
 def score(problem: Problem, response: str) -> float:

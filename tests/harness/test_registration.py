@@ -91,6 +91,13 @@ def test_every_package_is_listed() -> None:
     assert set(lines(setup_cfg()["options"]["packages"])) == found
 
 
+def test_the_source_distribution_carries_what_the_wheel_leaves_out() -> None:
+    words = [line.split() for line in lines((ROOT / "MANIFEST.in").read_text())]
+    grafted = {word for first, *rest in words if first == "graft" for word in rest}
+    assert {"benchmarks", "docs", "recipes", "studies", "tests"} <= grafted
+    assert not [name for name in grafted if not (ROOT / name).is_dir()]
+
+
 def test_entry_points_name_what_exists() -> None:
     for entry in metadata.distribution("s2d2-lmeval").entry_points:
         module, _, name = entry.value.partition(":")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.task_sweeps import BENCHMARKS
 from s2d2_lmeval.cli import build_parser
-from s2d2_lmeval.studies.task_sweeps import BENCHMARKS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from recipes.toy.export import load_network
+from recipes.toy.tokenization import chat_prompt, render
 from s2d2_lmeval.toy import CORPORA, checkpoint_path, held_out, score
-from s2d2_lmeval.toy.export import load_network
-from s2d2_lmeval.toy.tokenization import chat_prompt, render
 
 FOLDER = checkpoint_path()
 FILES = (

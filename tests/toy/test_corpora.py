@@ -9,7 +9,8 @@ from itertools import islice
 
 import pytest
 
-from s2d2_lmeval.toy import CORPORA, Problem, checkpoint_path, held_out, score, training_stream
+from recipes.toy.stream import training_stream
+from s2d2_lmeval.toy import CORPORA, Problem, checkpoint_path, held_out, score
 from s2d2_lmeval.toy.corpora import HELD_OUT_SIZE
 from s2d2_lmeval.toy.instructions import KINDS
 from s2d2_lmeval.toy.programs import TEMPLATES
@@ -40,7 +41,7 @@ def test_held_out_is_fixed_distinct_and_disjoint_from_training(name: str) -> Non
 
 def test_training_stream_really_filters(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = next(training_stream("instructions", 9))
-    monkeypatch.setattr("s2d2_lmeval.toy.corpora.held_out", lambda name: (problem,))
+    monkeypatch.setattr("recipes.toy.stream.held_out", lambda name: (problem,))
     assert next(training_stream("instructions", 9)) != problem
 
 

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from recipes.toy.drafter import BLOCK_SIZE, FIRST_WEIGHTS, TARGET_LAYER_IDS, draw_blocks, save
+from recipes.toy.drafter_network import DrafterNetwork, hidden_states
+from recipes.toy.export import load_network
+from recipes.toy.network import Network, Shape
 from s2d2_lmeval.families import load_checkpoint
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.drafter_loading import load_drafter
 from s2d2_lmeval.runtime.passes import Layout, Pass
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.toy import checkpoint_path, drafter_path
-from s2d2_lmeval.toy.drafter import BLOCK_SIZE, FIRST_WEIGHTS, TARGET_LAYER_IDS, draw_blocks, save
-from s2d2_lmeval.toy.drafter_network import DrafterNetwork, hidden_states
-from s2d2_lmeval.toy.export import load_network
-from s2d2_lmeval.toy.network import Network, Shape
 
 MASK, END = 30, 31
 SMALL = Shape(vocabulary=32, hidden=16, layers=2, heads=2, key_value_heads=1, head_size=8, intermediate=24)
@@ -100,9 +100,9 @@ def test_the_drafter_that_ships() -> None:
 
 
 def test_what_it_drafts_is_accepted() -> None:
+    from recipes.toy.tokenization import render
     from s2d2_lmeval import load
     from s2d2_lmeval.toy import CORPORA, held_out
-    from s2d2_lmeval.toy.tokenization import render
 
     tokenizer = Tokenizer.from_file(str(checkpoint_path() / "tokenizer.json"))
     prompts = [tokenizer.encode(render(held_out(name)[0], chat=False)[0]).ids for name in CORPORA]

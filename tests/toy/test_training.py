@@ -7,13 +7,13 @@ import argparse
 import pytest
 import torch
 
+from recipes.toy.decoding import Setting, decode
+from recipes.toy.export import load_network
+from recipes.toy.muon import Muon, orthogonalize
+from recipes.toy.network import Network, Shape
+from recipes.toy.objective import make_batch
+from recipes.toy.train import FINAL_RATE, average_with, rate_scale, read_shares
 from s2d2_lmeval.toy import checkpoint_path
-from s2d2_lmeval.toy.decoding import Setting, decode
-from s2d2_lmeval.toy.export import load_network
-from s2d2_lmeval.toy.muon import Muon, orthogonalize
-from s2d2_lmeval.toy.network import Network, Shape
-from s2d2_lmeval.toy.objective import make_batch
-from s2d2_lmeval.toy.train import FINAL_RATE, average_with, rate_scale, read_shares
 
 MASK, END = 30, 31
 SMALL = Shape(vocabulary=32, hidden=16, layers=2, heads=2, key_value_heads=1, head_size=8, intermediate=24)

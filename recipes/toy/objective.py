@@ -21,7 +21,7 @@ Example = tuple[list[int], list[int]]
 
 @dataclass(frozen=True)
 class Batch:
-    """Input of one training step, shapes as in :meth:`s2d2_lmeval.toy.network.Network.forward`.
+    """Input of one training step, shapes as in :meth:`recipes.toy.network.Network.forward`.
 
     ``targets`` (number of wanted,) are the true tokens at the wanted positions.
     """

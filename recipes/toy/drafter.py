@@ -1,4 +1,4 @@
-"""Train the toy model's drafter: ``python -m s2d2_lmeval.toy.drafter --out s2d2_lmeval/toy/drafter_checkpoint``.
+"""Train the toy model's drafter: ``python -m recipes.toy.drafter --out s2d2_lmeval/toy/drafter_checkpoint``.
 
 As published (DFlash, arXiv 2602.06036): the target stays as it is; out of each answer come a few blocks that begin at a
 random token of it, all masks behind; places near the block's beginning count more. The target reads the text token by
@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from recipes.toy.drafter_network import DrafterNetwork
+from recipes.toy.export import STORED_TYPE, load_network
+from recipes.toy.network import Shape
+from recipes.toy.objective import Example
+from recipes.toy.tokenization import CONTEXT_LENGTH, MASK, token_id
+from recipes.toy.train import CORPUS_SHARES, Optimizers, example_batches, rate_scale
 from s2d2_lmeval.toy import checkpoint_path
-from s2d2_lmeval.toy.drafter_network import DrafterNetwork
-from s2d2_lmeval.toy.export import STORED_TYPE, load_network
-from s2d2_lmeval.toy.network import Shape
-from s2d2_lmeval.toy.objective import Example
-from s2d2_lmeval.toy.tokenization import CONTEXT_LENGTH, MASK, token_id
-from s2d2_lmeval.toy.train import CORPUS_SHARES, Optimizers, example_batches, rate_scale
 
 BLOCK_SIZE, TARGET_LAYER_IDS = 16, (0, 1, 2)
 FIRST_WEIGHTS = (0, 1, 3)
@@ -142,7 +142,7 @@ def save(drafter: DrafterNetwork, tokenizer: Tokenizer, folder: Path, target_lay
 
 def main() -> None:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(prog="python -m s2d2_lmeval.toy.drafter", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m recipes.toy.drafter", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20.0, help="training time")
     parser.add_argument("--out", type=Path, default=Path("build/toy_drafter"), help="folder of the drafter")
     parser.add_argument("--target", type=Path, default=checkpoint_path(), help="folder of the toy model")

@@ -4,7 +4,7 @@ Every published policy gets a grid of its thresholds. On one half of a task's he
 each policy is picked, among those that answer no fewer problems than always verifying does; on the other half the picks
 are compared with ``throughput``, which has nothing to pick.
 
-    python -m s2d2_lmeval.studies.policies --clock cpu --threads 1
+    python -m benchmarks.policies --clock cpu --threads 1
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from s2d2_lmeval.model import BlockDiffusionModel, load
 from s2d2_lmeval.runtime import clock
-from s2d2_lmeval.toy import checkpoint_path
-from s2d2_lmeval.toy.corpora import CORPORA, held_out, score
-from s2d2_lmeval.toy.problem import Problem
+from s2d2_lmeval.toy import CORPORA, Problem, checkpoint_path, held_out, score
 
 ALWAYS = "always"
 ESTIMATOR = {"token_acceptance_estimator": "soft_clipped_linear_margin"}

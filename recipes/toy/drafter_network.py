@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2d2_lmeval.toy.network import Attention, Layer, Network, RMSNorm, Shape, rotate
+from recipes.toy.network import Attention, Layer, Network, RMSNorm, Shape, rotate
 
 
 class BlockAttention(Attention):

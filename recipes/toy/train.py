@@ -1,4 +1,4 @@
-"""Train the toy model: ``python -m s2d2_lmeval.toy.train --minutes 80 --out build/toy``.
+"""Train the toy model: ``python -m recipes.toy.train --minutes 80 --out build/toy``.
 
 Every step draws new problems of the three corpora, renders half of them raw and half in the chat format, and trains on
 one block size of 1, 4, 8 and 16. The learning rate decays to the end of the time given, so the recipe fits any machine
@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from s2d2_lmeval.toy.corpora import CORPORA, held_out, training_stream
-from s2d2_lmeval.toy.decoding import Setting, evaluate
-from s2d2_lmeval.toy.export import load_network, save_model
-from s2d2_lmeval.toy.muon import Muon
-from s2d2_lmeval.toy.network import Network, Shape
-from s2d2_lmeval.toy.objective import Example, make_batch
-from s2d2_lmeval.toy.tokenization import MASK, TURN_END, render, save_tokenizer, token_id, train_tokenizer
+from recipes.toy.decoding import Setting, evaluate
+from recipes.toy.export import load_network, save_model
+from recipes.toy.muon import Muon
+from recipes.toy.network import Network, Shape
+from recipes.toy.objective import Example, make_batch
+from recipes.toy.stream import training_stream
+from recipes.toy.tokenization import MASK, TURN_END, render, save_tokenizer, token_id, train_tokenizer
+from s2d2_lmeval.toy import CORPORA, held_out
 
 BLOCK_SHARES = {1: 0.4, 4: 0.12, 8: 0.24, 16: 0.24}
 CORPUS_SHARES = {"arithmetic": 0.5, "programs": 0.25, "instructions": 0.25}
@@ -232,7 +233,7 @@ def read_shares(text: str) -> dict[str, float]:
 
 def main() -> None:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(prog="python -m s2d2_lmeval.toy.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m recipes.toy.train", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=80.0, help="training time")
     parser.add_argument("--out", type=Path, default=Path("build/toy"), help="folder of the checkpoint")
     parser.add_argument("--threads", type=int, default=1, help="of torch; a model this small gains little from more")

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 
-from s2d2_lmeval.toy.corpora import score
-from s2d2_lmeval.toy.network import Network
-from s2d2_lmeval.toy.problem import Problem
-from s2d2_lmeval.toy.tokenization import MASK, TURN_END, render, token_id
+from recipes.toy.network import Network
+from recipes.toy.tokenization import MASK, TURN_END, render, token_id
+from s2d2_lmeval.toy import Problem, score
 
 LONGEST = 144
 """Positions, prompt included."""

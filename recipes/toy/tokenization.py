@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from s2d2_lmeval.toy.corpora import CORPORA, training_stream
-from s2d2_lmeval.toy.problem import Problem
+from recipes.toy.stream import training_stream
+from s2d2_lmeval.toy import CORPORA, Problem
 
 END_OF_TEXT, TURN_START, TURN_END, MASK = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>")
 VOCABULARY_SIZE = 640

@@ -1,4 +1,4 @@
-"""What Spiffy saves on the toy: ``python -m s2d2_lmeval.studies.spiffy_savings`` prints the tables of docs/spiffy.md.
+"""What Spiffy saves on the toy: ``python -m benchmarks.spiffy_savings`` prints the tables of docs/spiffy.md.
 
 Graphs are calibrated on prompts of the training corpora and measured on held-out problems, which share no prompt with
 them. Every line decodes the same problems, and is checked to write the same tokens as its base decoder.
@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from recipes.toy.stream import training_stream
 from s2d2_lmeval.decoding.generation import Generation
 from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, Pairs
 from s2d2_lmeval.model import BlockDiffusionModel, load
 from s2d2_lmeval.studies.calibrate import calibrate
-from s2d2_lmeval.toy.corpora import CORPORA, held_out, training_stream
-from s2d2_lmeval.toy.problem import Problem
+from s2d2_lmeval.toy import CORPORA, Problem, checkpoint_path, held_out
 
 BLOCK_LENGTH, NEW_TOKENS = 16, 96
 CALIBRATION_PROMPTS = {"static": 16, "dynamic": 120}
@@ -35,7 +35,7 @@ DEPTH = 6
 DEFAULT_NODES = 16
 BASES: dict[str, dict[str, Any]] = {"static": {}, "dynamic": {"confidence_threshold": 0.9}}
 SHARED = {"block_length": BLOCK_LENGTH, "max_new_tokens": NEW_TOKENS}
-DEFAULT_GRAPHS = Path(__file__).parent.parent / "toy" / "draft_graphs"
+DEFAULT_GRAPHS = checkpoint_path().parent / "draft_graphs"
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,6 @@ def open_toy() -> tuple[BlockDiffusionModel, Any]:
     """The toy in float32, and its tokenizer."""
     import torch
     from transformers import PreTrainedTokenizerFast
-
-    from s2d2_lmeval.toy import checkpoint_path
 
     model = load("toy", dtype=torch.float32, device="cpu", max_batch=8)
     return model, PreTrainedTokenizerFast.from_pretrained(checkpoint_path())

@@ -1,7 +1,7 @@
 """Writes the task grids of ``task_configs/{gsm8k,humaneval,ifeval}/sweep``: a YAML per point.
 
 ``lm_eval --tasks s2d2_gsm8k_sweep`` runs a whole grid in one process. After a change here:
-``python -m s2d2_lmeval.studies.task_sweeps``; a test compares the files with what this would write.
+``python -m benchmarks.task_sweeps``; a test compares the files with what this would write.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SCORED = {"token_acceptance_estimator": "soft_entropy_negexp", "score_penalty_c
 
 @dataclass(frozen=True)
 class GridPoint:
-    """The name of a point behind its task's, the axes that it belongs to, and its decoding options."""
+    """The name of a point after its task's, the axes that it belongs to, and its decoding options."""
 
     name: str
     axes: tuple[str, ...]
@@ -72,7 +72,7 @@ def files(configs: Path) -> dict[Path, str]:
                 "generation_kwargs": {**generation, **point.options},
             }
             text = yaml.safe_dump(task, sort_keys=False, default_flow_style=False)
-            written[folder / "sweep" / f"{task['task']}.yaml"] = f"# written by s2d2_lmeval.studies.task_sweeps\n{text}"
+            written[folder / "sweep" / f"{task['task']}.yaml"] = f"# written by benchmarks.task_sweeps\n{text}"
     return written
 
 
@@ -88,7 +88,7 @@ def read_task(path: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Write everything anew into the checkout that this file is part of."""
-    configs = Path(__file__).resolve().parents[2] / "task_configs"
+    configs = Path(__file__).resolve().parents[1] / "task_configs"
     wanted = files(configs)
     for folder in {path.parent for path in wanted}:
         folder.mkdir(exist_ok=True)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from s2d2_lmeval.toy.network import Network, Shape
-from s2d2_lmeval.toy.tokenization import CONTEXT_LENGTH, END_OF_TEXT, MASK, TURN_END, token_id
+from recipes.toy.network import Network, Shape
+from recipes.toy.tokenization import CONTEXT_LENGTH, END_OF_TEXT, MASK, TURN_END, token_id
 
 BLOCK_SIZE = 8
 STORED_TYPE = torch.bfloat16

@@ -1,0 +1,24 @@
+"""The measurements that the docs name run, on a few problems."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import policies, spiffy_savings
+
+
+def test_policies(capsys: pytest.CaptureFixture[str]) -> None:
+    policies.main(["--tasks", "instructions", "--limit", "1", "--repeats", "1"])
+    shown = capsys.readouterr().out
+    assert [name for name in policies.GRID if f" {name} " not in shown] == []
+
+
+@pytest.mark.slow
+def test_spiffy_savings(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["spiffy_savings", "--problems", "1", "--bases", "static", "--nodes", "4"]
+    monkeypatch.setattr("sys.argv", command)
+    spiffy_savings.main()
+    rows = {row.split(" | ")[0]: row for row in capsys.readouterr().out.splitlines()}
+    assert rows["| static itself"].endswith("| 1.00 |")
+    assert float(rows["| calibrated, 4 nodes"].split(" | ")[-1].strip(" |")) > 1
+    assert {"| static, fused", "| static, fused, spiffy"} <= rows.keys()
