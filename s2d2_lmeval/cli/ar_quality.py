@@ -33,7 +33,7 @@ def ar_quality(path: str | None, tasks: str | None, *, limit: int, rows: int) ->
     hide_loading_bars()
     if path is None:
         raise ConfigError("--ar_quality compares two modes of a checkpoint: name one, as in doctor toy --ar_quality.")
-    names = tasks.split(",") if tasks else list(demo.TASKS) if path == "toy" else []
+    names = tasks.split(",") if tasks else demo.toy_tasks() if path == "toy" else []
     if not names:
         raise ConfigError("--ar_quality needs a task at hand: name one or more, as in --tasks s2d2_gsm8k.")
     facts = checkpoint_facts(path)

@@ -1,7 +1,8 @@
 """The embedded toy model on its three tasks under lm-evaluation-harness, decoders side by side.
 
 Everything runs through the harness as a real evaluation does, on any machine and without the network. The last thing
-shown is the decoding order of one problem.
+shown is the decoding order of one problem. `s2d2-lmeval sweep demo` evaluates the same configurations task by task, and
+writes every answer to disk at once; here all tasks are decoded together, and the time is that of decoding alone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,23 +21,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from s2d2_lmeval.model import BlockDiffusionModel
+    from s2d2_lmeval.studies.study import Study
 
 SUMMARY = "three toy tasks, several decoders, one table; needs no network"
 
-TASKS = ("s2d2_toy_arithmetic", "s2d2_toy_programs", "s2d2_toy_instructions")
-BLOCK_LENGTH = 16
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "ar": {"decoder": "ar"},
-    "sliding": {"decoder": "sliding"},
-    "sliding auto": {"decoder": "sliding", "row_budget": "auto"},
-    "dynamic": {"decoder": "dynamic", "block_length": BLOCK_LENGTH, "confidence_threshold": 0.9},
-    "s2d2": {"decoder": "s2d2", "block_length": BLOCK_LENGTH},
-    "s2d2 greedy": {"decoder": "s2d2", "block_length": BLOCK_LENGTH, "acceptance": "greedy"},
-    "s2d2 lookahead": {"decoder": "s2d2", "block_length": BLOCK_LENGTH, "schedule": "lookahead"},
-}
-"""Name in the table -> ``--model_args``. The first one is what speed and answers are compared with."""
-
 _TRACED = "s2d2 greedy"
+WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -94,44 +84,71 @@ def run(args: argparse.Namespace) -> int:
 
     from s2d2_lmeval.cli.checkpoints import open_model
     from s2d2_lmeval.cli.console import hide_loading_bars, make_console
+    from s2d2_lmeval.studies.tables import in_markdown
 
     console = make_console()
     hide_loading_bars()
     torch.set_num_threads(args.threads)
+    study = packaged_study("demo")
     engine, tokenizer, _ = open_model(args.model, {"max_batch": args.rows})
-    warm_up(engine, tokenizer)
+    warm_up(engine, tokenizer, study.decoding.values())
     rows: list[Row] = []
     totals: dict[str, Mapping[str, float]] = {}
     answers: dict[str, list[str]] = {}
     environment: Mapping[str, Any] = {}
     started = time.perf_counter()
-    for number, (name, options) in enumerate(CONFIGURATIONS.items(), 1):
-        given = ", ".join(f"{key}={value}" for key, value in options.items())
-        console.print(f"[bold]{number}/{len(CONFIGURATIONS)} {name}[/bold]  --model s2d2 --model_args {given}")
-        results = evaluate(args.model, options, TASKS, limit=args.limit, rows=args.rows)
+    for name, results, answers[name] in evaluations(console, study.decoding, args):
         about = results["config"]["s2d2"]
         totals[name], environment = about["totals"], about["environment"]
-        answers[name] = [text for task in TASKS for text in texts(results["samples"][task])]
-        rows += [_row(name, task, results) for task in TASKS]
+        rows += [_row(name, task, results) for task in toy_tasks()]
     speeds = compare(totals, answers)
+    quality, speed = quality_cells(rows), speed_cells(speeds)
     console.print()
-    console.print(quality_table(rows))
-    console.print(speed_table(speeds))
-    _write(args.output, rows, speeds, environment)
-    console.print(
-        f"{args.limit} documents per task, {args.rows} requests in flight, {time.perf_counter() - started:.0f} s in "
-        f"all. Written to {args.output}/results.md and {args.output}/results.json."
-    )
+    console.print(framed("What the decoders answer", *quality, texts=2, sections=True))
+    console.print(framed("How fast, all tasks together", *speed, texts=1))
+    everything = {
+        "configurations": dict(study.decoding),
+        "tasks": [asdict(row) for row in rows],
+        "speed": [asdict(speed) for speed in speeds],
+        "environment": dict(environment),
+    }
+    tables = [in_markdown(*quality, texts=2), in_markdown(*speed)]
+    write(console, args, "Demo: the embedded toy model", tables, everything, started)
     console.print()
-    _trace(console, engine, tokenizer)
+    _trace(console, engine, tokenizer, study.decoding[_TRACED])
     return 0
 
 
-def warm_up(engine: BlockDiffusionModel, tokenizer: Any) -> None:
+def packaged_study(name: str) -> Study:
+    """A study that comes with the package."""
+    from s2d2_lmeval.studies import packaged
+    from s2d2_lmeval.studies.study import read_study
+
+    return read_study(packaged.find(name))
+
+
+def toy_tasks() -> list[str]:
+    """The tasks of the embedded model."""
+    return [task.task for task in packaged_study("demo").tasks]
+
+
+def warm_up(engine: BlockDiffusionModel, tokenizer: Any, configurations: Iterable[Mapping[str, Any]]) -> None:
     """Decode a little with every configuration, so that the first one measured does not pay for what all use."""
     prompt = list(tokenizer("Question:")["input_ids"])
-    for options in CONFIGURATIONS.values():
-        engine.generate([prompt] * engine.max_batch, {**options, "max_new_tokens": BLOCK_LENGTH})
+    for options in configurations:
+        engine.generate([prompt] * engine.max_batch, {**options, "max_new_tokens": WARM_UP_TOKENS})
+
+
+def evaluations(
+    console: Any, configurations: Mapping[str, Mapping[str, Any]], args: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+    """Of every configuration its name, the harness's results on the toy's tasks, and all answers."""
+    tasks = toy_tasks()
+    for number, (name, options) in enumerate(configurations.items(), 1):
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        console.print(f"[bold]{number}/{len(configurations)} {name}[/bold]  --model s2d2 --model_args {given}")
+        results = evaluate(args.model, options, tasks, limit=args.limit, rows=args.rows)
+        yield name, results, [text for task in tasks for text in texts(results["samples"][task])]
 
 
 def evaluate(model: str, options: Mapping[str, Any], tasks: Sequence[str], *, limit: int, rows: int) -> dict[str, Any]:
@@ -233,18 +250,6 @@ def speed_cells(speeds: Sequence[Speed]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def quality_table(rows: Sequence[Row]) -> Table:
-    """For the terminal; a rule between tasks."""
-    header, cells = quality_cells(rows)
-    return framed("What the decoders answer", header, cells, texts=2, sections=True)
-
-
-def speed_table(speeds: Sequence[Speed]) -> Table:
-    """For the terminal."""
-    header, cells = speed_cells(speeds)
-    return framed("How fast, all tasks together", header, cells, texts=1)
-
-
 def framed(
     title: str, header: Sequence[str], cells: Sequence[Sequence[str]], *, texts: int, sections: bool = False
 ) -> Table:
@@ -262,31 +267,21 @@ def framed(
     return table
 
 
-def markdown(header: Sequence[str], cells: Sequence[Sequence[str]], texts: int) -> str:
-    """The same as a Markdown table."""
-    rule = [":--" if column < texts else "--:" for column in range(len(header))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *cells))
+def write(
+    console: Any, args: argparse.Namespace, title: str, tables: Sequence[str], content: Mapping[str, Any], begun: float
+) -> None:
+    """Leave results.md and results.json in the folder of results, and say so."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    about = "\n".join(f"- {name}: {value}" for name, value in content["environment"].items())
+    (args.output / "results.md").write_text("\n\n".join([f"# {title}", *tables, about]) + "\n", encoding="utf-8")
+    (args.output / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    console.print(
+        f"{args.limit} documents per task, {args.rows} requests in flight, {time.perf_counter() - begun:.0f} s in "
+        f"all. Written to {args.output}/results.md and {args.output}/results.json."
+    )
 
 
-def _write(folder: Path, rows: Sequence[Row], speeds: Sequence[Speed], environment: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = [
-        "# Demo: the embedded toy model",
-        markdown(*quality_cells(rows), texts=2),
-        markdown(*speed_cells(speeds), texts=1),
-        "\n".join(f"- {name}: {value}" for name, value in environment.items()),
-    ]
-    (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    everything = {
-        "configurations": CONFIGURATIONS,
-        "tasks": [asdict(row) for row in rows],
-        "speed": [asdict(speed) for speed in speeds],
-        "environment": dict(environment),
-    }
-    (folder / "results.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-
-
-def _trace(console: Any, engine: BlockDiffusionModel, tokenizer: Any) -> None:
+def _trace(console: Any, engine: BlockDiffusionModel, tokenizer: Any, options: Mapping[str, Any]) -> None:
     """Decode one problem once more, and draw it."""
     from s2d2_lmeval.cli.console import printable
     from s2d2_lmeval.cli.generate import draw
@@ -294,7 +289,7 @@ def _trace(console: Any, engine: BlockDiffusionModel, tokenizer: Any) -> None:
 
     problem = held_out("arithmetic")[0]
     prompt = list(tokenizer(problem.prompt)["input_ids"])
-    config = engine.config({**CONFIGURATIONS[_TRACED], "max_new_tokens": 64})
+    config = engine.config({**options, "max_new_tokens": 64})
     generation = engine.generate([prompt], config)[0]
     console.print(f"[bold]One problem, decoded by {_TRACED}[/bold]")
     console.print(problem.prompt, markup=False, style="dim")

@@ -6,7 +6,6 @@ All of them answer alike; what differs is how many forwards of the target that t
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -76,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from s2d2_lmeval.cli.console import hide_loading_bars, make_console
-    from s2d2_lmeval.cli.demo import TASKS, evaluate, framed, markdown, texts
+    from s2d2_lmeval.cli.demo import evaluations, framed, toy_tasks, write
+    from s2d2_lmeval.studies.tables import in_markdown
 
     console = make_console()
     hide_loading_bars()
@@ -87,14 +87,10 @@ def run(args: argparse.Namespace) -> int:
     environment: Mapping[str, Any] = {}
     started = time.perf_counter()
     chosen = configurations(args.budgets, args.seed_chain)
-    for number, (name, options) in enumerate(chosen.items(), 1):
-        options = {"draft": args.draft, **options, **sampling}
-        given = ", ".join(f"{key}={value}" for key, value in options.items())
-        console.print(f"[bold]{number}/{len(chosen)} {name}[/bold]  --model s2d2 --model_args {given}")
-        results = evaluate(args.model, options, TASKS, limit=args.limit, rows=args.rows)
-        answers = [text for task in TASKS for text in texts(results["samples"][task])]
+    given = {name: {"draft": args.draft, **options, **sampling} for name, options in chosen.items()}
+    for name, results, answers in evaluations(console, given, args):
         expected = expected or answers
-        scores = [results["results"][task]["accuracy,none"] for task in TASKS]
+        scores = [results["results"][task]["accuracy,none"] for task in toy_tasks()]
         about = results["config"]["s2d2"]
         environment = about["environment"]
         equal = sum(one == other for one, other in zip(answers, expected, strict=True))
@@ -102,18 +98,9 @@ def run(args: argparse.Namespace) -> int:
     header, cells = table_cells(measured)
     console.print()
     console.print(framed("Drafts for an autoregressive target, all tasks together", header, cells, texts=1))
-    args.output.mkdir(parents=True, exist_ok=True)
-    lines = "\n".join(f"- {name}: {value}" for name, value in environment.items())
-    table = markdown(header, cells, texts=1)
-    (args.output / "results.md").write_text(f"# Demo: drafts for the toy model\n\n{table}\n\n{lines}\n", "utf-8")
     everything = {"configurations": chosen, "measured": [asdict(one) for one in measured]}
-    content = json.dumps({**everything, "environment": dict(environment)}, indent=1)
-    (args.output / "results.json").write_text(content + "\n", "utf-8")
-    seconds = time.perf_counter() - started
-    console.print(
-        f"{args.limit} documents per task, {args.rows} requests in flight, {seconds:.0f} s in all. Written to "
-        f"{args.output}/results.md and {args.output}/results.json."
-    )
+    everything["environment"] = dict(environment)
+    write(console, args, "Demo: drafts for the toy model", [in_markdown(header, cells)], everything, started)
     return 0
 
 

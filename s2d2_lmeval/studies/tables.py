@@ -58,11 +58,17 @@ def about(rows: Sequence[Row]) -> str:
 def markdown(rows: Sequence[Row]) -> str:
     """A table; the front is in bold."""
     header, table = filled(rows)
-    lines = [header, [":--", *("--:" for _ in header[1:])]]
+    lines = []
     for row, line in zip(rows, table, strict=True):
         first, *rest = (cell.replace("|", "\\|") for cell in line)
         lines.append([f"**{first}**" if row.on_front else first, *rest])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return in_markdown(header, lines)
+
+
+def in_markdown(header: Sequence[str], lines: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Cells as a Markdown table; the first ``texts`` columns hold text, the others numbers."""
+    rule = [":--" if column < texts else "--:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
 
 
 _ESCAPED = {

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from s2d2_lmeval.cli import main
-from s2d2_lmeval.cli.demo import CONFIGURATIONS, TASKS, Row, compare, markdown, quality_cells, speed_cells
+from s2d2_lmeval.cli.demo import Row, compare, packaged_study, quality_cells, speed_cells, toy_tasks
+from s2d2_lmeval.studies.tables import in_markdown
 
 
 def test_speed_is_relative_to_the_first_configuration() -> None:
@@ -29,7 +30,7 @@ def test_a_table_is_markdown_too() -> None:
         Row("ar", "s2d2_toy_programs", 4, 0.5, 20.0, 20.0, 1.0, None),
         Row("s2d2", "s2d2_toy_programs", 4, 0.25, 8.0, 20.0, 2.5, 0.75),
     ]
-    lines = markdown(*quality_cells(rows), texts=2).splitlines()
+    lines = in_markdown(*quality_cells(rows), texts=2).splitlines()
     assert lines[1] == "| :-- | :-- | --: | --: | --: | --: |"
     assert lines[2] == "| programs | ar | 50.0% | 20.0 | 1.00 |  |"
     assert lines[3] == "| programs | s2d2 | 25.0% | 8.0 | 2.50 | 75% |"
@@ -43,7 +44,7 @@ def test_the_demo_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFi
     assert "positions" in shown
     written = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert {(row["configuration"], row["task"]) for row in written["tasks"]} == {
-        (name, task) for name in CONFIGURATIONS for task in TASKS
+        (name, task) for name in packaged_study("demo").decoding for task in toy_tasks()
     }
     assert all(row["documents"] == 3 for row in written["tasks"])
     speed = {row["configuration"]: row for row in written["speed"]}

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from s2d2_lmeval.cli import main
+from s2d2_lmeval.cli.demo import packaged_study, toy_tasks
+from s2d2_lmeval.cli.demo_ddtree import BUDGETS, configurations
 
 
 def test_the_table_and_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,3 +29,10 @@ def test_the_table_and_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert one["target_milliseconds"] > 0
         assert one["drafter_milliseconds"] > 0
     assert (tmp_path / "results.md").read_text().count("\n| ") == 2 + len(names)
+
+
+def test_the_packaged_study_is_the_same() -> None:
+    study = packaged_study("demo-ddtree")
+    assert study.decoding == configurations(BUDGETS, seed_chain=False)
+    assert [task.task for task in study.tasks] == toy_tasks()
+    assert study.models == {"toy": {"pretrained": "toy", "draft": "toy"}}
