@@ -11,37 +11,22 @@ import torch
 from torch import nn
 
 from s2d2_lmeval.decoding.generation import Generation
-from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.decoding.options.sampling import GREEDY
 from s2d2_lmeval.errors import ConfigError, RequestError
 from s2d2_lmeval.families import adopt
 from s2d2_lmeval.model import BlockDiffusionModel, load
 
-FIELDS = frozenset(field.name for field in dataclasses.fields(DecodingConfig))
+FIELDS = {field.name: field for field in dataclasses.fields(DecodingConfig)}
 
 # What lm-eval and transformers hand to every generate function. It says nothing about decoding blocks.
 HARNESS_ARGUMENTS = frozenset(
-    {
-        "attention_mask",
-        "bos_token_id",
-        "cache_implementation",
-        "eos_token_id",
-        "generation_config",
-        "logits_processor",
-        "logits_to_keep",
-        "max_length",
-        "pad_token_id",
-        "past_key_values",
-        "position_ids",
-        "return_dict_in_generate",
-        "stop",
-        "stopping_criteria",
-        "streamer",
-        "synced_gpus",
-        "tokenizer",
-        "until",
+    (
+        *("attention_mask", "bos_token_id", "cache_implementation", "eos_token_id", "generation_config"),
+        *("logits_processor", "logits_to_keep", "max_length", "pad_token_id", "past_key_values", "position_ids"),
+        *("return_dict_in_generate", "stop", "stopping_criteria", "streamer", "synced_gpus", "tokenizer", "until"),
         "use_cache",
-    }
+    )
 )
 
 _ready: WeakKeyDictionary[nn.Module, BlockDiffusionModel] = WeakKeyDictionary()
@@ -60,6 +45,20 @@ def decoding_options(arguments: Mapping[str, Any], *, temperature: float | None 
     if temperature is not None and options.pop("do_sample", False) and temperature < GREEDY:
         raise ConfigError("do_sample=true contradicts temperature=0, which is greedy: give a temperature, such as 1.0.")
     return options
+
+
+def options_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those published ``arguments`` that are decoding options, under whatever name; of two names of an option the later
+    one holds, and None says nothing.
+    """
+    options = {SYNONYMS.get(name, name): value for name, value in arguments.items() if value is not None}
+    return {name: value for name, value in options.items() if name in FIELDS}
+
+
+def config_of(arguments: Mapping[str, Any], **settings: Any) -> DecodingConfig:
+    """The configuration that published ``arguments`` ask for, with ``settings`` in place of what they say."""
+    # The published code may predict the mask.
+    return DecodingConfig(**{**options_of(arguments), **settings, "suppress_mask_token": False})
 
 
 def one_prompt(input_ids: torch.Tensor) -> list[int]:
@@ -97,7 +96,25 @@ def ready(model: Any, **facts: Any) -> BlockDiffusionModel:
     return engine
 
 
-def prompts_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
+def decode_rows(
+    arguments: Mapping[str, Any], counts: Sequence[str], **settings: Any
+) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
+    """Decode every row of ``input_ids`` (R, P) and answer with ids (R, P + new), if asked with statistics and
+    ``counts``.
+    """
+    input_ids, stops = arguments["input_ids"], arguments["stopping_criteria_idx"]
+    prompts = _prompts_of(input_ids, arguments["attention_mask"])
+    options = {**options_of(arguments), **settings, **decoding_options(arguments["kwargs"])}
+    if stops is not None:
+        options["stop_token_ids"] = tuple(stops)
+    decoder = ready(arguments["model"], mask_token_id=arguments["mask_id"], block_length=arguments.get("block_length"))
+    config = decoder.config(options)
+    answers = decoder.generate(prompts, config)
+    ids = _with_answers(input_ids, answers, config)
+    return (ids, _statistics_of(answers, counts)) if arguments["return_forward_stats"] else ids
+
+
+def _prompts_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
     """The ids of every row of ``input_ids`` (R, P), without the padding that ``attention_mask`` (R, P) leaves out.
 
     Raises:
@@ -109,8 +126,8 @@ def prompts_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> 
     return [ids[kept.bool()].tolist() for ids, kept in zip(input_ids, real, strict=True)]
 
 
-def with_answers(input_ids: torch.Tensor, answers: Sequence[Generation], config: DecodingConfig) -> torch.Tensor:
-    """``input_ids`` (R, P) and behind each row its new tokens; shorter ones are filled up on the right with the first
+def _with_answers(input_ids: torch.Tensor, answers: Sequence[Generation], config: DecodingConfig) -> torch.Tensor:
+    """``input_ids`` (R, P) and after each row its new tokens; shorter ones are filled up on the right with the first
     stop token (0 without any).
     """
     longest = max((len(answer.token_ids) for answer in answers), default=0)
@@ -119,7 +136,7 @@ def with_answers(input_ids: torch.Tensor, answers: Sequence[Generation], config:
     return torch.cat([input_ids, input_ids.new_tensor(new).view(len(new), longest)], dim=1)
 
 
-def statistics_of(answers: Sequence[Generation], names: Sequence[str]) -> dict[str, Any]:
+def _statistics_of(answers: Sequence[Generation], names: Sequence[str]) -> dict[str, Any]:
     """Of each answer ``decoding_order``, ``total_forward_steps`` and the counts ``names``: lists, but of a single
     answer the values themselves, as published.
     """

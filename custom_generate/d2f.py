@@ -3,11 +3,10 @@
 ``generate_block_single``       pipelined blocks, decided by confidence (D2F)
 ``generate_block_speculative``  S2D2: the model drafts the open blocks and verifies the first run of masks
 
-Both take the published arguments with the published defaults and answer as published: the new ids ``(new,)`` without
-the prompt and without the stop token, and with ``return_forward_stats=True`` a pair of these and a dictionary with
-``total_forwards``, ``decoding_order`` and what was published about blocks. With the defaults ``random_source="torch"``
-and ``schedule="reference"`` ids, forwards and decoding order equal the published code's for the same seed; for Dream,
-those of the published code with its attention masks passed on (as published, Dream drops them).
+Both take the published arguments with the published defaults and answer as published. With the defaults
+``random_source="torch"`` and ``schedule="reference"`` ids, forwards and decoding order equal the published code's for
+the same seed; for Dream, those of the published code with its attention masks passed on (as published, Dream drops
+them).
 """
 
 from __future__ import annotations
@@ -18,13 +17,15 @@ from typing import Any
 
 import torch
 
-from s2d2_lmeval.custom_generate.calling import FIELDS, decoding_options, one_prompt, ready
+from s2d2_lmeval.custom_generate.calling import config_of, decoding_options, one_prompt, ready
+from s2d2_lmeval.custom_generate.signatures import documented, extends
 from s2d2_lmeval.decoding.generation import Generation
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.model import BlockDiffusionModel
 
 
+@documented
 def generate_block_single(
     model: Any,
     input_ids: torch.Tensor,
@@ -57,109 +58,62 @@ def generate_block_single(
     Args:
         model: what :func:`s2d2_lmeval.load` returns, or a LLaDA or Dream model of transformers (its weights are
             shared) with the adapter merged.
-        input_ids: the prompt, (1, P).
         max_length, max_new_tokens: positions of prompt and answer together, and new tokens, at most; whole blocks only.
         block_size, mask_token_id: as trained: 32, and 126336 (LLaDA) or 151666 (Dream).
         model_type: ``llada`` or ``dream``; must be what the model is.
         eos_token_id: token ids after which no further block opens; the answer ends before the first. None means none.
         temperature, top_p, top_k: zero drafts the arg-max; the filters then only lend it their probability.
-        block_add_threshold: the next block opens once this share of the last one is decided.
-        decoded_token_threshold: a block is forced on in every step once this share of the one before is decided.
-        skip_threshold: every mask above this probability is decided.
         shift_logits: None, or what is true of the model.
         include_prompt: answer ids (1, P + new), as evaluation harnesses want them.
-        random_source: ``torch`` (the global generator, in the published order), ``fixed``, ``keyed``, or an object with
-            ``uniform(n)`` and ``categorical(probabilities)``.
         schedule: ``reference``, or ``fused``, which stops at once when the answer is decided (same ids).
-        device, dtype, kwargs: taken without effect, as is what an evaluation harness hands to every model; the model's
-            own device and dtype hold. Every other name is a decoding option.
+        device, dtype: taken without effect; the model's own hold.
 
     Returns:
-        the new ids (new,); with ``return_forward_stats`` also the statistics.
+        the new ids (new,) without the stop token; with ``return_forward_stats`` a pair of these and ``decoding_order``,
+        ``total_forwards`` and what was published about blocks.
 
     Raises:
         ConfigError: a name that is no decoding option, a value out of range, or not what the model is.
         RequestError: not exactly one prompt, or a prompt that cannot be decoded.
     """
-    return _decode("pipelined", dict(locals()), kwargs)
+    return _decode("pipelined", locals())
 
 
-def generate_block_speculative(
-    model: Any,
-    input_ids: torch.Tensor,
-    *,
-    max_length: int,
-    max_new_tokens: int,
-    block_size: int,
-    mask_token_id: int,
-    model_type: str = "llada",
-    eos_token_id: int | Sequence[int] | None = None,
-    device: Any = None,
-    dtype: Any = None,
-    temperature: float = 0.0,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    block_add_threshold: float = 0.1,
-    decoded_token_threshold: float = 0.5,
-    skip_threshold: float = 0.9,
-    draft_confidence_threshold: float | None = None,
-    verify_confidence_threshold: float | None = None,
-    margin_confidence: bool = False,
-    neg_entropy: bool = False,
-    shift_logits: bool | None = None,
-    return_forward_stats: bool = False,
-    min_tokens_per_step: int | None = 1,
-    target_block_size: int = 1,
-    ssd_partial_ar_span: int | None = 0,
-    ssd_threshold_draft_confidence: bool = False,
-    ssd_ratio_tempering_factor: float = 1.0,
-    min_ssd_span_length: int = 1,
-    cache_ver: bool = False,
-    draft_ver: bool = False,
-    allow_resample: bool = True,
-    include_prompt: bool = False,
-    random_source: Any = "torch",
-    schedule: str = "reference",
-    **kwargs: Any,
-) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
+@extends(
+    generate_block_single,
+    "draft_confidence_threshold verify_confidence_threshold min_tokens_per_step target_block_size ssd_partial_ar_span "
+    "ssd_threshold_draft_confidence ssd_ratio_tempering_factor min_ssd_span_length allow_resample",
+    cache_ver=False,
+    draft_ver=False,
+)
+def generate_block_speculative(arguments: dict[str, Any]) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
     """Continue one prompt with S2D2 on pipelined blocks (arXiv 2603.25702).
 
-    Arguments and answer are those of :func:`generate_block_single`, and S2D2's own options. ``cache_ver`` and
-    ``draft_ver`` must be equal and have no effect, as published.
+    Args:
+        cache_ver, draft_ver: must be equal, and have no effect, as published.
     """
-    arguments = dict(locals())
-    if cache_ver != draft_ver:
+    if arguments.pop("cache_ver") != arguments.pop("draft_ver"):
         raise ConfigError("cache_ver and draft_ver must be equal; on pipelined blocks neither has an effect.")
-    arguments["min_tokens_per_step"] = max(min_tokens_per_step or 1, 1)
-    arguments["ssd_partial_ar_span"] = max(ssd_partial_ar_span or 0, 0)
-    arguments["min_ssd_span_length"] = max(min_ssd_span_length, 0)
-    return _decode("s2d2", arguments, kwargs)
+    arguments["min_tokens_per_step"] = max(arguments["min_tokens_per_step"] or 1, 1)
+    arguments["ssd_partial_ar_span"] = max(arguments["ssd_partial_ar_span"] or 0, 0)
+    arguments["min_ssd_span_length"] = max(arguments["min_ssd_span_length"], 0)
+    return _decode("s2d2", arguments)
 
 
-def _decode(
-    decoder: str, arguments: Mapping[str, Any], kwargs: Mapping[str, Any]
-) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
+def _decode(decoder: str, arguments: Mapping[str, Any]) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
     """Run the engine on the published ``arguments``."""
     prompt, block = one_prompt(arguments["input_ids"]), arguments["block_size"]
     temperature, stops = float(arguments["temperature"] or 0.0), arguments["eos_token_id"]
-    options = {name: value for name, value in arguments.items() if name in FIELDS and name not in _NO_EFFECT}
-    config = DecodingConfig(
-        **{
-            **options,
-            "decoder": decoder,
-            "max_new_tokens": 0,
-            "block_length": block,
-            "confidence_threshold": arguments["skip_threshold"],
-            "stop_token_ids": (stops,) if isinstance(stops, int) else tuple(stops or ()),
-            "do_sample": temperature > 0,
-            "temperature": temperature,
-            "top_p": 1.0 if arguments["top_p"] is None else arguments["top_p"],
-            "top_k": arguments["top_k"] or 0,
-            "nucleus_first": True,  # the published order of the filters
-            "suppress_mask_token": False,  # the published code may predict the mask
-        }
+    config = config_of(
+        arguments,
+        decoder=decoder,
+        max_new_tokens=0,
+        stop_token_ids=(stops,) if isinstance(stops, int) else tuple(stops or ()),
+        do_sample=temperature > 0,
+        temperature=temperature,
+        nucleus_first=True,  # the published order of the filters
     )
-    extra = decoding_options(kwargs, temperature=temperature)
+    extra = decoding_options(arguments["kwargs"], temperature=temperature)
     budget = extra.pop("max_gen_toks", arguments["max_new_tokens"])
     blocks = min(budget, arguments["max_length"] - len(prompt)) // block
     config = config.replace(**extra, max_new_tokens=max(blocks, 0) * block)
@@ -168,9 +122,6 @@ def _decode(
     if arguments["include_prompt"]:
         ids = torch.cat([arguments["input_ids"], ids.unsqueeze(0)], dim=1)
     return (ids, _statistics(generation, len(prompt), block)) if arguments["return_forward_stats"] else ids
-
-
-_NO_EFFECT = ("cache_ver", "draft_ver")
 
 
 def _engine(arguments: Mapping[str, Any], config: DecodingConfig) -> BlockDiffusionModel:

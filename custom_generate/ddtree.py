@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from s2d2_lmeval.custom_generate.calling import decoding_options, one_prompt
+from s2d2_lmeval.custom_generate.signatures import documented, extends
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.model import BlockDiffusionModel, load
@@ -45,6 +46,7 @@ class DraftedAnswer:
     stats: dict[str, float]
 
 
+@documented
 def dflash_generate(
     model: Any,
     input_ids: torch.Tensor,
@@ -63,54 +65,36 @@ def dflash_generate(
 
     Args:
         model: what :func:`s2d2_lmeval.load` returns for a target with ``draft=``, or a transformers model.
-        input_ids: the prompt, (1, P).
         mask_token_id: None is the drafter's own; another is refused.
         block_size: positions of a drafted block, the last decided token included; None is what the drafter was trained
             for. At 1 nothing is drafted.
         stop_token_ids: ids that end the answer and are part of it; None is none.
         temperature: of the target; the arg-max below :data:`GREEDY`.
         draft: for a transformers model, its drafter.
-        random_source: ``torch`` (the global generator, in the published order), ``keyed``, ``fixed`` or an object.
         schedule: ``reference`` (a whole block is drafted in every round), or ``fused`` (not where nothing can come of
             it; the same tokens).
-        kwargs: what evaluation harnesses hand to every model is taken and has no effect; every other name is a decoding
-            option.
+
+    Returns:
+        a :class:`DraftedAnswer`.
 
     Raises:
         ConfigError: no drafter, a name that is no decoding option, or a value out of range.
         RequestError: not exactly one prompt, or a prompt that cannot be decoded.
     """
-    decoder = "ar" if block_size == 1 else "dflash"
-    return _decode(decoder, {}, dict(locals()), kwargs)
+    return _decode("dflash", locals())
 
 
-def ddtree_generate(
-    model: Any,
-    input_ids: torch.Tensor,
-    mask_token_id: int | None = None,
-    max_new_tokens: int = 2048,
-    block_size: int | None = None,
-    stop_token_ids: Sequence[int] | None = None,
-    temperature: float = 0.0,
-    tree_budget: int | str | None = None,
-    *,
-    draft: Any = None,
-    random_source: Any = "torch",
-    schedule: str = "reference",
-    **kwargs: Any,
-) -> DraftedAnswer:
+@extends(dflash_generate, tree_budget=None)
+def ddtree_generate(arguments: dict[str, Any]) -> DraftedAnswer:
     """Continue one prompt with DDTree.
 
-    Arguments and answer are those of :func:`dflash_generate`, and ``tree_budget``: nodes of a tree, as many as a chain
-    has if None, ``auto`` for as many as pay on this machine.
+    Args:
+        tree_budget: nodes of a tree; as many as a chain has if None, ``auto`` for as many as pay on this machine.
     """
-    decoder = "ar" if block_size == 1 else "ddtree"
-    return _decode(decoder, {} if decoder == "ar" else {"tree_budget": tree_budget}, dict(locals()), kwargs)
+    return _decode("ddtree", arguments)
 
 
-def _decode(
-    decoder: str, options: dict[str, Any], arguments: Mapping[str, Any], kwargs: Mapping[str, Any]
-) -> DraftedAnswer:
+def _decode(decoder: str, arguments: Mapping[str, Any]) -> DraftedAnswer:
     prompt = one_prompt(arguments["input_ids"])
     engine = _engine(arguments["model"], arguments["draft"])
     drafter = engine.facts.drafter
@@ -121,10 +105,10 @@ def _decode(
             f"mask_token_id={arguments['mask_token_id']} is not the drafter's ({drafter.mask_token_id}); leave it out."
         )
     block = arguments["block_size"] or drafter.block_length
-    if decoder != "ar":
-        options["draft_block_size"] = block
-    if options.get("tree_budget", 0) is None:
-        options["tree_budget"] = block - 1
+    decoder = "ar" if arguments["block_size"] == 1 else decoder
+    options: dict[str, Any] = {} if decoder == "ar" else {"draft_block_size": block}
+    if decoder == "ddtree":
+        options["tree_budget"] = block - 1 if arguments["tree_budget"] is None else arguments["tree_budget"]
     budget, sampled = int(arguments["max_new_tokens"]), arguments["temperature"] >= GREEDY
     # The published loop goes on until one token more than asked for is decided.
     more = decoder != "ar" and len(prompt) + budget < engine.max_context
@@ -138,7 +122,7 @@ def _decode(
         temperature=arguments["temperature"] if sampled else 1.0,
         random_source=arguments["random_source"],
         schedule=arguments["schedule"],
-    ).replace(**decoding_options(kwargs, temperature=arguments["temperature"]))
+    ).replace(**decoding_options(arguments["kwargs"], temperature=arguments["temperature"]))
     answer = engine.generate([prompt], config)[0]
     new = answer.token_ids[:budget]
     rounds = answer.steps[1:]

@@ -3,8 +3,7 @@
 ``generate``             threshold decoding of sub-blocks (Fast-dLLM v2)
 ``generate_ssd_policy``  S2D2: the model drafts a sub-block and verifies it at block size one
 
-Both take the published arguments with the published defaults and answer as published: ids ``(1, P + new)``, and with
-``return_decoding_order=True`` a pair of these ids and ``{"decoding_order", "total_forward_steps"}``. With the defaults
+Both take the published arguments with the published defaults and answer as published. With the defaults
 ``random_source="torch"`` and ``schedule="reference"`` ids, forwards and decoding order equal the published code's for
 the same seed. A prompt of exactly one block, which the published code loses, is decoded like any other.
 """
@@ -17,11 +16,12 @@ from typing import Any
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from s2d2_lmeval.custom_generate.calling import FIELDS, decoding_options, one_prompt, ready
-from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.custom_generate.calling import config_of, decoding_options, one_prompt, ready
+from s2d2_lmeval.custom_generate.signatures import documented, extends
 from s2d2_lmeval.errors import ConfigError
 
 
+@documented
 def generate(
     model: Any,
     input_ids: torch.Tensor,
@@ -53,22 +53,15 @@ def generate(
     Args:
         model: what :func:`s2d2_lmeval.load` returns, or a Qwen2 model of transformers with Fast-dLLM v2 weights (its
             weights are shared).
-        input_ids: the prompt, (1, P).
         max_new_tokens, max_gen_toks, max_length: how much to decode, as published: whole blocks only.
             ``max_new_tokens // block_size`` blocks from the one that the prompt ends in, and one token after them;
             ``max_gen_toks`` wins, and ``max_length`` counts the prompt in.
-        mask_id: None is the checkpoint's own (151665 for the published ones).
         threshold: every mask of the sub-block above this probability is decided in a step, and the most confident one.
         stop_token: ends the answer once everything before it is decided; it is part of the answer.
         temperature, top_p: zero drafts the arg-max; ``top_p`` then filters only the verifier and what routing looks at.
-        use_block_cache: inside a sub-block, see the rest of the block as it was in the last whole forward. Cheaper
-            forwards and, unless the sub-block is the block, other tokens.
-        random_source: ``torch`` (the global generator, in the published order), ``fixed``, ``keyed``, or an object with
-            ``uniform(n)`` and ``categorical(probabilities)``.
-        schedule: ``reference`` (a forward per prefill, draft, verification and commit), or one with fewer forwards and
-            the same ids.
-        tokenizer, stopping_criteria, use_attention_mask, kwargs: taken, as published, and without effect; a name in
-            ``kwargs`` that no evaluation harness hands over must be a decoding option.
+        return_decoding_order, return_dict_in_generate: how to answer; see below.
+        output_scores, output_hidden_states: refused, for the engine keeps neither.
+        tokenizer, stopping_criteria, use_attention_mask: taken, as published, and without effect.
 
     Returns:
         ids (1, P + new), in a ``GenerateDecoderOnlyOutput`` with ``return_dict_in_generate``; with
@@ -78,90 +71,48 @@ def generate(
         ConfigError: a name that is no decoding option, a value out of range, or no length at all.
         RequestError: not exactly one prompt, or a prompt that cannot be decoded.
     """
-    arguments = dict(locals())
-    return _decode("dynamic", arguments, kwargs)
+    return _decode("dynamic", locals())
 
 
-def generate_ssd_policy(
-    model: Any,
-    input_ids: torch.Tensor,
-    *,
-    max_new_tokens: int | None = None,
-    max_gen_toks: int | None = None,
-    max_length: int | None = None,
-    tokenizer: Any = None,
-    mask_id: int | None = None,
-    threshold: float = 1.0,
-    small_block_size: int = 8,
-    block_size: int = 32,
-    stop_token: int = 151645,
-    stopping_criteria: Any = None,
-    top_p: float = 0.95,
-    temperature: float = 0.0,
-    use_block_cache: bool = False,
-    use_ssd_cache: bool = False,
-    ssd_ratio_tempering_factor: float = 1.0,
-    min_ssd_span_length: int = 1,
-    allow_resample: bool = True,
-    return_decoding_order: bool = False,
-    return_dict_in_generate: bool = False,
-    output_scores: bool = False,
-    output_hidden_states: bool = False,
-    cache_ver: bool = False,
-    draft_ver: bool = False,
-    use_attention_mask: bool = False,
-    do_verify_policy: str = "mask_span_length",
-    do_verify_score_threshold: float = 0.0,
-    hysteresis_threshold_on: float = 0.0,
-    hysteresis_threshold_off: float = -1.0,
-    token_acceptance_estimator: str = "hard_margin_threshold",
-    ssd_confidence_margin_threshold: float = 0.05,
-    ssd_entropy_temperature: float = 1.0,
-    ucb_beta: float = 1.0,
-    ucb_span_length_bins: int = 2,
-    ucb_block_progress_bins: int = 2,
-    ucb_entropy_bins: int = 2,
-    ucb_entropy_source: str = "span",
-    do_verify_score_type: str = "difference_dynamic",
-    score_penalty_coef: float = 2.0,
-    random_source: Any = "torch",
-    schedule: str = "reference",
-    **kwargs: Any,
-) -> Any:
+@extends(
+    generate,
+    "ssd_ratio_tempering_factor min_ssd_span_length allow_resample cache_ver draft_ver do_verify_policy "
+    "hysteresis_threshold_on hysteresis_threshold_off token_acceptance_estimator ssd_confidence_margin_threshold "
+    "ssd_entropy_temperature ucb_beta ucb_span_length_bins ucb_block_progress_bins ucb_entropy_bins ucb_entropy_source "
+    "do_verify_score_type score_penalty_coef",
+    do_verify_score_threshold=0.0,
+    use_ssd_cache=False,
+)
+def generate_ssd_policy(arguments: dict[str, Any]) -> Any:
     """Continue one prompt with S2D2 (arXiv 2603.25702).
 
-    Arguments and answer are those of :func:`generate`, and S2D2's own options. Where the published function goes wrong,
-    this one does what the option says: with ``use_block_cache`` a sub-block begins with a whole forward, and with
-    ``draft_ver`` the rows before the block's first mask are causal in every sub-block. ``use_ssd_cache`` exists in name
-    only: it has no effect without ``use_block_cache``, and is refused with it, as published.
+    Where the published function goes wrong, this one does what the option says: with ``use_block_cache`` a sub-block
+    begins with a whole forward, and with ``draft_ver`` the rows before the block's first mask are causal in every
+    sub-block.
+
+    Args:
+        use_ssd_cache: in name only: without effect, and refused with ``use_block_cache``, as published.
     """
-    arguments = dict(locals())
-    if use_ssd_cache and use_block_cache:
+    if arguments["use_ssd_cache"] and arguments["use_block_cache"]:
         raise ConfigError("use_ssd_cache was never implemented; leave it out.")
-    return _decode("s2d2", arguments, kwargs)
+    return _decode("s2d2", arguments)
 
 
-def _decode(decoder: str, arguments: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Any:
+def _decode(decoder: str, arguments: Mapping[str, Any]) -> Any:
     """Run the engine on the published ``arguments``."""
     if arguments["output_scores"] or arguments["output_hidden_states"]:
         raise ConfigError("output_scores and output_hidden_states are not available: the engine keeps neither.")
     prompt = one_prompt(arguments["input_ids"])
     temperature = float(arguments["temperature"] or 0.0)
-    config = DecodingConfig(
-        **{
-            **{name: value for name, value in arguments.items() if name in FIELDS},
-            "decoder": decoder,
-            "max_new_tokens": _budget(arguments, len(prompt)),
-            "block_length": arguments["block_size"],
-            "confidence_threshold": arguments["threshold"],
-            "stop_token_ids": (arguments["stop_token"],),
-            "trim_stop_tokens": False,
-            "do_sample": temperature > 0,
-            "temperature": temperature or 1.0,  # at zero only the draft is the arg-max; the verifier keeps its law
-            "suppress_mask_token": False,  # the published code may predict the mask
-        }
-    )
-    config = config.replace(**decoding_options(kwargs, temperature=temperature))
+    config = config_of(
+        arguments,
+        decoder=decoder,
+        max_new_tokens=_budget(arguments, len(prompt)),
+        stop_token_ids=(arguments["stop_token"],),
+        trim_stop_tokens=False,
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,  # at zero only the draft is the arg-max; the verifier keeps its law
+    ).replace(**decoding_options(arguments["kwargs"], temperature=temperature))
     engine = ready(
         arguments["model"], family="fast_dllm_v2", mask_token_id=arguments["mask_id"], block_length=config.block_length
     )

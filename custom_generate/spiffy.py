@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from s2d2_lmeval.custom_generate.calling import decoding_options, prompts_of, ready, statistics_of, with_answers
+from s2d2_lmeval.custom_generate.calling import decode_rows
+from s2d2_lmeval.custom_generate.signatures import documented
 
 
+@documented
 def spiffy_generate(
     model: Any,
     input_ids: torch.Tensor,
@@ -35,18 +37,12 @@ def spiffy_generate(
     """Continue prompts with a block decoder, several of its steps per forward.
 
     Args:
-        model: what :func:`s2d2_lmeval.load` returns, or an SDAR or LLaDA2 model of transformers (its weights are
-            shared).
+        model: what :func:`s2d2_lmeval.load` returns, or an SDAR or LLaDA2 model of transformers.
         input_ids: the prompts, (R, P); shorter ones are padded on the left, which ``attention_mask`` (R, P) says.
-        mask_id: None is the checkpoint's own.
         gen_length, max_gen_toks: new tokens at most; ``max_gen_toks`` wins.
         block_length: None is the checkpoint's own.
         base: the decoder that is accelerated; None is ``dynamic``, or ``editing`` on LLaDA2.
-        draft_graph: a file that ``s2d2-lmeval calibrate`` wrote, or ``default``.
-        draft_nodes: states to draft per row and forward at most, or ``auto``: as many as pay on this machine.
-        lossless: refuse what would not give the base decoder's output token for token.
         stopping_criteria_idx: token ids that end an answer; None means the checkpoint's own.
-        return_forward_stats: also answer with the statistics.
         kwargs: options of the base decoder, such as ``confidence_threshold`` or ``denoising_steps``; what an evaluation
             harness hands to every model besides is taken and has no effect.
 
@@ -60,23 +56,7 @@ def spiffy_generate(
         ConfigError: a name that is no decoding option, or a value that is out of range.
         RequestError: ids that are no table, or a prompt that cannot be decoded.
     """
-    prompts = prompts_of(input_ids, attention_mask)
-    options: dict[str, Any] = {
-        "decoder": "spiffy",
-        "draft_graph": draft_graph,
-        "draft_nodes": draft_nodes,
-        "lossless": lossless,
-        "max_new_tokens": gen_length if max_gen_toks is None else max_gen_toks,
-        **decoding_options(kwargs),
-    }
-    stops = None if stopping_criteria_idx is None else tuple(stopping_criteria_idx)
-    optional = {"base": base, "block_length": block_length, "stop_token_ids": stops}
-    options |= {name: value for name, value in optional.items() if value is not None}
-    decoder = ready(model, mask_token_id=mask_id, block_length=block_length)
-    config = decoder.config(options)
-    answers = decoder.generate(prompts, config)
-    ids = with_answers(input_ids, answers, config)
-    return (ids, statistics_of(answers, _COUNTS)) if return_forward_stats else ids
+    return decode_rows(locals(), _COUNTS, decoder="spiffy")
 
 
 _COUNTS = ("steps", "states_drafted", "states_accepted")

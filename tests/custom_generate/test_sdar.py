@@ -296,7 +296,8 @@ PUBLISHED_ROUTING_DEFAULTS = {
 )
 def test_the_published_arguments_have_their_published_defaults(entry_point: Any, defaults: dict[str, Any]) -> None:
     parameters = inspect.signature(entry_point).parameters
-    assert list(parameters)[:4] == ["model", "input_ids", "attention_mask", "mask_id"]
+    by_position = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
+    assert by_position == ["model", "input_ids", "attention_mask", "mask_id", *list(defaults)[1:]]
     assert {name: parameters[name].default for name in defaults} == defaults
     assert parameters["random_source"].default == "torch"
     assert parameters["schedule"].default == "reference"
