@@ -44,7 +44,7 @@ def test_results_come_back_in_order() -> None:
         b"\xff\0", [], [1, [2, [3]]], (), (1,), ((), []), set(), {1, "a"}, frozenset({(1, 2)}), {}, range(3),
         {"b": 1, "a": {(1, 2): None}},
     ],
-    ids=lambda value: repr(value)[:20] if not isinstance(value, int) or abs(value) < 10**40 else "a large number",
+    ids=lambda value: type(value).__name__,  # a set is written in any order, so its text names no test
 )  # fmt: skip
 def test_plain_data_arrives_as_it_was(value: Any) -> None:
     copy = values.decode(values.encode(value, 1 << 20))
