@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.decoding.options.editing import EditingOptions
-from s2d2_lmeval.decoding.options.names import changes_nothing, nearest
 from s2d2_lmeval.decoding.options.option import (
     DECODERS,
     DENOISERS,
@@ -22,12 +21,13 @@ from s2d2_lmeval.decoding.options.option import (
 )
 from s2d2_lmeval.decoding.options.pipelined import PipelinedOptions
 from s2d2_lmeval.decoding.options.presets import PresetOption, preset_options, published_setting
+from s2d2_lmeval.decoding.options.reading import fields_of, layer, normalised, own, refuse_foreign, refuse_other_schemes
 from s2d2_lmeval.decoding.options.routing import RoutingOptions
 from s2d2_lmeval.decoding.options.sampling import GREEDY, SamplingOptions
 from s2d2_lmeval.decoding.options.sliding import SlidingOptions
 from s2d2_lmeval.decoding.options.spiffy import SpiffyOptions, accelerated, default_base, misfit
 from s2d2_lmeval.decoding.options.trees import TreeOptions
-from s2d2_lmeval.errors import ConfigError, shown
+from s2d2_lmeval.errors import ConfigError
 
 if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
@@ -279,15 +279,16 @@ class DecodingConfig(
         :raises ConfigError: for a name that is no option (names the nearest), a value of the wrong type or out of
             range, an option of another decoder, or a contradiction.
         """
-        given, beneath = _layer(options), _layer(of_run or {})
+        fields = dataclasses.fields(cls)
+        given, beneath = layer(fields, options), layer(fields, of_run or {})
         base = given.get("base", beneath.get("base", default_base(facts)))
-        given = {**(_own(given["decoder"], base, beneath) if "decoder" in given else beneath), **given}
+        given = {**(own(fields, given["decoder"], base, beneath) if "decoder" in given else beneath), **given}
         decoder = given.get("decoder", "s2d2" if facts is None else facts.decoders[0])
         preset = given.pop("preset", None)
-        _refuse_foreign(decoder, base, given)
+        refuse_foreign(fields, decoder, base, given)
         below: dict[str, Any] = {}
         if facts is not None:
-            _refuse_other_schemes(given, facts)
+            refuse_other_schemes(fields, given, facts)
             if "decoder" in given and decoder not in facts.decoders:
                 raise ConfigError(misfit(decoder, facts))
             below = published_setting(facts, given.get("block_length"))
@@ -295,11 +296,14 @@ class DecodingConfig(
             below |= preset_options(preset, facts)
         if given.get("do_sample") and below.get("temperature", 1.0) < GREEDY:
             below.pop("temperature")  # asked for samples, not for the family's greedy setting
-        return _made_from(preset, cls(**{**_own(decoder, base, {**below, "base": base}), "decoder": decoder, **given}))
+        return _made_from(
+            preset, cls(**{**own(fields, decoder, base, {**below, "base": base}), "decoder": decoder, **given})
+        )
 
     def replace(self, **options: Any) -> DecodingConfig:
         """The same configuration with ``options`` in place of its own, checked as in :meth:`from_options`."""
-        given = _normalised(options)
+        fields = dataclasses.fields(self)
+        given = normalised(fields, options)
         if "preset" in given:
             raise ConfigError(
                 "preset lies under the options that are given beside it, and this configuration is complete: start "
@@ -307,11 +311,11 @@ class DecodingConfig(
             )
         decoder = given.get("decoder", self.decoder)
         base = given.get("base", self.base)
-        _refuse_foreign(decoder, base, given)
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
-        if own["denoising_steps"] == own["block_length"]:
-            own["denoising_steps"] = None
-        return _made_from(self.preset, type(self)(**{**_own(decoder, base, own), **given}))
+        refuse_foreign(fields, decoder, base, given)
+        held = {field.name: getattr(self, field.name) for field in fields if field.init}
+        if held["denoising_steps"] == held["block_length"]:
+            held["denoising_steps"] = None
+        return _made_from(self.preset, type(self)(**{**own(fields, decoder, base, held), **given}))
 
     def check_fits(self, facts: Facts) -> None:
         """Refuse options that mean nothing to checkpoints of ``facts``, where they differ from their default.
@@ -332,11 +336,13 @@ class DecodingConfig(
         if unknown or len(barred) >= facts.vocab_size:
             what = f"token id {unknown[0]} is outside" if unknown else "suppress_tokens leaves nothing of"
             raise ConfigError(f"suppress_tokens, logit_bias: {what} the vocabulary of {facts.vocab_size}.")
-        _refuse_other_schemes({name: getattr(self, name) for name in _fields_of(self.decoder, self.base)}, facts)
+        fields = dataclasses.fields(self)
+        in_force = {name: getattr(self, name) for name in fields_of(fields, self.decoder, self.base)}
+        refuse_other_schemes(fields, in_force, facts)
 
     def to_dict(self) -> dict[str, Any]:
         """The options that the decoder in force knows, as plain values."""
-        values = {name: getattr(self, name) for name in _fields_of(self.decoder, self.base)}
+        values = {name: getattr(self, name) for name in fields_of(dataclasses.fields(self), self.decoder, self.base)}
         if not isinstance(values["random_source"], str):
             values["random_source"] = type(values["random_source"]).__name__
         values |= {name: list(values[name]) for name in ("stop_token_ids", "suppress_tokens")}
@@ -346,69 +352,3 @@ class DecodingConfig(
 def _made_from(preset: str | None, config: DecodingConfig) -> DecodingConfig:
     object.__setattr__(config, "preset", preset)
     return config
-
-
-def _fields_of(decoder: str, base: str) -> list[str]:
-    """Options of ``decoder``, and those of ``base`` if it is accelerated."""
-    who = {decoder, accelerated(decoder, base)}
-    return [field.name for field in dataclasses.fields(DecodingConfig) if who & set(field.metadata["decoders"])]
-
-
-def _own(decoder: str, base: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    names = set(_fields_of(decoder, base)) if decoder in DECODERS else set()
-    return {name: value for name, value in options.items() if name in names}
-
-
-def _normalised(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Published names for synonyms, values in their types; what is null or changes nothing is left out.
-
-    Refuses unknown names, and a name that is given twice.
-    """
-    if not isinstance(options, Mapping):
-        raise ConfigError(
-            f"decoding options are names and values, such as {{'block_length': 16}}, not {shown(options)}."
-        )
-    fields = {field.name: field for field in dataclasses.fields(DecodingConfig)}
-    given: dict[str, Any] = {}
-    for name, value in options.items():
-        target = SYNONYMS.get(name, name) if isinstance(name, str) else ""
-        if target not in fields:
-            if changes_nothing(name, value):
-                continue
-            said = shown(name).strip("'")
-            raise ConfigError(f"{said} is not a decoding option.{nearest(name, DecodingConfig.option_names())}")
-        if value is None and not str(fields[target].type).endswith("None"):
-            continue
-        value = checked(fields[target], value)
-        if target in given and given[target] != value:
-            raise ConfigError(f"{name} and another name of {target} are given with different values; give one of them.")
-        given[target] = value
-    return given
-
-
-def _layer(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as one source gives them: a temperature alone decides whether to sample."""
-    given = _normalised(options)
-    if "temperature" in given:
-        given.setdefault("do_sample", given["temperature"] >= GREEDY)
-    return given
-
-
-def _refuse_foreign(decoder: str, base: str, given: Mapping[str, Any]) -> None:
-    known, also = _fields_of(decoder, base), f" with base={base}" if decoder == "spiffy" else ""
-    for field in dataclasses.fields(DecodingConfig):
-        owners = field.metadata["decoders"]
-        if field.name in given and field.name not in known:
-            raise ConfigError(
-                f"{field.name} is an option of decoder {' or '.join(owners)}, and this run uses decoder={decoder}"
-                f"{also}; drop {field.name} or choose decoder={owners[0]}."
-            )
-
-
-def _refuse_other_schemes(given: Mapping[str, Any], facts: Facts) -> None:
-    for field in dataclasses.fields(DecodingConfig):
-        value = given.get(field.name, field.default)
-        # As many steps as tokens is what no number of steps comes to.
-        default = value == field.default or (field.name == "denoising_steps" and value == given.get("block_length"))
-        if not default and facts.scheme not in field.metadata["schemes"]:
-            raise ConfigError(f"{field.name} is no option of {facts.family} checkpoints; drop it.")
