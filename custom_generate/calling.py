@@ -121,7 +121,7 @@ def _prompts_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) ->
         RequestError: ids that are no table.
     """
     if input_ids.dim() != 2:
-        raise RequestError(f"input_ids of shape {tuple(input_ids.shape)} are no table of prompts (R, P).")
+        raise RequestError(f"input_ids must be 2-D (batch, prompt length), not of shape {tuple(input_ids.shape)}.")
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     return [ids[kept.bool()].tolist() for ids, kept in zip(input_ids, real, strict=True)]
 

@@ -50,7 +50,7 @@ def generate_cached(
         model: what :func:`s2d2_lmeval.load` returns, or a Glm4Moe model of transformers with LLaDA2 weights (its
             weights are shared). A model of the published code holds them in another shape: load it by its path.
         eos_id: the token that the answer is cut behind; None cuts nowhere.
-        gen_length, max_gen_toks: new tokens at most; ``max_gen_toks`` wins.
+        gen_length, max_gen_toks: maximum number of new tokens; ``max_gen_toks`` wins.
         temperature: zero is the arg-max, at temperature one's confidence; anything above it samples, after top-k and
             top-p (None: off).
         threshold: every mask above this confidence is filled, and ``num_to_transfer`` at least.

@@ -38,7 +38,7 @@ def sliding_generate(
     Args:
         model: what :func:`s2d2_lmeval.load` returns, or a transformers model, whose weights are shared.
         input_ids: the prompts, (R, P); shorter ones are padded on the left, which ``attention_mask`` (R, P) says.
-        gen_length, max_gen_toks: new tokens at most; ``max_gen_toks`` wins.
+        gen_length, max_gen_toks: maximum number of new tokens; ``max_gen_toks`` wins.
         draft: ``tree`` or ``chain``.
         stopping_criteria_idx: token ids that end an answer; None means the checkpoint's own.
         kwargs: ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``seed``; what an evaluation harness hands to

@@ -39,7 +39,7 @@ def spiffy_generate(
     Args:
         model: what :func:`s2d2_lmeval.load` returns, or an SDAR or LLaDA2 model of transformers.
         input_ids: the prompts, (R, P); shorter ones are padded on the left, which ``attention_mask`` (R, P) says.
-        gen_length, max_gen_toks: new tokens at most; ``max_gen_toks`` wins.
+        gen_length, max_gen_toks: maximum number of new tokens; ``max_gen_toks`` wins.
         block_length: None is the checkpoint's own.
         base: the decoder that is accelerated; None is ``dynamic``, or ``editing`` on LLaDA2.
         stopping_criteria_idx: token ids that end an answer; None means the checkpoint's own.

@@ -181,7 +181,7 @@ def _presets(facts: Any) -> Iterator[Finding]:
 
 
 def _try(arguments: Arguments, revision: str | None, facts: Any) -> Iterator[Finding]:
-    """Load the checkpoint and decode two blocks behind any two, with every decoder that fits."""
+    """Load the checkpoint and decode two blocks after a two-block prompt, with every decoder that fits."""
     from s2d2_lmeval.harness.loading import choose_device, load_model
     from s2d2_lmeval.runtime.memory import RowLimit
 

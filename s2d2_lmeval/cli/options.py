@@ -129,7 +129,7 @@ def _published_settings() -> str:
 
 
 def compared(options: Mapping[str, Any], default: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What a setting says otherwise than ``default``, and the names on which it says nothing."""
+    """Options that differ from ``default``, and those that the setting leaves unset."""
     changes = {name: value for name, value in options.items() if (name, value) not in default.items()}
     return changes, [name for name in default if name not in options]
 

@@ -1,4 +1,4 @@
-"""Who sits where: the requests in flight and what is known of each on the host, whatever decodes them."""
+"""Host-side state of the sequences in flight, whatever decodes them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Seats:
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         """Prompt and decided tokens."""
         self.kept: list[tuple[int, str] | None] = [None] * count
-        """How many new tokens a stop rule keeps, and which rule, once one has struck."""
+        """(tokens kept, rule) once a stop condition has fired."""
 
     def free(self) -> np.ndarray:
         """Seats without a request."""

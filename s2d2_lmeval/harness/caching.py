@@ -60,7 +60,7 @@ def separate(hook: Any, run: str) -> ResponseCache | None:
     ``CachingLM`` computes its keys itself and shares only the store, so it is the store that learns to prefix them. It
     takes no answers under the harness's keys, so that every request for one reaches the model.
 
-    :raises ConfigError: when the store is none that this can be done to.
+    :raises ConfigError: if the cache store cannot be wrapped.
     """
     store = getattr(hook, "dbdict", None)
     if store is None:

@@ -22,7 +22,7 @@ class Prompt:
 
     ``place`` is its index in the harness's list, ``text`` and ``gen_kwargs`` its arguments there, ``ids`` its tokens,
     ``key`` the name of its randomness (int64), ``task`` the task it comes from (empty if unknown), ``document`` which
-    document of it, ``occurrence`` the how-manieth time that document asks it, and ``left_out`` how many tokens were cut
+    document of it, ``occurrence`` its repeat index within the document, and ``left_out`` how many tokens were cut
     off its beginning.
     """
 
@@ -44,7 +44,7 @@ class Prompt:
 
 
 def request_key(ids: Sequence[int], occurrence: int) -> int:
-    """A stable int64 for a prompt and the how-manieth time its document asks it.
+    """A stable int64 for a prompt and its repeat index within the document.
 
     It depends on nothing else: not on what else is evaluated, ``--limit``, the order of requests, or which process has
     them.

@@ -155,7 +155,7 @@ def test_the_temperature_alone_says_whether_to_sample(entry_point: Any) -> None:
     ("options", "message"),
     [
         ({"editing_treshold": 0.5}, "editing_threshold"),
-        ({"cache_ver": True}, "cache_ver is no option of llada2"),
+        ({"cache_ver": True}, "cache_ver does not apply to llada2"),
         ({"num_to_transfer": 0}, "too small"),
         ({"max_post_steps": -1}, "too small"),
         ({"temperature": -1.0}, "too small"),

@@ -49,7 +49,7 @@ def test_shorter_answers_are_filled_up_with_the_stop_token() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(RequestError, match="no table of prompts"):
+    with pytest.raises(RequestError, match="must be 2-D"):
         sliding_generate(engine(), torch.tensor([1, 2]))
     with pytest.raises(ConfigError, match="Did you mean row_budget"):
         sliding_generate(engine(), torch.tensor([[1, 2]]), row_budgt=3)

@@ -73,7 +73,7 @@ def test_left_padded_prompts_are_decoded_together(graph: str) -> None:
 
 
 def test_refusals(graph: str) -> None:
-    with pytest.raises(RequestError, match="no table of prompts"):
+    with pytest.raises(RequestError, match="must be 2-D"):
         spiffy_generate(engine(), torch.tensor(PROMPT))
     with pytest.raises(ConfigError, match="editing_threshold"):
         spiffy_generate(engine(), torch.tensor([PROMPT]), draft_graph=graph, editing_threshold=0.5)

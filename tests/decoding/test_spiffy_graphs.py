@@ -42,7 +42,7 @@ def broken(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("no json", "no JSON"),
+        ("no json", "not valid JSON"),
         ("[]", "not a draft graph"),
         (broken(format="something"), "not a draft graph"),
         (broken(version=2), "version 2"),

@@ -102,7 +102,7 @@ class BlockDenoiser:
     def _suppress_mask_token(self, logits: torch.Tensor, block: torch.Tensor) -> None:
         """Never predict the mask token; where the options allow it, not for masks behind the end of their schedule.
 
-        Without that end a model that keeps predicting the mask would be asked for ever.
+        Without that end a model that keeps predicting the mask would loop for ever.
         """
         plan, masked = self._plan, logits[:, self.rows.mask_token_id]
         if self.config.suppress_mask_token:

@@ -118,9 +118,7 @@ class S2D2(BlockDenoiser):
         return span, decisions.tables(self.draft.tokens)
 
     def _draw(self, logits: torch.Tensor, key: random.Key) -> tuple[torch.Tensor, torch.Tensor]:
-        """As everywhere; what routing wants to know of the draft's law comes along, for nothing where that is what was
-        drafted from.
-        """
+        """Also caches the row statistics that routing needs; free where they are the logits' own."""
         if not (self.scores or self.watches_entropy):
             return super()._draw(logits, key)
         law = self._law(logits)

@@ -66,7 +66,7 @@ class DecodingConfig(
         decoders=tuple(name for name in DECODERS if name != "sliding"),
         choices=("reference", "fused", "lookahead"),
     )
-    max_new_tokens: int = option(256, "new tokens at most", low=0)
+    max_new_tokens: int = option(256, "maximum number of new tokens", low=0)
     block_length: int = option(4, "tokens per block", decoders=(*DENOISERS, "pipelined"), low=1)
     denoising_steps: int | None = option(
         None,

@@ -47,7 +47,7 @@ class PipelinedOptions:
         1, "tokens per block of the verifier; 1: autoregressive", decoders=_S2D2, schemes=_SCHEME, low=1
     )
     min_tokens_per_step: int = option(
-        1, "tokens that a step decides at least in a block that is forced on", decoders=_S2D2, schemes=_SCHEME, low=0
+        1, "minimum tokens decided per step in a fully activated block", decoders=_S2D2, schemes=_SCHEME, low=0
     )
     ssd_partial_ar_span: int = option(
         0,

@@ -87,4 +87,4 @@ def refuse_other_schemes(known: Fields, given: Mapping[str, Any], facts: Facts) 
         # As many steps as tokens is what no number of steps comes to.
         default = value == field.default or (field.name == "denoising_steps" and value == given.get("block_length"))
         if not default and facts.scheme not in field.metadata["schemes"]:
-            raise ConfigError(f"{field.name} is no option of {facts.family} checkpoints; drop it.")
+            raise ConfigError(f"{field.name} does not apply to {facts.family} checkpoints; remove it.")

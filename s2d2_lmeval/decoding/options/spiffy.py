@@ -38,8 +38,7 @@ class SpiffyOptions:
     )
     draft_nodes: int | str = option(
         "auto",
-        "states to draft per row and forward at most; auto: as many as pay, from what forwards cost here and how often "
-        "the states have come true",
+        "states to draft per row and forward at most; auto: chosen from measured forward cost and the hit rate so far",
         decoders=_SPIFFY,
         low=0,
     )

@@ -104,7 +104,7 @@ class PipelinedDenoiser:
             logits[:, mask] = -torch.inf
         else:
             rows = torch.cat([wanted.at[0][len(wanted.kept) :] for wanted in (plan.verify, plan.draft)])
-            # Else a model that keeps predicting the mask would be asked for ever.
+            # Else a model that keeps predicting the mask would loop for ever.
             logits[:, mask].masked_fill_(plan.stalled[rows], -torch.inf)
         verify, draft = logits.split([plan.verify.count, plan.draft.count])
         verify = self._with_kept(verify, plan.verify)

@@ -1,10 +1,11 @@
-"""How the verifier's word on a draft is taken, and how drafts are drawn so that it agrees: both exactly the AR law.
+"""Acceptance rules for draft trees, and how drafts are drawn so that they are accepted: both exactly the AR law.
 
 ``Keyed``      The verifier chooses a token after every node as ``ar`` would with the same seed: the arg-max, or a draw
                whose noise is a function of the position. A node stands if it is what was chosen. Drafts are drawn with
                the same noise, so where drafter and verifier agree in law, they agree in the token. Works on trees.
-``Rejection``  Speculative sampling (Leviathan et al., 2023): a drafted token stands with probability min(1, p / q), and
-               the first that does not is replaced by a draw from (p - q)+ normalised. Works on chains.
+``Rejection``  Speculative sampling (Leviathan et al., 2023): a drafted token is accepted with probability
+               min(1, p / q), p of the target and q of the draft; the first that is not is replaced by a draw from
+               (p - q)+ normalised. Works on chains.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Acceptance(Protocol):
 
 
 class Keyed:
-    """Stands what the verifier would choose itself."""
+    """Accepts a drafted token if it is the verifier's own choice."""
 
     def __init__(self, config: DecodingConfig, source: random.RandomSource, choices: int) -> None:
         self.config = config

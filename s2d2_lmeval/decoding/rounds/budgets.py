@@ -26,9 +26,9 @@ CHEAPEST = 1e-4
 PATIENCE = 0.995
 """How much of what was learned is kept from round to round."""
 
-HOPED, TRUST = 4.0, 8.0
-"""Tokens that a draft is taken to be worth before anything is known, and the drafts that this counts for. What was
-learned fades with every round, drafted or not, so a run that has given up drafting tries again now and then.
+PRIOR_GAIN, PRIOR_WEIGHT = 4.0, 8.0
+"""Prior expected gain of a draft, in tokens, and its pseudo-count. What was learned fades with every round, drafted or
+not, so a run that has given up drafting tries again now and then.
 """
 
 
@@ -197,7 +197,7 @@ class QueryBudget:
     @property
     def draft_value(self) -> float:
         """Tokens that a draft is worth: what stood of it, less the price of its nodes."""
-        return max((HOPED * TRUST + self._gained) / (TRUST + self._drafts), 0.0)
+        return max((PRIOR_GAIN * PRIOR_WEIGHT + self._gained) / (PRIOR_WEIGHT + self._drafts), 0.0)
 
     def weigh(self, seconds: np.ndarray, rows: int, device: torch.device) -> None:
         """Take note of what forwards of 0, 1, ... queries cost, ``rows`` in flight.

@@ -99,7 +99,7 @@ class ThroughputPolicy:
         self.lookahead = config.schedule == "lookahead"
         self.replaces = config.allow_resample or config.acceptance == "greedy"
         given = config.verify_cost_ratio
-        # With measured costs nothing is reproducible anyway: then everything is learned together.
+        # Measured costs are not reproducible, so statistics are pooled across rows.
         self.pooled = given is None
         self.costs = VerifyCosts.fixed(1.0 if given is None else given, rows, length, device)
         self.curve = AcceptanceCurve(rows, self.pooled, device)

@@ -1,8 +1,8 @@
-"""Speculative acceptance: which drafted tokens the verifier lets stand, and what replaces the first it does not.
+"""Speculative acceptance: which drafted tokens the verifier accepts, and what replaces the first that it rejects.
 
-Speculative sampling (Leviathan et al., 2023; Chen et al., 2023): accept token x with probability min(1, q(x) / p(x));
-replace the first rejected one by a draw from (q - p)+ normalised. The result follows the verifier q exactly when x was
-sampled from p.
+Speculative sampling (Leviathan et al., 2023; Chen et al., 2023): accept a token x that was sampled from the draft q
+with probability min(1, p(x) / q(x)), p being the verifier (the target); replace the first rejected one by a draw from
+(p - q)+ normalised. Then the result follows p exactly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verifier's word on spans: R rows of L places.
+    """What the verifier accepts of spans: R rows of L places.
 
     ``accepted`` (R, L) the accepted prefix of each span; ``rejected`` (R,) the place of the first rejection, L where
     there is none.
@@ -33,7 +33,7 @@ class Verdict:
 
 
 def acceptance_ratio(verifier: torch.Tensor, draft: torch.Tensor, tempering: float) -> torch.Tensor:
-    """min(1, (q / p) ** tempering) from the verifier's and the draft's probability of the drafted token."""
+    """min(1, (p / q) ** tempering) from the verifier's (p) and the draft's (q) probability of the drafted token."""
     return (verifier / draft.clamp_min(1e-12)).pow(tempering).clamp_max(1)
 
 
@@ -45,7 +45,7 @@ def judge(agrees: torch.Tensor, span: torch.Tensor) -> Verdict:
 
 
 def residual(verifier: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
-    """(q - p)+ normalised, rows (K, V); q itself where nothing is left of it but rounding."""
+    """(p - q)+ normalised, rows (K, V); p itself where nothing is left of it but rounding."""
     excess = (verifier - draft).clamp_min(0)
     mass = excess.sum(-1, keepdim=True)
     usable = (mass > ROUNDING) & mass.isfinite()

@@ -23,8 +23,8 @@ vocabulary from which on that pays.
 
 
 class RowStatistics(NamedTuple):
-    """Of each row (M,) of logits x: the arg-max, the first of several; the largest and the second largest probability;
-    log of the sum of exp x; the entropy in nats; the collision probability, the sum of squares.
+    """Of each row (M,) of logits x: the arg-max (the lowest index on ties); the largest and the second largest
+    probability; log of the sum of exp x; the entropy in nats; the collision probability, the sum of squares.
     """
 
     token: torch.Tensor

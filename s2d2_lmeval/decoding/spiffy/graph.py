@@ -152,7 +152,7 @@ def parse_graph(text: str) -> DraftGraph:
     try:
         plain = parse_json(text)
     except ValueError as error:
-        raise ConfigError(f"is no JSON ({error}). Calibrate it anew with `s2d2-lmeval calibrate`.") from None
+        raise ConfigError(f"is not valid JSON ({error}). Run `s2d2-lmeval calibrate` again.") from None
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise ConfigError(f'is not a draft graph: it has no "format": "{FORMAT}".')
     if plain.get("version") != VERSION:
