@@ -36,7 +36,7 @@ TEST_ENV := $(OFFLINE) TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-ddtree test lint test-fast test-slow bench toy draft-graphs docs clean report demo-sweep \
+.PHONY: help install demo demo-ddtree check test lint test-fast test-slow bench toy draft-graphs docs clean report demo-sweep \
     bench-gsm8k bench-humaneval bench-ifeval sweep-gsm8k sweep-humaneval sweep-ifeval
 
 help:  ## list the targets
@@ -49,6 +49,9 @@ demo: $(VENV)/.installed  ## the toy model on three tasks, decoders side by side
 
 demo-ddtree: $(VENV)/.installed  ## drafts for an autoregressive target: ar, dflash, ddtree; table in out/demo-ddtree/
 	$(OFFLINE) $(BIN)/s2d2-lmeval demo-ddtree --limit $(DOCUMENTS)
+
+check: lint  ## lint, types, and the tests nearest to the uncommitted change
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow and not gpu" $$($(BIN)/python tests/nearest.py)
 
 test: lint test-fast  ## lint, types, and every test that is neither slow nor for a GPU
 
