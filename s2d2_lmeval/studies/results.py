@@ -185,8 +185,15 @@ def _row(key: tuple[str, str, str], several: Sequence[tuple[Line, PointRecord]],
 
 
 def _notes(several: Sequence[tuple[Line, PointRecord]], segments: Sequence[Line]) -> tuple[str, ...]:
-    """What makes the times of a row worth less."""
+    """What makes the times or counts of a row worth less."""
     notes = []
+    decoding = segments[-1].get("decoding") or {}
+    if (
+        decoding.get("decoder") == "sliding"
+        and decoding.get("share_budget", True)
+        and decoding.get("acceptance") != "rejection"
+    ):
+        notes.append("rows share their budgets: counts of forwards depend on which were in flight together")
     interruptions = sum(max(0, len(record.segments) - 1) for _, record in several)
     if interruptions:
         notes.append(f"interrupted {interruptions} times: tokens per second are a lower bound")

@@ -14,7 +14,7 @@ from s2d2_lmeval.cli import main
 from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.studies.report import headline, write_report
-from s2d2_lmeval.studies.results import read_results
+from s2d2_lmeval.studies.results import _notes, read_results
 from s2d2_lmeval.studies.store import PointStore
 from s2d2_lmeval.studies.tables import HEADER, cells, latex, markdown
 
@@ -205,3 +205,13 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "&lt;b&gt; &amp; a_b|c" in page
     assert r"a_b\|c" in (folder / "report" / "tables.md").read_text()
     assert r"$<$b$>$ \& a\_b" in (folder / "report" / "tables.tex").read_text()
+
+
+def test_shared_budgets_of_sliding_are_said() -> None:
+    def noted(**decoding: object) -> tuple[str, ...]:
+        return _notes([], [{"environment": {}, "decoding": decoding}])
+
+    assert "rows share their budgets" in noted(decoder="sliding", share_budget=True, acceptance="keyed")[0]
+    assert not noted(decoder="sliding", share_budget=False, acceptance="keyed")
+    assert not noted(decoder="sliding", share_budget=True, acceptance="rejection")
+    assert not noted(decoder="ar")
