@@ -26,11 +26,6 @@ class Verdict:
     accepted: torch.Tensor
     rejected: torch.Tensor
 
-    @property
-    def any_rejected(self) -> torch.Tensor:
-        """(R,) rows with a rejection."""
-        return self.rejected < self.accepted.shape[-1]
-
 
 def acceptance_ratio(verifier: torch.Tensor, draft: torch.Tensor, tempering: float) -> torch.Tensor:
     """min(1, (p / q) ** tempering) from the verifier's (p) and the draft's (q) probability of the drafted token."""
