@@ -1,9 +1,165 @@
-"""Laying out passes: what the host knows goes to the device in one transfer."""
+"""Laying out passes: a row's queries as segments, the logits that are read as groups, one transfer to the device."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
+
+from s2d2_lmeval.runtime.passes import TARGET, Layout, Pass
+
+Sent = dict[str, torch.Tensor]
+
+
+@dataclass
+class Segment:
+    """Some queries of some rows, row-major: query k belongs to the ``row[k]``-th active row and stands at
+    ``position[k]``.
+    """
+
+    row: np.ndarray
+    """(K,) index among the active rows, ascending."""
+    position: np.ndarray
+    """(K,) RoPE position."""
+    local: np.ndarray
+    """(K,) index within the row's part of the segment."""
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    query: np.ndarray = field(init=False)
+    """(K,) packed index, once the pass is laid out."""
+
+    def set(self, **columns: np.ndarray | int) -> Segment:
+        """Say more of the queries: a column (K,) each, or one value for all."""
+        self.columns |= {name: np.broadcast_to(values, self.row.shape) for name, values in columns.items()}
+        return self
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The next forward of all R active rows and how to read its logits.
+
+    ``reads`` names the groups of wanted logits in their order; of each logit the table ``(slot, place)`` is on the
+    device (:meth:`at`). ``sent`` is what else the decoder told the device, ``known`` what it remembers of the plan on
+    the host.
+    """
+
+    request: Pass
+    phases: np.ndarray
+    """(R,) what each row does (:data:`~s2d2_lmeval.decoding.state.KIND_OF_PHASE`)."""
+    wanted_counts: np.ndarray
+    """(R,) logits that each row reads."""
+    reads: Mapping[str, slice]
+    sent: Sent
+    known: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def at(self, first: str, last: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(slots, places) of the logits of a group, or of the groups from ``first`` to ``last``."""
+        which = slice(self.reads[first].start, self.reads[last or first].stop)
+        return self.sent["read_slot"][which], self.sent["read_place"][which]
+
+    def count(self, name: str) -> int:
+        """Logits in a group."""
+        return self.reads[name].stop - self.reads[name].start
+
+
+class PassBuilder:
+    """Collects the segments of one forward over the rows ``slots`` (R,). Within a row, segments lie one after the
+    other in the order in which they were added.
+    """
+
+    def __init__(self, slots: np.ndarray) -> None:
+        self.slots = slots
+        self._segments: list[Segment] = []
+        self._reads: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def span(self, first: np.ndarray, count: np.ndarray) -> Segment:
+        """``count`` (R,) consecutive positions of each row, from ``first`` (R,) on."""
+        row = np.repeat(np.arange(len(self.slots)), count)
+        local = np.arange(len(row)) - (np.cumsum(count) - count)[row]
+        return self._add(Segment(row, first[row] + local, local))
+
+    def each(self, row: np.ndarray, position: np.ndarray) -> Segment:
+        """Queries one by one, ``row`` (K,) ascending."""
+        counts = np.bincount(row, minlength=len(self.slots))
+        return self._add(Segment(row, position, np.arange(len(row)) - (np.cumsum(counts) - counts)[row]))
+
+    def _add(self, segment: Segment) -> Segment:
+        self._segments.append(segment)
+        return segment
+
+    def lay_out(self) -> Layout:
+        """Fix where every query lies; from here on :attr:`Segment.query` holds."""
+        widths = [np.bincount(segment.row, minlength=len(self.slots)) for segment in self._segments]
+        self.layout = Layout(self.slots, np.sum(widths, axis=0))
+        first = self.layout.offsets
+        for segment, width in zip(self._segments, widths, strict=True):
+            segment.query = first[segment.row] + segment.local
+            first = first + width
+        return self.layout
+
+    def column(self, name: str, default: int = 0) -> np.ndarray:
+        """(N,) what the segments say under ``name``, ``position`` included; ``default`` where one says nothing."""
+        values = np.full(self.layout.queries, default, dtype=np.int64)
+        for segment in self._segments:
+            told = segment.position if name == "position" else segment.columns.get(name)
+            if told is not None:
+                values[segment.query] = told
+        return values
+
+    def padded(self, name: str, fill: int, default: int = 0) -> np.ndarray:
+        """A column spread over a table (R, W); unused places hold ``fill``."""
+        return self.layout.padded(self.column(name, default), fill)
+
+    def read(self, name: str, row: np.ndarray, place: np.ndarray, query: np.ndarray) -> None:
+        """Want the logits at packed queries (K,), which speak of ``place`` (K,) of active rows ``row`` (K,)."""
+        self._reads[name] = row, place, query
+
+    def send(self, device: torch.device, **facts: np.ndarray) -> Sent:
+        """Bring positions, reads and ``facts`` to the device in one transfer."""
+        groups = list(self._reads.values()) or [(np.zeros(0, dtype=np.int64),) * 3]
+        rows, places, queries = (np.concatenate(parts) for parts in zip(*groups, strict=True))
+        self._read_rows = rows
+        return upload(
+            device,
+            positions=self.column("position"),
+            read=queries,
+            read_slot=self.slots[rows],
+            read_place=places,
+            **facts,
+        )
+
+    def plan(
+        self,
+        sent: Sent,
+        phases: np.ndarray,
+        tokens: torch.Tensor,
+        visible: torch.Tensor,
+        keep: np.ndarray,
+        model: str = TARGET,
+        feeds_drafter: bool = False,
+        **known: np.ndarray,
+    ) -> Plan:
+        """The plan of what was laid out and ``sent``; arguments as in :class:`~s2d2_lmeval.runtime.passes.Pass`."""
+        ends = np.cumsum([len(row) for row, _, _ in self._reads.values()], dtype=np.int64).tolist()
+        return Plan(
+            request=Pass(
+                self.layout, tokens, sent["positions"], visible, sent["read"], keep, model, feeds_drafter=feeds_drafter
+            ),
+            phases=phases,
+            wanted_counts=np.bincount(self._read_rows, minlength=len(self.slots)),
+            reads=dict(zip(self._reads, map(slice, [0, *ends], ends), strict=True)),
+            sent=sent,
+            known=known,
+        )
+
+
+def upload(device: torch.device, **arrays: np.ndarray) -> Sent:
+    """``arrays`` as int64 tensors on ``device``, shapes kept, in one transfer."""
+    parts = {name: np.asarray(values, dtype=np.int64) for name, values in arrays.items()}
+    flat = torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts.values()]))
+    pieces = flat.to(device, non_blocking=True).split([part.size for part in parts.values()])
+    return {name: piece.view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
 
 
 class Upload:
@@ -14,12 +170,8 @@ class Upload:
 
     def add(self, name: str, values: np.ndarray) -> None:
         """Take ``values`` along under ``name``."""
-        self._parts[name] = np.asarray(values, dtype=np.int64)
+        self._parts[name] = values
 
-    def send(self, device: torch.device) -> dict[str, torch.Tensor]:
+    def send(self, device: torch.device) -> Sent:
         """The arrays as int64 tensors on ``device``, shapes kept."""
-        flat = np.concatenate([part.reshape(-1) for part in self._parts.values()])
-        pieces = (
-            torch.from_numpy(flat).to(device, non_blocking=True).split([part.size for part in self._parts.values()])
-        )
-        return {name: piece.view(part.shape) for (name, part), piece in zip(self._parts.items(), pieces, strict=True)}
+        return upload(device, **self._parts)
