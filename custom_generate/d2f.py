@@ -1,59 +1,30 @@
 """D2F decoding under the published names, for LLaDA and Dream with D2F adapters, run by this package's engine.
 
-``generate_block_single``       pipelined blocks, decided by confidence (D2F)
-``generate_block_speculative``  S2D2: the model drafts the open blocks and verifies the first run of masks
-
-Both take the published arguments with the published defaults and answer as published. With the defaults
-``random_source="torch"`` and ``schedule="reference"`` ids, forwards and decoding order equal the published code's for
-the same seed; for Dream, those of the published code with its attention masks passed on (as published, Dream drops
-them).
+With the defaults ``random_source="torch"`` and ``schedule="reference"`` ids, forwards and decoding order equal the
+published code's for the same seed; for Dream, those of the published code with its attention masks passed on (as
+published, Dream drops them).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from s2d2_lmeval.custom_generate.calling import config_of, decoding_options, one_prompt, ready
-from s2d2_lmeval.custom_generate.signatures import documented, extends
+from s2d2_lmeval.custom_generate.published import config_of, one_prompt, published, ready
 from s2d2_lmeval.decoding.generation import Generation
-from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.model import BlockDiffusionModel
 
 
-@documented
-def generate_block_single(
-    model: Any,
-    input_ids: torch.Tensor,
-    *,
-    max_length: int,
-    max_new_tokens: int,
-    block_size: int,
-    mask_token_id: int,
-    model_type: str = "llada",
-    eos_token_id: int | Sequence[int] | None = None,
-    device: Any = None,
-    dtype: Any = None,
-    temperature: float = 0.0,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    block_add_threshold: float = 0.1,
-    decoded_token_threshold: float = 0.5,
-    skip_threshold: float = 0.9,
-    margin_confidence: bool = False,
-    neg_entropy: bool = False,
-    shift_logits: bool | None = None,
-    return_forward_stats: bool = False,
-    include_prompt: bool = False,
-    random_source: Any = "torch",
-    schedule: str = "reference",
-    **kwargs: Any,
-) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
-    """Continue one prompt with pipelined blocks (arXiv 2508.09192).
+@published(
+    "* max_length=... max_new_tokens=... block_size=... mask_token_id=... model_type='llada' eos_token_id=None "
+    "device=None dtype=None temperature=0.0 top_p=None top_k=None block_add_threshold=0.1 decoded_token_threshold=0.5 "
+    "skip_threshold=0.9 margin_confidence=False neg_entropy=False shift_logits=None return_forward_stats=False "
+    "include_prompt=False random_source='torch' schedule='reference'"
+)
+def generate_block_single(arguments: dict[str, Any]) -> Any:
+    """Continue one prompt with pipelined blocks, decided by confidence (D2F, arXiv 2508.09192).
 
     Args:
         model: what :func:`s2d2_lmeval.load` returns, or a LLaDA or Dream model of transformers (its weights are
@@ -71,23 +42,19 @@ def generate_block_single(
     Returns:
         the new ids (new,) without the stop token; with ``return_forward_stats`` a pair of these and ``decoding_order``,
         ``total_forwards`` and what was published about blocks.
-
-    Raises:
-        ConfigError: a name that is no decoding option, a value out of range, or not what the model is.
-        RequestError: not exactly one prompt, or a prompt that cannot be decoded.
     """
-    return _decode("pipelined", locals())
+    return _decode("pipelined", arguments)
 
 
-@extends(
-    generate_block_single,
+@published(
     "draft_confidence_threshold verify_confidence_threshold min_tokens_per_step target_block_size ssd_partial_ar_span "
-    "ssd_threshold_draft_confidence ssd_ratio_tempering_factor min_ssd_span_length allow_resample",
-    cache_ver=False,
-    draft_ver=False,
+    "ssd_threshold_draft_confidence ssd_ratio_tempering_factor min_ssd_span_length allow_resample cache_ver=False "
+    "draft_ver=False",
+    extends=generate_block_single,
 )
-def generate_block_speculative(arguments: dict[str, Any]) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
-    """Continue one prompt with S2D2 on pipelined blocks (arXiv 2603.25702).
+def generate_block_speculative(arguments: dict[str, Any]) -> Any:
+    """Continue one prompt with S2D2 on pipelined blocks: the model drafts the open blocks and verifies the first run of
+    masks (arXiv 2603.25702).
 
     Args:
         cache_ver, draft_ver: must be equal, and have no effect, as published.
@@ -100,43 +67,31 @@ def generate_block_speculative(arguments: dict[str, Any]) -> torch.Tensor | tupl
     return _decode("s2d2", arguments)
 
 
-def _decode(decoder: str, arguments: Mapping[str, Any]) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
+def _decode(decoder: str, arguments: dict[str, Any]) -> torch.Tensor | tuple[torch.Tensor, dict[str, Any]]:
     """Run the engine on the published ``arguments``."""
-    prompt, block = one_prompt(arguments["input_ids"]), arguments["block_size"]
-    temperature, stops = float(arguments["temperature"] or 0.0), arguments["eos_token_id"]
+    prompt, block, stops = one_prompt(arguments["input_ids"]), arguments["block_size"], arguments["eos_token_id"]
+    more = dict(arguments["kwargs"])
+    budget = more.pop("max_gen_toks", arguments["max_new_tokens"])
     config = config_of(
-        arguments,
+        {**arguments, "kwargs": more},
         decoder=decoder,
         max_new_tokens=0,
         stop_token_ids=(stops,) if isinstance(stops, int) else tuple(stops or ()),
-        do_sample=temperature > 0,
-        temperature=temperature,
         nucleus_first=True,  # the published order of the filters
     )
-    extra = decoding_options(arguments["kwargs"], temperature=temperature)
-    budget = extra.pop("max_gen_toks", arguments["max_new_tokens"])
     blocks = min(budget, arguments["max_length"] - len(prompt)) // block
-    config = config.replace(**extra, max_new_tokens=max(blocks, 0) * block)
-    generation = _engine(arguments, config).generate([prompt], config)[0]
-    ids = torch.tensor(generation.token_ids, dtype=torch.long, device=arguments["input_ids"].device)
-    if arguments["include_prompt"]:
-        ids = torch.cat([arguments["input_ids"], ids.unsqueeze(0)], dim=1)
-    return (ids, _statistics(generation, len(prompt), block)) if arguments["return_forward_stats"] else ids
-
-
-def _engine(arguments: Mapping[str, Any], config: DecodingConfig) -> BlockDiffusionModel:
-    family = str(arguments["model_type"] or "llada").lower()
-    engine = ready(
-        arguments["model"],
-        family=family,
-        mask_token_id=arguments["mask_token_id"],
-        block_length=config.block_length,
-    )
+    config = config.replace(max_new_tokens=max(blocks, 0) * block)
+    family, mask = str(arguments["model_type"] or "llada").lower(), arguments["mask_token_id"]
+    engine = ready(arguments["model"], family=family, mask_token_id=mask, block_length=config.block_length)
     if engine.facts.family != family:
         raise ConfigError(f"model_type={family} is not what this model is; give model_type={engine.facts.family}.")
     if arguments["shift_logits"] not in (None, engine.facts.token_shift):
         raise ConfigError(f"shift_logits={arguments['shift_logits']} is not true of {family} models; leave it out.")
-    return engine
+    generation = engine.generate([prompt], config)[0]
+    ids = torch.tensor(generation.token_ids, dtype=torch.long, device=arguments["input_ids"].device)
+    if arguments["include_prompt"]:
+        ids = torch.cat([arguments["input_ids"], ids.unsqueeze(0)], dim=1)
+    return (ids, _statistics(generation, len(prompt), block)) if arguments["return_forward_stats"] else ids
 
 
 def _statistics(generation: Generation, prompt: int, block: int) -> dict[str, Any]:

@@ -1,34 +1,24 @@
 """DFlash and DDTree under their published names: block-diffusion drafts for an autoregressive target.
 
-``dflash_generate``  the drafter's arg-max chain is verified by the target (arXiv 2602.06036)
-``ddtree_generate``  the best tree of ``tree_budget`` nodes out of the same draft is (arXiv 2604.12989)
-
-Both continue one prompt with exactly the target's own law, and answer with an object that has the published fields.
-With the defaults ``random_source="torch"`` and ``schedule="reference"`` tokens and acceptance lengths equal the
-published code's for the same seed. The model is what ``s2d2_lmeval.load(target, draft=drafter)`` returns, or a
-transformers model together with ``draft=``, the folder or hub id of its drafter.
+Both continue one prompt with exactly the target's own law. With the defaults ``random_source="torch"`` and
+``schedule="reference"`` tokens and acceptance lengths equal the published code's for the same seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 
-from s2d2_lmeval.custom_generate.calling import decoding_options, one_prompt
-from s2d2_lmeval.custom_generate.signatures import documented, extends
+from s2d2_lmeval.custom_generate.published import more_options, one_prompt, published, ready
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.model import BlockDiffusionModel, load
+from s2d2_lmeval.model import BlockDiffusionModel
 
 GREEDY = 1e-5
 """Temperatures below this are zero, as published."""
-
-_ready: WeakKeyDictionary[nn.Module, dict[str, BlockDiffusionModel]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -36,7 +26,7 @@ class DraftedAnswer:
     """What the published functions answer with.
 
     ``output_ids`` (1, P + new), a stop token included; ``acceptance_lengths`` tokens per round of the target, its own
-    included and nothing cut behind a stop or the limit; ``stats`` this package's statistics.
+    included and nothing cut after a stop or the limit; ``stats`` this package's statistics.
     """
 
     output_ids: torch.Tensor
@@ -46,22 +36,12 @@ class DraftedAnswer:
     stats: dict[str, float]
 
 
-@documented
-def dflash_generate(
-    model: Any,
-    input_ids: torch.Tensor,
-    mask_token_id: int | None = None,
-    max_new_tokens: int = 2048,
-    block_size: int | None = None,
-    stop_token_ids: Sequence[int] | None = None,
-    temperature: float = 0.0,
-    *,
-    draft: Any = None,
-    random_source: Any = "torch",
-    schedule: str = "reference",
-    **kwargs: Any,
-) -> DraftedAnswer:
-    """Continue one prompt with DFlash.
+@published(
+    "mask_token_id=None max_new_tokens=2048 block_size=None stop_token_ids=None temperature=0.0 "
+    "* draft=None random_source='torch' schedule='reference'"
+)
+def dflash_generate(arguments: dict[str, Any]) -> DraftedAnswer:
+    """Continue one prompt with DFlash: the target verifies the drafter's arg-max chain (arXiv 2602.06036).
 
     Args:
         model: what :func:`s2d2_lmeval.load` returns for a target with ``draft=``, or a transformers model.
@@ -70,23 +50,19 @@ def dflash_generate(
             for. At 1 nothing is drafted.
         stop_token_ids: ids that end the answer and are part of it; None is none.
         temperature: of the target; the arg-max below :data:`GREEDY`.
-        draft: for a transformers model, its drafter.
+        draft: for a transformers model, the folder or hub id of its drafter.
         schedule: ``reference`` (a whole block is drafted in every round), or ``fused`` (not where nothing can come of
             it; the same tokens).
 
     Returns:
         a :class:`DraftedAnswer`.
-
-    Raises:
-        ConfigError: no drafter, a name that is no decoding option, or a value out of range.
-        RequestError: not exactly one prompt, or a prompt that cannot be decoded.
     """
-    return _decode("dflash", locals())
+    return _decode("dflash", arguments)
 
 
-@extends(dflash_generate, tree_budget=None)
+@published("tree_budget=None", extends=dflash_generate)
 def ddtree_generate(arguments: dict[str, Any]) -> DraftedAnswer:
-    """Continue one prompt with DDTree.
+    """Continue one prompt with DDTree: the target verifies the best tree of the same draft (arXiv 2604.12989).
 
     Args:
         tree_budget: nodes of a tree; as many as a chain has if None, ``auto`` for as many as pay on this machine.
@@ -95,8 +71,10 @@ def ddtree_generate(arguments: dict[str, Any]) -> DraftedAnswer:
 
 
 def _decode(decoder: str, arguments: Mapping[str, Any]) -> DraftedAnswer:
-    prompt = one_prompt(arguments["input_ids"])
-    engine = _engine(arguments["model"], arguments["draft"])
+    prompt, model, draft = one_prompt(arguments["input_ids"]), arguments["model"], arguments["draft"]
+    if draft is None and not isinstance(model, BlockDiffusionModel):
+        raise ConfigError("a drafter is needed: give draft=…, the folder or hub id of one made for this model.")
+    engine = ready(model, draft)
     drafter = engine.facts.drafter
     if drafter is None:
         raise ConfigError("this model has no drafter: load it with draft=…, or hand draft=… to this function.")
@@ -122,7 +100,7 @@ def _decode(decoder: str, arguments: Mapping[str, Any]) -> DraftedAnswer:
         temperature=arguments["temperature"] if sampled else 1.0,
         random_source=arguments["random_source"],
         schedule=arguments["schedule"],
-    ).replace(**decoding_options(arguments["kwargs"], temperature=arguments["temperature"]))
+    ).replace(**more_options(arguments, arguments["temperature"]))
     answer = engine.generate([prompt], config)[0]
     new = answer.token_ids[:budget]
     rounds = answer.steps[1:]
@@ -133,17 +111,3 @@ def _decode(decoder: str, arguments: Mapping[str, Any]) -> DraftedAnswer:
         acceptance_lengths=[len(step.tokens) for step in rounds],
         stats=answer.stats,
     )
-
-
-def _engine(model: Any, draft: Any) -> BlockDiffusionModel:
-    """``model`` as an engine; the one around a transformers model and its drafter is kept for the next call."""
-    if isinstance(model, BlockDiffusionModel):
-        if draft is not None:
-            raise ConfigError("this model was loaded already: give draft=… to s2d2_lmeval.load, not to this function.")
-        return model
-    if draft is None:
-        raise ConfigError("a drafter is needed: give draft=…, the folder or hub id of one made for this model.")
-    engines = _ready.setdefault(model, {})
-    if str(draft) not in engines:
-        engines[str(draft)] = load(model, draft=draft)
-    return engines[str(draft)]

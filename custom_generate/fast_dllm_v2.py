@@ -1,11 +1,8 @@
 """Fast-dLLM v2 decoding under the published names, run by this package's engine.
 
-``generate``             threshold decoding of sub-blocks (Fast-dLLM v2)
-``generate_ssd_policy``  S2D2: the model drafts a sub-block and verifies it at block size one
-
-Both take the published arguments with the published defaults and answer as published. With the defaults
-``random_source="torch"`` and ``schedule="reference"`` ids, forwards and decoding order equal the published code's for
-the same seed. A prompt of exactly one block, which the published code loses, is decoded like any other.
+With the defaults ``random_source="torch"`` and ``schedule="reference"`` ids, forwards and decoding order equal the
+published code's for the same seed. A prompt of exactly one block, which the published code loses, is decoded like any
+other.
 """
 
 from __future__ import annotations
@@ -16,39 +13,18 @@ from typing import Any
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from s2d2_lmeval.custom_generate.calling import config_of, decoding_options, one_prompt, ready
-from s2d2_lmeval.custom_generate.signatures import documented, extends
+from s2d2_lmeval.custom_generate.published import config_of, one_prompt, published, ready
 from s2d2_lmeval.errors import ConfigError
 
 
-@documented
-def generate(
-    model: Any,
-    input_ids: torch.Tensor,
-    *,
-    max_new_tokens: int | None = None,
-    max_gen_toks: int | None = None,
-    max_length: int | None = None,
-    tokenizer: Any = None,
-    mask_id: int | None = None,
-    threshold: float = 1.0,
-    small_block_size: int = 8,
-    block_size: int = 32,
-    stop_token: int = 151645,
-    stopping_criteria: Any = None,
-    top_p: float = 0.95,
-    temperature: float = 0.0,
-    use_block_cache: bool = False,
-    return_decoding_order: bool = False,
-    return_dict_in_generate: bool = False,
-    output_scores: bool = False,
-    output_hidden_states: bool = False,
-    use_attention_mask: bool = False,
-    random_source: Any = "torch",
-    schedule: str = "reference",
-    **kwargs: Any,
-) -> Any:
-    """Continue one prompt by threshold decoding (arXiv 2509.26328).
+@published(
+    "* max_new_tokens=None max_gen_toks=None max_length=None tokenizer=None mask_id=None threshold=1.0 "
+    "small_block_size=8 block_size=32 stop_token=151645 stopping_criteria=None top_p=0.95 temperature=0.0 "
+    "use_block_cache=False return_decoding_order=False return_dict_in_generate=False output_scores=False "
+    "output_hidden_states=False use_attention_mask=False random_source='torch' schedule='reference'"
+)
+def generate(arguments: dict[str, Any]) -> Any:
+    """Continue one prompt by threshold decoding of sub-blocks (Fast-dLLM v2, arXiv 2509.26328).
 
     Args:
         model: what :func:`s2d2_lmeval.load` returns, or a Qwen2 model of transformers with Fast-dLLM v2 weights (its
@@ -66,25 +42,19 @@ def generate(
     Returns:
         ids (1, P + new), in a ``GenerateDecoderOnlyOutput`` with ``return_dict_in_generate``; with
         ``return_decoding_order`` a pair of that and ``decoding_order`` and ``total_forward_steps``.
-
-    Raises:
-        ConfigError: a name that is no decoding option, a value out of range, or no length at all.
-        RequestError: not exactly one prompt, or a prompt that cannot be decoded.
     """
-    return _decode("dynamic", locals())
+    return _decode("dynamic", arguments)
 
 
-@extends(
-    generate,
+@published(
     "ssd_ratio_tempering_factor min_ssd_span_length allow_resample cache_ver draft_ver do_verify_policy "
     "hysteresis_threshold_on hysteresis_threshold_off token_acceptance_estimator ssd_confidence_margin_threshold "
     "ssd_entropy_temperature ucb_beta ucb_span_length_bins ucb_block_progress_bins ucb_entropy_bins ucb_entropy_source "
-    "do_verify_score_type score_penalty_coef",
-    do_verify_score_threshold=0.0,
-    use_ssd_cache=False,
+    "do_verify_score_type score_penalty_coef do_verify_score_threshold=0.0 use_ssd_cache=False",
+    extends=generate,
 )
 def generate_ssd_policy(arguments: dict[str, Any]) -> Any:
-    """Continue one prompt with S2D2 (arXiv 2603.25702).
+    """Continue one prompt with S2D2: the model drafts a sub-block and verifies it at block size one (arXiv 2603.25702).
 
     Where the published function goes wrong, this one does what the option says: with ``use_block_cache`` a sub-block
     begins with a whole forward, and with ``draft_ver`` the rows before the block's first mask are causal in every
@@ -102,20 +72,16 @@ def _decode(decoder: str, arguments: Mapping[str, Any]) -> Any:
     """Run the engine on the published ``arguments``."""
     if arguments["output_scores"] or arguments["output_hidden_states"]:
         raise ConfigError("output_scores and output_hidden_states are not available: the engine keeps neither.")
-    prompt = one_prompt(arguments["input_ids"])
-    temperature = float(arguments["temperature"] or 0.0)
+    prompt, mask = one_prompt(arguments["input_ids"]), arguments["mask_id"]
     config = config_of(
         arguments,
         decoder=decoder,
         max_new_tokens=_budget(arguments, len(prompt)),
         stop_token_ids=(arguments["stop_token"],),
         trim_stop_tokens=False,
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,  # at zero only the draft is the arg-max; the verifier keeps its law
-    ).replace(**decoding_options(arguments["kwargs"], temperature=temperature))
-    engine = ready(
-        arguments["model"], family="fast_dllm_v2", mask_token_id=arguments["mask_id"], block_length=config.block_length
+        temperature=float(arguments["temperature"] or 1.0),  # at zero only the draft is the arg-max
     )
+    engine = ready(arguments["model"], family="fast_dllm_v2", mask_token_id=mask, block_length=config.block_length)
     answer = engine.generate([prompt], config)[0]
     ids = torch.tensor([prompt + answer.token_ids], device=arguments["input_ids"].device)
     out = GenerateDecoderOnlyOutput(sequences=ids) if arguments["return_dict_in_generate"] else ids

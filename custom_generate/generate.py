@@ -39,8 +39,8 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from s2d2_lmeval import DecodingConfig, Generation
-from s2d2_lmeval.custom_generate.calling import ready
+from s2d2_lmeval import DecodingConfig
+from s2d2_lmeval.custom_generate.published import ready, unpadded, with_answers
 from s2d2_lmeval.decoding.options.config import SYNONYMS
 from s2d2_lmeval.decoding.options.names import FOREIGN
 from s2d2_lmeval.errors import RequestError
@@ -107,7 +107,10 @@ def generate(
     _refuse_other_modes(model, generation_config, logits_processor)
     engine, settings = ready(model), generation_config
     config = engine.config(_options(settings, {name: kwargs[name] for name in kwargs.keys() & OPTIONS}))
-    prompts = _unpadded(input_ids, kwargs.get("attention_mask"))
+    attention_mask = kwargs.get("attention_mask")
+    if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
+        raise RequestError("attention_mask has zeros after ones: pad prompts on the left (padding_side='left').")
+    prompts = unpadded(input_ids, attention_mask)
     answers = engine.generate(
         prompts,
         config,
@@ -116,7 +119,10 @@ def generate(
     )
     if stats is not None:
         stats.extend(answer.stats for answer in answers)
-    sequences = _padded(input_ids, answers, settings.pad_token_id, config)
+    pad = settings.pad_token_id if settings.pad_token_id is not None else next(iter(config.stop_token_ids), None)
+    if pad is None and len({len(answer.token_ids) for answer in answers}) > 1:
+        raise RequestError("Answers of different lengths need a pad token: pass pad_token_id.")
+    sequences = with_answers(input_ids, answers, pad or 0)
     return GenerateDecoderOnlyOutput(sequences=sequences) if settings.return_dict_in_generate else sequences
 
 
@@ -163,15 +169,6 @@ def _as_tuple(ids: Any) -> tuple[int, ...]:
     return tuple(int(i) for i in ids) if isinstance(ids, (list, tuple, torch.Tensor)) else (int(ids),)
 
 
-def _unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
-    """The prompts without their left padding."""
-    if attention_mask is None:
-        return input_ids.tolist()
-    if bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
-        raise RequestError("attention_mask has zeros behind ones: pad prompts on the left (padding_side='left').")
-    return [row[keep.bool()].tolist() for row, keep in zip(input_ids, attention_mask, strict=True)]
-
-
 def _stop_rule(
     prompts: list[list[int]], criteria: StoppingCriteriaList | None, device: torch.device
 ) -> Callable[[int, list[int]], int | None] | None:
@@ -196,22 +193,6 @@ def _stop_rule(
         return None
 
     return stop
-
-
-def _padded(
-    input_ids: torch.Tensor, answers: list[Generation], pad_token_id: int | None, config: DecodingConfig
-) -> torch.Tensor:
-    """Prompts as they came, and the answers padded on the right."""
-    longest = max(len(answer.token_ids) for answer in answers)
-    missing = any(len(answer.token_ids) < longest for answer in answers)
-    pad = pad_token_id if pad_token_id is not None else next(iter(config.stop_token_ids), None)
-    if pad is None:
-        if missing:
-            raise RequestError("Answers of different lengths need a pad token: pass pad_token_id.")
-        pad = 0
-    rows = [answer.token_ids + [pad] * (longest - len(answer.token_ids)) for answer in answers]
-    new = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device).view(len(rows), longest)
-    return torch.cat([input_ids, new], dim=1)
 
 
 def _signature() -> inspect.Signature:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from s2d2_lmeval.custom_generate import d2f, ddtree, fast_dllm_v2, llada2, sdar, sliding, spiffy
-from s2d2_lmeval.custom_generate.signatures import documented, extends
+from s2d2_lmeval.custom_generate.published import published
 
 PUBLISHED: list[Callable[..., Any]] = [
     *(sdar.block_diffusion_generate, sdar.block_diffusion_generate_baseline),
@@ -35,8 +35,8 @@ def test_help_explains_every_argument_once(function: Callable[..., Any]) -> None
     assert vars(inspect.getmodule(function))[function.__name__] is function
 
 
-@documented
-def plain(model: Any, input_ids: Any, top_k: int = 0, *, stop: Any, seed: int = 3, **kwargs: Any) -> Any:
+@published("top_k=0 * stop=... seed=3")
+def plain(arguments: dict[str, Any]) -> dict[str, Any]:
     """Plain.
 
     Args:
@@ -45,10 +45,10 @@ def plain(model: Any, input_ids: Any, top_k: int = 0, *, stop: Any, seed: int = 
     Returns:
         all of it.
     """
-    return locals()
+    return arguments
 
 
-@extends(plain, "cache_ver min_p", temperature=0.5)
+@published("cache_ver min_p temperature=0.5", extends=plain)
 def longer(arguments: dict[str, Any]) -> dict[str, Any]:
     """Longer.
 
@@ -87,6 +87,8 @@ def test_help_of_what_extends_another_says_its_own_first() -> None:
     own, _, shared = (longer.__doc__ or "").partition("model, stop: these two.")
     assert own == "Longer.\n\nArgs:\n    temperature: of this one.\n    "
     assert "    cache_ver: commit with token-causal attention (AR-like caching).\n" in shared
-    assert shared.endswith("\n\nReturns:\n    all of it.")
+    assert shared.partition(
+        "\n\nReturns:\n    all of it.\n\nRaises:\n    ConfigError: a name that is no decoding option"
+    )[2]
     names = ["temperature", "model", "stop", "input_ids", "top_k", "seed", "kwargs", "cache_ver", "min_p"]
     assert explained(longer) == names
