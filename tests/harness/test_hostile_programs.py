@@ -18,7 +18,7 @@ import pytest
 
 from s2d2_lmeval.tasks import sandbox
 from s2d2_lmeval.tasks.sandbox import Limits, modes
-from s2d2_lmeval.tasks.sandbox.jail import program, seccomp, values
+from s2d2_lmeval.tasks.sandbox.jail import kernel, program, values
 from tests.harness.hostile_programs import EXCESS, FORGERIES, HARM, READS
 
 pytestmark = pytest.mark.skipif(
@@ -192,7 +192,7 @@ def test_excess_ends_and_leaves_nothing(name: str, without: tuple[str, ...], tar
 @NAMESPACES
 def test_every_call_that_is_not_listed_is_refused(without: tuple[str, ...]) -> None:
     column = 0 if os.uname().machine == "x86_64" else 1
-    known = {*seccomp._numbers(seccomp._ALLOWED, column).values(), *seccomp._numbers(seccomp._PARTLY, column).values()}
+    known = {*kernel._numbers(kernel._ALLOWED, column).values(), *kernel._numbers(kernel._PARTLY, column).values()}
     known |= {335, 336}  # of uprobes' own trampolines, which no filter sees and which do nothing elsewhere
     source = f"""import ctypes
 libc = ctypes.CDLL(None, use_errno=True)

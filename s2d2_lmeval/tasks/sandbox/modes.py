@@ -14,7 +14,7 @@ VARIABLE = "S2D2_SANDBOX"
 MODES = ("process", "bwrap", "docker")
 IMAGE = "s2d2-sandbox"
 _HERE = Path(__file__).parent
-_START = "import sys; sys.path.insert(0, {!r}); from jail.{} import main; del sys.path[0]; main({})"
+_START = "import sys; sys.path.insert(0, {!r}); from jail import supervisor; del sys.path[0]; supervisor.{}"
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Mode:
         container with a supervisor, which may use ``memory_bytes``.
         """
         if self.name == "docker":
-            return [*_docker(memory_bytes), self.image, *_python("python3", "/sandbox", "supervisor", "")]
-        own = _python(sys.executable, str(_HERE), "starter", str(channel))
+            return [*_docker(memory_bytes), self.image, *_python("python3", "/sandbox", "main()")]
+        own = _python(sys.executable, str(_HERE), f"serve({channel})")
         return [*_bwrap(folder), *own] if self.name == "bwrap" else own
 
     def hint(self) -> str:
@@ -93,8 +93,8 @@ def installed_packages() -> tuple[str, ...]:
     return tuple(p for p in sys.path if Path(p).name in ("site-packages", "dist-packages") and Path(p).is_dir())
 
 
-def _python(executable: str, home: str, module: str, argument: str) -> list[str]:
-    return [executable, "-I", "-S", "-c", _START.format(home, module, argument)]
+def _python(executable: str, home: str, call: str) -> list[str]:
+    return [executable, "-I", "-S", "-c", _START.format(home, call)]
 
 
 def _bwrap(folder: str) -> list[str]:

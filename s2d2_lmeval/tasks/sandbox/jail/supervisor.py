@@ -1,14 +1,18 @@
 """The first process of a run, and the parent of the other two: starts them, waits, and ends every descendant.
 
 Its standard input holds two values: the job (the program and its limits), which it reads, and the tests, which only the
-judge reads: the program's process is started by one that has never seen them.
+judge reads: the program's process is started by one that has never seen them. Supervisors are forked from a warm
+interpreter (:func:`serve`), which spares each program the start of one: it holds nothing of what is judged, which goes
+through descriptors that it is sent.
 """
 
 from __future__ import annotations
 
+import _socket
 import itertools
 import os
 import select
+import struct
 import sys
 import time
 
@@ -27,6 +31,43 @@ _READABLE = (
     "/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom", "/sys/devices/system/cpu",
     "/nix/store", "/gnu/store",
 )  # fmt: skip
+
+
+def serve(channel: int) -> None:
+    """Fork a supervisor for every pair of descriptors that comes through the socket ``channel``, one at a time, until
+    the evaluator closes its end.
+    """
+    kernel.die_with_parent()
+    socket = _socket.socket(fileno=channel)
+    while True:
+        message, ancillary, _, _ = socket.recvmsg(1, _socket.CMSG_SPACE(8))
+        if not message:
+            return
+        source, sink = struct.unpack("2i", ancillary[0][2])
+        try:
+            child = os.fork()
+            if child == 0:
+                _begin(channel, source, sink)
+        except OSError as error:
+            complaint = str(error)
+        else:
+            os.waitpid(child, 0)
+            complaint = "no answer"
+        os.close(source)
+        os.close(sink)
+        socket.send(complaint.encode())
+
+
+def _begin(channel: int, source: int, sink: int) -> None:
+    try:
+        os.setsid()
+        os.dup2(source, 0)
+        os.dup2(sink, 1)
+        for descriptor in (channel, source, sink):
+            os.close(descriptor)
+        main()
+    finally:
+        os._exit(0)
 
 
 def main() -> None:

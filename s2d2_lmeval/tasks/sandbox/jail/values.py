@@ -13,11 +13,10 @@ import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from typing import Any
 
 DEEPEST = 200
-_SEQUENCES: dict[bytes, Callable[[list[Any]], Any]] = {b"l": list, b"u": tuple, b"e": set, b"z": frozenset}
 
 
 class Malformed(Exception):
@@ -81,87 +80,12 @@ def _read(descriptor: int, size: int) -> bytes:
 
 
 def encode(value: Any, limit: int) -> bytes:
-    """The bytes of ``value``."""
+    """The bytes of ``value``: a tag, how many bytes or values follow (in hexadecimal, then ``;``), and these."""
     out = bytearray()
     _encode(value, out, limit, DEEPEST)
     if len(out) > limit:
         raise Malformed(f"a value of more than {limit} bytes")
     return bytes(out)
-
-
-def _encode(value: Any, out: bytearray, limit: int, depth: int) -> None:
-    if len(out) > limit or depth < 0:
-        raise Malformed(f"a value of more than {limit} bytes or {DEEPEST} levels")
-    if value is None or value is True or value is False:
-        out += b"n" if value is None else b"t" if value else b"f"
-    elif isinstance(value, int):
-        out += b"i%x;" % value if value >= 0 else b"i-%x;" % -value
-    elif isinstance(value, float):
-        out += b"d" + struct.pack("<d", value)
-    elif isinstance(value, complex):
-        out += b"c" + struct.pack("<dd", value.real, value.imag)
-    elif isinstance(value, str):
-        data = str.encode(value, "utf-8", "surrogatepass")
-        out += b"s%x;" % len(data) + data
-    elif isinstance(value, (bytes, bytearray)):
-        out += b"b%x;" % len(value) + value
-    elif isinstance(value, (list, tuple, set, frozenset, dict)):
-        _encode_items(value, out, limit, depth)
-    elif isinstance(value, range):
-        out += b"r"
-        _encode((value.start, value.stop, value.step), out, limit, depth)
-    else:
-        _encode_other(value, out, limit, depth)
-
-
-def _encode_items(value: Any, out: bytearray, limit: int, depth: int) -> None:
-    tags = ((list, b"l"), (tuple, b"u"), (set, b"e"), (frozenset, b"z"), (dict, b"m"))
-    out += next(tag for kind, tag in tags if isinstance(value, kind)) + b"%x;" % len(value)
-    for item in value:
-        _encode(item, out, limit, depth - 1)
-        if isinstance(value, dict):
-            _encode(value[item], out, limit, depth - 1)
-
-
-def _encode_other(value: Any, out: bytearray, limit: int, depth: int) -> None:
-    """Numbers of other types by value (``numpy.int64``, ``sympy.Rational``, …); else what can be listed."""
-    import decimal
-    import numbers
-
-    kind = type(value)
-    if isinstance(value, decimal.Decimal):
-        out += b"D"
-        _encode(str(value), out, limit, depth)
-    elif isinstance(value, numbers.Integral):
-        _encode(int(value), out, limit, depth)
-    elif isinstance(value, numbers.Rational):
-        out += b"q"
-        _encode((int(value.numerator), int(value.denominator)), out, limit, depth)
-    elif isinstance(value, numbers.Real):
-        _encode(float(value), out, limit, depth)
-    elif isinstance(value, numbers.Complex):
-        _encode(complex(value), out, limit, depth)
-    elif kind.__module__ == "numpy" and kind.__name__ in ("bool_", "bool"):
-        _encode(bool(value), out, limit, depth)
-    else:
-        out += b"o"
-        _encode(kind.__name__, out, limit, depth)
-        _encode(_items(value, limit), out, limit, depth)
-
-
-def _items(value: Any, limit: int) -> list[Any] | None:
-    if isinstance(value, Foreign):
-        return value.items
-    try:
-        iterator = iter(value)
-    except Exception:
-        return None
-    items: list[Any] = []
-    for item in iterator:
-        items.append(item)
-        if len(items) > limit:
-            raise Malformed(f"more than {limit} items")
-    return items
 
 
 def decode(data: bytes) -> Any:
@@ -180,53 +104,100 @@ def decode(data: bytes) -> Any:
     return value
 
 
-def _decode(data: bytes, at: int, depth: int) -> tuple[Any, int]:
-    tag, at = data[at : at + 1], at + 1
-    if depth < 0:
-        raise Malformed(f"more than {DEEPEST} levels")
-    if tag in (b"n", b"t", b"f"):
-        return {b"n": None, b"t": True, b"f": False}[tag], at
-    if tag in (b"d", b"c"):
-        parts = struct.unpack_from("<d" if tag == b"d" else "<dd", data, at)
-        return (parts[0] if tag == b"d" else complex(*parts)), at + 8 * len(parts)
-    if tag in (b"r", b"q", b"D"):
-        return _decode_made_of(tag, data, at, depth)
-    if tag == b"o":
-        name, at = _decode(data, at, depth)
-        items, at = _decode(data, at, depth - 1)
-        return Foreign(str(name), items if items is None else list(items)), at
-    end = data.index(b";", at)
-    number, at = int(data[at:end], 16), end + 1
-    if tag == b"i":
-        return number, at
-    if not 0 <= number <= len(data):  # every byte and every item takes a byte
-        raise Malformed("a value that ends early")
-    if tag in (b"s", b"b"):
-        part = data[at : at + number]
-        if len(part) != number:
-            raise Malformed("a text that ends early")
-        return (part.decode("utf-8", "surrogatepass") if tag == b"s" else part), at + number
-    return _decode_items(tag, number, data, at, depth - 1)
+# kind: tag, a value's bytes, and back
+_OF_BYTES: dict[type, tuple[bytes, Any, Any]] = {
+    type(None): (b"n", lambda value: b"", lambda data: None),
+    bool: (b"t", lambda value: b"1" if value else b"", bool),
+    int: (b"i", lambda value: b"%x" % value, lambda data: int(data, 16)),
+    float: (b"d", lambda value: struct.pack("<d", value), lambda data: struct.unpack("<d", data)[0]),
+    complex: (b"c", lambda z: struct.pack("<dd", z.real, z.imag), lambda data: complex(*struct.unpack("<dd", data))),
+    str: (b"s", lambda text: str.encode(text, "utf-8", "surrogatepass"), lambda b: b.decode("utf-8", "surrogatepass")),
+    bytes: (b"b", bytes, bytes),
+    bytearray: (b"b", bytes, bytes),
+}
+# kind: tag, the values that it is made of, and back
+_OF_VALUES: dict[type, tuple[bytes, Any, Any]] = {
+    list: (b"l", list, list),
+    tuple: (b"u", list, tuple),
+    set: (b"e", list, set),
+    frozenset: (b"z", list, frozenset),
+    dict: (b"m", lambda value: [one for pair in value.items() for one in pair], lambda items: dict(_pairs(items))),
+    range: (b"r", lambda value: [value.start, value.stop, value.step], lambda v: range(*v)),
+    Foreign: (b"o", lambda value: [value.name, value.items], lambda v: Foreign(str(v[0]), v[1])),
+}
+_KINDS = {**_OF_BYTES, **_OF_VALUES}
+_FROM_BYTES = {tag: back for tag, _, back in _OF_BYTES.values()}
+_FROM_BYTES[b"D"] = lambda data: __import__("decimal").Decimal(data.decode())
+_FROM_VALUES = {tag: back for tag, _, back in _OF_VALUES.values()}
+_FROM_VALUES[b"q"] = lambda parts: __import__("fractions").Fraction(parts[0], parts[1])
 
 
-def _decode_made_of(tag: bytes, data: bytes, at: int, depth: int) -> tuple[Any, int]:
-    parts, at = _decode(data, at, depth)
-    if tag == b"r":
-        return range(*parts), at
-    if tag == b"q":
-        from fractions import Fraction
-
-        return Fraction(*parts), at
-    from decimal import Decimal
-
-    return Decimal(parts), at
+def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(items[::2], items[1::2], strict=True)
 
 
-def _decode_items(tag: bytes, number: int, data: bytes, at: int, depth: int) -> tuple[Any, int]:
-    items = []
-    for _ in range(2 * number if tag == b"m" else number):
-        item, at = _decode(data, at, depth)
+def _encode(value: Any, out: bytearray, limit: int, depth: int) -> None:
+    if len(out) > limit or depth < 0:
+        raise Malformed(f"a value of more than {limit} bytes or {DEEPEST} levels")
+    tag, parts = _parts(value, limit)
+    out += tag + b"%x;" % len(parts)
+    if isinstance(parts, bytes):
+        out += parts
+        return
+    for part in parts:
+        _encode(part, out, limit, depth - 1)
+
+
+def _parts(value: Any, limit: int) -> tuple[bytes, bytes | list[Any]]:
+    """The tag of a value, and its bytes or the values that it is made of."""
+    kind = type(value)
+    known = kind if kind in _KINDS else next((one for one in _KINDS if isinstance(value, one)), None)
+    if known is not None:
+        tag, parts, _ = _KINDS[known]
+        return tag, parts(value)
+    import decimal
+    import numbers
+
+    if isinstance(value, decimal.Decimal):
+        return b"D", str(value).encode()
+    if isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral):
+        return b"q", [int(value.numerator), int(value.denominator)]
+    # Numbers of other types by value (numpy.int64, …)
+    simpler: list[tuple[Any, Any]] = [(numbers.Integral, int), (numbers.Real, float), (numbers.Complex, complex)]
+    for number, plain in simpler:
+        if isinstance(value, number):
+            return _parts(plain(value), limit)
+    if kind.__module__ == "numpy" and kind.__name__ in ("bool_", "bool"):
+        return _parts(bool(value), limit)
+    return b"o", [kind.__name__, _items(value, limit)]
+
+
+def _items(value: Any, limit: int) -> list[Any] | None:
+    """What a foreign object can be listed as."""
+    try:
+        iterator = iter(value)
+    except Exception:
+        return None
+    items: list[Any] = []
+    for item in iterator:
         items.append(item)
-    if tag == b"m":
-        return dict(zip(items[::2], items[1::2], strict=True)), at
-    return _SEQUENCES[tag](items), at
+        if len(items) > limit:
+            raise Malformed(f"more than {limit} items")
+    return items
+
+
+def _decode(data: bytes, at: int, depth: int) -> tuple[Any, int]:
+    tag, end = data[at : at + 1], data.index(b";", at)
+    size, at = int(data[at + 1 : end], 16), end + 1
+    if depth < 0 or not 0 <= size <= len(data):  # every byte and every value takes a byte
+        raise Malformed("a value that ends early, or is too deep")
+    if tag in _FROM_BYTES:
+        part = data[at : at + size]
+        if len(part) != size:
+            raise Malformed("a value that ends early")
+        return _FROM_BYTES[tag](part), at + size
+    items = []
+    for _ in range(size):
+        item, at = _decode(data, at, depth - 1)
+        items.append(item)
+    return _FROM_VALUES[tag](items), at
