@@ -16,14 +16,16 @@ _EXPORTS = {
     "BlockDiffusionModel": "s2d2_lmeval.model",
     "DecodingConfig": "s2d2_lmeval.decoding.options.config",
     "Generation": "s2d2_lmeval.decoding.generation",
+    "register_decoder": "s2d2_lmeval.registry",
 }
 
 if TYPE_CHECKING:
     from s2d2_lmeval.decoding.generation import Generation
     from s2d2_lmeval.decoding.options.config import DecodingConfig
     from s2d2_lmeval.model import BlockDiffusionModel, load
+    from s2d2_lmeval.registry import register_decoder
 
-__all__ = ["BlockDiffusionModel", "DecodingConfig", "Generation", "load"]
+__all__ = ["BlockDiffusionModel", "DecodingConfig", "Generation", "load", "register_decoder"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from s2d2_lmeval.registry import DECODERS, ESTIMATORS, POLICIES, STRATEGIES
+
 REPOSITORY = Path(__file__).parents[1]
 FOLDERS = ("s2d2_lmeval", "custom_generate", "task_configs")
 OUTSIDE = ("recipes", "benchmarks")
@@ -15,6 +17,7 @@ OUTSIDE = ("recipes", "benchmarks")
 
 STOREYS = (
     ("errors",),
+    ("registry",),
     ("toy", "tasks"),
     ("families",),
     ("runtime",),
@@ -111,6 +114,7 @@ def test_everything_installed_serves_something_that_users_start_or_import() -> N
     rooms = ("cli", "custom_generate", "task_configs", "__main__", "")
     starts = [module for module in FILES if [*module.split("."), ""][1] in rooms]
     starts += [f"s2d2_lmeval.harness.{name}" for name in ("model", "filters", "template_worker")]
+    starts += [module for registry in (DECODERS, POLICIES, ESTIMATORS, STRATEGIES) for module in registry.modules]
     served = set(starts).union(*map(reachable, starts))
     # Programs are judged in processes of their own, which start files by path.
     unstarted = {module for module in FILES.keys() - served if ".sandbox.jail." not in module}

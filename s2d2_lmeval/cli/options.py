@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -44,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the options."""
-    from s2d2_lmeval.decoding.options.config import DECODERS, SYNONYMS
+    from s2d2_lmeval.decoding.options.option import SYNONYMS
     from s2d2_lmeval.errors import ConfigError
+    from s2d2_lmeval.registry import DECODERS
 
     if args.decoder is not None and args.decoder not in DECODERS:
         raise ConfigError(f"decoder={args.decoder} is not one of: {', '.join(DECODERS)}.")
@@ -70,18 +70,21 @@ def describe() -> list[dict[str, Any]]:
     ``schemes``.
     """
     from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
+    from s2d2_lmeval.decoding.options.option import kind_of
+    from s2d2_lmeval.decoding.options.reading import owners
 
-    described = []
-    for field in dataclasses.fields(DecodingConfig):
+    described, fields = [], DecodingConfig.fields()
+    takers = owners(fields)
+    for field in fields:
         meta = field.metadata
         described.append(
             {
                 "name": field.name,
                 "synonyms": [name for name, target in SYNONYMS.items() if target == field.name],
                 "default": as_written(field.default),
-                "values": _values(str(field.type), meta),
+                "values": _values(kind_of(field), meta),
                 "meaning": meta["meaning"],
-                "decoders": meta["decoders"],
+                "decoders": takers[field.name],
                 "schemes": meta["schemes"],
             }
         )
@@ -140,8 +143,8 @@ def _written(options: Mapping[str, Any]) -> str:
 
 def _heading(option: dict[str, Any]) -> str:
     """Which decoders, and of which families, an option belongs to."""
-    from s2d2_lmeval.decoding.options.config import DECODERS
     from s2d2_lmeval.decoding.options.option import SCHEMES
+    from s2d2_lmeval.registry import DECODERS
 
     decoders, schemes = option["decoders"], option["schemes"]
     if set(decoders) == set(DECODERS):
@@ -174,7 +177,6 @@ def as_written(value: Any) -> str:
 def _values(kind: str, meta: Any) -> str:
     if meta["choices"] is not None:
         return ", ".join(map(str, meta["choices"]))
-    kind = kind.removesuffix(" | None")
     named = {
         "bool": "true, false",
         "int": "integer",

@@ -1,15 +1,17 @@
-"""The interface of a decoder: what the batch loop needs to know of one."""
+"""The interface of a decoder: what it states of itself, and what the batch loop asks of it."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.generation import Request
+from s2d2_lmeval.decoding.options.blocks import ScheduleOption
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.readback import Outcome
 from s2d2_lmeval.decoding.state import Seats
@@ -20,6 +22,19 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from s2d2_lmeval.families import Facts
+
+
+AUTOREGRESSIVE: dict[str, Any] = {
+    "promise": "the model's own autoregressive law: one token at a time at block size one",
+    "options": (ScheduleOption,),
+    "strategy": "sequential",
+    # At block size one there is nothing but token-causal attention.
+    "imposes": {"block_length": 1, "denoising_steps": 1, "cache_ver": True, "draft_ver": True},
+}
+"""What ``ar`` states, whatever decodes it."""
+
+EXACT = " (tested in float32 and float64; in bfloat16 and float16 near-ties can fall either way)"
+"""The condition of promises that a decoder's output is another one's."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +72,36 @@ class Plan(Protocol):
         """(R,) logits that each row reads."""
 
 
-class Decoder(Protocol):
-    """Decodes all rows in flight: says what to forward, takes the logits, and moves every row on."""
+RowsT = TypeVar("RowsT", bound=Seats)
+
+
+class Decoder(ABC, Generic[RowsT]):
+    """Decodes all rows in flight: says what to forward, takes the logits, and moves every row on.
+
+    A class states what users, pages and the engine need to know of it where it registers itself:
+    ``@DECODERS.register("name", "scheme", promise=…, options=…)`` (:class:`~s2d2_lmeval.registry.DecoderEntry`).
+    """
+
+    rows: RowsT
+    """The requests in flight."""
+
+    @staticmethod
+    def layout(config: DecodingConfig) -> str:
+        """How much is decoded at a time, and in which schedule, in a few words."""
+        return f"schedule {config.schedule}, blocks of {config.block_length}"
+
+    @staticmethod
+    def caution(config: DecodingConfig) -> str | None:
+        """What to know of the counts of a run, in a sentence; None where they speak for themselves."""
+        return None
 
     @property
-    def rows(self) -> Seats:
-        """The requests in flight."""
-
-    @property
+    @abstractmethod
     def capacity(self) -> int:
         """Positions that a row may write to in the cache."""
 
     @classmethod
+    @abstractmethod
     def seat(cls, seating: Seating) -> Self:
         """A decoder with seats for a run."""
 
@@ -78,11 +111,14 @@ class Decoder(Protocol):
     def admitted(self, slot: int) -> None:
         """A request has been seated in ``slot``."""
 
+    @abstractmethod
     def plan(self) -> Plan:
         """Lay out the next forward of all active rows. Known on the host; nothing is read from the device."""
 
+    @abstractmethod
     def advance(self, logits: torch.Tensor) -> Outcome:
         """Take the wanted logits (M, V) of the planned forward, in its order; may write to them. Reads the device once.
 
-        :raises NumericalError: when the logits are not numbers.
+        Raises:
+            NumericalError: the logits are not numbers.
         """

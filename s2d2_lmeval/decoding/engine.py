@@ -4,60 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
+from typing import Any
 
 import torch
 
-from s2d2_lmeval.decoding.blocks.denoising import BlockDenoiser
-from s2d2_lmeval.decoding.blocks.editing import EditingDenoiser, EditingS2D2
-from s2d2_lmeval.decoding.blocks.rows import KIND_OF_PHASE
-from s2d2_lmeval.decoding.blocks.s2d2 import S2D2
-from s2d2_lmeval.decoding.blocks.subblocks import SubblockDenoiser, SubblockS2D2
 from s2d2_lmeval.decoding.decoder import Decoder, Seating
 from s2d2_lmeval.decoding.generation import Generation, Progress, Request
-from s2d2_lmeval.decoding.options.config import STRATEGY_OF_DECODER, DecodingConfig
-from s2d2_lmeval.decoding.options.spiffy import misfit
-from s2d2_lmeval.decoding.pipelined.denoising import PipelinedDenoiser
-from s2d2_lmeval.decoding.pipelined.s2d2 import PipelinedS2D2
+from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.reading import misfit
 from s2d2_lmeval.decoding.prefixes import SharedPrefixes
-from s2d2_lmeval.decoding.rounds.ddtree import DDTree
-from s2d2_lmeval.decoding.rounds.dflash import DFlash
-from s2d2_lmeval.decoding.rounds.sliding import Sliding
-from s2d2_lmeval.decoding.rounds.target import Target
 from s2d2_lmeval.decoding.sampling.filters import bias_of
-from s2d2_lmeval.decoding.spiffy.decoder import EditingSpiffy, Spiffy
-from s2d2_lmeval.decoding.spiffy.subblocks import SubblockSpiffy
+from s2d2_lmeval.decoding.state import KIND_OF_PHASE
 from s2d2_lmeval.errors import CapacityError, ConfigError
 from s2d2_lmeval.families import Facts
+from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.memory import RowLimit, out_of_memory
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
-
-DECODER_CLASSES: dict[tuple[str, str], type[Decoder]] = {
-    **{("block", decoder): BlockDenoiser for decoder in ("ar", *STRATEGY_OF_DECODER)},
-    **{(scheme, "dflash"): DFlash for scheme in ("autoregressive", "block")},
-    **{(scheme, "ddtree"): DDTree for scheme in ("autoregressive", "block")},
-    ("autoregressive", "ar"): Target,
-    ("block", "s2d2"): S2D2,
-    ("block", "spiffy"): Spiffy,
-    **{(scheme, "sliding"): Sliding for scheme in ("block", "editing", "subblock", "pipelined")},
-    ("editing", "ar"): BlockDenoiser,
-    ("editing", "editing"): EditingDenoiser,
-    ("editing", "s2d2"): EditingS2D2,
-    ("editing", "spiffy"): EditingSpiffy,
-    ("pipelined", "ar"): Target,
-    ("pipelined", "pipelined"): PipelinedDenoiser,
-    ("pipelined", "s2d2"): PipelinedS2D2,
-    ("subblock", "ar"): SubblockDenoiser,
-    ("subblock", "dynamic"): SubblockDenoiser,
-    ("subblock", "s2d2"): SubblockS2D2,
-    ("subblock", "spiffy"): SubblockSpiffy,
-}
-"""(scheme of the family, decoder) -> what decodes."""
 
 logger = logging.getLogger("s2d2_lmeval")
 
@@ -71,8 +38,6 @@ LOGITS_OF_A_ROW = 64
 
 class Engine:
     """Decodes requests: admit, plan, forward, advance, retire."""
-
-    decoder_classes: ClassVar[Mapping[tuple[str, str], type[Decoder]]] = DECODER_CLASSES
 
     def __init__(self, runner: Runner, facts: Facts, config: DecodingConfig, trace: Trace, limit: RowLimit) -> None:
         self.runner = runner
@@ -150,11 +115,21 @@ class Engine:
             *(rows, rows // 2),
         )
 
+    def decoder_class(self) -> type[Decoder[Any]]:
+        """What decodes.
+
+        Raises:
+            ConfigError: the decoder does not fit the checkpoint.
+        """
+        entry = DECODERS.find(self.config.decoder, self.facts.scheme)
+        if entry is None or (entry.needs_drafter and self.facts.drafter is None):
+            raise ConfigError(misfit(self.config.decoder, self.facts))
+        decoder: type[Decoder[Any]] = entry.implementation
+        return decoder
+
     def _prepare(self, requests: Sequence[Request]) -> None:
         """Seats for the run: rows, their decoder and room in the cache for the longest request."""
-        decoder = self.decoder_classes.get((self.facts.scheme, self.config.decoder))
-        if decoder is None:
-            raise ConfigError(misfit(self.config.decoder, self.facts))
+        decoder = self.decoder_class()
         self.config.check_fits(self.facts)
         self.bias = bias_of(self.config, self.facts.vocab_size, self.runner.device)
         # Published code prefills a prompt in one forward.

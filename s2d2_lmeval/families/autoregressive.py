@@ -23,7 +23,6 @@ def _family(name: str, native_class: str, config_class: type[PreTrainedConfig]) 
         config_map=as_it_is,
         token_shift=True,
         block_alignment="prompt",
-        decoders=("ar",),
         defaults=lambda block_length: {"temperature": 1.0, "do_sample": False},
         presets={},
         published_mask_ids={},

@@ -9,7 +9,6 @@ from typing import Any
 
 # D2F was trained with, and is published for, one block length; the base checkpoints know nothing of blocks.
 BLOCK_LENGTH = 32
-DECODERS = ("s2d2", "pipelined", "sliding", "ar")
 
 CAVEAT = (
     "decoded block by block, as D2F makes LLaDA and Dream by a LoRA adapter: give it as adapter=… (in --model_args: "

@@ -42,7 +42,6 @@ DREAM = Family(
     token_shift=True,
     block_alignment="prompt",
     scheme="pipelined",
-    decoders=d2f.DECODERS,
     defaults=defaults,
     presets={"d2f-dream": defaults(d2f.BLOCK_LENGTH)},
     published_mask_ids={152064: 151666},

@@ -14,6 +14,7 @@ from s2d2_lmeval.families import block_length as lengths
 from s2d2_lmeval.families.block_length import first
 from s2d2_lmeval.families.config_map import configured, is_whole
 from s2d2_lmeval.families.context import positions
+from s2d2_lmeval.registry import DECODERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,6 +38,11 @@ _ALIGNMENTS = {
     "pipelined": "prompt",
     AUTOREGRESSIVE: "prompt",
 }
+
+
+def fitting(scheme: str, drafted: bool = False) -> tuple[str, ...]:
+    """Names of the decoders of a scheme; ``drafted``: those that need a drafter."""
+    return tuple(name for name in DECODERS.names(scheme) if DECODERS[name].needs_drafter == drafted)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,6 @@ class Facts:
         scheme: how a generation is laid out: ``"block"`` (one block after the other), ``"editing"`` (blocks whose
             decided tokens may change), ``"subblock"`` (blocks in parts, and a token between them), ``"pipelined"``
             (several blocks at once), ``"autoregressive"`` (no blocks).
-        decoders: names of the decoders that fit the family, the default one first.
         defaults: the family's published setting for this block length, as decoding options.
         drafter: what is known about the drafter that was loaded with it, if one was.
         adapter: the LoRA adapter that was merged into the weights, if one was.
@@ -87,7 +92,6 @@ class Facts:
     block_alignment: str
     stop_token_ids: tuple[int, ...]
     max_context: int
-    decoders: tuple[str, ...]
     defaults: Mapping[str, Any] = field(hash=False)
     scheme: str = "block"
     drafter: DrafterFacts | None = None
@@ -97,8 +101,13 @@ class Facts:
     block_length_from: str = field(default="as given", compare=False)
 
     def with_drafter(self, drafter: DrafterFacts) -> Facts:
-        """The facts of this model together with a drafter, whose decoders come first."""
-        return replace(self, drafter=drafter, decoders=("ddtree", "dflash", *self.decoders))
+        """The facts of this model together with a drafter."""
+        return replace(self, drafter=drafter)
+
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """Names of the decoders that fit, the default one first: with a drafter, those that use it."""
+        return fitting(self.scheme, drafted=True) * (self.drafter is not None) + fitting(self.scheme)
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ class Family:
         native_class: name of the transformers class with the same arithmetic.
         config_class: that class's configuration.
         config_map: maps a published config.json to it, or refuses it.
-        token_shift, block_alignment, scheme, decoders: as in :class:`Facts`.
+        token_shift, block_alignment, scheme: as in :class:`Facts`.
         defaults: block length -> the published setting as decoding options.
         presets: name -> decoding options of a published configuration.
         key_mapping: regular expression of a published weight name -> native name (``from_pretrained(key_mapping=)``).
@@ -133,7 +142,6 @@ class Family:
     config_map: Callable[[Mapping[str, Any]], PreTrainedConfig]
     token_shift: bool
     block_alignment: str
-    decoders: tuple[str, ...]
     defaults: Callable[[int], Mapping[str, Any]]
     presets: Mapping[str, Mapping[str, Any]] = field(hash=False)
     published_mask_ids: Mapping[int, int] = field(hash=False)
@@ -158,6 +166,11 @@ class Family:
                 f"family {self.name}: block_alignment={self.block_alignment!r}, but decoders of the scheme "
                 f"{self.scheme!r} count blocks by {counted!r}; no other way is decoded."
             )
+
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """Names of the decoders that fit checkpoints without a drafter, the default one first."""
+        return fitting(self.scheme)
 
     @property
     def native_types(self) -> tuple[str, ...]:
@@ -216,7 +229,6 @@ class Family:
             block_alignment=self.block_alignment,
             stop_token_ids=self._stop_token_ids(config, generation, vocab, mask, source),
             max_context=context,
-            decoders=self.decoders,
             defaults=dict(self.defaults(length)),
             scheme=self.scheme,
             adapter=config.get(ADAPTER_FIELD),

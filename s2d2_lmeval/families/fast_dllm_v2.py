@@ -56,7 +56,6 @@ FAST_DLLM_V2 = Family(
     token_shift=True,
     block_alignment="absolute",
     scheme="subblock",
-    decoders=("s2d2", "sliding", "spiffy", "dynamic", "ar"),
     defaults=defaults,
     presets={"fast-a": defaults(32, 4), "fast-b": defaults(32, 16), "fast-c": _long_spans_only()},
     published_mask_ids={152064: 151665, 151936: 151665},

@@ -78,7 +78,6 @@ LLADA = Family(
     token_shift=False,
     block_alignment="prompt",
     scheme="pipelined",
-    decoders=d2f.DECODERS,
     defaults=d2f.defaults,
     presets={"d2f-llada": d2f.defaults(d2f.BLOCK_LENGTH)},
     published_mask_ids={126464: 126336},

@@ -142,7 +142,6 @@ LLADA2 = Family(
     token_shift=False,
     block_alignment="absolute",
     scheme="editing",
-    decoders=("s2d2", "sliding", "spiffy", "editing", "ar"),
     defaults=defaults,
     presets={"llada2-conservative": defaults(32, conservative=True), "llada2-quality": defaults(32)},
     published_mask_ids={157184: 156895},

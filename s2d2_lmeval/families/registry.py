@@ -13,11 +13,12 @@ from s2d2_lmeval.families.fast_dllm_v2 import FAST_DLLM_V2
 from s2d2_lmeval.families.llada import LLADA
 from s2d2_lmeval.families.llada2 import LLADA2
 from s2d2_lmeval.families.sdar import SDAR, SDAR_MOE
+from s2d2_lmeval.registry import Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FAMILIES: dict[str, Family] = {}
+FAMILIES: Registry[Family] = Registry("families")
 """Name -> family, in the order in which messages and pages list them."""
 
 # Diffusion models that transformers runs by itself, and whose decoding is theirs alone.
@@ -33,13 +34,13 @@ def register(family: Family) -> Family:
     Raises:
         CheckpointError: its name, a ``model_type`` or the name of a preset that is another family's already.
     """
-    for other in FAMILIES.values():
+    for other in FAMILIES.known():
         shared = family.presets.keys() & other.presets.keys()
         taken = {family.name, *family.model_types} & {other.name, *other.model_types}
         taken |= {name for name in shared if family.presets[name] != other.presets[name]}
         if taken:
             raise CheckpointError(f"{min(taken)} belongs to the family {other.name} already; choose another name.")
-    FAMILIES[family.name] = family
+    FAMILIES.add(family.name, family)
     return family
 
 

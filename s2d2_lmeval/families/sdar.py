@@ -79,7 +79,6 @@ def _family(name: str, native_class: str, stem: str, **layout: Any) -> Family:
         native_class=native_class,
         token_shift=False,
         block_alignment="absolute",
-        decoders=("s2d2", "sliding", "spiffy", "dynamic", "static", "sequential", "entropy_bounded", "ar"),
         defaults=defaults,
         presets={"sdar-a": defaults(4), "sdar-b": defaults(16)},
         published_mask_ids={151936: 151669},

@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,11 +82,13 @@ class _LoggingSubblocks(SubblockSpiffy, _Logging):
 
 
 class _LoggingEngine(Engine):
-    decoder_classes: ClassVar[Mapping[tuple[str, str], type[Decoder]]] = {
-        ("block", "spiffy"): _Logging,
-        ("editing", "spiffy"): _LoggingEdits,
-        ("subblock", "spiffy"): _LoggingSubblocks,
-    }
+    def decoder_class(self) -> type[Decoder[Any]]:
+        logging: dict[str, type[Decoder[Any]]] = {
+            "block": _Logging,
+            "editing": _LoggingEdits,
+            "subblock": _LoggingSubblocks,
+        }
+        return logging[self.facts.scheme]
 
 
 class _LoggingModel(BlockDiffusionModel):

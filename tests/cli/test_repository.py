@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from s2d2_lmeval.cli import COMMANDS, main
-from s2d2_lmeval.decoding.options.config import DECODERS, DecodingConfig
+from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.registry import DECODERS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

@@ -17,8 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2d2_lmeval import BlockDiffusionModel
-from s2d2_lmeval.decoding.engine import DECODER_CLASSES
 from s2d2_lmeval.decoding.spiffy.graph import DraftGraph
+from s2d2_lmeval.registry import DECODERS
 
 from . import drafting_tiny, editing_tiny, pipelined_cases, subblocks_drawn
 from .tiny import engine
@@ -114,7 +114,10 @@ def check(model: BlockDiffusionModel, options: dict[str, Any], monkeypatch: pyte
     assert len(seen) <= len(model.trace.records)
 
 
-@pytest.mark.parametrize(("scheme", "decoder"), list(DECODER_CLASSES))
+EVERY = [(scheme, decoder) for scheme in MODELS for decoder in DECODERS.names(scheme)]
+
+
+@pytest.mark.parametrize(("scheme", "decoder"), EVERY)
 def test_every_decoder(scheme: str, decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS[scheme]()
     if decoder in ("dflash", "ddtree"):

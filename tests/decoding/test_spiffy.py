@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from s2d2_lmeval import BlockDiffusionModel, DecodingConfig, load
-from s2d2_lmeval.decoding.engine import DECODER_CLASSES
+from s2d2_lmeval.decoding.engine import Engine
 from s2d2_lmeval.decoding.generation import Generation
 from s2d2_lmeval.decoding.spiffy.decoder import Spiffy
 from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, load_graph, parse_graph
@@ -161,7 +161,9 @@ def test_keys_of_a_block_finished_by_a_draft_are_those_of_its_commit(caching: bo
 
 
 @pytest.mark.parametrize("caching", [True, False])
-def test_packed_states_have_the_logits_of_states_run_alone(caching: bool, tmp_path: Path) -> None:
+def test_packed_states_have_the_logits_of_states_run_alone(
+    caching: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every draft state of every forward, against a forward of its own on the same prefix (float64)."""
     compared: list[float] = []
 
@@ -176,16 +178,12 @@ def test_packed_states_have_the_logits_of_states_run_alone(caching: bool, tmp_pa
     path = tmp_path / "graph.json"
     DraftGraph.chain(4, 3).save(path)
     options = {"block_length": 4, "cache_ver": caching, "draft_ver": caching}
-    original = DECODER_CLASSES["block", "spiffy"]
-    DECODER_CLASSES["block", "spiffy"] = Watching
-    try:
-        model.generate(
-            PROMPTS,
-            DecodingConfig(decoder="spiffy", base="static", draft_graph=str(path), draft_nodes=3, **options),
-            max_new_tokens=16,
-        )
-    finally:
-        DECODER_CLASSES["block", "spiffy"] = original
+    monkeypatch.setattr(Engine, "decoder_class", lambda engine: Watching)
+    model.generate(
+        PROMPTS,
+        DecodingConfig(decoder="spiffy", base="static", draft_graph=str(path), draft_nodes=3, **options),
+        max_new_tokens=16,
+    )
     assert len(compared) > 50
     assert max(compared) < 1e-9
 

@@ -247,7 +247,6 @@ def test_the_packaged_studies_fit_their_families(name: str) -> None:
             block_alignment=family.block_alignment,
             stop_token_ids=(2,),
             max_context=4096,
-            decoders=family.decoders,
             defaults=family.defaults(length),
             scheme=family.scheme,
         )

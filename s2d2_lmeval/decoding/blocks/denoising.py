@@ -19,23 +19,68 @@ import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.blocks.planning import BlockPlan, plan_blocks
-from s2d2_lmeval.decoding.blocks.remasking import choose
+from s2d2_lmeval.decoding.blocks.remasking import Undecided, choose
 from s2d2_lmeval.decoding.blocks.rows import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Rows
 from s2d2_lmeval.decoding.blocks.stages import Decisions, Draft, Stage
-from s2d2_lmeval.decoding.decoder import Seating
+from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decoder, Seating
 from s2d2_lmeval.decoding.generation import DENOISED
+from s2d2_lmeval.decoding.options.blocks import (
+    BlockOption,
+    ConfidenceOption,
+    EntropyOptions,
+    ScheduleOption,
+    StepOptions,
+)
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, as_step, read_back, record_step
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import draft_tokens
 from s2d2_lmeval.errors import NumericalError
+from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class BlockDenoiser:
+DENOISING = (ScheduleOption, BlockOption, StepOptions)
+"""Options of every decoder of whole blocks."""
+
+
+@DECODERS.register("ar", "block", "editing", **AUTOREGRESSIVE)
+@DECODERS.register(
+    "entropy_bounded",
+    "block",
+    promise="the definition of entropy-bounded remasking",
+    options=(*DENOISING, EntropyOptions),
+    strategy="entropy_bounded",
+    accelerable=True,
+)
+@DECODERS.register(
+    "sequential",
+    "block",
+    promise="the definition of sequential block denoising",
+    options=DENOISING,
+    strategy="sequential",
+    accelerable=True,
+)
+@DECODERS.register(
+    "static",
+    "block",
+    promise="the definition of static low-confidence remasking",
+    options=DENOISING,
+    strategy="low_confidence_static",
+    accelerable=True,
+)
+@DECODERS.register(
+    "dynamic",
+    "block",
+    promise="the definition of dynamic (confidence-threshold) remasking",
+    options=(*DENOISING, ConfidenceOption),
+    strategy="low_confidence_dynamic",
+    accelerable=True,
+)
+class BlockDenoiser(Decoder[Rows]):
     """The decoders ``sequential``, ``static``, ``dynamic``, ``entropy_bounded`` and, at block length one, ``ar``."""
 
     verifies = False
@@ -191,18 +236,8 @@ class BlockDenoiser:
         self, masks: torch.Tensor, count: torch.Tensor, confidence: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Which ``masks`` (rows, B) the remasking strategy decides, and in which order."""
-        config = self.config
-        return choose(
-            config.strategy,
-            masks,
-            count,
-            confidence,
-            self.draft.entropy,
-            config.confidence_threshold,
-            config.eb_threshold,
-            collapse_entropy=config.collapse_entropy,
-            at_most_count=self.verifies,
-        )
+        step = Undecided(masks, count, confidence, self.draft.entropy, self.config, at_most_count=self.verifies)
+        return choose(self.config.strategy, step)
 
     def _write(self, stage: Stage, decisions: Decisions) -> None:
         """Put the block where passes read it: into the canvas, and with every mask drafted behind it."""

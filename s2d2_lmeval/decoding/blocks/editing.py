@@ -16,18 +16,28 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.blocks.denoising import BlockDenoiser
+from s2d2_lmeval.decoding.blocks.denoising import DENOISING, BlockDenoiser
 from s2d2_lmeval.decoding.blocks.rows import Rows
 from s2d2_lmeval.decoding.blocks.s2d2 import S2D2
 from s2d2_lmeval.decoding.blocks.stages import Decisions, Stage
 from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, EDITED, RESAMPLED
+from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, EditingOptions
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.readback import StepTables, as_step
+from s2d2_lmeval.registry import DECODERS
 
 _SHOWN = {ACCEPTED: lambda p: -p, RESAMPLED: lambda p: -p - 0.5, DENOISED: lambda p: p}
 """How a mask was decided -> the published notation of its position."""
 
 
+@DECODERS.register(
+    "editing",
+    "editing",
+    promise="the definition of block denoising with token editing (LLaDA2)",
+    options=(*DENOISING, ConfidenceOption, EditingOptions),
+    strategy="low_confidence_dynamic",
+    accelerable=True,
+)
 class EditingDenoiser(BlockDenoiser):
     """The decoder ``editing``."""
 
@@ -88,5 +98,6 @@ class EditingDenoiser(BlockDenoiser):
             rows.wanted[slot] = rows.start[slot] + np.arange(rows.block_length) >= rows.prompt[slot]
 
 
+@DECODERS.register("s2d2", "editing")
 class EditingS2D2(EditingDenoiser, S2D2):
     """The decoder ``s2d2`` where decided tokens may be edited."""

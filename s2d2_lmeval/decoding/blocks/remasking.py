@@ -1,8 +1,38 @@
-"""Which masks a denoising step decides: the four published strategies, for all rows at once."""
+"""Which masks a denoising step decides: the four published strategies, for all rows at once.
+
+A strategy is a function of an :class:`Undecided` to (order, count): the rank (R, L) of every mask, and how many (R,) of
+them to decide. It is registered under the value of ``remasking_strategy``.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+
+from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.registry import STRATEGIES
+
+
+@dataclass(frozen=True)
+class Undecided:
+    """What a strategy may look at: R rows of L places.
+
+    ``masks`` (R, L); ``count`` (R,) is how many the schedule asks for; ``confidence`` and ``entropy`` (nats; only where
+    ``entropy_bounded`` is in force and not collapsed) are (R, L); ``at_most_count``: ``count`` is a bound, as in S2D2.
+    """
+
+    masks: torch.Tensor
+    count: torch.Tensor
+    confidence: torch.Tensor
+    entropy: torch.Tensor
+    config: DecodingConfig
+    at_most_count: bool = False
+
+    def from_left(self) -> torch.Tensor:
+        """Rank (R, L) of every mask from left to right."""
+        place = torch.arange(self.masks.shape[-1], device=self.masks.device).expand_as(self.masks)
+        return ranks(-place.to(self.confidence.dtype), self.masks)
 
 
 def ranks(scores: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
@@ -14,54 +44,49 @@ def ranks(scores: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
     return order.argsort(dim=-1)
 
 
-def choose(
-    strategy: str,
-    masks: torch.Tensor,
-    count: torch.Tensor,
-    confidence: torch.Tensor,
-    entropy: torch.Tensor | None,
-    confidence_threshold: float,
-    eb_threshold: float | None,
-    collapse_entropy: bool = False,
-    at_most_count: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose places among ``masks`` (R, L) of each row.
+def choose(strategy: str, step: Undecided) -> tuple[torch.Tensor, torch.Tensor]:
+    """The masks (R, L) that the strategy decides, no more than there are, and the order (R, L) in which."""
+    order, count = STRATEGIES[strategy].implementation(step)
+    return step.masks & (order < count.unsqueeze(-1)), order
 
-    ``count`` (R,) is how many the schedule asks for; it is clamped to the number of masks. ``confidence`` and
-    ``entropy`` (nats) are (R, L). Returns the chosen places (R, L) and the order (R, L) in which they were chosen.
 
-    ``sequential``               the first ``count`` masks
-    ``low_confidence_static``    the ``count`` most confident
-    ``low_confidence_dynamic``   all above ``confidence_threshold`` if these are at least ``count``, else as static
-    ``entropy_bounded``          in ascending entropy, as many as keep the sum below ``eb_threshold``, at least one
-                                 (where ``count`` is positive); ``collapse_entropy`` is the published form with one
-                                 number per block,
-                                 ``at_most_count`` makes ``count`` a bound, as S2D2 does
+@STRATEGIES.register("sequential")
+def sequential(step: Undecided) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first masks."""
+    return step.from_left(), step.count
+
+
+@STRATEGIES.register("low_confidence_static")
+def low_confidence_static(step: Undecided) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most confident masks."""
+    return ranks(step.confidence, step.masks), step.count
+
+
+@STRATEGIES.register("low_confidence_dynamic")
+def low_confidence_dynamic(step: Undecided) -> tuple[torch.Tensor, torch.Tensor]:
+    """All above ``confidence_threshold`` if these are enough, else the most confident."""
+    above = (step.masks & (step.confidence > step.config.confidence_threshold)).sum(-1)
+    enough = (above >= step.count) & (step.count > 0)
+    return ranks(step.confidence, step.masks), torch.where(enough, above, step.count)
+
+
+@STRATEGIES.register("entropy_bounded")
+def entropy_bounded(step: Undecided) -> tuple[torch.Tensor, torch.Tensor]:
+    """In ascending entropy, as many as keep the sum below ``eb_threshold``, at least one where any are asked for.
+
+    ``collapse_entropy`` is the published form with one number per block.
     """
-    length = masks.shape[-1]
-    place = torch.arange(length, device=masks.device).expand_as(masks)
-    left = masks.sum(-1)
-    if strategy == "sequential":
-        order = ranks(-place.to(confidence.dtype), masks)
-    elif strategy == "entropy_bounded":
-        assert entropy is not None
-        assert eb_threshold is not None
-        if collapse_entropy:
-            block_entropy = -(confidence * confidence.clamp_min(1e-12).log()).sum(-1, keepdim=True)
-            order = ranks(-place.to(confidence.dtype), masks)
-            within = (order + 1) * block_entropy < eb_threshold
-        else:
-            order = ranks(-entropy, masks)
-            rising = entropy.masked_fill(~masks, 0).gather(-1, order.argsort(dim=-1)).cumsum(-1)
-            within = rising.gather(-1, order) < eb_threshold
-        affordable = (within & masks).sum(-1).clamp_min(1)
-        if at_most_count:
-            affordable = torch.minimum(affordable, count)
-        count = torch.where(count > 0, affordable, 0)
+    masks, config, confidence, bound = step.masks, step.config, step.confidence, step.config.eb_threshold
+    assert bound is not None
+    if config.collapse_entropy:
+        block_entropy = -(confidence * confidence.clamp_min(1e-12).log()).sum(-1, keepdim=True)
+        order = step.from_left()
+        within = (order + 1) * block_entropy < bound
     else:
-        order = ranks(confidence, masks)
-        if strategy == "low_confidence_dynamic":
-            above = (masks & (confidence > confidence_threshold)).sum(-1)
-            count = torch.where((above >= count) & (count > 0), above, count)
-    count = torch.minimum(count, left)
-    return masks & (order < count.unsqueeze(-1)), order
+        order = ranks(-step.entropy, masks)
+        rising = step.entropy.masked_fill(~masks, 0).gather(-1, order.argsort(dim=-1)).cumsum(-1)
+        within = rising.gather(-1, order) < bound
+    affordable = (within & masks).sum(-1).clamp_min(1)
+    if step.at_most_count:
+        affordable = torch.minimum(affordable, step.count)
+    return order, torch.where(step.count > 0, affordable, 0)

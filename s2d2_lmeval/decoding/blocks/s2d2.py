@@ -19,24 +19,40 @@ from dataclasses import replace
 
 import torch
 
-from s2d2_lmeval.decoding.blocks.denoising import BlockDenoiser
+from s2d2_lmeval.decoding.blocks.denoising import DENOISING, BlockDenoiser
 from s2d2_lmeval.decoding.blocks.planning import BlockPlan, scheduled_count
 from s2d2_lmeval.decoding.blocks.remasking import ranks
 from s2d2_lmeval.decoding.blocks.rows import Rows
 from s2d2_lmeval.decoding.blocks.stages import Decisions, Stage, turn
 from s2d2_lmeval.decoding.generation import ACCEPTED, HIGH_CONFIDENCE, KEPT, RATIO, RESAMPLED
+from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, EditingOptions, EntropyOptions, SubblockOptions
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.pipelined import PipelinedOptions, PipelinedVerifierOptions
+from s2d2_lmeval.decoding.options.s2d2 import AcceptanceOption, RemaskingOption, RoutingOptions, VerifierOptions
 from s2d2_lmeval.decoding.readback import Readback, StepTables
 from s2d2_lmeval.decoding.routing.estimators import acceptance_estimate, normalised
-from s2d2_lmeval.decoding.routing.policies import DraftView, RoutingPolicy, policy_of
-from s2d2_lmeval.decoding.routing.throughput import ThroughputPolicy, VerifyCosts
+from s2d2_lmeval.decoding.routing.policies import DraftView, policy_of
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.acceptance import acceptance_ratio, judge, residual
 from s2d2_lmeval.decoding.sampling.filters import filtered
 from s2d2_lmeval.decoding.sampling.row_statistics import arg_max, probability_of, row_statistics
+from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
 
+@DECODERS.register(
+    "s2d2",
+    "block",
+    promise="the published S2D2 algorithm; the AR law exactly when every draft is sampled and verified under AR-like "
+    "caching (in sub-blocks the first tokens too, with sample_first_token), otherwise neither the AR nor the diffusion "
+    "law",
+    options=(
+        *DENOISING,
+        *(AcceptanceOption, ConfidenceOption, RemaskingOption, EntropyOptions, VerifierOptions, RoutingOptions),
+        *(SubblockOptions, EditingOptions, PipelinedOptions, PipelinedVerifierOptions),
+    ),
+    acceptances=("stochastic", "greedy"),
+)
 class S2D2(BlockDenoiser):
     """The decoder ``s2d2``."""
 
@@ -46,18 +62,14 @@ class S2D2(BlockDenoiser):
 
     def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
         super().__init__(config, rows, prefill_chunk)
-        self.policy: RoutingPolicy
-        if config.do_verify_policy == "throughput":
-            self.policy = ThroughputPolicy(config, rows.count, rows.block_length, rows.device)
-        else:
-            self.policy = policy_of(config, rows.count, rows.device)
+        self.policy = policy_of(config, "block", rows.count, rows.block_length, rows.device)
         self.verify_all_masks = config.ssd_threshold_all_spans and config.ssd_ratio_threshold >= 0
         self.resamples = config.allow_resample or config.acceptance == "greedy"
         decides_one = self.resamples or self.keeps_rejected
         self.tops_up = not decides_one or int(scheduled_count(0, config)) > 1
         """Whether the schedule can ask for more tokens than a verification decides at least."""
-        self.scores = config.do_verify_policy in ("score_threshold", "score_hysteresis", "throughput")
-        self.watches_entropy = config.do_verify_policy == "contextual_bandit_ucb"
+        self.scores = "acceptance" in self.policy.reads
+        self.watches_entropy = "entropy" in self.policy.reads
         self.estimate = torch.zeros((rows.count, rows.block_length), device=rows.device)
         self.entropy = torch.zeros_like(self.estimate)
         self.statistics = row_statistics(torch.empty(0, 1, device=rows.device))
@@ -70,12 +82,8 @@ class S2D2(BlockDenoiser):
         return 2 * block_length
 
     def weigh(self, measure_costs: MeasureCosts) -> None:
-        """The policy ``throughput`` learns what a verification costs beside a draft, at this batch."""
-        rows, policy = self.rows, self.policy
-        if isinstance(policy, ThroughputPolicy) and self.config.verify_cost_ratio is None:
-            ahead = rows.block_length if self.config.schedule == "lookahead" else 0
-            seconds = measure_costs(2 * rows.block_length + ahead)
-            policy.costs = VerifyCosts.measured(seconds, rows.count, rows.block_length, ahead, rows.device)
+        """A policy may want to know what a verification costs beside a draft, at this batch."""
+        self.policy.weigh(measure_costs, self.rows.block_length if self.config.schedule == "lookahead" else 0)
 
     def admitted(self, slot: int) -> None:
         super().admitted(slot)
@@ -152,7 +160,7 @@ class S2D2(BlockDenoiser):
         span = first_run(masks)
         decided = (~masks).sum(-1) - stage.given
         denoised = None
-        if config.do_verify_policy == "throughput":
+        if "denoised" in self.policy.reads:
             denoised = self._choose(masks, stage.count, self.draft.confidence)[0].sum(-1)
         view = DraftView(
             drafting,

@@ -23,23 +23,27 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.blocks.denoising import BlockDenoiser
+from s2d2_lmeval.decoding.blocks.denoising import DENOISING, BlockDenoiser
 from s2d2_lmeval.decoding.blocks.rows import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Rows
 from s2d2_lmeval.decoding.blocks.s2d2 import S2D2
 from s2d2_lmeval.decoding.blocks.stages import Decisions, Stage
 from s2d2_lmeval.decoding.blocks.subblock_planning import Frame, SubblockPlan, plan_subblocks
 from s2d2_lmeval.decoding.decoder import Seating
 from s2d2_lmeval.decoding.generation import AUTOREGRESSIVE
+from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, SubblockOptions
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, as_step, record_step
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import draft_tokens
 from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.registry import DECODERS
 
 if TYPE_CHECKING:
     pass
 
 
+@DECODERS.register("ar", "subblock")
+@DECODERS.register("dynamic", "subblock", options=(*DENOISING, ConfidenceOption, SubblockOptions))
 class SubblockDenoiser(BlockDenoiser):
     """The decoders ``dynamic`` and ``ar`` of shifted models. The rows' "block" is a sub-block here."""
 
@@ -224,6 +228,7 @@ class SubblockDenoiser(BlockDenoiser):
         rows.wanted[slot] = True if self.read_whole_block else rows.masks[slot]
 
 
+@DECODERS.register("s2d2", "subblock")
 class SubblockS2D2(SubblockDenoiser, S2D2):
     """The decoder ``s2d2`` of shifted models: all of S2D2's quantities are those of the sub-block."""
 

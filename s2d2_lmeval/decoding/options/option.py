@@ -6,46 +6,11 @@ import dataclasses
 import json
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from s2d2_lmeval.decoding.options.names import nearest
 from s2d2_lmeval.errors import ConfigError, shown
-
-STRATEGY_OF_DECODER = {
-    "sequential": "sequential",
-    "static": "low_confidence_static",
-    "dynamic": "low_confidence_dynamic",
-    "entropy_bounded": "entropy_bounded",
-}
-FIXED_STRATEGIES = {**STRATEGY_OF_DECODER, "ar": "sequential", "editing": "low_confidence_dynamic"}
-"""Remasking strategies of the decoders that have no choice."""
-
-DENOISERS = (*STRATEGY_OF_DECODER, "editing", "s2d2")
-BASES = (*STRATEGY_OF_DECODER, "editing")
-"""Decoders whose steps can be skipped; then their options apply too."""
-DRAFTED = ("dflash", "ddtree")
-"""Decoders that need a drafter beside the model."""
-DECODERS = ("ar", *DENOISERS, "sliding", "spiffy", "pipelined", *DRAFTED)
-
-_PRECISION = " (tested in float32 and float64; in bfloat16 and float16 near-ties can fall either way)"
-
-PROMISES = {
-    "ar": "the model's own autoregressive law: one token at a time at block size one",
-    "sequential": "the definition of sequential block denoising",
-    "static": "the definition of static low-confidence remasking",
-    "dynamic": "the definition of dynamic (confidence-threshold) remasking",
-    "entropy_bounded": "the definition of entropy-bounded remasking",
-    "editing": "the definition of block denoising with token editing (LLaDA2)",
-    "pipelined": "the definition of pipelined block denoising (D2F)",
-    "sliding": f"the model's own autoregressive law, token for token the output of ar with the same seed{_PRECISION}",
-    "dflash": f"the target's own autoregressive law, token for token the output of ar with the same seed{_PRECISION}",
-    "ddtree": f"the target's own autoregressive law, token for token the output of ar with the same seed{_PRECISION}",
-    "spiffy": f"the output of the decoder that it accelerates, state by state, with the same seed{_PRECISION}",
-    "s2d2": "the published S2D2 algorithm; the AR law exactly when every draft is sampled and verified under "
-    "AR-like caching (in sub-blocks the first tokens too, with sample_first_token), otherwise neither the AR nor the "
-    "diffusion law",
-}
 
 SYNONYMS = {
     "block_size": "block_length",
@@ -73,24 +38,29 @@ def option(
     default: Any,
     meaning: str,
     *,
-    decoders: tuple[str, ...] = DECODERS,
     schemes: tuple[str, ...] = SCHEMES,
-    choices: tuple[Any, ...] | None = None,
+    choices: Iterable[str] | None = None,
     low: float | None = None,
     high: float | None = None,
     init: bool = True,
     reasons: Mapping[str, str] | None = None,
     neutral: tuple[Any, ...] = (),
 ) -> Any:
-    """A field of :class:`~s2d2_lmeval.decoding.options.config.DecodingConfig` with what it takes to check and explain
-    it.
+    """A field of a class of options, with what it takes to check and explain it.
 
-    ``reasons`` say why some values that one might expect are no choices; ``neutral`` are other tools' ways to write the
-    default.
+    Args:
+        default: the value where nobody says anything.
+        meaning: a line for lists of options.
+        schemes: of the checkpoints to which the option means something.
+        choices: the values it takes; a registry's are those registered at the time.
+        low: smallest value.
+        high: largest value.
+        init: False where only :meth:`DecodingConfig.from_options` sets it.
+        reasons: why some values that one might expect are not among the choices.
+        neutral: other tools' ways to write the default.
     """
     metadata = {
         "meaning": meaning,
-        "decoders": decoders,
         "schemes": schemes,
         "choices": choices,
         "low": low,
@@ -103,18 +73,16 @@ def option(
 
 def checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """``value`` in the type of ``field``, within its choices and range; None is the default."""
-    name, meta = field.name, field.metadata
-    kind = str(field.type).removesuffix(" | None")
+    name, meta, kind = field.name, field.metadata, kind_of(field)
     if value is None:
-        return None if str(field.type).endswith("None") else field.default
+        return None if takes_none(field) else field.default
     value = converted(name, kind, value)
     if value in meta["neutral"]:
         return field.default
-    if meta["choices"] is not None and value not in meta["choices"]:
-        hint = nearest(value, map(str, meta["choices"]))
-        if value in meta["reasons"]:
-            hint = f" {value} is none: {meta['reasons'][value]}."
-        raise ConfigError(f"{name}={shown(value)} is not one of: {', '.join(map(str, meta['choices']))}.{hint}")
+    if meta["choices"] is not None and value not in tuple(meta["choices"]):
+        hint = f" {value} is none: {meta['reasons'][value]}." if value in meta["reasons"] else ""
+        hint = hint or nearest(value, meta["choices"])
+        raise ConfigError(f"{name}={shown(value)} is not one of: {', '.join(meta['choices'])}.{hint}")
     if value == "auto" or kind in ("bool", "str") or not isinstance(value, (int, float)):
         return value
     low, high = meta["low"], meta["high"]
@@ -125,6 +93,17 @@ def checked(field: dataclasses.Field[Any], value: Any) -> Any:
     if high is not None and value > high:
         raise ConfigError(f"{name}={shown(value)} is too large; it must be at most {high}.")
     return value
+
+
+def kind_of(field: dataclasses.Field[Any]) -> str:
+    """The type of an option, as it is written, without ``None``."""
+    written = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+    return written.removesuffix(" | None")
+
+
+def takes_none(field: dataclasses.Field[Any]) -> bool:
+    """Whether an option may have no value."""
+    return str(field.type).endswith("None")
 
 
 def converted(name: str, kind: str, value: Any) -> Any:

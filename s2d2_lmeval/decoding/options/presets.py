@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PresetOption:
-    """Part of :class:`~s2d2_lmeval.decoding.options.config.DecodingConfig`.
+    """Where the values come from.
 
     ``preset`` is read by ``from_options``, which alone knows what was given beside it. In a complete configuration it
     says where the values come from.

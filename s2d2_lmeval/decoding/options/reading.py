@@ -1,30 +1,66 @@
-"""Options as they are given: names, types, and which decoder and checkpoint they are for.
-
-``known`` are the fields of :class:`~s2d2_lmeval.decoding.options.config.DecodingConfig`.
-"""
+"""Reading options as they are given: whose they are, under which names, and what does not go together."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.decoding.options.names import changes_nothing, nearest
-from s2d2_lmeval.decoding.options.option import DECODERS, SYNONYMS, checked
+from s2d2_lmeval.decoding.options.option import SYNONYMS, checked, takes_none
+from s2d2_lmeval.decoding.options.s2d2 import RemaskingOption, RoutingOptions
 from s2d2_lmeval.decoding.options.sampling import GREEDY
-from s2d2_lmeval.decoding.options.spiffy import accelerated
 from s2d2_lmeval.errors import ConfigError, shown
+from s2d2_lmeval.registry import DECODERS, ESTIMATORS, POLICIES, STRATEGIES
 
 if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
 
 Fields = Sequence[dataclasses.Field[Any]]
 
+_CHOSEN = ((POLICIES, RoutingOptions), (ESTIMATORS, RoutingOptions), (STRATEGIES, RemaskingOption))
+"""Parts that an option chooses among, and the class of that option: who takes it takes their options too."""
+
+
+def classes_of(decoder: str) -> tuple[type, ...]:
+    """The classes of options that ``decoder`` takes besides those of every decoder."""
+    own = [options for part in DECODERS.all(decoder) for options in part.options]
+    chosen = [part.options for registry, owner in _CHOSEN if owner in own for part in registry.values()]
+    return tuple(dict.fromkeys([*own, *(options for several in chosen for options in several)]))
+
+
+def in_force(decoder: str, base: str) -> tuple[type, ...]:
+    """The classes of options of ``decoder``, and those of ``base`` if that is accelerated."""
+    return classes_of(decoder) + (classes_of(base) if base != decoder and accelerated(decoder, base) == base else ())
+
+
+def accelerated(decoder: str, base: str) -> str:
+    """The decoder whose steps are made: ``base`` if it is accelerated, else ``decoder`` itself."""
+    return base if any(part.accelerates for part in DECODERS.all(decoder)) else decoder
+
+
+def owners(known: Fields) -> dict[str, list[str]]:
+    """Option -> the decoders that take it."""
+    takers: dict[str, list[str]] = {field.name: [] for field in known}
+    for decoder in DECODERS:
+        for name in {name for options in classes_of(decoder) for name in names_in(options)} & takers.keys():
+            takers[name].append(decoder)
+    everyone = list(DECODERS)
+    return {name: decoders or everyone for name, decoders in takers.items()}
+
+
+@cache
+def names_in(options: type) -> tuple[str, ...]:
+    """The options that a class declares."""
+    return tuple(field.name for field in dataclasses.fields(options))
+
 
 def fields_of(known: Fields, decoder: str, base: str) -> list[str]:
     """Options of ``decoder``, and those of ``base`` if it is accelerated."""
-    who = {decoder, accelerated(decoder, base)}
-    return [field.name for field in known if who & set(field.metadata["decoders"])]
+    taken = {name for options in in_force(decoder, base) for name in names_in(options)}
+    whose = owners(known)
+    return [field.name for field in known if field.name in taken or len(whose[field.name]) == len(DECODERS)]
 
 
 def own(known: Fields, decoder: str, base: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,7 +87,7 @@ def normalised(known: Fields, options: Mapping[str, Any]) -> dict[str, Any]:
                 continue
             said = shown(name).strip("'")
             raise ConfigError(f"{said} is not a decoding option.{nearest(name, {*fields, *SYNONYMS})}")
-        if value is None and not str(fields[target].type).endswith("None"):
+        if value is None and not takes_none(fields[target]):
             continue
         value = checked(fields[target], value)
         if target in given and given[target] != value:
@@ -70,13 +106,13 @@ def layer(known: Fields, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def refuse_foreign(known: Fields, decoder: str, base: str, given: Mapping[str, Any]) -> None:
     """Refuse options of another decoder."""
-    fitting, also = fields_of(known, decoder, base), f" with base={base}" if decoder == "spiffy" else ""
-    for field in known:
-        owners = field.metadata["decoders"]
-        if field.name in given and field.name not in fitting:
+    fitting, whose = fields_of(known, decoder, base), owners(known)
+    also = f" with base={base}" if accelerated(decoder, base) != decoder else ""
+    for name in given:
+        if name not in fitting:
             raise ConfigError(
-                f"{field.name} is an option of decoder {' or '.join(owners)}, and this run uses decoder={decoder}"
-                f"{also}; drop {field.name} or choose decoder={owners[0]}."
+                f"{name} is an option of decoder {' or '.join(whose[name])}, and this run uses decoder={decoder}"
+                f"{also}; drop {name} or choose decoder={whose[name][0]}."
             )
 
 
@@ -88,3 +124,13 @@ def refuse_other_schemes(known: Fields, given: Mapping[str, Any], facts: Facts) 
         default = value == field.default or (field.name == "denoising_steps" and value == given.get("block_length"))
         if not default and facts.scheme not in field.metadata["schemes"]:
             raise ConfigError(f"{field.name} does not apply to {facts.family} checkpoints; remove it.")
+
+
+def misfit(decoder: str, facts: Facts, option: str = "decoder") -> str:
+    """Why ``decoder``, the value of ``option``, is not for checkpoints of ``facts``."""
+    parts = DECODERS.all(decoder)
+    reason = next((f" ({part.unfit[facts.scheme]})" for part in parts if facts.scheme in part.unfit), "")
+    if any(part.needs_drafter for part in parts):
+        reason = " without a drafter (give its path or hub id as draft=…)"
+    fitting = [name for name in facts.decoders if option == "decoder" or DECODERS[name].accelerable]
+    return f"{option}={decoder} does not fit {facts.family} checkpoints{reason}; use one of: {', '.join(fitting)}."

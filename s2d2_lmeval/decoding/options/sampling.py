@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from s2d2_lmeval.decoding.options.option import option
 
@@ -13,7 +14,7 @@ GREEDY = 1e-6
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Part of :class:`~s2d2_lmeval.decoding.options.config.DecodingConfig`.
+    """What is drawn, and from what.
 
     Filters and biases are functions of one row of logits, the same for draft and verifier. As in transformers, biases
     and suppressed tokens count for the arg-max too, and filters for what is drawn.
@@ -34,12 +35,6 @@ class SamplingOptions:
     )
     suppress_tokens: tuple[int, ...] = option((), "token ids that are never predicted")
     logit_bias: tuple[tuple[int, float], ...] = option((), "token ids and what to add to their logits")
-    sample_first_token: bool = option(
-        False,
-        "with do_sample, sample a block's first token too, which published code takes as the arg-max",
-        decoders=("dynamic", "s2d2"),
-        schemes=("subblock",),
-    )
     suppress_mask_token: bool = option(
         True, "never predict the mask token (published code may; then a block's last steps forbid it)"
     )
@@ -54,10 +49,11 @@ class SamplingOptions:
         """Whether draws are named, so that neither their order nor the batch matters."""
         return isinstance(self.random_source, str) and self.random_source in ("keyed", "fixed")
 
-    def _sampling_faults(self) -> Iterator[str]:
-        """What is wrong between these options."""
-        if self.do_sample and self.temperature < GREEDY:
+    @staticmethod
+    def faults(config: Any) -> Iterator[str]:
+        """What is wrong between these options and others."""
+        if config.do_sample and config.temperature < GREEDY:
             yield (
-                f"do_sample=true contradicts temperature={self.temperature:g}, which is greedy: raise the temperature, "
-                "or drop do_sample."
+                f"do_sample=true contradicts temperature={config.temperature:g}, which is greedy: raise the "
+                "temperature, or drop do_sample."
             )

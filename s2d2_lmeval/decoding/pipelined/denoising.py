@@ -19,9 +19,11 @@ import torch
 
 from s2d2_lmeval.decoding.blocks.remasking import ranks
 from s2d2_lmeval.decoding.blocks.stages import Decisions
-from s2d2_lmeval.decoding.decoder import Seating
+from s2d2_lmeval.decoding.decoder import Decoder, Seating
 from s2d2_lmeval.decoding.generation import DENOISED, HIGH_CONFIDENCE, NOTHING, RESAMPLED, Step
+from s2d2_lmeval.decoding.options.blocks import BlockOption, ConfidenceOption, ScheduleOption
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.pipelined import PipelinedOptions
 from s2d2_lmeval.decoding.pipelined.planning import PipelinePlan, Wanted, Window, plan_pipeline
 from s2d2_lmeval.decoding.pipelined.rows import PipelineRows
 from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, read_back
@@ -29,13 +31,20 @@ from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import probabilities
 from s2d2_lmeval.decoding.state import KIND_OF_PHASE, VERIFY
 from s2d2_lmeval.errors import ConfigError, NumericalError
+from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PipelinedDenoiser:
+@DECODERS.register(
+    "pipelined",
+    "pipelined",
+    promise="the definition of pipelined block denoising (D2F)",
+    options=(ScheduleOption, BlockOption, ConfidenceOption, PipelinedOptions),
+)
+class PipelinedDenoiser(Decoder[PipelineRows]):
     """The decoder ``pipelined``."""
 
     verifies = False

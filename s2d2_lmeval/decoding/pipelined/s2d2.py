@@ -27,9 +27,10 @@ from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.acceptance import Verdict, acceptance_ratio, judge, residual
 from s2d2_lmeval.decoding.sampling.filters import filtered
 from s2d2_lmeval.decoding.sampling.row_statistics import row_statistics
-from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.registry import DECODERS
 
 
+@DECODERS.register("s2d2", "pipelined")
 class PipelinedS2D2(PipelinedDenoiser):
     """The decoder ``s2d2`` on pipelined blocks."""
 
@@ -37,12 +38,8 @@ class PipelinedS2D2(PipelinedDenoiser):
 
     def __init__(self, config: DecodingConfig, rows: PipelineRows, token_shift: bool, prefill_chunk: int) -> None:
         super().__init__(config, rows, token_shift, prefill_chunk)
-        if config.do_verify_policy in ("contextual_bandit_ucb", "throughput"):
-            raise ConfigError(
-                f"do_verify_policy={config.do_verify_policy} is made for one block at a time; use another."
-            )
-        self.policy = policy_of(config, rows.count, rows.device)
-        self.scores = config.do_verify_policy in ("score_threshold", "score_hysteresis")
+        self.policy = policy_of(config, "pipelined", rows.count, rows.places, rows.device)
+        self.scores = "acceptance" in self.policy.reads
         # Draft logits wait here for the verification that follows at once; ``slot`` says which of them is of a place.
         self.draft_logits = torch.empty(0, device=rows.device)
         self.draft_slot = torch.zeros((rows.count, rows.places + 1), dtype=torch.long, device=rows.device)

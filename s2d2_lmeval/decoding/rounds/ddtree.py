@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from s2d2_lmeval.decoding.options.blocks import ScheduleOption
+from s2d2_lmeval.decoding.options.rounds import DrafterOptions, TreeOptions
 from s2d2_lmeval.decoding.rounds import trees
-from s2d2_lmeval.decoding.rounds.dflash import DFlash
+from s2d2_lmeval.decoding.rounds.dflash import TARGETS_LAW, DFlash
+from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
 from s2d2_lmeval.runtime.passes import DRAFTER
 
@@ -30,8 +33,19 @@ WIDEST, WIDEST_FORWARD = 256, 1024
 """What ``tree_budget=auto`` considers: nodes per row, and queries of all rows together."""
 
 
+@DECODERS.register(
+    "ddtree",
+    *("autoregressive", "block"),
+    promise=TARGETS_LAW,
+    options=(ScheduleOption, DrafterOptions, TreeOptions),
+    needs_drafter=True,
+)
 class DDTree(DFlash):
     """The decoder ``ddtree``."""
+
+    @staticmethod
+    def layout(config: DecodingConfig) -> str:
+        return f"tree of {config.tree_budget} nodes"
 
     seconds_of: torch.Tensor | None = None
     """Under ``tree_budget=auto``, seconds of a round (count * queries per row + 1,) by the target's queries."""

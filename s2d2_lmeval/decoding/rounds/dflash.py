@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.decoder import Plan
+from s2d2_lmeval.decoding.decoder import EXACT, Plan
+from s2d2_lmeval.decoding.options.blocks import ScheduleOption
+from s2d2_lmeval.decoding.options.rounds import DrafterOptions
 from s2d2_lmeval.decoding.readback import Outcome
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.target import Target
@@ -25,14 +27,29 @@ from s2d2_lmeval.decoding.rounds.target_passes import DraftPlan, TargetRows, pla
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import probabilities
 from s2d2_lmeval.decoding.state import KIND_OF_PHASE, PREFILL, PROPOSE, VERIFY
+from s2d2_lmeval.registry import DECODERS
 
 if TYPE_CHECKING:
     from s2d2_lmeval.decoding.options.config import DecodingConfig
     from s2d2_lmeval.families import Facts
 
 
+TARGETS_LAW = f"the target's own autoregressive law, token for token the output of ar with the same seed{EXACT}"
+
+
+@DECODERS.register(
+    "dflash",
+    *("autoregressive", "block"),
+    promise=TARGETS_LAW,
+    options=(ScheduleOption, DrafterOptions),
+    needs_drafter=True,
+)
 class DFlash(Target):
     """The decoder ``dflash``."""
+
+    @staticmethod
+    def layout(config: DecodingConfig) -> str:
+        return "chain of a block"
 
     feeds_drafter = True
 

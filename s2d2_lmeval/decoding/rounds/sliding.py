@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.decoder import Seating
+from s2d2_lmeval.decoding.decoder import EXACT, Decoder, Seating
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.rounds import SlidingOptions
+from s2d2_lmeval.decoding.options.s2d2 import AcceptanceOption
 from s2d2_lmeval.decoding.readback import Outcome, fetch
 from s2d2_lmeval.decoding.rounds import budgets as tree_budget
 from s2d2_lmeval.decoding.rounds import trees
@@ -35,6 +37,7 @@ from s2d2_lmeval.decoding.rounds.passes import RoundPlan, TreeRows, plan_round
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.state import KIND_OF_PHASE, PREFILL
 from s2d2_lmeval.errors import NumericalError
+from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
@@ -50,8 +53,28 @@ PRICE_UNIT = 2.0**30
 """Prices travel to the host among integers."""
 
 
-class Sliding:
+@DECODERS.register(
+    "sliding",
+    *("block", "editing", "subblock", "pipelined"),
+    promise=f"the model's own autoregressive law, token for token the output of ar with the same seed{EXACT}",
+    options=(AcceptanceOption, SlidingOptions),
+    acceptances=("keyed", "rejection"),
+)
+class Sliding(Decoder[TreeRows]):
     """The decoder ``sliding``."""
+
+    @staticmethod
+    def layout(config: DecodingConfig) -> str:
+        return f"{config.draft_shape} of {config.row_budget} queries, window of {config.window}"
+
+    @staticmethod
+    def caution(config: DecodingConfig) -> str | None:
+        if not config.shares_budget:
+            return None
+        return (
+            "the rows in flight share their budgets, so how many forwards an answer takes depends on the others "
+            "(its tokens do not); share_budget=false keeps budgets apart"
+        )
 
     def __init__(
         self, config: DecodingConfig, facts: Facts, rows: TreeRows, most: int, device: torch.device, chunk: int

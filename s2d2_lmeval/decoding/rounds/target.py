@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.decoder import Plan, Seating
+from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decoder, Plan, Seating
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.readback import Outcome, fetch
 from s2d2_lmeval.decoding.rounds import trees
@@ -25,6 +25,7 @@ from s2d2_lmeval.decoding.sampling.filters import probabilities
 from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL
 from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.families.facts import NO_MASK
+from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
 
 
-class Target:
+@DECODERS.register("ar", "autoregressive", "pipelined", **AUTOREGRESSIVE)
+class Target(Decoder[TargetRows]):
     """The decoder ``ar`` of autoregressive models, and what decoders with a drafter have in common."""
 
     feeds_drafter = False

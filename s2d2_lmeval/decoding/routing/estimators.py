@@ -1,15 +1,41 @@
 """How likely the verifier accepts a drafted token, guessed from the draft distribution alone (S2D2, section on
 routing).
+
+An estimator is a function of a :class:`DraftStatistics` and the configuration to probabilities (M,), registered under
+the value of ``token_acceptance_estimator``.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.sampling.row_statistics import RowStatistics
+from s2d2_lmeval.registry import ESTIMATORS
+
+
+@dataclass(frozen=True)
+class DraftStatistics:
+    """What an estimator may look at: the statistics ``of`` M draft distributions over a ``vocabulary``, and the
+    ``confidence`` (M,) of the drafted tokens.
+    """
+
+    of: RowStatistics
+    vocabulary: int
+    confidence: torch.Tensor
+
+    @property
+    def margin(self) -> torch.Tensor:
+        """(M,) by how much the best token is more probable than the second."""
+        return self.of.first - self.of.second
+
+    @property
+    def entropy(self) -> torch.Tensor:
+        """(M,) normalised."""
+        return normalised(self.of.entropy, self.vocabulary)
 
 
 def normalised(entropy: torch.Tensor, vocabulary: int) -> torch.Tensor:
@@ -21,19 +47,44 @@ def acceptance_estimate(
     statistics: RowStatistics, vocabulary: int, confidence: torch.Tensor, config: DecodingConfig
 ) -> torch.Tensor:
     """Estimated acceptance probability (M,) from the ``statistics`` (M,) of the draft distributions over V tokens and
-    the drafted tokens' ``confidence`` (M,).
+    the drafted tokens' ``confidence`` (M,), by the estimator that the options name.
     """
-    name = config.token_acceptance_estimator
-    if name in ("hard_margin_threshold", "soft_clipped_linear_margin"):
-        margin = statistics.first - statistics.second
-        if name == "hard_margin_threshold":
-            return (margin > config.ssd_confidence_margin_threshold).to(margin.dtype)
-        return (config.ssd_confidence_margin_coef * margin).clamp(0, 1)
-    if name == "soft_confidence_power":
-        return confidence.pow(config.ssd_confidence_power).clamp(0, 1)
-    if name == "soft_renyi_2_entropy":
-        return statistics.collision.clamp(0, 1)
-    entropy = normalised(statistics.entropy, vocabulary)
-    if name == "hard_entropy_threshold":
-        return (entropy < config.ssd_entropy_threshold).to(entropy.dtype)
-    return (-config.ssd_entropy_temperature * entropy).exp().clamp(0, 1)
+    estimator = ESTIMATORS[config.token_acceptance_estimator].implementation
+    estimate: torch.Tensor = estimator(DraftStatistics(statistics, vocabulary, confidence), config)
+    return estimate
+
+
+@ESTIMATORS.register("hard_margin_threshold")
+def hard_margin_threshold(draft: DraftStatistics, config: DecodingConfig) -> torch.Tensor:
+    """1 where the best token is more probable than the second by more than the threshold, else 0."""
+    return (draft.margin > config.ssd_confidence_margin_threshold).to(draft.margin.dtype)
+
+
+@ESTIMATORS.register("hard_entropy_threshold")
+def hard_entropy_threshold(draft: DraftStatistics, config: DecodingConfig) -> torch.Tensor:
+    """1 where the entropy is below the threshold, else 0."""
+    return (draft.entropy < config.ssd_entropy_threshold).to(draft.confidence.dtype)
+
+
+@ESTIMATORS.register("soft_confidence_power")
+def soft_confidence_power(draft: DraftStatistics, config: DecodingConfig) -> torch.Tensor:
+    """A power of the confidence."""
+    return draft.confidence.pow(config.ssd_confidence_power).clamp(0, 1)
+
+
+@ESTIMATORS.register("soft_clipped_linear_margin")
+def soft_clipped_linear_margin(draft: DraftStatistics, config: DecodingConfig) -> torch.Tensor:
+    """A multiple of the margin."""
+    return (config.ssd_confidence_margin_coef * draft.margin).clamp(0, 1)
+
+
+@ESTIMATORS.register("soft_entropy_negexp")
+def soft_entropy_negexp(draft: DraftStatistics, config: DecodingConfig) -> torch.Tensor:
+    """Falls exponentially with the entropy."""
+    return (-config.ssd_entropy_temperature * draft.entropy).exp().clamp(0, 1)
+
+
+@ESTIMATORS.register("soft_renyi_2_entropy")
+def soft_renyi_2_entropy(draft: DraftStatistics, config: DecodingConfig) -> torch.Tensor:
+    """The probability that two draws from the draft distribution agree."""
+    return draft.of.collision.clamp(0, 1)

@@ -5,12 +5,19 @@ A policy keeps its state per row, from a request's first block to its last; noth
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.registry import POLICIES
+from s2d2_lmeval.runtime.costs import MeasureCosts
+
+ONE_BLOCK = ("block", "editing", "subblock")
+"""Schemes in which one block is open at a time."""
 
 
 @dataclass(frozen=True)
@@ -35,34 +42,54 @@ class DraftView:
     in_flight: int = 1
 
 
-class RoutingPolicy(Protocol):
-    """Decides which drafts are verified."""
+class RoutingPolicy(ABC):
+    """Decides which drafts are verified, in blocks of L places of ``rows`` rows.
 
-    always: bool
-    """Whether it is known beforehand that every draft is."""
+    A class registers itself under the value of ``do_verify_policy``:
+    ``@POLICIES.register("name", options=…)``, with schemes where it fits some only.
+    """
 
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Those of ``acceptance``, ``entropy`` and ``denoised`` that it looks at; the others are not computed."""
+    always = False
+    """Whether it is known beforehand that every draft is verified."""
+
+    def __init__(self, config: DecodingConfig, rows: int, length: int, device: torch.device) -> None:
+        self.config = config
+
+    @abstractmethod
     def decide(self, view: DraftView) -> torch.Tensor:
         """Which rows (R,) go on to the verifier."""
 
-    def judged(self, span: torch.Tensor, accepted: torch.Tensor, rejected: torch.Tensor) -> None:
-        """Learn from spans (R, L) that came back: their ``accepted`` prefix, and the first ``rejected`` place (R,)."""
+    def weigh(self, measure_costs: MeasureCosts, ahead: int) -> None:  # noqa: B027
+        """Before the first request: a policy that wants to know what forwards cost measures it here. A verification
+        brings ``ahead`` queries of the next block.
+        """
 
-    def reward(self, finished: torch.Tensor, verified: bool, decided: torch.Tensor) -> None:
+    def judged(self, span: torch.Tensor, accepted: torch.Tensor, rejected: torch.Tensor) -> None:  # noqa: B027
+        """Learn from spans (R, L) that came back: their ``accepted`` prefix, and the first ``rejected`` place (R,).
+
+        Nothing is known of the tokens after it.
+        """
+
+    def reward(self, finished: torch.Tensor, verified: bool, decided: torch.Tensor) -> None:  # noqa: B027
         """Learn from rows (R,) whose step is complete: whether it verified and how many tokens (R,) it ``decided``."""
 
-    def reset(self, row: int) -> None:
+    def reset(self, row: int) -> None:  # noqa: B027
         """Forget a row's past: another request begins there."""
 
 
-def policy_of(config: DecodingConfig, rows: int, device: torch.device) -> RoutingPolicy:
-    """The policy that the option ``do_verify_policy`` names."""
-    if config.do_verify_policy == "mask_span_length":
-        return SpanLengthPolicy(config)
-    if config.do_verify_policy == "score_threshold":
-        return ScorePolicy(config)
-    if config.do_verify_policy == "score_hysteresis":
-        return HysteresisPolicy(config, rows, device)
-    return BanditPolicy(config, rows, device)
+def policy_of(config: DecodingConfig, scheme: str, rows: int, length: int, device: torch.device) -> RoutingPolicy:
+    """The policy that the option ``do_verify_policy`` names.
+
+    Raises:
+        ConfigError: it does not fit the ``scheme`` of the family.
+    """
+    entry = POLICIES.find(config.do_verify_policy, scheme)
+    if entry is None:
+        raise ConfigError(f"do_verify_policy={config.do_verify_policy} is made for one block at a time; use another.")
+    policy: RoutingPolicy = entry.implementation(config, rows, length, device)
+    return policy
 
 
 def expected_accepted(acceptance: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
@@ -84,29 +111,15 @@ def score(view: DraftView, config: DecodingConfig) -> torch.Tensor:
     return value.masked_fill(~view.span.any(-1), -torch.inf)
 
 
-class _Unjudging:
-    always = False
-
-    def judged(self, span: torch.Tensor, accepted: torch.Tensor, rejected: torch.Tensor) -> None:
-        pass
-
-
-class _Stateless(_Unjudging):
-    def reward(self, finished: torch.Tensor, verified: bool, decided: torch.Tensor) -> None:
-        pass
-
-    def reset(self, row: int) -> None:
-        pass
-
-
-class SpanLengthPolicy(_Stateless):
+@POLICIES.register("mask_span_length")
+class SpanLengthPolicy(RoutingPolicy):
     """Verify spans of at least ``min_ssd_span_length`` masks.
 
     Legacy: skip a short span only where enough masks are confident.
     """
 
-    def __init__(self, config: DecodingConfig) -> None:
-        self.config = config
+    def __init__(self, config: DecodingConfig, rows: int, length: int, device: torch.device) -> None:
+        super().__init__(config, rows, length, device)
         self.always = config.min_ssd_span_length <= 1 and not config.legacy_ssd_span_strategy
 
     def decide(self, view: DraftView) -> torch.Tensor:
@@ -118,21 +131,22 @@ class SpanLengthPolicy(_Stateless):
         return long | (confident < view.masks.sum(-1).clamp_max(shortest))
 
 
-class ScorePolicy(_Stateless):
+@POLICIES.register("score_threshold")
+class ScorePolicy(RoutingPolicy):
     """Verify where the score reaches ``do_verify_score_threshold``."""
 
-    def __init__(self, config: DecodingConfig) -> None:
-        self.config = config
+    reads = frozenset({"acceptance"})
 
     def decide(self, view: DraftView) -> torch.Tensor:
         return score(view, self.config) >= self.config.do_verify_score_threshold
 
 
-class HysteresisPolicy(_Stateless):
+@POLICIES.register("score_hysteresis")
+class HysteresisPolicy(ScorePolicy):
     """Start verifying above one score, stop below a lower one."""
 
-    def __init__(self, config: DecodingConfig, rows: int, device: torch.device) -> None:
-        self.config = config
+    def __init__(self, config: DecodingConfig, rows: int, length: int, device: torch.device) -> None:
+        super().__init__(config, rows, length, device)
         self.on = torch.zeros(rows, dtype=torch.bool, device=device)
 
     def decide(self, view: DraftView) -> torch.Tensor:
@@ -147,15 +161,18 @@ class HysteresisPolicy(_Stateless):
         self.on[row] = False
 
 
-class BanditPolicy(_Unjudging):
+@POLICIES.register("contextual_bandit_ucb", *ONE_BLOCK)
+class BanditPolicy(RoutingPolicy):
     """Upper confidence bounds (UCB1) over {skip, verify}, a table per bucket of span length, progress and entropy.
 
     The reward of a step is its decided tokens per forward. An action that was never tried in a bucket is tried first,
     verification before skipping.
     """
 
-    def __init__(self, config: DecodingConfig, rows: int, device: torch.device) -> None:
-        self.config = config
+    reads = frozenset({"entropy"})
+
+    def __init__(self, config: DecodingConfig, rows: int, length: int, device: torch.device) -> None:
+        super().__init__(config, rows, length, device)
         buckets = config.ucb_span_length_bins * config.ucb_block_progress_bins * config.ucb_entropy_bins
         self.pulls = torch.zeros(rows, 2, buckets, dtype=torch.float64, device=device)
         self.gained = torch.zeros_like(self.pulls)

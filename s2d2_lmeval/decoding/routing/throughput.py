@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.decoding.routing.policies import DraftView
-from s2d2_lmeval.runtime.costs import CostCurve
+from s2d2_lmeval.decoding.routing.policies import ONE_BLOCK, DraftView, RoutingPolicy
+from s2d2_lmeval.registry import POLICIES
+from s2d2_lmeval.runtime.costs import CostCurve, MeasureCosts
 
 BINS = 8
 """Ranges of the estimator's guess that are told apart."""
@@ -90,12 +91,14 @@ class VerifyCosts:
         return cls(torch.from_numpy(ratio).to(device))
 
 
-class ThroughputPolicy:
+@POLICIES.register("throughput", *ONE_BLOCK)
+class ThroughputPolicy(RoutingPolicy):
     """The policy ``throughput``."""
 
-    always = False
+    reads = frozenset({"acceptance", "denoised"})
 
     def __init__(self, config: DecodingConfig, rows: int, length: int, device: torch.device) -> None:
+        super().__init__(config, rows, length, device)
         self.lookahead = config.schedule == "lookahead"
         self.replaces = config.allow_resample or config.acceptance == "greedy"
         given = config.verify_cost_ratio
@@ -116,8 +119,13 @@ class ThroughputPolicy:
             return (self.decided.sum() / self.spent.sum()).expand_as(self.decided)
         return self.decided / self.spent
 
+    def weigh(self, measure_costs: MeasureCosts, ahead: int) -> None:
+        """Unless it is given, learn what a verification costs beside a draft, at this batch."""
+        if self.pooled:
+            rows, length = self.index.shape
+            self.costs = VerifyCosts.measured(measure_costs(2 * length + ahead), rows, length, ahead, self.index.device)
+
     def decide(self, view: DraftView) -> torch.Tensor:
-        """Which rows (R,) go on to the verifier."""
         assert view.denoised is not None
         asked = view.drafting & view.span.any(-1)
         chance = self.curve(view.acceptance)
@@ -132,20 +140,14 @@ class ThroughputPolicy:
         return asked & (gain - view.denoised >= self.pace * price)
 
     def judged(self, span: torch.Tensor, accepted: torch.Tensor, rejected: torch.Tensor) -> None:
-        """Learn from spans (R, L) that came back: their ``accepted`` prefix, and the first ``rejected`` place (R,).
-
-        Nothing is known of the tokens behind it.
-        """
         place = torch.arange(span.shape[1], device=span.device)
         self.curve.learn(self.index, span & (place <= rejected.unsqueeze(1)), accepted)
 
     def reward(self, finished: torch.Tensor, verified: bool, decided: torch.Tensor) -> None:
-        """Learn from rows (R,) whose step is complete: whether it verified and how many tokens it ``decided``."""
         self.decided = self.decided + finished * decided
         self.spent = self.spent + finished * (1 + self.price if verified else 1)
 
     def reset(self, row: int) -> None:
-        """Another request begins in ``row``."""
         self.curve.reset(row)
         if not self.pooled:
             self.decided[row] = self.spent[row] = 1

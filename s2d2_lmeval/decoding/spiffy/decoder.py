@@ -27,9 +27,11 @@ from s2d2_lmeval.decoding.blocks.editing import EditingDenoiser
 from s2d2_lmeval.decoding.blocks.planning import scheduled_count
 from s2d2_lmeval.decoding.blocks.rows import DRAFT, Rows
 from s2d2_lmeval.decoding.blocks.stages import Decisions, Stage, turn
-from s2d2_lmeval.decoding.decoder import Seating
+from s2d2_lmeval.decoding.decoder import EXACT, Seating
 from s2d2_lmeval.decoding.generation import EDITED
+from s2d2_lmeval.decoding.options.blocks import ScheduleOption
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.spiffy import SpiffyOptions
 from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, fetch
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import ranked_tokens
@@ -37,6 +39,7 @@ from s2d2_lmeval.decoding.spiffy.budget import DraftBudget, states_at_most
 from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, load_graph
 from s2d2_lmeval.decoding.spiffy.planning import StatePlan, plan_states
 from s2d2_lmeval.decoding.spiffy.states import Eligibility, RankTables, StateDrafter
+from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:
@@ -60,8 +63,24 @@ class ChainReadback(Readback):
     crossed: np.ndarray
 
 
+@DECODERS.register(
+    "spiffy",
+    "block",
+    promise=f"the output of the decoder that it accelerates, state by state, with the same seed{EXACT}",
+    options=(ScheduleOption, SpiffyOptions),
+    accelerates=True,
+    unfit={
+        "pipelined": "several blocks are open at once and see each other's unfinished text, so the state of one is not "
+        "what its next step depends on, and drafts could be exact only against a frozen prefix and suffix, which no "
+        "decoder of these checkpoints keeps here"
+    },
+)
 class Spiffy(BlockDenoiser):
     """The decoder ``spiffy`` of blocks that are denoised one after the other."""
+
+    @staticmethod
+    def layout(config: DecodingConfig) -> str:
+        return f"{config.base}, {BlockDenoiser.layout(config)}"
 
     _plan: StatePlan
     revises = False
@@ -274,6 +293,7 @@ class Spiffy(BlockDenoiser):
         rows.cached[slot] += length
 
 
+@DECODERS.register("spiffy", "editing")
 class EditingSpiffy(Spiffy, EditingDenoiser):
     """The decoder ``spiffy`` where decided tokens may be edited: the state is the whole block."""
 

@@ -20,9 +20,11 @@ from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.readback import Outcome, StepTables
 from s2d2_lmeval.decoding.spiffy.decoder import ChainReadback, Spiffy
 from s2d2_lmeval.decoding.spiffy.planning import StateGroups, StatePlan, WriteStates, state_plan
+from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, block_end
 
 
+@DECODERS.register("spiffy", "subblock")
 class SubblockSpiffy(SubblockDenoiser, Spiffy):
     """The decoder ``spiffy`` of shifted models. The rows' "block" is a sub-block here."""
 

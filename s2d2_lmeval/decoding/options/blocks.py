@@ -1,0 +1,163 @@
+"""The decoding options of blocks, under their published names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from s2d2_lmeval.decoding.options.option import option
+
+_UNDIVIDED = ("block",)
+_IN_TURN = ("block", "subblock")
+_SUBBLOCK = ("subblock",)
+_EDITING = ("editing",)
+
+
+@dataclass(frozen=True)
+class ScheduleOption:
+    """In which forwards the work of a decoder is done."""
+
+    schedule: str = option(
+        "fused",
+        "reference: a forward per draft, verification and commit, as published; fused: commits ride in the next draft; "
+        "lookahead: verifications also commit what they accept and draft the next block (AR-like caching only)",
+        choices=("reference", "fused", "lookahead"),
+    )
+
+    @staticmethod
+    def faults(config: Any) -> Iterator[str]:
+        """What is wrong between these options and others."""
+        if config.schedule != "lookahead":
+            return
+        if not (config.cache_ver and config.draft_ver):
+            yield (
+                "schedule=lookahead keeps what the verifier computed, which is right only under AR-like caching: "
+                "set cache_ver=true and draft_ver=true, or use schedule=fused."
+            )
+        if not config.keyed:
+            yield (
+                "schedule=lookahead drafts before it is known whether the draft is needed, so draws in the order of "
+                "calls would differ: use random_source=keyed, or schedule=fused."
+            )
+
+
+@dataclass(frozen=True)
+class BlockOption:
+    """How long a block is."""
+
+    block_length: int = option(4, "tokens per block", low=1)
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """The steps in which a block is denoised, and the attention they see."""
+
+    denoising_steps: int | None = option(
+        None,
+        "steps in which a block must be finished; none: as many as the block is long",
+        schemes=_UNDIVIDED,
+        low=1,
+    )
+    cache_ver: bool = option(False, "commit with token-causal attention (AR-like caching)", schemes=_IN_TURN)
+    draft_ver: bool = option(False, "decided prefix of the block drafts with token-causal attention", schemes=_IN_TURN)
+
+    @staticmethod
+    def faults(config: Any) -> Iterator[str]:
+        """What is wrong between these options and others."""
+        if config.steps > config.block_length:
+            yield (
+                f"denoising_steps={config.steps} exceeds block_length={config.block_length}: a step decides at least "
+                f"one token. Use denoising_steps={config.block_length} or less."
+            )
+
+
+@dataclass(frozen=True)
+class SubblockOptions:
+    """Blocks that are denoised part by part (Fast-dLLM v2)."""
+
+    small_block_size: int | None = option(
+        None,
+        "tokens per sub-block, which are decided before the next one's; none: a block is one sub-block",
+        schemes=_SUBBLOCK,
+        low=1,
+    )
+    use_block_cache: bool = option(
+        False,
+        "inside a sub-block, draft against the rest of the block as it was in the last whole forward: cheaper, and "
+        "other tokens",
+        schemes=_SUBBLOCK,
+    )
+    sample_first_token: bool = option(
+        False,
+        "with do_sample, sample a block's first token too, which published code takes as the arg-max",
+        schemes=_SUBBLOCK,
+    )
+
+    @staticmethod
+    def faults(config: Any) -> Iterator[str]:
+        """What is wrong between these options and others."""
+        yield from divides("small_block_size", config.small_block_size, config)
+        if config.use_block_cache and config.draft_ver:
+            yield "use_block_cache keeps keys that draft_ver would have changed meanwhile; switch one of them off."
+
+
+@dataclass(frozen=True)
+class ConfidenceOption:
+    """From which probability on a mask is decided."""
+
+    confidence_threshold: float = option(
+        0.85, "dynamic, editing, pipelined: decide every mask above this probability", low=0.0
+    )
+
+
+@dataclass(frozen=True)
+class EntropyOptions:
+    """How much entropy a step may decide."""
+
+    eb_threshold: float | None = option(
+        None,
+        "entropy_bounded: sum of entropies (nats, of the unfiltered softmax) that a step may decide",
+        schemes=_UNDIVIDED,
+        low=0.0,
+    )
+    collapse_entropy: bool = option(
+        False, "entropy_bounded with one entropy for the whole block, as published", schemes=_UNDIVIDED
+    )
+
+    @staticmethod
+    def faults(config: Any) -> Iterator[str]:
+        """What is wrong between these options and others."""
+        if config.strategy == "entropy_bounded" and config.eb_threshold is None:
+            yield "entropy_bounded needs eb_threshold, the entropy in nats that a step may decide, e.g. 0.35."
+
+
+@dataclass(frozen=True)
+class EditingOptions:
+    """Blocks whose decided tokens may be edited (LLaDA2)."""
+
+    editing_threshold: float = option(
+        0.9,
+        "replace a decided token of the open block by another of more than this probability",
+        schemes=_EDITING,
+        low=0.0,
+    )
+    max_post_steps: int = option(
+        0,
+        "steps that may still edit a block without masks; fewer once one changes nothing",
+        schemes=_EDITING,
+        low=0,
+        high=1000,
+    )
+    num_to_transfer: int = option(1, "masks that a step decides at least", schemes=_EDITING, low=1)
+    eos_early_stop: bool = option(
+        True,
+        "end with the block that holds a stop token; otherwise decode the whole budget and cut",
+        schemes=_EDITING,
+    )
+
+
+def divides(name: str, part: Any, config: Any) -> Iterator[str]:
+    """What is wrong where a block is made of parts of ``part`` tokens."""
+    if part is not None and config.block_length % part:
+        yield f"{name}={part} does not divide block_length={config.block_length}; use one that does."

@@ -1,0 +1,90 @@
+"""The decoding options of rounds: sliding self-speculation, and drafts for targets under their published names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from s2d2_lmeval.decoding.options.option import option
+
+DRAFT_SHAPES = ("chain", "tree")
+
+
+@dataclass(frozen=True)
+class SlidingOptions:
+    """Rounds whose drafts come from a window of the model itself (sliding)."""
+
+    window: int = option(16, "positions that a draft looks ahead", low=2)
+    row_budget: int | str = option(
+        64,
+        "queries per sequence and forward; auto: as many as pay, by what forwards are measured to cost",
+        low=3,
+        high=4096,
+    )
+    share_budget: bool = option(
+        True,
+        "the sequences in flight share their budgets (never with acceptance=rejection), so how many forwards one takes "
+        "depends on the others; false: it does not",
+    )
+    draft_shape: str = option("tree", "what is drafted from a window", choices=DRAFT_SHAPES)
+
+    @staticmethod
+    def faults(config: Any) -> Iterator[str]:
+        """What is wrong between these options and others."""
+        if isinstance(config.row_budget, int) and config.row_budget <= config.window:
+            yield (
+                f"row_budget={config.row_budget} leaves no room for a window of {config.window}: a round without a "
+                f"draft takes {config.window + 1} queries. Raise row_budget or lower window."
+            )
+        if config.acceptance == "rejection" and config.draft_shape == "tree":
+            yield (
+                "acceptance=rejection compares one drafted token with the verifier at a time: set draft_shape=chain, "
+                "or use acceptance=keyed, which takes trees."
+            )
+        if config.acceptance == "rejection" and config.row_budget == "auto":
+            yield (
+                "acceptance=rejection draws for what it drafts, so the size of drafts must not depend on the clock: "
+                "give row_budget as a number."
+            )
+        if not config.share_budget and config.row_budget == "auto":
+            yield "share_budget=false needs row_budget as a number: auto weighs all sequences in flight together."
+        if config.random_source not in ("keyed", "fixed"):
+            yield "sliding draws ahead of what it decides, so only keyed draws can be named: use random_source=keyed."
+
+
+@dataclass(frozen=True)
+class DrafterOptions:
+    """Rounds whose drafts come from a drafter beside the model (DFlash, DDTree)."""
+
+    draft_block_size: int | None = option(
+        None,
+        "positions of a drafted block, the last decided token included; none: as many as the drafter was trained for",
+        low=2,
+    )
+    couple_drafts: bool = option(
+        False,
+        "at a temperature, draft with the keyed noise that the target will be drawn with; otherwise drafts know no "
+        "temperature, as published",
+    )
+
+
+@dataclass(frozen=True)
+class TreeOptions:
+    """Drafts that are trees (DDTree)."""
+
+    tree_budget: int | str = option(
+        64,
+        "nodes of a draft tree; auto: as many as raise the expected tokens per second, by what forwards are measured "
+        "to cost",
+        low=0,
+        high=4096,
+    )
+    tree_seed_chain: bool = option(
+        False, "the tree holds the arg-max chain whatever its probability, so it never accepts less"
+    )
+    tree_sharpen: float = option(
+        1.0,
+        "exponent of the drafter's probabilities when the tree is grown; above 1: deeper and narrower",
+        low=0.0,
+    )
