@@ -11,7 +11,7 @@ SUMMARY = "list the decoding options"
 _INTRODUCTION = """\
 # Decoding options
 
-<!-- Written by `make docs` from s2d2_lmeval/decoding/options/config.py; a test compares the two. -->
+<!-- Written by `make docs` from the options of every decoder; a test compares the two. -->
 
 The names are those of the published functions; `decoder`, `schedule`, `acceptance`, `random_source` and the options of
 `sliding` are new. They mean the same everywhere:
@@ -180,6 +180,7 @@ def _values(kind: str, meta: Any) -> str:
     named = {
         "bool": "true, false",
         "int": "integer",
+        "int | str": "integer or auto",
         "float": "number",
         "str": "a name",
         "tuple[int, ...]": "token ids",
