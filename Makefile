@@ -80,8 +80,9 @@ toy: $(VENV)/.installed  ## train the embedded toy model anew, into build/toy: t
 draft-graphs: $(VENV)/.installed  ## calibrate the draft graphs that come with the package, on the toy model
 	$(OFFLINE) $(BIN)/python -m benchmarks.spiffy_savings --make-default-graphs
 
-docs: $(VENV)/.installed  ## write docs/options.md anew from the code
+docs: $(VENV)/.installed  ## write docs/options.md and the schema of study files anew from the code
 	$(BIN)/s2d2-lmeval options --markdown > docs/options.md
+	$(BIN)/s2d2-lmeval sweep --schema > s2d2_lmeval/studies/study.schema.json
 
 bench-gsm8k bench-humaneval bench-ifeval: bench-%: $(VENV)/.installed
 	$(BIN)/s2d2-lmeval eval --model s2d2 --model_args pretrained=$(MODEL),decoder=$(or $(DECODER),s2d2) \

@@ -28,7 +28,7 @@ def ar_quality(path: str | None, tasks: str | None, *, limit: int, rows: int) ->
     from s2d2_lmeval.cli import demo
     from s2d2_lmeval.cli.console import hide_loading_bars
     from s2d2_lmeval.families import checkpoint_facts
-    from s2d2_lmeval.studies.statistics import paired_p_value
+    from s2d2_lmeval.studies.report.statistics import paired_p_value
 
     hide_loading_bars()
     if path is None:

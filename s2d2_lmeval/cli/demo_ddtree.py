@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     from s2d2_lmeval.cli.console import hide_loading_bars, make_console
     from s2d2_lmeval.cli.demo import evaluations, framed, toy_tasks, write
-    from s2d2_lmeval.studies.tables import in_markdown
+    from s2d2_lmeval.studies.report.tables import in_markdown
 
     console = make_console()
     hide_loading_bars()

@@ -21,14 +21,14 @@ def run(args: argparse.Namespace) -> int:
     from rich.text import Text
 
     from s2d2_lmeval.cli.console import make_console
-    from s2d2_lmeval.studies import tables
-    from s2d2_lmeval.studies.report import write_report
+    from s2d2_lmeval.studies.report import tables
+    from s2d2_lmeval.studies.report.page import write_report
 
     console = make_console()
     with console.status("drawing"):
         results, written = write_report(args.folder, args.output)
     for (model, task), rows in results.groups().items():
-        header, lines = tables.filled(rows)
+        header, lines = tables.cells(tables.COLUMNS, rows)
         table = Table(box=box.SIMPLE_HEAD, title=f"{model}, {task}", title_justify="left", title_style="bold")
         for place, name in enumerate(header):
             table.add_column(name, justify="right" if place else "left")

@@ -7,7 +7,9 @@ is read by `s2d2-lmeval report`. Some studies come with the package: give their 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +19,7 @@ from s2d2_lmeval.studies import packaged
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from s2d2_lmeval.studies.backends import Backend
-    from s2d2_lmeval.studies.evaluation import Outcome
-    from s2d2_lmeval.studies.planning import Job, Plan
-    from s2d2_lmeval.studies.store import Line
-    from s2d2_lmeval.studies.study import Study
+    from s2d2_lmeval.studies.planning import Plan
     from s2d2_lmeval.studies.sweep import Progress, Sweep
 
 SUMMARY = "run a study: many decoding configurations, resumable"
@@ -38,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STUDY.yaml",
         help=f"what to run (docs/studies.md): a file, or a packaged study: {', '.join(packaged.names())}",
     )
+    parser.add_argument("--schema", action=_PrintSchema, help="print a JSON schema of study files, and stop")
     parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="results (default: out/NAME)")
     parser.add_argument("--model", type=nonempty, metavar="NAME", help="one model, in place of those of the study")
     parser.add_argument(
@@ -75,6 +74,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _PrintSchema(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from s2d2_lmeval.studies.study import schema
+
+        print(json.dumps(schema(), ensure_ascii=False, indent=1))
+        parser.exit()
+
+
 def run(args: argparse.Namespace) -> int:
     """Plan, run, and say what came of it."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars; there is a table
@@ -87,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     from s2d2_lmeval.studies.planning import Plan
     from s2d2_lmeval.studies.search import search
     from s2d2_lmeval.studies.study import read_study
-    from s2d2_lmeval.studies.sweep import COMPLETE, FAILED, Sweep
+    from s2d2_lmeval.studies.sweep import COMPLETE, FAILED, LocalBackend, RayBackend, Sweep
     from s2d2_lmeval.tasks.sandbox import modes
 
     modes.choose(args.sandbox)
@@ -96,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     overrides: dict[str, Any] = {"limit": args.limit, "batch_size": args.batch_size, "data_dir": args.data_dir}
     path = packaged.find(args.study)
     study = read_study(path, {**overrides, "models": [args.model] if args.model else None})
-    study = chosen(study, args.task, args.decoder)
+    study = study.part(args.task, args.decoder)
     if any(map(holds_token, study.models.values())):
         console.print(ADVICE, soft_wrap=True)
     folder = args.output or Path("out") / study.name
@@ -111,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         torch.set_num_threads(args.threads)
-    backend = _backend(args)
+    on_ray = {"address": args.ray_address, "num_gpus": args.num_gpus, "num_cpus": args.num_cpus}
+    backend = RayBackend(**on_ray) if args.backend == "ray" else LocalBackend()
     sweep = Sweep(plan, backend, search)
     try:
         with Display(console, sweep):
@@ -130,40 +141,6 @@ def run(args: argparse.Namespace) -> int:
     ended = ", ".join(f"{count} {state}" for state, count in counts.items())
     console.print(f"{ended}. Results in {folder}; s2d2-lmeval report {folder}", markup=False)
     return 0 if set(counts) <= {COMPLETE} else SOME_FAILED
-
-
-def chosen(study: Study, tasks: list[str] | None, decoder: str | None) -> Study:
-    """A part of a study.
-
-    :raises StudyError: when nothing is left, or a task is none of the study's.
-    """
-    from dataclasses import replace
-
-    from s2d2_lmeval.errors import StudyError
-    from s2d2_lmeval.harness.arguments import nearest
-
-    if tasks:
-        names = [task.task for task in study.tasks]
-        for task in tasks:
-            if task not in names:
-                raise StudyError(f"--task {task}: the study has {', '.join(names)}.{nearest(task, names)}")
-        study = replace(study, tasks=tuple(task for task in study.tasks if task.task in tasks))
-    if decoder is None:
-        return study
-    kept = {name: options for name, options in study.decoding.items() if options.get("decoder") in (decoder, "ar")}
-    known = list(dict.fromkeys(str(options.get("decoder")) for options in study.decoding.values()))
-    if decoder not in known:
-        raise StudyError(f"--decoder {decoder}: the study has {', '.join(known)}.{nearest(decoder, known)}")
-    baselines = {kind: name for kind, name in study.baselines.items() if name in kept}
-    return replace(study, decoding=kept, baselines=baselines)
-
-
-def _backend(args: argparse.Namespace) -> Backend:
-    from s2d2_lmeval.studies.backends import LocalBackend, RayBackend
-
-    if args.backend == "ray":
-        return RayBackend(address=args.ray_address, num_gpus=args.num_gpus, num_cpus=args.num_cpus)
-    return LocalBackend()
 
 
 def _show_plan(console: Console, plan: Plan) -> None:
@@ -188,7 +165,7 @@ class Display:
         from rich.live import Live
 
         self.console, self.sweep = console, sweep
-        sweep.watcher = self
+        sweep.watcher = self.changed
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
 
     def __enter__(self) -> Display:
@@ -198,36 +175,23 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._refresh()
+            self._live.update(self._table())
             self._live.stop()
 
-    def started(self, job: Job) -> None:
-        """See :class:`~s2d2_lmeval.studies.backends.Observer`."""
-        self._refresh()
-
-    def sample(self, job: Job, line: Line, done: int) -> None:
-        """See :class:`~s2d2_lmeval.studies.backends.Observer`."""
-        self._refresh()
-
-    def ended(self, job: Job, outcome: Outcome) -> None:
-        """See :class:`~s2d2_lmeval.studies.backends.Observer`."""
-        if self._live is not None:
-            self._refresh()
-            return
-        progress = self.sweep.points[job.digest]
-        done = sum(one.state in ("complete", "failed") for one in self.sweep.points.values())
-        left = self.sweep.seconds_left
-        self.console.print(
-            f"{done}/{len(self.sweep.points)} {progress.state}: {job.point.label}: {progress.done} samples, "
-            f"{progress.tokens_per_second:.1f} tokens/s, {progress.tokens_per_forward:.2f} tokens/forward"
-            + (f"; {duration(left)} left" if left else ""),
-            markup=False,
-            soft_wrap=True,
-        )
-
-    def _refresh(self) -> None:
+    def changed(self, progress: Progress) -> None:
+        """A point is further on, or has ended."""
         if self._live is not None:
             self._live.update(self._table())
+        elif progress.has_ended:
+            points = self.sweep.points.values()
+            left = self.sweep.seconds_left
+            self.console.print(
+                f"{sum(one.has_ended for one in points)}/{len(points)} {progress.state}: {progress.job.point.label}: "
+                f"{progress.done} samples, {progress.tokens_per_second:.1f} tokens/s, "
+                f"{progress.tokens_per_forward:.2f} tokens/forward" + (f"; {duration(left)} left" if left else ""),
+                markup=False,
+                soft_wrap=True,
+            )
 
     def _table(self) -> RenderableType:
         from rich import box
@@ -253,7 +217,7 @@ class Display:
             )
         left = self.sweep.seconds_left
         done, samples = sum(one.done for one in points), sum(one.job.samples for one in points)
-        ended = sum(one.state in ("complete", "failed") for one in points)
+        ended = sum(one.has_ended for one in points)
         line = f"{ended} of {len(points)} points, {done} of {samples} samples"
         if left is not None and done < samples:
             line += f", {duration(left)} left"
@@ -270,7 +234,7 @@ def window(points: list[Progress]) -> list[Progress]:
     if len(points) <= ROWS_SHOWN:
         return points
     active = [place for place, one in enumerate(points) if one.state == "running"]
-    ended = [place for place, one in enumerate(points) if one.state in ("complete", "failed")]
+    ended = [place for place, one in enumerate(points) if one.has_ended]
     middle = active[0] if active else ended[-1] if ended else 0
     first = min(max(0, middle - ROWS_SHOWN // 2), len(points) - ROWS_SHOWN)
     return points[first : first + ROWS_SHOWN]

@@ -16,8 +16,6 @@ from s2d2_lmeval.studies.tasks import how_prompts_are_built, load_tasks, prepare
 if TYPE_CHECKING:
     from s2d2_lmeval.harness.model import S2D2LM
 
-OnSample = Callable[[Job, Line, int], None]
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -31,42 +29,47 @@ class Outcome:
 class Evaluator:
     """Evaluates points one after the other, and keeps a model loaded as long as points ask for it."""
 
-    def __init__(self, on_sample: OnSample | None = None) -> None:
-        self.on_sample = on_sample
+    def __init__(self) -> None:
         self._loaded: tuple[Any, S2D2LM] | None = None
 
-    def run(self, job: Job) -> Outcome:
+    def run(self, job: Job, on_sample: Callable[[Job, Line, int], None] | None = None) -> Outcome:
         """Complete a point, or record why it cannot be.
 
+        :param on_sample: told of every sample that is added, and how many the point has now.
         :raises StorageError: when nothing can be recorded.
         """
         started, decoded = time.perf_counter(), 0
 
-        def on_sample(line: Line, done: int) -> None:
+        def tell(line: Line, done: int) -> None:
             nonlocal decoded
             decoded += 1
-            if self.on_sample is not None:
-                self.on_sample(job, line, done)
+            if on_sample is not None:
+                on_sample(job, line, done)
 
+        error = ""
         try:
-            opened = PointStore(job.path, on_sample)
+            with PointStore(job.path, tell) as store:
+                if not store.record.is_complete(job.settings):
+                    store.begin(job.definition, job.point.label)
+                    error = self._completed(job, store)
         except StorageError:
             raise
         except StudyError as refused:  # another process has it, or it is another point's
-            return Outcome(0, 0.0, str(refused))
-        with opened as store:
-            if store.record.is_complete(job.settings):
-                return Outcome(0, 0.0)
-            store.begin(job.definition, job.point.label)
-            try:
-                self._complete(job, store)
-                error = ""
-            except StorageError:
-                raise
-            except Exception as failure:
-                error = _described(failure)
-                store.append("failure", error=error, traceback=traceback.format_exc()[-4000:])
+            error = str(refused)
         return Outcome(decoded, time.perf_counter() - started, error)
+
+    def _completed(self, job: Job, store: PointStore) -> str:
+        """Complete a point; why it cannot be, or ""."""
+        try:
+            self._complete(job, store)
+        except StorageError:
+            raise
+        except Exception as failure:
+            text = str(failure).strip() or type(failure).__name__
+            error = text if isinstance(failure, S2D2Error) else f"{type(failure).__name__}: {text}"
+            store.append("failure", error=error, traceback=traceback.format_exc()[-4000:])
+            return error
+        return ""
 
     def _complete(self, job: Job, store: PointStore) -> None:
         from s2d2_lmeval.harness.report import environment
@@ -164,7 +167,7 @@ def _scores(results: Mapping[str, Any], task: str) -> dict[str, Any]:
             value = sample.get(metric)
             if is_number(value):
                 documents.setdefault(f"{metric},{sample['filter']}", []).append([sample["doc_id"], float(value)])
-    metrics = {name: value for name, value in results["results"][task].items() if is_number(value)}
+    metrics = {name: float(value) for name, value in results["results"][task].items() if is_number(value)}
     config = results["configs"][task]
     return {
         "metrics": metrics,
@@ -175,8 +178,3 @@ def _scores(results: Mapping[str, Any], task: str) -> dict[str, Any]:
         "version": results.get("versions", {}).get(task),
         "generation_kwargs": config.get("generation_kwargs"),
     }
-
-
-def _described(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text if isinstance(error, S2D2Error) else f"{type(error).__name__}: {text}"

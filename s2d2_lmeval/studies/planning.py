@@ -7,8 +7,8 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ from s2d2_lmeval.errors import CheckpointError, ConfigError, S2D2Error, StudyErr
 from s2d2_lmeval.harness.generation_arguments import GenerationArguments
 from s2d2_lmeval.harness.identity import HUB_ONLY, code_version
 from s2d2_lmeval.harness.secrets import redacted
-from s2d2_lmeval.studies.manifest import MANIFEST, read_manifest
-from s2d2_lmeval.studies.points import Point, Task, example, model_identity
-from s2d2_lmeval.studies.space import check_search
+from s2d2_lmeval.studies.files import MANIFEST, read_manifest
+from s2d2_lmeval.studies.points import Axis, Point, Task, model_identity
 from s2d2_lmeval.studies.store import write_whole
 from s2d2_lmeval.studies.study import Study
 from s2d2_lmeval.studies.tasks import check_metric, load_tasks, prepare, task_manager, what_is_asked
@@ -39,7 +38,7 @@ class Job:
     path: Path
     settings: Mapping[str, Any]
     data_dir: str | None
-    include_path: tuple[str, ...]
+    include_path: Sequence[str]
     unsafe_code: bool
 
     @property
@@ -75,11 +74,9 @@ class Plan:
         self.unsafe_code = unsafe_code
         self.settings: dict[str, dict[str, Any]] = {}
         self.unknown: list[str] = []
-        if study.search is not None:
-            check_search(study.search)
         with quiet():
-            self.study = replace(study, tasks=tuple(self._expand(study, preview)))
-        self.unknown += check_decodings(self.study)
+            self.study = study.model_copy(update={"tasks": self._expand(study, preview)})
+        self.unknown += _check_decodings(self.study)
         self.code = code_version()
         self.identities = {} if preview else {name: model_identity(given) for name, given in study.models.items()}
         self._check_folder(anew)
@@ -99,7 +96,7 @@ class Plan:
                 expanded.append(task)
                 continue
             for name, one in loaded.items():
-                expanded.append(replace(task, task=name))
+                expanded.append(task.model_copy(update={"task": name}))
                 self._check_task(study, one, expanded[-1])
                 prepare(one, task)
                 self.settings[name] = what_is_asked(one, expanded[-1])
@@ -179,63 +176,56 @@ class Plan:
 
         :raises StorageError: when that cannot be written.
         """
+        named = ("model", "decoding", "options", "seed")
         content = {
             "study": redacted(self.study.raw),
             "name": self.study.name,
             "code": self.code,
             "models": self.identities,
-            "baselines": dict(self.study.baselines),
+            "baselines": self.study.baselines,
             "metrics": {task.task: task.metric for task in self.study.tasks},
             "tasks": self.settings,
             "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "points": {
-                digest: {
-                    "model": point.model,
-                    "task": point.task.task,
-                    "decoding": point.decoding,
-                    "options": dict(point.options),
-                    "seed": point.seed,
-                }
+                digest: {"task": point.task.task, **{name: getattr(point, name) for name in named}}
                 for digest, point in self.named.items()
             },
         }
         write_whole(self.folder / MANIFEST, json.dumps(content, indent=1, default=str) + "\n")
 
 
-def _configurations(study: Study, sought: Callable[[Mapping[str, Any]], Any]) -> dict[str, Mapping[str, Any]]:
+def _configurations(study: Study, sought: Callable[[Axis], Any]) -> dict[str, Mapping[str, Any]]:
     """What a study decodes with; for what a search looks for, what ``sought`` makes of the axis."""
-    search = study.search
-    if search is None:
+    if study.search is None:
         return dict(study.decoding)
-    chosen = {option: sought(axis) for option, axis in search.space.items()}
-    return {**study.decoding, "search": {**search.decoding, **chosen}}
-
-
-def check_decodings(study: Study) -> list[str]:
-    """Refuse decoding options that a model's family does not take; from its config.json, before weights are loaded.
-
-    :returns: a sentence for each model of which that cannot be said now.
-    :raises StudyError: naming model and configuration.
-    """
-    unknown = []
-    for name, arguments in study.models.items():
-        facts = _facts(arguments)
-        if facts is None:
-            unknown.append(f"model {name}: which options it takes is known only when it is loaded.")
-            continue
-        for decoding, options in _configurations(study, example).items():
-            _check_fit(name, facts, decoding, options)
-    return unknown
-
-
-def _check_fit(model: str, facts: Any, decoding: str, options: Mapping[str, Any]) -> None:
-    try:
-        DecodingConfig.from_options(options, facts)
-    except ConfigError as error:
-        raise StudyError(f"decoding: {decoding} does not go with model {model}: {error}") from None
+    chosen = {option: sought(axis) for option, axis in study.search.space.items()}
+    return {**study.decoding, "search": {**study.search.decoding, **chosen}}
 
 
 _OF_FACTS = ("revision", "mask_token_id", "block_length", "family", *HUB_ONLY)
+
+
+def _check_decodings(study: Study) -> list[str]:
+    """Refuse decoding options that a model's family does not take; from its config.json, before weights are loaded.
+
+    :returns: a sentence for each model of which that cannot be said now.
+    """
+    unknown = []
+    for model, arguments in study.models.items():
+        facts = _facts(arguments)
+        if facts is None:
+            unknown.append(f"model {model}: which options it takes is known only when it is loaded.")
+            continue
+        for decoding, options in _configurations(study, lambda axis: axis.example).items():
+            _check_fit(f"decoding: {decoding} does not go with model {model}", options, facts)
+    return unknown
+
+
+def _check_fit(where: str, options: Mapping[str, Any], facts: Any) -> None:
+    try:
+        DecodingConfig.from_options(options, facts)
+    except ConfigError as error:
+        raise StudyError(f"{where}: {error}") from None
 
 
 def _facts(arguments: Mapping[str, Any]) -> Any:
@@ -243,12 +233,12 @@ def _facts(arguments: Mapping[str, Any]) -> Any:
 
     None where they are more than the files say (a drafter), or where the files cannot be had now: loading will tell.
     """
-    if {"draft", "block_size"} & arguments.keys():
-        return None
     from s2d2_lmeval.families import checkpoint_facts
 
+    if {"draft", "block_size"} & arguments.keys():
+        return None
+    given = {key: arguments[key] for key in _OF_FACTS if key in arguments}
     try:
-        given = {key: arguments[key] for key in _OF_FACTS if key in arguments}
         return checkpoint_facts(arguments["pretrained"], adapter=arguments.get("peft"), **given)
     except CheckpointError:
         return None
@@ -257,12 +247,11 @@ def _facts(arguments: Mapping[str, Any]) -> Any:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the harness's messages: there is a table."""
-    names = ("lm_eval", "lm_eval.s2d2", "s2d2_lmeval")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("lm_eval", "lm_eval.s2d2", "s2d2_lmeval"))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)

@@ -1,49 +1,183 @@
-"""What a study is made of: tasks, searches, and points, each with everything that its answers depend on."""
+"""What a study is made of: tasks, searches, and points, each with everything that its answers depend on.
+
+What a field may hold is its description: error messages and the JSON schema for editors say the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
-from s2d2_lmeval.decoding.options.config import SYNONYMS
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
+from s2d2_lmeval.errors import shown
+from s2d2_lmeval.harness.arguments import nearest
 from s2d2_lmeval.harness.identity import HUB_ONLY, of_plain, of_source, with_files
+
+MOST_POINTS = 10_000
+MOST_ROWS = 1 << 16
 
 _LOADED = ("pretrained", "draft", "tokenizer", "peft")
 """Model arguments that name a folder or a hub id."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """A task and how the harness is to evaluate it; the settings are those of ``lm_eval``.
+def named(value: Any) -> Any:
+    """A mapping of names; numbers are taken as names."""
+    if not isinstance(value, Mapping):
+        return value
+    for key in value:
+        if not isinstance(key, (str, int)) or isinstance(key, bool):
+            raise ValueError(f"the name {shown(key)} should be in quotes.")
+    names = {str(key): one for key, one in value.items()}
+    if len(names) < len(value):
+        raise ValueError("two names are the same.")
+    return names
 
-    ``metric`` is what the report calls accuracy, as ``metric`` or ``metric,filter``; the task's first one if not given.
+
+def check_keys(given: Any, known: Iterable[str], what: str) -> Any:
+    """``given``, if it is a mapping with keys of ``known`` only (or not a mapping at all).
+
+    :raises ValueError: with the nearest key.
     """
-
-    task: str
-    metric: str | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    apply_chat_template: bool | str = False
-    fewshot_as_multiturn: bool = True
-    system_instruction: str | None = None
-    gen_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    known = list(known)
+    for key in given if isinstance(given, Mapping) else ():
+        if key not in known:
+            near = nearest(str(key)[:80], known)
+            raise ValueError(f"{shown(key)} is not a key of {what}.{near} Known: {', '.join(known)}.")
+    return given
 
 
-@dataclass(frozen=True)
-class Search:
-    """Thresholds to look for (see :mod:`s2d2_lmeval.studies.search`).
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse names that are no decoding option; everything else depends on the checkpoint.
 
-    ``space`` maps option names to ``{low, high[, log]}`` or ``{choices}``; ``decoding`` holds the fixed options.
-    ``objectives`` are maximized. ``parallel`` trials are chosen and run at a time.
+    :raises ValueError: with the nearest option.
     """
+    names = DecodingConfig.option_names()
+    for option in options:
+        if option == "seed":
+            raise ValueError("seed is not for here; give seeds to the study.")
+        if option not in names:
+            raise ValueError(f"{shown(option)} is not a decoding option.{nearest(option[:80], names)}")
 
-    trials: int
-    space: Mapping[str, Mapping[str, Any]]
-    decoding: Mapping[str, Any] = field(default_factory=dict)
-    objectives: tuple[str, ...] = ("accuracy", "tokens_per_second")
-    parallel: int = 1
-    seed: int = 0
+
+def _one_line(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError(f"{shown(name)} should be one line of at most 200 characters.")
+    return name
+
+
+Value = TypeVar("Value")
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_one_line)]
+Named = Annotated[dict[Name, Value], BeforeValidator(named)]
+Options = Annotated[dict[str, Any], BeforeValidator(named)]
+Rows = Annotated[int, Field(ge=1, le=MOST_ROWS)]
+Number = int | float
+Objective = Literal["accuracy", "tokens_per_second", "tokens_per_forward"]
+
+
+class Keys(BaseModel):
+    """Keys of a study file: no others, no value of another type, nothing converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_others(cls, given: Any) -> Any:
+        return check_keys(given, cls.model_fields, f"a {cls.__name__.lower()}")
+
+
+class TaskSettings(Keys):
+    """How the harness evaluates tasks: the settings of ``lm_eval``."""
+
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="a number of documents, at least 1")
+    num_fewshot: Annotated[int, Field(ge=0, le=MOST_ROWS)] | None = Field(None, description="a number of examples")
+    apply_chat_template: bool | str = Field(False, description="true, false or the name of a template")
+    fewshot_as_multiturn: bool = Field(True, description="true or false")
+    system_instruction: Text | None = Field(None, description="text")
+    gen_kwargs: Options = Field({}, description="a mapping, {OPTION: VALUE}")
+
+
+class Task(TaskSettings):
+    """A task. ``metric`` is what the report calls accuracy; the task's first one if not given."""
+
+    task: Text = Field(description="the name of a task, a group or a tag")
+    metric: Text | None = Field(None, description="METRIC or METRIC,FILTER")
+
+
+class Axis(Keys):
+    """An axis of a search: from ``low`` to ``high``, or ``choices``."""
+
+    low: Number | None = Field(None, description="a number")
+    high: Number | None = Field(None, description="a number above low")
+    step: Number | None = Field(None, description="a number")
+    log: bool = Field(False, description="true or false")
+    choices: list[str | Number | bool | None] | None = Field(None, description="a list of at least one value")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The axis as it is written."""
+        return self.model_dump(exclude_unset=True)
+
+    @property
+    def example(self) -> Any:
+        """A value from the axis."""
+        return self.choices[0] if self.choices else self.low
+
+    def distribution(self) -> Any:
+        """The axis as optuna has it.
+
+        :raises ValueError: when optuna is missing, or would not take it.
+        """
+        try:
+            import optuna.distributions as of
+        except ImportError:
+            raise ValueError("it needs the package optuna: pip install 's2d2-lmeval[sweep]'.") from None
+        try:
+            if self.choices:
+                return of.CategoricalDistribution(self.choices)
+            if isinstance(self.low, int) and isinstance(self.high, int):
+                return of.IntDistribution(**{"step": 1, **self.given})
+            return of.FloatDistribution(**self.given)
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise ValueError(f"optuna does not take this axis: {str(error)[:300]}") from None
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Axis:
+        if "choices" in self.given:
+            if len(self.given) > 1 or not self.choices:
+                raise ValueError("choices stand alone: a list of at least one value.")
+        elif self.low is None or self.high is None or not self.low < self.high:
+            raise ValueError("it needs low below high, or choices.")
+        self.distribution()
+        return self
+
+
+class Search(Keys):
+    """Thresholds to look for (:mod:`s2d2_lmeval.studies.search`); all objectives are maximized."""
+
+    trials: Annotated[int, Field(ge=1, le=MOST_POINTS)] = Field(description="a whole number from 1 to 10000")
+    space: Named[Axis] = Field(description="{low: …, high: …} or {choices: […]} for each option", min_length=1)
+    decoding: Options = Field({}, description="a mapping, {OPTION: VALUE}, of what is not searched")
+    objectives: list[Objective] = Field(
+        ["accuracy", "tokens_per_second"],
+        description="some of accuracy, tokens_per_second and tokens_per_forward, each once",
+        min_length=1,
+    )
+    parallel: Rows = Field(1, description="a whole number from 1: trials at a time")
+    seed: Annotated[int, Field(ge=0, le=1 << 31)] = Field(0, description="a whole number from 0")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Search:
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ValueError("an objective is there twice.")
+        for option in self.space:
+            if option in self.decoding:
+                raise ValueError(f"{option} is in the space and beside it; keep one of them.")
+        check_options({**self.decoding, **self.space})
+        return self
 
 
 @dataclass(frozen=True)
@@ -74,14 +208,12 @@ class Point:
 
         Those are looked at when it is evaluated: each sample is kept with the prompt that it answers.
         """
-        task = {key: value for key, value in asdict(self.task).items() if key not in ("metric", "limit")}
         unnamed = (*_LOADED, *HUB_ONLY, "revision")  # the identity says it better
+        arguments = {key: value for key, value in self.model_args.items() if key not in unnamed}
         options = {SYNONYMS.get(key, key): value for key, value in self.decoding_options.items()}
+        task = self.task.model_dump(exclude={"metric", "limit"})
         return {
-            "model": {
-                "identity": identity,
-                "arguments": {key: value for key, value in self.model_args.items() if key not in unnamed},
-            },
+            "model": {"identity": identity, "arguments": arguments},
             "options": with_files(options),
             "task": {**task, "gen_kwargs": with_files(self.task.gen_kwargs)},
             "batch_size": self.batch_size,
@@ -95,10 +227,5 @@ class Point:
 
 def model_identity(arguments: Mapping[str, Any]) -> str:
     """What model arguments load: the checkpoint, and every drafter, tokenizer and adapter that they name."""
-    named = [key for key in _LOADED if arguments.get(key) not in (None, "")]
-    return ", ".join(f"{key}={of_source(key, arguments)}" for key in named)
-
-
-def example(axis: Mapping[str, Any]) -> Any:
-    """A value from an axis of a search."""
-    return axis["choices"][0] if "choices" in axis else axis["low"]
+    loaded = [key for key in _LOADED if arguments.get(key) not in (None, "")]
+    return ", ".join(f"{key}={of_source(key, arguments)}" for key in loaded)

@@ -8,7 +8,6 @@ interrupted goes on where it was.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,7 @@ from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.harness.identity import HUB_ONLY, of_plain, with_files
 from s2d2_lmeval.runtime.statistics import ratios
 from s2d2_lmeval.studies.points import Search
-from s2d2_lmeval.studies.results import accuracy_of
-from s2d2_lmeval.studies.space import distributions
+from s2d2_lmeval.studies.report.results import accuracy_of
 from s2d2_lmeval.studies.store import PointRecord
 
 if TYPE_CHECKING:
@@ -80,7 +78,7 @@ def _run_trials(
     sweep: Sweep, model: str, wanted: Search, study: optuna.Study, count: int
 ) -> list[tuple[optuna.Trial, list[float] | str]]:
     """``count`` trials side by side: each with its objectives, or with why it has none."""
-    trials = [study.ask(distributions(wanted)) for _ in range(count)]
+    trials = [study.ask({option: axis.distribution() for option, axis in wanted.space.items()}) for _ in range(count)]
     jobs = [_jobs(sweep, model, wanted, trial.number, trial.params) for trial in trials]
     records = iter(sweep.evaluate([job for several in jobs for job in several]))
     return [
@@ -117,8 +115,7 @@ def _objectives(wanted: Search, jobs: Sequence[Job], records: Sequence[PointReco
             return record.failure["error"] if record.failure else f"{job.point.label} did not complete"
     records = [record.of_the_result() for record in records]
     counts = {
-        "new_tokens": sum(record.new_tokens for record in records),
-        "nfe": sum(sample["stats"].get("nfe", 0) for record in records for sample in record.samples.values()),
+        **{name: sum(record.total(name) for record in records) for name in ("new_tokens", "nfe")},
         "seconds": sum(record.decoding_seconds for record in records),
     }
     values = {
@@ -135,8 +132,12 @@ def _objectives(wanted: Search, jobs: Sequence[Job], records: Sequence[PointReco
 def _what_is_searched(sweep: Sweep, model: str, wanted: Search) -> str:
     """What makes trials comparable: another space, other weights, tasks or code are another search."""
     plan = sweep.plan
-    asked = [(asdict(task), plan.settings[task.task]) for task in plan.study.tasks]
-    sought = [wanted.space, with_files(wanted.decoding), wanted.objectives]
+    asked = [(task.model_dump(), plan.settings[task.task]) for task in plan.study.tasks]
+    sought = [
+        {option: axis.given for option, axis in wanted.space.items()},
+        with_files(wanted.decoding),
+        wanted.objectives,
+    ]
     arguments = {key: value for key, value in plan.study.models[model].items() if key not in HUB_ONLY}
     run = [plan.identities[model], arguments, plan.code, plan.study.seeds, plan.study.batch_size]
     return of_plain(run, asked, sought)

@@ -29,16 +29,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
-from s2d2_lmeval.errors import StudyError
+from pydantic import ConfigDict, Field, Strict, create_model
+
+from s2d2_lmeval.decoding.generation import Step, verifications
+from s2d2_lmeval.errors import StudyError, shown
 from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.harness.responses import TracedResponse
 from s2d2_lmeval.harness.secrets import redacted
-from s2d2_lmeval.studies.reading import shown
 
 if TYPE_CHECKING:
-    from s2d2_lmeval.decoding.generation import Step
     from s2d2_lmeval.harness.prompts import Prompt
 
 ORDERS_KEPT = 4
@@ -64,12 +65,10 @@ def decode_line(data: bytes) -> Line | None:
         line = json.loads(data)
         if not isinstance(line, dict) or line.pop("check", None) != _check(line):
             return None
-        holds = _HOLDS.get(line.get("kind", ""))
-    except (ValueError, RecursionError, TypeError):
+        _MODELS[line["kind"]].model_validate(line)
+    except (ValueError, RecursionError, TypeError, KeyError):
         return None
-    return (
-        line if holds is not None and all(name in line and fits(line[name]) for name, fits in holds.items()) else None
-    )
+    return line
 
 
 def _check(line: Mapping[str, Any]) -> str:
@@ -77,72 +76,49 @@ def _check(line: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
-def _is(*kinds: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, kinds)
-
-
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a number that can be added up."""
     return isinstance(value, (int, float)) and -1e18 < value < 1e18
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
-
-
-def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(fits, value))
-
-
-def _values(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
-
-
-def _is_statistic(value: Any) -> bool:
-    return not isinstance(value, (int, float)) or is_number(value)
-
-
-def _is_score(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and _is_count(value[0]) and is_number(value[1])
-
-
-def _is_place(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(_is_count, value))
-
-
-def _is_optional_dict(value: Any) -> bool:
-    return value is None or isinstance(value, dict)
-
-
-_HOLDS: dict[str, dict[str, Callable[[Any], bool]]] = {
-    "point": {"definition": _is(dict)},
+_Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+_Number = Annotated[float, Field(gt=-1e18, lt=1e18, allow_inf_nan=False)]
+_Statistic = _Number | bool | str | list[Any] | dict[str, Any] | None
+_Place = Annotated[tuple[_Count, _Count, _Count], Strict(False)]
+_Score = Annotated[tuple[_Count, _Number], Strict(False)]
+_HOLDS: dict[str, dict[str, Any]] = {
+    "point": {"definition": dict[str, Any]},
     "segment": {
-        "number": _is_count,
-        "environment": _values(_is(str, int, float, type(None))),
-        "rows": _is(int, str),
-        "decoding": _is_optional_dict,
+        "number": _Count,
+        "environment": dict[str, str | int | float | None],
+        "rows": int | str,
+        "decoding": dict[str, Any] | None,
     },
     "sample": {
-        "name": _is(str),
-        "text": _is(str),
-        "stats": _values(_is_statistic),
-        "accepted": _all(_is_count),
-        "order": lambda value: value is None or _all(_is_place)(value),
-        "segment": _is_count,
-        "elapsed": is_number,
+        "name": str,
+        "text": str,
+        "stats": dict[str, _Statistic],
+        "accepted": list[_Count],
+        "order": list[_Place] | None,
+        "segment": _Count,
+        "elapsed": _Number,
     },
-    "memory": {"rows": _is(int, str)},
+    "memory": {"rows": int | str},
     "result": {
-        "settings": _is(dict),
-        "samples": _all(_is(str)),
-        "metrics": _values(is_number),
-        "documents": _values(_all(_is_score)),
-        "metric_list": _all(_is(str)),
-        "filters": _all(_is(str)),
+        "settings": dict[str, Any],
+        "samples": list[str],
+        "metrics": dict[str, _Number],
+        "documents": dict[str, list[_Score]],
+        "metric_list": list[str],
+        "filters": list[str],
     },
-    "failure": {"error": _is(str)},
+    "failure": {"error": str},
 }
 """Kind of line -> what it must hold to be believed."""
+_MODELS: dict[str, Any] = {
+    kind: create_model(kind, __config__=ConfigDict(strict=True), **{name: (of, ...) for name, of in holds.items()})  # type: ignore
+    for kind, holds in _HOLDS.items()
+}
 
 
 @dataclass
@@ -162,10 +138,9 @@ class PointRecord:
     failure: Line | None = None
     unreadable: list[int] = field(default_factory=list)
 
-    @property
-    def new_tokens(self) -> int:
-        """Of all samples."""
-        return int(sum(sample["stats"].get("new_tokens", 0) for sample in self.samples.values()))
+    def total(self, name: str) -> float:
+        """A count of all samples together."""
+        return sum(sample["stats"].get(name, 0) for sample in self.samples.values())
 
     @property
     def decoding_seconds(self) -> float:
@@ -197,22 +172,18 @@ class PointRecord:
     def add(self, line: Line) -> bool:
         """Take the next line in; whether it has a place here."""
         kind = line["kind"]
-        if kind == "point":
-            self.point = line
-        elif not self.point:
+        if (not self.point and kind != "point") or (kind == "sample" and line["segment"] not in self.segments):
             return False
-        elif kind == "segment":
+        if kind == "segment":
             self.segments[line["number"]] = line
         elif kind == "sample":
-            if line["segment"] not in self.segments:
-                return False
             self.samples[line["name"]] = line
         elif kind == "memory":
             self.memory.append(line)
-        elif kind == "result":
-            self.result, self.failure = line, None
-        elif kind == "failure":
-            self.failure = line
+        else:  # point, result, failure
+            setattr(self, kind, line)
+        if kind == "result":
+            self.failure = None
         return True
 
 
@@ -326,39 +297,32 @@ class PointStore:
 
     def add(self, prompt: Prompt, response: TracedResponse, steps: Sequence[Step]) -> None:
         """Put a response on disk."""
+        end = len(prompt.ids) + int(response.stats["new_tokens"])
+        is_kept = prompt.document is not None and prompt.document < ORDERS_KEPT and not prompt.occurrence
         content: Line = {
             "name": prompt.name,
             "document": prompt.document,
             "text": str(response),
             "stats": dict(response.stats),
-            "accepted": acceptance_lengths(steps, len(prompt.ids) + int(response.stats["new_tokens"])),
-            "order": None,
+            "accepted": [verification.accepted for verification in verifications(steps, end)],
+            "order": decoding_order(steps) if is_kept else None,
             "segment": max(self.record.segments),
             "elapsed": time.perf_counter() - self._began,
         }
-        if prompt.document is not None and prompt.document < ORDERS_KEPT and not prompt.occurrence:
-            content["order"] = decoding_order(steps)
         line = self.append("sample", **content)
         if self._on_sample is not None:
             self._done += 1
             self._on_sample(line, self._done)
 
 
-def acceptance_lengths(steps: Sequence[Step], end: int) -> list[int]:
-    """How many drafted tokens each verification accepted of an answer that ends before position ``end``."""
-    from s2d2_lmeval.decoding.generation import verifications
-
-    return [verification.accepted for verification in verifications(steps, end)]
-
-
 def decoding_order(steps: Sequence[Step]) -> list[list[int]]:
     """[position, number of the step, mark] of every place in the order in which it was decided (for the last time)."""
     decided: dict[int, list[int]] = {}
     for number, step in enumerate(steps):
-        for offset, mark in enumerate(step.marks):
+        for place, mark in enumerate(step.marks, step.start):
             if mark:
-                decided[step.start + offset] = [step.start + offset, number, int(mark)]
-    return sorted(decided.values(), key=lambda place: (place[1], place[0]))
+                decided[place] = [place, number, int(mark)]
+    return sorted(decided.values(), key=lambda one: (one[1], one[0]))
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

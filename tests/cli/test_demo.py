@@ -9,7 +9,7 @@ import pytest
 
 from s2d2_lmeval.cli import main
 from s2d2_lmeval.cli.demo import Row, compare, packaged_study, quality_cells, speed_cells, toy_tasks
-from s2d2_lmeval.studies.tables import in_markdown
+from s2d2_lmeval.studies.report.tables import in_markdown
 
 
 def test_speed_is_relative_to_the_first_configuration() -> None:

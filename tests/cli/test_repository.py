@@ -70,6 +70,14 @@ def test_the_page_of_options_is_up_to_date(capsys: pytest.CaptureFixture[str]) -
     assert written == capsys.readouterr().out, "run `make docs`"
 
 
+def test_the_schema_of_studies_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["sweep", "--schema"])
+    assert left.value.code == 0
+    written = (ROOT / "s2d2_lmeval" / "studies" / "study.schema.json").read_text(encoding="utf-8")
+    assert written == capsys.readouterr().out, "run `make docs`"
+
+
 def test_every_option_and_decoder_is_documented() -> None:
     page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
     assert [name for name in sorted(DecodingConfig.option_names()) if f"`{name}`" not in page] == []

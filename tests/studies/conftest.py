@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from s2d2_lmeval.studies.backends import LocalBackend
 from s2d2_lmeval.studies.planning import Plan
 from s2d2_lmeval.studies.search import search
 from s2d2_lmeval.studies.study import make_study
-from s2d2_lmeval.studies.sweep import Sweep
+from s2d2_lmeval.studies.sweep import LocalBackend, Sweep
 
 from .small import STUDY
 

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from s2d2_lmeval.errors import StudyError
-from s2d2_lmeval.studies import backends
-from s2d2_lmeval.studies.backends import RayBackend
+from s2d2_lmeval.studies import sweep as backends
 from s2d2_lmeval.studies.planning import Plan
 from s2d2_lmeval.studies.store import read_point
 from s2d2_lmeval.studies.study import make_study
-from s2d2_lmeval.studies.sweep import Sweep
+from s2d2_lmeval.studies.sweep import RayBackend, Sweep
 
 from .conftest import RunStudy
 from .small import outcomes

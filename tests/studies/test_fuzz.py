@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from s2d2_lmeval.studies.planning import Plan
-from s2d2_lmeval.studies.report import write_report
-from s2d2_lmeval.studies.results import read_results
+from s2d2_lmeval.studies.report.page import write_report
+from s2d2_lmeval.studies.report.results import read_results
 from s2d2_lmeval.studies.store import PointStore, encode_line, read_point
 from s2d2_lmeval.studies.study import make_study, read_study
 

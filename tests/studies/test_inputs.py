@@ -17,7 +17,7 @@ from s2d2_lmeval.harness import identity
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.studies.planning import Plan
 from s2d2_lmeval.studies.points import model_identity
-from s2d2_lmeval.studies.results import read_results
+from s2d2_lmeval.studies.report.results import read_results
 from s2d2_lmeval.studies.store import PointStore, decode_line, encode_line, read_point
 from s2d2_lmeval.studies.study import make_study
 from s2d2_lmeval.studies.sweep import Sweep
@@ -183,26 +183,21 @@ def test_results_that_are_deleted_while_it_runs(
     study["limit"] = 3
 
     class Deleting:
-        """Deletes the folder at the ``at``-th sample, or when the last point has ended."""
+        """Deletes the folder at the ``at``-th sample; where that is below 0, when the last point has ended."""
 
         def __init__(self, at: int) -> None:
             self.at = at
 
-        def started(self, job: Any) -> None: ...
-
-        def sample(self, job: Any, line: Any, done: int) -> None:
-            self.at -= 1
-            if self.at == 0:
-                shutil.rmtree(tmp_path / "out")
-
-        def ended(self, job: Any, outcome: Any) -> None:
-            if self.at < 0 and job.point.decoding == "s2d2":
+        def __call__(self, progress: Any) -> None:
+            self.at -= progress.state == "running" and progress.told > 0
+            last = progress.state == "complete" and progress.job.point.decoding == "s2d2"
+            if self.at == 0 or (self.at < 0 and last):
                 shutil.rmtree(tmp_path / "out")
 
     sweep = Sweep(Plan(make_study(study), tmp_path / "out"), backend, watcher=Deleting(2))
     with pytest.raises(StudyError, match="moved or deleted"):
         sweep.run()
-    sweep = Sweep(Plan(make_study(study), tmp_path / "out"), backend, watcher=Deleting(-1))
+    sweep = Sweep(Plan(make_study(study), tmp_path / "out"), backend, watcher=Deleting(-100))
     assert sweep.run() == {"failed": 2}
     assert "no longer in" in next(iter(sweep.points.values())).error
 

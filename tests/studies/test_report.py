@@ -13,10 +13,10 @@ import pytest
 from s2d2_lmeval.cli import main
 from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.harness.identity import of_plain
-from s2d2_lmeval.studies.report import headline, write_report
-from s2d2_lmeval.studies.results import _notes, read_results
+from s2d2_lmeval.studies.report.page import headline, write_report
+from s2d2_lmeval.studies.report.results import _notes, read_results
+from s2d2_lmeval.studies.report.tables import COLUMNS, cells, latex, markdown
 from s2d2_lmeval.studies.store import PointStore
-from s2d2_lmeval.studies.tables import HEADER, cells, latex, markdown
 
 ENVIRONMENT = {"device": "a machine", "torch": "2"}
 
@@ -163,9 +163,9 @@ def test_folders_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_tables(folder: Path) -> None:
     rows = read_results(folder).rows
-    assert cells(rows[3])[:4] == ["s2d2", "95.0", "76.4–99.1", "+45.0"]
+    assert cells(COLUMNS, rows)[1][3][:4] == ["s2d2", "95.0", "76.4–99.1", "+45.0"]
     lines = markdown(rows).splitlines()
-    assert lines[0].count("|") == lines[-1].count("|") == len(HEADER) - 3 + 1  # three kinds of forwards did not occur
+    assert lines[0].count("|") == lines[-1].count("|") == len(COLUMNS) - 3 + 1  # three kinds of forwards did not occur
     assert lines[-1].startswith("| **s2d2** | 95.0 |")
     text = latex(rows)
     assert r"\textbf{s2d2} & 95.0 & 76.4--99.1" in text

@@ -10,7 +10,7 @@ import pytest
 from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.studies.planning import read_manifest
-from s2d2_lmeval.studies.results import read_results
+from s2d2_lmeval.studies.report.results import read_results
 
 from .conftest import RunStudy
 from .small import outcomes

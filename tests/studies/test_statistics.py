@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from s2d2_lmeval.studies.statistics import holm, interval, paired_p_value, pareto
+from s2d2_lmeval.studies.report.statistics import holm, interval, paired_p_value, pareto
 
 
 def yes_no(right: int, of: int) -> list[list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 import yaml
 
 from s2d2_lmeval.cli import main
-from s2d2_lmeval.cli.sweep import chosen
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import S2D2Error, StudyError
 from s2d2_lmeval.families.facts import Facts
@@ -60,10 +60,10 @@ def test_names_of_points_depend_on_everything_that_results_do(study: dict[str, A
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "key": ({"decodings": {}}, "decodings is no key of the study. Did you mean decoding?"),
-    "no models": ({"models": {}}, "names no models"),
-    "no tasks": ({"tasks": []}, "names no tasks"),
-    "no decoding": ({"decoding": {}}, "names no decoding"),
+    "key": ({"decodings": {}}, "'decodings' is not a key of a study. Did you mean decoding?"),
+    "no models": ({"models": {}}, "the study has no models: it should be"),
+    "no tasks": ({"tasks": []}, "the study has no tasks: it should be"),
+    "no decoding": ({"decoding": {}}, "has no decoding"),
     "option": ({"decoding": {"x": {"confidence_treshold": 0.9}}}, "Did you mean confidence_threshold?"),
     "ignored option": ({"decoding": {"x": {"decoder": "ar", "confidence_threshold": 0.9}}}, "option of decoder"),
     "value": ({"decoding": {"x": {"decoder": "dynamic", "confidence_threshold": -1}}}, "too small"),
@@ -75,7 +75,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "seeds": ({"seeds": [1, 1]}, "different whole numbers"),
     "batch": ({"batch_size": 0}, "number of rows"),
     "baseline": ({"baselines": {"ar": "arr"}}, "Did you mean ar?"),
-    "baseline kind": ({"baselines": {"static": "ar"}}, "static is no key"),
+    "baseline kind": ({"baselines": {"static": "ar"}}, "baselines: 'static' is not a key"),
     "model option": ({"models": {"m": {"pretrained": "toy", "decoder": "ar"}}}, "put it under decoding"),
     "model typo": ({"models": {"m": {"pretrained": "toy", "dtyp": "float32"}}}, "Did you mean dtype?"),
     "model names": ({"models": ["a/x", "b/x"]}, "the same name"),
@@ -96,13 +96,13 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "has no metric nope; give metric: one of",
     ),
     "filter": ({"tasks": [{"task": "s2d2_toy_arithmetic", "metric": "accuracy,nope"}]}, "has no metric accuracy,nope"),
-    "name above": ({"name": "../.."}, "no name of a folder"),
-    "name elsewhere": ({"name": "/tmp/x"}, "no name of a folder"),
+    "name above": ({"name": "../.."}, "is not the name of a folder"),
+    "name elsewhere": ({"name": "/tmp/x"}, "is not the name of a folder"),
     "name of two lines": ({"name": "a\nb"}, "one line"),
     "one seed": ({"seeds": 5}, "a list of different whole numbers"),
     "seeds that are none": ({"seeds": [True]}, "whole numbers"),
     "model of a number": ({"models": {"m": 5}}, "models: m: 5 should be a mapping"),
-    "decoding of a word": ({"decoding": {"a": "ar"}}, "decoding: a: ar should be a mapping"),
+    "decoding of a word": ({"decoding": {"a": "ar"}}, "decoding: a: 'ar' should be a mapping"),
     "large grid": ({"decoding": {"a": {"grid": {"top_k": [*range(10**5)], "seed": [*range(10**5)]}}}}, "10000 points"),
     "many points": ({"seeds": [*range(6000)]}, "the study has more than 10000 points"),
     "large number": ({"limit": 10**4000}, "more than 18 digits"),
@@ -116,9 +116,18 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"search": {"trials": 3, "space": {"top_k": {"choices": [1, 2]}}, "decoding": {"top_k": 3}}},
         "in the space and beside it",
     ),
+    "objective of another name": (
+        {"search": {"trials": 3, "space": {"top_k": {"low": 1, "high": 3}}, "objectives": ["acuracy"]}},
+        "Did you mean accuracy?",
+    ),
+    "wrong type in a task": ({"tasks": [{"task": "a", "limit": "3"}]}, "tasks: limit: '3' should be a number of doc"),
+    "wrong type of one of two": (
+        {"apply_chat_template": 5},
+        "apply_chat_template: 5 should be true, false or the name",
+    ),
     "objective": (
         {"search": {"trials": 3, "space": {"top_k": {"low": 1, "high": 3}}, "objectives": ["speed"]}},
-        "speed is no objective",
+        "search: objectives: 'speed' should be some of",
     ),
 }
 
@@ -145,9 +154,9 @@ NO_STUDIES = {
     "zero": ("\x00", "cannot be read"),
     "key twice": (
         "models: [toy]\ndecoding: {a: {decoder: ar}}\ndecoding: {b: {decoder: ar}}",
-        "decoding is there twice",
+        "'decoding' is there twice",
     ),
-    "key twice below": ("decoding:\n  a: {top_k: 1, top_k: 2}", r"top_k is there twice \(line 2\)"),
+    "key twice below": ("decoding:\n  a: {top_k: 1, top_k: 2}", r"'top_k' is there twice \(line 2\)"),
     "nested": ("a: " + "[" * 9000, "nested too deeply"),
     "contains itself": ("a: &a [*a]", "contains itself"),
     "grows": (
@@ -213,7 +222,23 @@ def test_the_command_line_refuses_with_a_message(tmp_path: Path, capsys: pytest.
     assert "cannot be read as a study" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+STUDIES = sorted([*(ROOT / "studies").glob("*.yaml"), *(ROOT / "s2d2_lmeval/studies/packaged").glob("*.yaml")])
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_studies_fit_the_schema_that_editors_complete_them_from(path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    first, *_ = path.read_text(encoding="utf-8").splitlines()
+    named = path.parent / first.removeprefix("# yaml-language-server: $schema=")
+    validator = jsonschema.Draft202012Validator(json.loads(named.read_text(encoding="utf-8")))
+    validator.check_schema(validator.schema)
+    study = yaml.safe_load(path.read_text(encoding="utf-8"))
+    validator.validate(study)
+    for changes in ({"decodings": {}}, {"decoding": {"a": {"top_kk": 1}}}, {"limit": "3"}, {"seeds": 5}):
+        assert not validator.is_valid({**study, **changes}), changes
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_the_packaged_studies_are_studies(path: Path) -> None:
     made = read_study(path)
     assert made.points()
@@ -256,11 +281,11 @@ def test_the_packaged_studies_fit_their_families(name: str) -> None:
 
 def test_a_part_of_a_study() -> None:
     whole = read_study(ROOT / "studies" / "thresholds.yaml")
-    part = chosen(whole, ["s2d2_gsm8k"], "dynamic")
+    part = whole.part(["s2d2_gsm8k"], "dynamic")
     assert [task.task for task in part.tasks] == ["s2d2_gsm8k"]
     assert {options["decoder"] for options in part.decoding.values()} == {"ar", "dynamic"}
-    assert chosen(whole, None, None) is whole
+    assert whole.part(None, None) == whole
     with pytest.raises(StudyError, match=r"Did you mean s2d2_gsm8k\?"):
-        chosen(whole, ["s2d2_gms8k"], None)
+        whole.part(["s2d2_gms8k"], None)
     with pytest.raises(StudyError, match=r"Did you mean dynamic\?"):
-        chosen(whole, None, "dynamics")
+        whole.part(None, "dynamics")

@@ -17,11 +17,10 @@ from s2d2_lmeval.cli import main
 from s2d2_lmeval.errors import NumericalError, StudyError
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.studies import evaluation
-from s2d2_lmeval.studies.backends import LocalBackend
 from s2d2_lmeval.studies.planning import Plan, read_manifest
 from s2d2_lmeval.studies.store import PointStore, StorageError, read_point
 from s2d2_lmeval.studies.study import make_study
-from s2d2_lmeval.studies.sweep import Sweep
+from s2d2_lmeval.studies.sweep import LocalBackend, Sweep
 
 from .conftest import RunStudy
 from .small import STUDY, outcomes

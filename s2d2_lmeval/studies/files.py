@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field
 
-from s2d2_lmeval.errors import StudyError
-from s2d2_lmeval.harness.arguments import nearest
+from s2d2_lmeval.errors import StudyError, first_line, shown
+from s2d2_lmeval.harness.secrets import redacted
+
+MANIFEST = "study.json"
 
 LARGEST_STUDY = 1 << 18
 LARGEST_MANIFEST = 1 << 28
@@ -35,22 +38,9 @@ def read_yaml(path: Path) -> Any:
         content = loader.construct_document(node)
         refuse_exotic(content)
     except _UNREADABLE as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else shown(str(error), 300)
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:300]
         raise StudyError(f"{path} cannot be read as a study: {reason}") from None
     return content
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    :raises ValueError: for anything that is none, however it is broken.
-    """
-    try:
-        return json.loads(_text(path, LARGEST_MANIFEST))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except OSError as error:
-        raise ValueError(str(error)) from None
 
 
 def _text(path: Path, most: int) -> str:
@@ -115,69 +105,42 @@ def refuse_exotic(content: Any) -> None:
             raise ValueError(f"{shown(str(value))} is read as a {type(value).__name__}; put it in quotes")
 
 
-def shown(value: Any, most: int = 80) -> str:
-    """A value in a message, at most ``most`` characters of it."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= most else f"{text[:most]}…"
+class _Checked(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
 
 
-# What a key of a study may hold
+class _AboutPoint(_Checked):
+    model: str
+    task: str
+    decoding: str
+    options: dict[str, Any]
+    seed: int
 
 
-def mapping(value: Any, where: str, hint: str) -> dict[str, Any]:
-    """``value`` as a mapping of names; numbers are taken as names.
+class _Manifest(_Checked):
+    code: str
+    models: dict[str, Any]
+    points: dict[Annotated[str, Field(pattern="^[0-9a-f]{16}$")], _AboutPoint]
+    name: str = ""
+    baselines: dict[str, str | None] = {}
+    metrics: dict[str, str | None] = {}
 
-    :raises StudyError: for anything else.
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What ``study.json`` says a folder of results is of; None for a folder without.
+
+    :raises StudyError: when it cannot be read.
     """
-    if not isinstance(value, Mapping):
-        raise StudyError(f"{where}: {shown(value)} should be a mapping. {hint}")
-    for key in value:
-        if not isinstance(key, (str, int)) or isinstance(key, bool):
-            raise StudyError(f"{where}: the name {shown(key)} should be in quotes.")
-    named = {str(key): one for key, one in value.items()}
-    if len(named) < len(value):
-        raise StudyError(f"{where}: two names are the same.")
-    return named
-
-
-def known(given: Iterable[Any], names: Iterable[str], where: str) -> None:
-    """Refuse keys that are none of ``names``.
-
-    :raises StudyError: naming the nearest.
-    """
-    names = list(names)
-    for key in given:
-        if key not in names:
-            raise StudyError(
-                f"{shown(key)} is no key of {where}.{nearest(str(key)[:80], names)} Known: {', '.join(names)}."
-            )
-
-
-def whole(value: Any, where: str, least: int, most: int, what: str = "a whole number") -> int:
-    """``value`` as a number from ``least`` to ``most``.
-
-    :raises StudyError: for anything else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise StudyError(f"{where}: {shown(value)} should be {what} from {least} to {most}.")
-    return value
-
-
-def text(value: Any, where: str, hint: str = "It should be text.") -> str:
-    """``value`` as text that is not empty.
-
-    :raises StudyError: for anything else.
-    """
-    if not isinstance(value, str) or not value:
-        raise StudyError(f"{where}: {shown(value)} is not right. {hint}")
-    return value
-
-
-def name(value: Any, where: str) -> str:
-    """``value`` as a name for people and files: a line of at most 200 characters.
-
-    :raises StudyError: for anything else.
-    """
-    if not text(value, where).isprintable() or len(value) > 200:
-        raise StudyError(f"{where}: {shown(value)} should be one line of at most 200 characters.")
-    return str(value)
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(_text(path, LARGEST_MANIFEST))
+        refuse_exotic(manifest)
+        _Manifest.model_validate(manifest)
+    except (OSError, ValueError, RecursionError) as error:
+        raise StudyError(
+            f"{path} cannot be read ({first_line(error)}). Move it away and run the sweep again: the results under "
+            f"{folder / 'points'} are found by their names."
+        ) from None
+    return dict(redacted(manifest))

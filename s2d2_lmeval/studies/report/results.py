@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.runtime.statistics import ratios
-from s2d2_lmeval.studies.manifest import read_manifest
-from s2d2_lmeval.studies.statistics import holm, interval, paired_p_value, pareto
+from s2d2_lmeval.studies.files import read_manifest
+from s2d2_lmeval.studies.report.statistics import holm, interval, paired_p_value, pareto
 from s2d2_lmeval.studies.store import Line, PointRecord, read_point
 
 KINDS = ("prefill", "draft", "verify", "commit")
@@ -19,7 +19,7 @@ PLAIN_DECODERS = ("static", "dynamic", "sequential", "entropy_bounded", "editing
 """Decoders that may be the tuned baseline: denoising without verification."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
     """One configuration of a model on a task.
 
@@ -91,7 +91,8 @@ def read_results(folder: Path) -> Results:
     problems = []
     for digest, about in manifest["points"].items():
         record = read_point(folder / "points" / f"{digest}.jsonl")
-        label = f"{about['model']}, {about['task']}, {about['decoding']}, seed {about['seed']}"
+        key = about["model"], about["task"], about["decoding"]
+        label = f"{', '.join(key)}, seed {about['seed']}"
         if record.unreadable:
             problems.append(f"{label}: {len(record.unreadable)} unreadable lines were skipped.")
         if record.failure is not None:
@@ -99,28 +100,22 @@ def read_results(folder: Path) -> Results:
         elif not record.is_complete():
             problems.append(f"{label} is not complete ({len(record.samples)} samples); run the sweep again.")
         else:
-            key = about["model"], about["task"], about["decoding"]
             together.setdefault(key, []).append((about, record.of_the_result()))
     others = len(list((folder / "points").glob("*.jsonl"))) - len(manifest["points"])
     if others > 0:
         problems.append(f"{others} files are of points that are no longer part of the study, and are not shown.")
-    rows = [row for key, several in together.items() if (row := _row_or_problem(key, several, manifest, problems))]
+    rows = []
+    for key, several in together.items():
+        try:
+            rows.append(_row(key, several, (manifest.get("metrics") or {}).get(key[1])))
+        except StudyError as error:  # noqa: PERF203
+            problems.append(f"{', '.join(key)}: {error}")
     if not rows:
         raise StudyError(f"{folder} holds no complete point yet. " + " ".join(problems[:3]))
-    return Results(manifest.get("name", folder.name), compare(rows, manifest.get("baselines", {})), problems, manifest)
-
-
-def _row_or_problem(
-    key: tuple[str, str, str],
-    several: Sequence[tuple[Line, PointRecord]],
-    manifest: Mapping[str, Any],
-    problems: list[str],
-) -> Row | None:
-    try:
-        return _row(key, several, manifest)
-    except StudyError as error:
-        problems.append(f"{', '.join(key)}: {error}")
-        return None
+    results = Results(manifest.get("name", folder.name), rows, problems, manifest)
+    for group in results.groups().values():
+        _compare(group, manifest.get("baselines", {}))
+    return results
 
 
 def accuracy_of(record: PointRecord, metric: str | None) -> tuple[str, float, dict[int, float]]:
@@ -141,9 +136,8 @@ def accuracy_of(record: PointRecord, metric: str | None) -> tuple[str, float, di
     raise StudyError(f"there is no metric {wanted}; the task has: {known}. Name one as metric: under tasks.")
 
 
-def _row(key: tuple[str, str, str], several: Sequence[tuple[Line, PointRecord]], manifest: Mapping[str, Any]) -> Row:
+def _row(key: tuple[str, str, str], several: Sequence[tuple[Line, PointRecord]], metric: str | None) -> Row:
     model, task, decoding = key
-    metric = (manifest.get("metrics") or {}).get(task)
     scored = [accuracy_of(record, metric) for _, record in several]
     scores: dict[int, list[float]] = {}
     for _, _, values in scored:
@@ -188,11 +182,8 @@ def _notes(several: Sequence[tuple[Line, PointRecord]], segments: Sequence[Line]
     """What makes the times or counts of a row worth less."""
     notes = []
     decoding = segments[-1].get("decoding") or {}
-    if (
-        decoding.get("decoder") == "sliding"
-        and decoding.get("share_budget", True)
-        and decoding.get("acceptance") != "rejection"
-    ):
+    shares = decoding.get("share_budget", True) and decoding.get("acceptance") != "rejection"
+    if decoding.get("decoder") == "sliding" and shares:
         notes.append("rows share their budgets: counts of forwards depend on which were in flight together")
     interruptions = sum(max(0, len(record.segments) - 1) for _, record in several)
     if interruptions:
@@ -204,58 +195,36 @@ def _notes(several: Sequence[tuple[Line, PointRecord]], segments: Sequence[Line]
     return tuple(dict.fromkeys(notes))
 
 
-def compare(rows: Sequence[Row], baselines: Mapping[str, str]) -> list[Row]:
-    """The rows with speed-ups, paired tests and fronts, each within its model and task."""
-    compared: list[Row] = []
-    for key in dict.fromkeys((row.model, row.task) for row in rows):
-        group = [row for row in rows if (row.model, row.task) == key]
-        ar = _named(group, baselines.get("ar")) or next((row for row in group if row.decoder == "ar"), None)
-        tuned = _named(group, baselines.get("dynamic")) or _tuned(group)
-        front = pareto([(row.tokens_per_second, row.accuracy) for row in group])
-        group = [
-            replace(
-                _against(row, tuned),
-                on_front=on_front,
-                speedup_over_ar=_ratio(row, ar),
-                speedup_over_baseline=_ratio(row, tuned),
-            )
-            for row, on_front in zip(group, front, strict=True)
-        ]
-        tested = [row for row in group if row.p_value is not None]
-        adjusted = dict(
-            zip((row.decoding for row in tested), holm([row.p_value or 0.0 for row in tested]), strict=True)
-        )
-        compared += [replace(row, p_value=adjusted.get(row.decoding)) for row in group]
-    return compared
-
-
-def _named(group: Sequence[Row], name: str | None) -> Row | None:
-    return next((row for row in group if row.decoding == name), None)
-
-
-def _tuned(group: Sequence[Row]) -> Row | None:
-    """The baseline at its best: of the configurations without verification the most accurate, then the fastest."""
+def _compare(group: Sequence[Row], baselines: Mapping[str, str]) -> None:
+    """Give the rows of a model on a task their speed-ups, paired tests and front."""
+    named = {row.decoding: row for row in group}
+    # The baseline at its best: of the configurations without verification the most accurate, then the fastest.
     plain = [row for row in group if row.decoder in PLAIN_DECODERS]
-    return max(plain, key=lambda row: (row.accuracy, row.tokens_per_second), default=None)
+    tuned = max(plain, key=lambda row: (row.accuracy, row.tokens_per_second), default=None)
+    tuned = named.get(baselines.get("dynamic", ""), tuned)
+    ar = named.get(baselines.get("ar", ""), next((row for row in group if row.decoder == "ar"), None))
+    for row, on_front in zip(group, pareto([(row.tokens_per_second, row.accuracy) for row in group]), strict=True):
+        row.on_front = on_front
+        row.speedup_over_ar, row.speedup_over_baseline = _ratio(row, ar), _ratio(row, tuned)
+        if tuned is None or tuned is row:
+            continue
+        row.baseline = tuned.decoding
+        both = [(row.scores[document], tuned.scores[document]) for document in row.scores if document in tuned.scores]
+        if both:
+            own, other = zip(*both, strict=True)
+            row.difference = (sum(map(_mean, own)) - sum(map(_mean, other))) / len(both)
+            row.p_value = paired_p_value(own, other)
+    tested = [row for row in group if row.p_value is not None]
+    for row, p_value in zip(tested, holm([row.p_value or 0.0 for row in tested]), strict=True):
+        row.p_value = p_value
 
 
-def _against(row: Row, baseline: Row | None) -> Row:
-    if baseline is None or baseline is row:
-        return row
-    shared = [document for document in row.scores if document in baseline.scores]
-    first, second = ([one.scores[document] for document in shared] for one in (row, baseline))
-    if not shared:
-        return replace(row, baseline=baseline.decoding)
-    means = [sum(values) / len(values) for several in (first, second) for values in several]
-    difference = (sum(means[: len(shared)]) - sum(means[len(shared) :])) / len(shared)
-    p_value = paired_p_value(first, second)
-    return replace(row, baseline=baseline.decoding, difference=difference, p_value=p_value)
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _ratio(row: Row, base: Row | None) -> float | None:
     """Tokens per second over another row's, measured on the same hardware; None otherwise."""
-    if base is None or not base.tokens_per_second:
-        return None
-    if row.environment.get("device") != base.environment.get("device"):
+    if base is None or not base.tokens_per_second or row.environment.get("device") != base.environment.get("device"):
         return None
     return row.tokens_per_second / base.tokens_per_second

@@ -19,16 +19,15 @@ def interval(documents: Sequence[Sequence[float]]) -> tuple[float, float]:
     """
     if not documents:
         return float("nan"), float("nan")
-    if _binary(documents):
-        values = [document[0] for document in documents]
-        bounds = stats.binomtest(int(sum(values)), len(values)).proportion_ci(CONFIDENCE, method="wilson")
-        return float(bounds.low), float(bounds.high)
     means = np.array([np.mean(document) for document in documents])
-    rng = np.random.default_rng(0)
-    drawn = means[rng.integers(0, len(means), (RESAMPLES, len(means)))].mean(axis=1)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(drawn, [tail, 100 - tail])
-    return float(low), float(high)
+    if _binary(documents):
+        bounds = stats.binomtest(int(means.sum()), len(means)).proportion_ci(CONFIDENCE, method="wilson")
+    elif len(means) == 1:
+        return float(means[0]), float(means[0])
+    else:
+        settings = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "rng": np.random.default_rng(0)}
+        bounds = stats.bootstrap((means,), np.mean, method="percentile", **settings).confidence_interval
+    return float(bounds.low), float(bounds.high)
 
 
 def paired_p_value(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
@@ -39,18 +38,14 @@ def paired_p_value(first: Sequence[Sequence[float]], second: Sequence[Sequence[f
     """
     if len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} documents: a paired test needs the same ones.")
-    if _binary(first) and _binary(second):
-        won = sum(a[0] > b[0] for a, b in zip(first, second, strict=True))
-        lost = sum(a[0] < b[0] for a, b in zip(first, second, strict=True))
-        return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
     differences = np.array([np.mean(a) - np.mean(b) for a, b in zip(first, second, strict=True)])
     differences = differences[differences != 0]
-    if not len(differences):
+    if len(differences) < 2:
         return 1.0
-    rng = np.random.default_rng(0)
-    signs = rng.choice([-1.0, 1.0], (RESAMPLES, len(differences)))
-    more_extreme = np.abs((signs * differences).sum(axis=1)) >= abs(differences.sum()) - 1e-12
-    return float((more_extreme.sum() + 1) / (RESAMPLES + 1))
+    if _binary(first) and _binary(second):
+        return float(stats.binomtest(int((differences > 0).sum()), len(differences)).pvalue)
+    settings = {"n_resamples": RESAMPLES, "rng": np.random.default_rng(0)}
+    return float(stats.permutation_test((differences,), np.sum, permutation_type="samples", **settings).pvalue)
 
 
 def _binary(documents: Sequence[Sequence[float]]) -> bool:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.harness.identity import of_plain
-from s2d2_lmeval.studies import plots, tables
-from s2d2_lmeval.studies.results import Results, Row, read_results
+from s2d2_lmeval.studies.report import plots, tables
+from s2d2_lmeval.studies.report.results import Results, Row, read_results
 from s2d2_lmeval.studies.store import write_whole
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ def write_report(folder: Path, output: Path | None = None) -> tuple[Results, lis
     write_whole(page, _page(results, figures))
     write_whole(written[1], _markdown(results))
     write_whole(written[2], "\n\n".join(tables.latex(rows) for rows in results.groups().values()) + "\n")
-    write_whole(written[3], json.dumps(_plain(results), indent=1) + "\n")
+    rows = [{k: v for k, v in asdict(row).items() if k not in ("orders", "scores")} for row in results.rows]
+    content = {"name": results.name, "rows": rows, "problems": results.problems, "manifest": dict(results.manifest)}
+    write_whole(written[3], json.dumps(content, indent=1) + "\n")
     return results, [*written, *figures.files]
 
 
@@ -57,19 +59,16 @@ class Figures:
             return []
         from matplotlib import pyplot
 
-        for suffix in ("png", "pdf"):
-            path = self.folder / f"{_file_name(name)}.{suffix}"
-            write_whole(path, _drawn(figure, format=suffix, dpi=160))
-            self.files.append(path)
-        data = base64.b64encode(_drawn(figure, format="svg", metadata={"Date": None})).decode()
+        drawn = {}
+        for suffix, options in {"png": {}, "pdf": {}, "svg": {"metadata": {"Date": None}}}.items():
+            figure.savefig(file := io.BytesIO(), format=suffix, **({"dpi": 160} if suffix != "svg" else options))
+            drawn[suffix] = file.getvalue()
         pyplot.close(figure)
+        for suffix in ("png", "pdf"):
+            self.files.append(self.folder / f"{_file_name(name)}.{suffix}")
+            write_whole(self.files[-1], drawn[suffix])
+        data = base64.b64encode(drawn["svg"]).decode()
         return [{"data": f"data:image/svg+xml;base64,{data}", "alt": name, "caption": caption}]
-
-
-def _drawn(figure: Figure, **options: Any) -> bytes:
-    drawn = io.BytesIO()
-    figure.savefig(drawn, **options)
-    return drawn.getvalue()
 
 
 def _page(results: Results, figures: Figures) -> str:
@@ -77,7 +76,6 @@ def _page(results: Results, figures: Figures) -> str:
 
     models = list(dict.fromkeys(row.model for row in results.rows))
     template = Environment(autoescape=True).from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    environment = results.rows[-1].environment
     return template.render(
         name=results.name,
         rows=len({(row.model, row.decoding) for row in results.rows}),
@@ -86,7 +84,7 @@ def _page(results: Results, figures: Figures) -> str:
         problems=results.problems,
         overview=[{"name": model, "figures": _overview(results, model, figures)} for model in models],
         groups=[_group(rows, figures) for rows in results.groups().values()],
-        environment=[*environment.items(), ("code", results.manifest["code"])],
+        environment=[*results.rows[-1].environment.items(), ("code", results.manifest["code"])],
         study=json.dumps(results.manifest.get("study"), indent=1, ensure_ascii=False),
     )
 
@@ -95,19 +93,19 @@ def _overview(results: Results, model: str, figures: Figures) -> list[dict[str, 
     by_task = {task: rows for (name, task), rows in results.groups().items() if name == model}
     drawn = []
     for speed, words in plots.SPEEDS.items():
-        name = f"{model} accuracy and {speed}"
         caption = f"Accuracy over {words}; bars are 95 % intervals."
-        drawn += figures.add(name, caption, plots.accuracy_and_speed, by_task, speed)
+        drawn += figures.add(f"{model} accuracy and {speed}", caption, plots.accuracy_and_speed, by_task, speed)
     return drawn
 
 
 def _group(rows: Sequence[Row], figures: Figures) -> dict[str, Any]:
-    model, task = rows[0].model, rows[0].task
-    name = f"{model} {task}"
-    header, lines = tables.filled(rows)
+    name = f"{rows[0].model} {rows[0].task}"
+    header, lines = tables.cells(tables.COLUMNS, rows)
+    lengths = "How many drafted tokens each verification accepted."
+    order = "The order in which one answer was decided."
     return {
-        "model": model,
-        "task": task,
+        "model": rows[0].model,
+        "task": rows[0].task,
         "about": tables.about(rows),
         "headline": headline(rows),
         "header": header,
@@ -118,13 +116,8 @@ def _group(rows: Sequence[Row], figures: Figures) -> dict[str, Any]:
         ],
         "notes": [f"{row.decoding}: {note}." for row in rows for note in row.notes],
         "figures": [
-            *figures.add(
-                f"{name} acceptance",
-                "How many drafted tokens each verification accepted.",
-                plots.acceptance_histogram,
-                rows,
-            ),
-            *figures.add(f"{name} order", "The order in which one answer was decided.", plots.decoding_order, rows),
+            *figures.add(f"{name} acceptance", lengths, plots.acceptance_histogram, rows),
+            *figures.add(f"{name} order", order, plots.decoding_order, rows),
         ],
     }
 
@@ -150,25 +143,12 @@ def headline(rows: Sequence[Row]) -> dict[str, str]:
 def _markdown(results: Results) -> str:
     parts = [f"# {results.name}"]
     for (model, task), rows in results.groups().items():
-        parts += [
-            f"## {model}, {task}",
-            tables.about(rows) + "; bold: on the accuracy–speed front",
-            tables.markdown(rows),
-        ]
+        parts += [f"## {model}, {task}", f"{tables.about(rows)}; bold: on the accuracy–speed front"]
+        parts.append(tables.markdown(rows))
         parts += [f"- {row.decoding}: {note}" for row in rows for note in row.notes]
     parts.append("\n".join(f"- {name}: {value}" for name, value in results.rows[-1].environment.items()))
     parts += [f"- {problem}" for problem in results.problems]
     return "\n\n".join(parts) + "\n"
-
-
-def _plain(results: Results) -> dict[str, Any]:
-    rows = []
-    for row in results.rows:
-        content = asdict(row)
-        for name in ("orders", "scores"):
-            del content[name]
-        rows.append(content)
-    return {"name": results.name, "rows": rows, "problems": results.problems, "manifest": dict(results.manifest)}
 
 
 def _file_name(name: str) -> str:

@@ -1,0 +1,1 @@
+"""From a folder of point files to tables, figures and a page."""
