@@ -11,10 +11,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
 from s2d2_lmeval import __version__
-from s2d2_lmeval.cli.values import Parser, as_in_the_harness
+from s2d2_lmeval.cli.values import Parser, Print, as_in_the_harness
 from s2d2_lmeval.errors import S2D2Error
 
 COMMANDS = {
@@ -75,7 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"s2d2-lmeval {__version__}")
     parser.add_argument(
         "--print_include_path",
-        action=_PrintIncludePath,
+        action=Print,
+        const=_include_path,
         help="print the folder of the packaged tasks, for lm_eval's --include_path",
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -92,12 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _PrintIncludePath(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+def _include_path() -> str:
+    from s2d2_lmeval.harness.packaged import include_path
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from s2d2_lmeval.harness.packaged import include_path
-
-        print(include_path())
-        parser.exit()
+    return str(include_path())

@@ -26,11 +26,11 @@ def ar_quality(path: str | None, tasks: str | None, *, limit: int, rows: int) ->
     :raises ConfigError: without a checkpoint or tasks, or where no block decoder fits.
     """
     from s2d2_lmeval.cli import demo
-    from s2d2_lmeval.cli.console import hide_loading_bars
+    from s2d2_lmeval.cli.console import begin
     from s2d2_lmeval.families import checkpoint_facts
     from s2d2_lmeval.studies.report.statistics import paired_p_value
 
-    hide_loading_bars()
+    begin()
     if path is None:
         raise ConfigError("--ar_quality compares two modes of a checkpoint: name one, as in doctor toy --ar_quality.")
     names = tasks.split(",") if tasks else demo.toy_tasks() if path == "toy" else []

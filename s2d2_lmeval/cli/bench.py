@@ -13,15 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2d2_lmeval.cli.values import nonempty, parse_options, real, whole
+from s2d2_lmeval.cli.values import add_shared, nonempty, parse_options, real, whole
 from s2d2_lmeval.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from s2d2_lmeval.model import BlockDiffusionModel
-    from s2d2_lmeval.studies.bench import Measurement, Workload
-    from s2d2_lmeval.studies.scripted import Script
+    from s2d2_lmeval.studies.bench.measuring import Measurement, Workload
+    from s2d2_lmeval.studies.bench.random_weights import Script
 
 WIDE = 130
 """Columns of a terminal that the whole table fits into."""
@@ -48,11 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="comma-separated DECODER[:SCHEDULE][+OPTION=VALUE…] (default: %(default)s)",
     )
     parser.add_argument("--batch", default="1,8", metavar="LIST", help="rows in flight (default: %(default)s)")
-    parser.add_argument("--block_length", type=whole(), default=16, help="of block decoders (default: %(default)s)")
-    parser.add_argument("--prompts", type=whole(), default=16, help="how many (default: %(default)s)")
-    parser.add_argument("--prompt_length", type=whole(), default=64, help="of random prompts (default: %(default)s)")
-    parser.add_argument("--new_tokens", type=whole(), default=64, help="per prompt (default: %(default)s)")
-    parser.add_argument("--repeats", type=whole(), default=3, help="measured runs of each (default: %(default)s)")
+    for name, default, what in (
+        ("block_length", 16, "of block decoders"),
+        ("prompts", 16, "how many"),
+        ("prompt_length", 64, "of random prompts"),
+        ("new_tokens", 64, "per prompt"),
+        ("repeats", 3, "measured runs of each"),
+    ):
+        parser.add_argument(f"--{name}", type=whole(), default=default, help=f"{what} (default: %(default)s)")
     parser.add_argument(
         "--scripted_acceptance",
         type=real(0, 1),
@@ -68,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_baselines", action="store_true", help="leave out the loops of transformers alone")
     parser.add_argument("--device", help="cuda, cpu, … (default: cuda if there is one)")
     parser.add_argument("--dtype", help="of the weights (default: bfloat16 on CUDA, else float32)")
-    parser.add_argument("--threads", type=whole(), help="of torch on the CPU")
+    add_shared(parser, "--threads")
     parser.add_argument(
         "--clock",
         choices=tuple(_CLOCKS),
@@ -83,27 +86,41 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print a table, write files."""
     import torch
 
-    from s2d2_lmeval.cli.console import hide_loading_bars, make_console
+    from s2d2_lmeval.cli.console import begin
     from s2d2_lmeval.harness.loading import choose_device
-    from s2d2_lmeval.harness.report import environment
     from s2d2_lmeval.runtime import clock
-    from s2d2_lmeval.studies import bench
-    from s2d2_lmeval.studies.scripted import Script, follow_script
 
     if args.answers and args.model != "toy":
         raise ConfigError("--answers scores the toy's held-out problems: use --model toy, or an evaluation for others.")
-    hide_loading_bars()
-    console = make_console()
+    console = begin(args.threads)
     clock.choose(args.clock)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     device = torch.device(choose_device(args.device, None))
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"--dtype {shown(args.dtype)} is not a floating point type; try float32 or bfloat16.")
     plain, model = _models(args.model, device, dtype)
-    if args.answers:
-        return _show_answers(args, model, console)
+    report = _show_answers(args, model, console) if args.answers else _show_speed(args, plain, model, console)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        console.print(f"Written to {args.output}.")
+    if args.plot and not args.answers:
+        from s2d2_lmeval.studies.bench.measuring import plot
+
+        about = report["environment"]
+        plot(report["measurements"], f"{args.model} on {about['device']}, {about['dtype']}", args.plot)
+        console.print(f"Drawn to {args.plot}.")
+    return 0
+
+
+def _show_speed(
+    args: argparse.Namespace, plain: PreTrainedModel | None, model: BlockDiffusionModel, console: Any
+) -> dict[str, Any]:
+    """Measure and print; everything for the file."""
+    from s2d2_lmeval.harness.report import environment
+    from s2d2_lmeval.studies.bench import measuring
+    from s2d2_lmeval.studies.bench.random_weights import Script, follow_script
+
     work = _workload(args, model)
     script = None
     if args.scripted_acceptance is not None:
@@ -111,9 +128,9 @@ def run(args: argparse.Namespace) -> int:
         model = follow_script(model, script)
     with console.status("measuring") as status:
         found = _measure(args, plain, model, script, work, status.update)
-    about = environment(device, dtype, model.attention)
+    about = environment(model.device, model.dtype, model.attention)
+    floor = measuring.floor_milliseconds(model.hf_model)
     console.print(_table(found, console.width))
-    floor = bench.floor_milliseconds(model.hf_model)
     console.print(
         f"{args.model} on {about['device']}, {about['dtype']}, {about['threads']} threads, torch {about['torch']}, "
         f"transformers {about['transformers']}; {len(work.prompts)} prompts, {args.new_tokens} new tokens each, median "
@@ -124,56 +141,38 @@ def run(args: argparse.Namespace) -> int:
             f"[bold]Scripted:[/bold] the model runs in full, then its logits are replaced so that "
             f"{args.scripted_acceptance:.0%} of drafted tokens are right. Tokens mean nothing here; timings do."
         )
-    if args.output:
-        settings = {name: str(value) for name, value in vars(args).items() if name != "run"}
-        report = {
-            "settings": settings,
-            "scripted": script is not None,
-            "environment": about,
-            "floor_milliseconds": floor,
-            "measurements": bench.as_json(found),
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        console.print(f"Written to {args.output}.")
-    if args.plot:
-        bench.plot(found, f"{args.model} on {about['device']}, {about['dtype']}", args.plot)
-        console.print(f"Drawn to {args.plot}.")
-    return 0
+    return {
+        "settings": {name: str(value) for name, value in vars(args).items() if name != "run"},
+        "scripted": script is not None,
+        "environment": about,
+        "floor_milliseconds": floor,
+        "measurements": found,
+    }
 
 
-def _show_answers(args: argparse.Namespace, model: BlockDiffusionModel, console: Any) -> int:
-    """Accuracy and tokens per forward by corpus, a line per decoder."""
-    from rich.table import Table
+def _show_answers(args: argparse.Namespace, model: BlockDiffusionModel, console: Any) -> dict[str, Any]:
+    """Accuracy and tokens per forward by corpus, a line per decoder; everything for the file."""
+    from s2d2_lmeval.cli.console import table
+    from s2d2_lmeval.studies.bench.answers import answer
 
-    from s2d2_lmeval.studies.answers import answer
-
-    batch = _numbers(args.batch)[0]
-    found = []
-    for entry in args.decoders.split(","):
+    batch, entries = _numbers(args.batch)[0], args.decoders.split(",")
+    found = {}
+    for entry in entries:
         with console.status(entry):
-            found.append(answer(model, entry, _options(entry, args), batch, args.prompts))
-    first = found[0]
-    table = Table(
-        title=f"Accuracy / tokens per forward, batch {batch}, {args.prompts} problems each", title_justify="left"
-    )
-    for column in ("decoder", *(one.corpus for one in first), "queries/forward", f"equal to {first[0].name}"):
-        table.add_column(column, justify="left" if column == "decoder" else "right")
-    for several in found:
-        equal = sum(one.equal(other) for one, other in zip(several, first, strict=True))
-        table.add_row(
-            several[0].name,
-            *(f"{one.accuracy:.3f} / {one.tokens_per_forward:.2f}" for one in several),
-            f"{sum(one.queries for one in several) / len(several):.1f}",
-            f"{equal} of {sum(one.problems for one in several)}",
-        )
-    console.print(table)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        kept = [{**vars(one), "texts": None} for several in found for one in several]
-        args.output.write_text(json.dumps({"batch": batch, "answers": kept}, indent=2) + "\n", encoding="utf-8")
-        console.print(f"Written to {args.output}.")
-    return 0
+            found[entry] = answer(model, _options(entry, args), batch, args.prompts)
+    first = found[entries[0]]
+    expected = [text for one in first for text in one["texts"]]
+    lines = []
+    for name, several in found.items():
+        equal = sum(map(list.__eq__, expected, (text for one in several for text in one["texts"])))
+        cells = [f"{one['accuracy']:.3f} / {one['tokens_per_forward']:.2f}" for one in several]
+        queries = sum(one["queries"] for one in several) / len(several)
+        lines.append([name, *cells, f"{queries:.1f}", f"{equal} of {len(expected)}"])
+    header = ["decoder", *(one["corpus"] for one in first), "queries/forward", f"equal to {entries[0]}"]
+    title = f"Accuracy / tokens per forward, batch {batch}, {args.prompts} problems each"
+    console.print(table(header, lines, title=title))
+    kept = [{"name": name, **one, "texts": None} for name, several in found.items() for one in several]
+    return {"batch": batch, "answers": kept}
 
 
 def _measure(
@@ -185,24 +184,23 @@ def _measure(
     tell: Callable[[str], None],
 ) -> list[Measurement]:
     """Everything that was asked for, baselines first."""
-    from s2d2_lmeval.studies import bench
+    from s2d2_lmeval.studies.bench import measuring
 
     contenders = []
     batches = _numbers(args.batch)
     if not args.no_baselines and plain is not None:
         for batch in batches:
-            contenders += [bench.transformers_generate(plain, batch, kind, work) for kind in (None, "static")]
-        contenders.append(bench.plain_loop(plain, model.facts.mask_token_id, args.block_length, script, work))
+            contenders += [measuring.transformers_generate(plain, batch, kind, work) for kind in (None, "static")]
+        contenders.append(measuring.plain_loop(plain, model.facts.mask_token_id, args.block_length, script, work))
     for entry in args.decoders.split(","):
-        contenders += [bench.decoder(model, entry, _options(entry, args), batch, work) for batch in batches]
-    in_turn = model.hf_model.device.type != "cuda"
-    return bench.measure_all(contenders, args.repeats, in_turn, tell)
+        contenders += [measuring.decoder(model, entry, _options(entry, args), batch, work) for batch in batches]
+    return measuring.measure_all(contenders, args.repeats, model.device.type != "cuda", tell)
 
 
 def _models(name: str, device: Any, dtype: Any) -> tuple[PreTrainedModel | None, BlockDiffusionModel]:
     """The plain transformers model, where there is one, and the package's on the same weights."""
     from s2d2_lmeval.model import load
-    from s2d2_lmeval.studies.shapes import SHAPES, random_model
+    from s2d2_lmeval.studies.bench.random_weights import SHAPES, random_model
 
     if name in SHAPES:
         plain = random_model(name, device, dtype)
@@ -219,7 +217,7 @@ def _models(name: str, device: Any, dtype: Any) -> tuple[PreTrainedModel | None,
 
 def _workload(args: argparse.Namespace, model: BlockDiffusionModel) -> Workload:
     """Held-out problems for the toy, random tokens for anything else."""
-    from s2d2_lmeval.studies.bench import Workload
+    from s2d2_lmeval.studies.bench.measuring import Workload
 
     if args.model == "toy":
         from tokenizers import Tokenizer
@@ -256,32 +254,23 @@ def _options(entry: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def _table(found: Sequence[Measurement], width: int) -> Any:
     """The measurements; on a narrow terminal without the columns that only the file then has."""
-    from rich import box
-    from rich.table import Table
+    from s2d2_lmeval.cli.console import table
+    from s2d2_lmeval.studies.report.tables import shown
 
-    from s2d2_lmeval.studies.bench import over_plain
-
-    def shown(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    columns: dict[str, Callable[[Measurement, float | None], str]] = {
-        "decoder": lambda one, _: one.name,
-        "batch": lambda one, _: str(one.batch),
-        "tokens/s": lambda one, _: f"{one.tokens_per_second:.1f}",
-        "over plain": lambda _, ratio: shown(ratio, ".2f"),
-        "decode tokens/s": lambda one, _: shown(one.decode_tokens_per_second, ".1f"),
-        "tokens/forward": lambda one, _: shown(one.tokens_per_forward, ".2f"),
-        "ms/forward": lambda one, _: shown(one.milliseconds, ".2f"),
-        "over floor": lambda one, _: shown(one.over_floor, ".2f"),
-        "outside model": lambda one, _: shown(one.outside, ".0%"),
-        "forwards": lambda one, _: " ".join(f"{kind} {count}" for kind, count in one.forwards.items()),
+    columns: dict[str, Callable[[Measurement], str]] = {
+        "decoder": lambda one: one["name"],
+        "batch": lambda one: str(one["batch"]),
+        "tokens/s": lambda one: f"{one['tokens_per_second']:.1f}",
+        "over plain": lambda one: shown(one["over_plain"], ".2f"),
+        "decode tokens/s": lambda one: shown(one["decode_tokens_per_second"], ".1f"),
+        "tokens/forward": lambda one: shown(one["tokens_per_forward"], ".2f"),
+        "ms/forward": lambda one: shown(one["milliseconds"], ".2f"),
+        "over floor": lambda one: shown(one["over_floor"], ".2f"),
+        "outside model": lambda one: shown(one["outside"], ".0%"),
+        "forwards": lambda one: " ".join(f"{kind} {count}" for kind, count in one["forwards"].items()),
     }
     if width < WIDE:
         for name in ("decode tokens/s", "over floor", "outside model", "forwards"):
             del columns[name]
-    table = Table(title="Decoders", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("decoder", "forwards") else "right")
-    for one, ratio in zip(found, over_plain(found), strict=True):
-        table.add_row(*(cell(one, ratio) for cell in columns.values()))
-    return table
+    lines = [[cell(one) for cell in columns.values()] for one in found]
+    return table(list(columns), lines, texts=[0, 9], title="Decoders")

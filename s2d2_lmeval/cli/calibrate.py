@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2d2_lmeval.cli.values import nonempty
+from s2d2_lmeval.cli.values import add_shared, nonempty, parse_options
 from s2d2_lmeval.errors import ConfigError, RequestError, first_line, shown
 
 if TYPE_CHECKING:
@@ -60,26 +60,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--traces", type=Path, metavar="FILE", help="keeps the traces, to go on from (default: OUTPUT.traces.jsonl)"
     )
-    parser.add_argument(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="put prompts into the chat template (default: if the tokenizer has one)",
-    )
+    add_shared(parser, "--chat")
 
 
 def run(args: argparse.Namespace) -> int:
     """Load, trace, count, choose, show, save."""
     from s2d2_lmeval.cli.checkpoints import open_model
-    from s2d2_lmeval.cli.console import hide_loading_bars, make_console
+    from s2d2_lmeval.cli.console import begin
     from s2d2_lmeval.cli.generate import encode
     from s2d2_lmeval.studies.calibrate import calibrate
 
     for given, high in (("nodes", 4096), ("depth", 64), ("limit", 1_000_000)):
         if not 1 <= (value := getattr(args, given)) <= high:
             raise ConfigError(f"--{given} {shown(value)} is not from 1 to {high}.")
-    console = make_console()
-    hide_loading_bars()
+    console = begin()
     source, options = _arguments(args.model_args)
     texts = read_prompts(args.prompts, args.limit) if args.prompts else task_prompts(args.tasks, args.limit)
     model, tokenizer, decoding = open_model(source, options)
@@ -111,8 +105,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _arguments(text: str) -> tuple[str, dict[str, Any]]:
     """The checkpoint and the other options of ``--model_args``."""
-    from s2d2_lmeval.cli.values import parse_options
-
     options = parse_options(text.split(","))
     source = options.pop("pretrained", None)
     if source is None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from typing import IO
+from collections.abc import Collection, Sequence
+from typing import IO, Any
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 
 def make_console(file: IO[str] | None = None) -> Console:
@@ -17,6 +21,53 @@ def make_console(file: IO[str] | None = None) -> Console:
     terminal = (file or sys.stdout).isatty()
     columns = shutil.get_terminal_size().columns if terminal or "COLUMNS" in os.environ else 140
     return Console(file=file, width=max(columns, 60), highlight=False)
+
+
+def begin(threads: int | None = None) -> Console:
+    """A console for a command that loads models: transformers' bars of weights and downloads are kept off it, and torch
+    works with ``threads`` on the CPU.
+    """
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return make_console()
+
+
+def table(
+    header: Sequence[str],
+    lines: Sequence[Sequence[str | Text]],
+    *,
+    texts: Collection[int] = (0,),
+    sections: bool = False,
+    bold: Sequence[bool] = (),
+    **options: Any,
+) -> Table:
+    """A table for the terminal. Columns ``texts`` hold text, the others numbers.
+
+    :param sections: lines with the same first cell stand together, and show it once.
+    :param bold: of each line.
+    """
+    framed = Table(**{"box": box.SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", **options})
+    for column, name in enumerate(header):
+        framed.add_column(name, justify="left" if column in texts else "right")
+    for place, line in enumerate(lines):
+        last = sections and place + 1 < len(lines) and lines[place + 1][0] != line[0]
+        repeated = sections and place > 0 and lines[place - 1][0] == line[0]
+        cells = [cell if isinstance(cell, Text) else Text(cell) for cell in (["", *line[1:]] if repeated else line)]
+        framed.add_row(*cells, end_section=last, style="bold" if bold and bold[place] else "")
+    return framed
+
+
+def pairs(lines: Sequence[Sequence[str | Text]], **first: Any) -> Table:
+    """Names and values without a frame; ``first`` is how the first column looks."""
+    plain = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    plain.add_column(**first)
+    for line in lines:
+        plain.add_row(*line)
+    return plain
 
 
 def has_color(console: Console) -> bool:
@@ -30,13 +81,6 @@ def printable(text: str) -> str:
         letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode()
         for letter in text
     )
-
-
-def hide_loading_bars() -> None:
-    """Keep transformers' bars of weights and downloads off the terminal."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
 
 
 def size(count: float) -> str:

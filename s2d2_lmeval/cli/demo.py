@@ -10,16 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2d2_lmeval.cli.values import nonempty, whole
+from s2d2_lmeval.cli.values import add_shared, nonempty
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from s2d2_lmeval.model import BlockDiffusionModel
     from s2d2_lmeval.studies.study import Study
 
@@ -28,38 +25,29 @@ SUMMARY = "three toy tasks, several decoders, one table; needs no network"
 _TRACED = "s2d2 greedy"
 WARM_UP_TOKENS = 16
 
+Line = dict[str, Any]
+Columns = dict[str, Callable[[Line], str]]
 
-@dataclass(frozen=True)
-class Row:
-    """One configuration on one task.
-
-    ``nfe`` is the mean number of forwards per document, ``tokens_per_forward`` all new tokens over all forwards,
-    ``acceptance`` the share of drafted tokens that the verifier accepted (None without a verifier).
-    """
-
-    configuration: str
-    task: str
-    documents: int
-    accuracy: float
-    nfe: float
-    new_tokens: float
-    tokens_per_forward: float
-    acceptance: float | None
+QUALITY: Columns = {
+    "task": lambda row: row["task"].removeprefix("s2d2_toy_"),
+    "decoder": lambda row: row["configuration"],
+    "accuracy": lambda row: f"{row['accuracy']:.1%}",
+    "forwards per answer": lambda row: f"{row['nfe']:.1f}",
+    "tokens per forward": lambda row: f"{row['tokens_per_forward']:.2f}",
+    "accepted": lambda row: "" if row["acceptance"] is None else f"{row['acceptance']:.0%}",
+}
 
 
-@dataclass(frozen=True)
-class Speed:
-    """One configuration on all tasks together; ``speedup`` is tokens per second over those of the first
-    configuration, ``equal`` the number of ``documents`` answered with the very text of the first.
-    """
-
-    configuration: str
-    tokens_per_second: float
-    speedup: float
-    tokens_per_forward: float
-    seconds: float
-    equal: int
-    documents: int
+def speed_columns(first: str) -> Columns:
+    """Of a table in which everything is compared with the configuration ``first``."""
+    return {
+        "decoder": lambda row: row["configuration"],
+        "tokens per forward": lambda row: f"{row['tokens_per_forward']:.2f}",
+        "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
+        f"speed-up over {first}": lambda row: f"{row['speedup']:.2f}x",
+        "seconds": lambda row: f"{row['seconds']:.1f}",
+        f"answers as {first}": lambda row: f"{row['equal']} of {row['documents']}",
+    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,53 +55,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=nonempty, default="toy", metavar="PATH", help="another checkpoint than the embedded one"
     )
-    parser.add_argument("--limit", type=whole(), default=100, help="documents per task (default: %(default)s)")
-    parser.add_argument("--rows", type=whole(), default=8, help="requests in flight (default: %(default)s)")
-    parser.add_argument(
-        "--threads",
-        type=whole(),
-        default=1,
-        help="torch's threads on a CPU (default: %(default)s; a model this small gains nothing from more)",
-    )
+    add_shared(parser, "--limit", "--rows")
+    few = "torch's threads on a CPU (default: %(default)s; a model this small gains nothing from more)"
+    add_shared(parser, "--threads", default=1, help=few)
     parser.add_argument("--output", type=Path, default=Path("out/demo"), help="folder for the tables as files")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate every configuration, then show and write the tables."""
-    import torch
-
     from s2d2_lmeval.cli.checkpoints import open_model
-    from s2d2_lmeval.cli.console import hide_loading_bars, make_console
-    from s2d2_lmeval.studies.report.tables import in_markdown
+    from s2d2_lmeval.cli.console import begin
 
-    console = make_console()
-    hide_loading_bars()
-    torch.set_num_threads(args.threads)
+    console = begin(args.threads)
     study = packaged_study("demo")
     engine, tokenizer, _ = open_model(args.model, {"max_batch": args.rows})
-    warm_up(engine, tokenizer, study.decoding.values())
-    rows: list[Row] = []
-    totals: dict[str, Mapping[str, float]] = {}
-    answers: dict[str, list[str]] = {}
-    environment: Mapping[str, Any] = {}
+    # So that the first one measured does not pay for what all use.
+    prompt = list(tokenizer("Question:")["input_ids"])
+    for options in study.decoding.values():
+        engine.generate([prompt] * engine.max_batch, {**options, "max_new_tokens": WARM_UP_TOKENS})
+    rows: list[Line] = []
+    speeds: list[Line] = []
     started = time.perf_counter()
-    for name, results, answers[name] in evaluations(console, study.decoding, args):
+    for name, results, equal in evaluations(console, study.decoding, args):
         about = results["config"]["s2d2"]
-        totals[name], environment = about["totals"], about["environment"]
-        rows += [_row(name, task, results) for task in toy_tasks()]
-    speeds = compare(totals, answers)
-    quality, speed = quality_cells(rows), speed_cells(speeds)
-    console.print()
-    console.print(framed("What the decoders answer", *quality, texts=2, sections=True))
-    console.print(framed("How fast, all tasks together", *speed, texts=1))
-    everything = {
-        "configurations": dict(study.decoding),
-        "tasks": [asdict(row) for row in rows],
-        "speed": [asdict(speed) for speed in speeds],
-        "environment": dict(environment),
-    }
-    tables = [in_markdown(*quality, texts=2), in_markdown(*speed)]
-    write(console, args, "Demo: the embedded toy model", tables, everything, started)
+        rows += [quality(name, task, results) for task in toy_tasks()]
+        speeds.append(speed(name, about["totals"], equal, speeds))
+    by_task = [row for task in toy_tasks() for row in rows if row["task"] == task]
+    tables = [
+        ("What the decoders answer", QUALITY, by_task, 2),
+        ("How fast, all tasks together", speed_columns(speeds[0]["configuration"]), speeds, 1),
+    ]
+    content = {"configurations": study.decoding, "tasks": rows, "speed": speeds, "environment": about["environment"]}
+    show_and_write(console, args, "Demo: the embedded toy model", tables, content, started)
     console.print()
     _trace(console, engine, tokenizer, study.decoding[_TRACED])
     return 0
@@ -132,23 +105,20 @@ def toy_tasks() -> list[str]:
     return [task.task for task in packaged_study("demo").tasks]
 
 
-def warm_up(engine: BlockDiffusionModel, tokenizer: Any, configurations: Iterable[Mapping[str, Any]]) -> None:
-    """Decode a little with every configuration, so that the first one measured does not pay for what all use."""
-    prompt = list(tokenizer("Question:")["input_ids"])
-    for options in configurations:
-        engine.generate([prompt] * engine.max_batch, {**options, "max_new_tokens": WARM_UP_TOKENS})
-
-
 def evaluations(
     console: Any, configurations: Mapping[str, Mapping[str, Any]], args: argparse.Namespace
-) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
-    """Of every configuration its name, the harness's results on the toy's tasks, and all answers."""
-    tasks = toy_tasks()
+) -> Iterator[tuple[str, dict[str, Any], tuple[int, int]]]:
+    """Of every configuration its name, the harness's results on the toy's tasks, and how many answers are the very
+    texts of the first configuration, of how many.
+    """
+    tasks, expected = toy_tasks(), None
     for number, (name, options) in enumerate(configurations.items(), 1):
         given = ", ".join(f"{key}={value}" for key, value in options.items())
         console.print(f"[bold]{number}/{len(configurations)} {name}[/bold]  --model s2d2 --model_args {given}")
         results = evaluate(args.model, options, tasks, limit=args.limit, rows=args.rows)
-        yield name, results, [text for task in tasks for text in texts(results["samples"][task])]
+        answers = [text for task in tasks for text in texts(results["samples"][task])]
+        expected = expected or answers
+        yield name, results, (sum(map(str.__eq__, answers, expected)), len(expected))
 
 
 def evaluate(model: str, options: Mapping[str, Any], tasks: Sequence[str], *, limit: int, rows: int) -> dict[str, Any]:
@@ -163,15 +133,13 @@ def evaluate(model: str, options: Mapping[str, Any], tasks: Sequence[str], *, li
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("lm_eval.s2d2").setLevel(logging.WARNING)
     register()
+    # Reading the harness's own tasks takes seconds.
+    defaults = not all(name.startswith("s2d2_") for name in tasks)
     results = simple_evaluate(
         model="s2d2",
         model_args={"pretrained": model, **options},
         tasks=list(tasks),
-        task_manager=TaskManager(
-            include_path=str(include_path()),
-            # Reading the harness's own tasks takes seconds.
-            include_defaults=not all(name.startswith("s2d2_") for name in tasks),
-        ),
+        task_manager=TaskManager(include_path=str(include_path()), include_defaults=defaults),
         batch_size=rows,
         limit=limit,
         bootstrap_iters=0,
@@ -187,93 +155,60 @@ def texts(samples: Sequence[Mapping[str, Any]]) -> list[str]:
     return list({sample["doc_id"]: sample["resps"][0][0] for sample in samples}.values())
 
 
-def _row(name: str, task: str, results: Mapping[str, Any]) -> Row:
-    scores, stats = results["results"][task], results["config"]["s2d2"]["tasks"][task]
+def quality(name: str, task: str, results: Mapping[str, Any]) -> Line:
+    """A configuration on a task: means per document, tokens over forwards, and the share of drafted tokens that the
+    verifier accepted (None without a verifier).
+    """
+    stats = results["config"]["s2d2"]["tasks"][task]
     requests = int(stats["requests"])
-    return Row(
-        configuration=name,
-        task=task,
-        documents=requests,
-        accuracy=scores["accuracy,none"],
-        nfe=stats["nfe"] / requests,
-        new_tokens=stats["new_tokens"] / requests,
-        tokens_per_forward=stats["tokens_per_forward"],
-        acceptance=stats.get("acceptance"),
-    )
+    return {
+        "configuration": name,
+        "task": task,
+        "documents": requests,
+        "accuracy": results["results"][task]["accuracy,none"],
+        **{count: stats[count] / requests for count in ("nfe", "new_tokens")},
+        "tokens_per_forward": stats["tokens_per_forward"],
+        "acceptance": stats.get("acceptance"),
+    }
 
 
-def compare(totals: Mapping[str, Mapping[str, float]], answers: Mapping[str, Sequence[str]]) -> list[Speed]:
-    """Speeds and answers of all configurations, relative to the first."""
-    base = next(iter(totals.values()))["tokens_per_second"]
-    expected = next(iter(answers.values()))
-    return [
-        Speed(
-            configuration=name,
-            tokens_per_second=sums["tokens_per_second"],
-            speedup=sums["tokens_per_second"] / base if base else 0.0,
-            tokens_per_forward=sums["tokens_per_forward"],
-            seconds=sums["seconds"],
-            equal=sum(one == other for one, other in zip(answers[name], expected, strict=True)),
-            documents=len(expected),
-        )
-        for name, sums in totals.items()
-    ]
+def speed(name: str, totals: Mapping[str, float], equal: tuple[int, int], before: Sequence[Line]) -> Line:
+    """A configuration on all tasks together, compared with the first of those ``before``."""
+    base = before[0]["tokens_per_second"] if before else totals["tokens_per_second"]
+    return {
+        "configuration": name,
+        "tokens_per_second": totals["tokens_per_second"],
+        "speedup": totals["tokens_per_second"] / base if base else 0.0,
+        "tokens_per_forward": totals["tokens_per_forward"],
+        "seconds": totals["seconds"],
+        "equal": equal[0],
+        "documents": equal[1],
+    }
 
 
-def quality_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: a line per configuration and task."""
-    header = ["task", "decoder", "accuracy", "forwards per answer", "tokens per forward", "accepted"]
-    cells = []
-    for task in dict.fromkeys(row.task for row in rows):
-        for row in rows:
-            if row.task == task:
-                accepted = "" if row.acceptance is None else f"{row.acceptance:.0%}"
-                cells.append(
-                    [
-                        *(row.task.removeprefix("s2d2_toy_"), row.configuration, f"{row.accuracy:.1%}"),
-                        *(f"{row.nfe:.1f}", f"{row.tokens_per_forward:.2f}", accepted),
-                    ]
-                )
-    return header, cells
-
-
-def speed_cells(speeds: Sequence[Speed]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: a line per configuration, all tasks together."""
-    first = speeds[0].configuration
-    header = ["decoder", "tokens per forward", "tokens/s", f"speed-up over {first}", "seconds", f"answers as {first}"]
-    return header, [
-        [
-            *(speed.configuration, f"{speed.tokens_per_forward:.2f}", f"{speed.tokens_per_second:.0f}"),
-            *(f"{speed.speedup:.2f}x", f"{speed.seconds:.1f}", f"{speed.equal} of {speed.documents}"),
-        ]
-        for speed in speeds
-    ]
-
-
-def framed(
-    title: str, header: Sequence[str], cells: Sequence[Sequence[str]], *, texts: int, sections: bool = False
-) -> Table:
-    """A table for the terminal; the first ``texts`` columns hold text, the others numbers."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for column, name in enumerate(header):
-        table.add_column(name, justify="left" if column < texts else "right")
-    for index, line in enumerate(cells):
-        last = sections and index + 1 < len(cells) and cells[index + 1][0] != line[0]
-        repeated = sections and index > 0 and cells[index - 1][0] == line[0]
-        table.add_row(*(["", *line[1:]] if repeated else line), end_section=last)
-    return table
-
-
-def write(
-    console: Any, args: argparse.Namespace, title: str, tables: Sequence[str], content: Mapping[str, Any], begun: float
+def show_and_write(
+    console: Any,
+    args: argparse.Namespace,
+    title: str,
+    tables: Sequence[tuple[str, Columns, Sequence[Line], int]],
+    content: Mapping[str, Any],
+    begun: float,
 ) -> None:
-    """Leave results.md and results.json in the folder of results, and say so."""
+    """Show tables (title, columns, lines, how many columns hold text), and leave results.md and results.json in the
+    folder of results.
+    """
+    from s2d2_lmeval.cli.console import table
+    from s2d2_lmeval.studies.report.tables import cells, in_markdown
+
+    parts = [f"# {title}"]
+    console.print()
+    for name, columns, entries, words in tables:
+        header, lines = cells(columns, entries)
+        console.print(table(header, lines, title=name, texts=range(words), sections=words > 1))
+        parts.append(in_markdown(header, lines, words))
+    parts.append("\n".join(f"- {name}: {value}" for name, value in content["environment"].items()))
     args.output.mkdir(parents=True, exist_ok=True)
-    about = "\n".join(f"- {name}: {value}" for name, value in content["environment"].items())
-    (args.output / "results.md").write_text("\n\n".join([f"# {title}", *tables, about]) + "\n", encoding="utf-8")
+    (args.output / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (args.output / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     console.print(
         f"{args.limit} documents per task, {args.rows} requests in flight, {time.perf_counter() - begun:.0f} s in "

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from s2d2_lmeval.cli.values import add_option_argument, parse_options, whole
+from s2d2_lmeval.cli.values import add_shared, parse_options
 
 if TYPE_CHECKING:
     from s2d2_lmeval.cli.findings import Finding
@@ -21,8 +21,7 @@ SUMMARY = "check this installation, this machine and a checkpoint"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("path", nargs="?", metavar="PATH", help='a checkpoint: folder, hub id, or "toy"')
-    parser.add_argument("--revision", help="of a hub id")
-    add_option_argument(parser)
+    add_shared(parser, "--revision", "--option")
     parser.add_argument("--load", action="store_true", help="also load it and decode two blocks with every decoder")
     parser.add_argument(
         "--ar_quality",
@@ -31,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "lossless decoders are lossless to is worth it",
     )
     parser.add_argument("--tasks", metavar="A,B", help="tasks of --ar_quality (default for toy: its own)")
-    parser.add_argument("--limit", type=whole(), default=100, help="documents per task (default: %(default)s)")
-    parser.add_argument("--rows", type=whole(), default=8, help="requests in flight (default: %(default)s)")
+    add_shared(parser, "--limit", "--rows")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 

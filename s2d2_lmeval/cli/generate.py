@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from s2d2_lmeval.cli.values import add_option_argument, nonempty, parse_options, whole
+from s2d2_lmeval.cli.values import add_shared, nonempty, parse_options, whole
 from s2d2_lmeval.errors import ConfigError, RequestError, shown
 
 if TYPE_CHECKING:
@@ -27,20 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--model", "-m", type=nonempty, required=True, metavar="PATH", help='folder, hub id, or "toy"')
     parser.add_argument("--prompt", "-p", required=True, metavar="TEXT", help="the prompt; - reads it from stdin")
-    parser.add_argument(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="put the prompt into the chat template (default: if the tokenizer has one)",
-    )
+    add_shared(parser, "--chat")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
     parser.add_argument("--decoder", "-d", metavar="NAME", help="default: s2d2")
-    add_option_argument(parser)
+    add_shared(parser, "--option")
     parser.add_argument("--max_new_tokens", "-n", type=whole(0), metavar="N")
     parser.add_argument("--seed", type=whole(0, 2**63 - 1), help="of keyed randomness")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--revision", help="of a hub id")
+    add_shared(parser, "--revision")
     parser.add_argument("--trace", action="store_true", help="draw the decoding order")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
@@ -48,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, decode, print."""
     from s2d2_lmeval.cli.checkpoints import open_model
-    from s2d2_lmeval.cli.console import hide_loading_bars
+    from s2d2_lmeval.cli.console import begin
 
     if args.json or not sys.stderr.isatty():
-        hide_loading_bars()
+        begin()
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     model, tokenizer, options = open_model(
         args.model, _options(args), device=args.device, dtype=args.dtype, revision=args.revision

@@ -16,11 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the report, and show its tables."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    from s2d2_lmeval.cli.console import make_console
+    from s2d2_lmeval.cli.console import make_console, table
     from s2d2_lmeval.studies.report import tables
     from s2d2_lmeval.studies.report.page import write_report
 
@@ -29,12 +27,7 @@ def run(args: argparse.Namespace) -> int:
         results, written = write_report(args.folder, args.output)
     for (model, task), rows in results.groups().items():
         header, lines = tables.cells(tables.COLUMNS, rows)
-        table = Table(box=box.SIMPLE_HEAD, title=f"{model}, {task}", title_justify="left", title_style="bold")
-        for place, name in enumerate(header):
-            table.add_column(name, justify="right" if place else "left")
-        for row, line in zip(rows, lines, strict=True):
-            table.add_row(*map(Text, line), style="bold" if row.on_front else "")
-        console.print(table)
+        console.print(table(header, lines, title=f"{model}, {task}", bold=[row.on_front for row in rows]))
         console.print(Text(f"{tables.about(rows)}. Bold: on the front of accuracy and speed.", "dim"))
     for problem in results.problems:
         console.print(Text(problem, "yellow"))

@@ -25,6 +25,18 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(given, namespace)
 
 
+class Print(argparse.Action):
+    """An option that prints what its ``const`` returns, and ends the command."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """As argparse's."""
+        print(self.const())
+        parser.exit()
+
+
 def as_in_the_harness(argument: str) -> str:
     """``argument`` with underscores in the name, if it is a long option."""
     name, equals, value = argument.partition("=")
@@ -97,14 +109,28 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
     return options
 
 
-def add_option_argument(parser: argparse._ActionsContainer) -> None:
-    """``--option name=value``, any number of them."""
-    parser.add_argument(
-        "--option",
-        "-o",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="decoding or loading options by the names of --model_args (docs/options.md)",
-    )
+SHARED: dict[str, dict[str, Any]] = {
+    "--limit": {"type": whole(), "default": 100, "help": "documents per task (default: %(default)s)"},
+    "--rows": {"type": whole(), "default": 8, "help": "requests in flight (default: %(default)s)"},
+    "--threads": {"type": whole(), "help": "of torch on the CPU"},
+    "--revision": {"help": "of a hub id"},
+    "--chat": {
+        "action": argparse.BooleanOptionalAction,
+        "default": None,
+        "help": "put the prompt into the chat template (default: if the tokenizer has one)",
+    },
+    "--option": {
+        "action": "extend",
+        "nargs": "+",
+        "default": [],
+        "metavar": "NAME=VALUE",
+        "help": "decoding or loading options by the names of --model_args (docs/options.md)",
+    },
+}
+"""Options that several commands declare alike."""
+
+
+def add_shared(parser: argparse._ActionsContainer, *names: str, **changes: Any) -> None:
+    """Declare some of :data:`SHARED`, with ``changes``."""
+    for name in names:
+        parser.add_argument(name, *(["-o"] if name == "--option" else []), **{**SHARED[name], **changes})

@@ -8,29 +8,29 @@ from pathlib import Path
 import pytest
 
 from s2d2_lmeval.cli import main
-from s2d2_lmeval.cli.demo import Row, compare, packaged_study, quality_cells, speed_cells, toy_tasks
-from s2d2_lmeval.studies.report.tables import in_markdown
+from s2d2_lmeval.cli.demo import QUALITY, Line, packaged_study, speed, speed_columns, toy_tasks
+from s2d2_lmeval.studies.report.tables import cells, in_markdown
 
 
 def test_speed_is_relative_to_the_first_configuration() -> None:
     sums = {"tokens_per_forward": 1.0, "seconds": 2.0}
-    slow, fast = compare(
-        {"ar": {"tokens_per_second": 50.0, **sums}, "s2d2": {"tokens_per_second": 125.0, **sums}},
-        {"ar": ["one", "two", "three"], "s2d2": ["one", "2", "three"]},
-    )
-    assert (slow.speedup, fast.speedup) == (1.0, 2.5)
-    header, cells = speed_cells([slow, fast])
+    lines: list[Line] = []
+    lines.append(speed("ar", {"tokens_per_second": 50.0, **sums}, (3, 3), lines))
+    lines.append(speed("s2d2", {"tokens_per_second": 125.0, **sums}, (2, 3), lines))
+    assert [line["speedup"] for line in lines] == [1.0, 2.5]
+    header, shown = cells(speed_columns("ar"), lines)
     assert header == ["decoder", "tokens per forward", "tokens/s", "speed-up over ar", "seconds", "answers as ar"]
-    assert cells[0][-1] == "3 of 3"
-    assert cells[1] == ["s2d2", "1.00", "125", "2.50x", "2.0", "2 of 3"]
+    assert shown[0][-1] == "3 of 3"
+    assert shown[1] == ["s2d2", "1.00", "125", "2.50x", "2.0", "2 of 3"]
 
 
 def test_a_table_is_markdown_too() -> None:
+    common = {"task": "s2d2_toy_programs", "documents": 4, "new_tokens": 20.0}
     rows = [
-        Row("ar", "s2d2_toy_programs", 4, 0.5, 20.0, 20.0, 1.0, None),
-        Row("s2d2", "s2d2_toy_programs", 4, 0.25, 8.0, 20.0, 2.5, 0.75),
+        {"configuration": "ar", **common, "accuracy": 0.5, "nfe": 20.0, "tokens_per_forward": 1.0, "acceptance": None},
+        {"configuration": "s2d2", **common, "accuracy": 0.25, "nfe": 8, "tokens_per_forward": 2.5, "acceptance": 0.75},
     ]
-    lines = in_markdown(*quality_cells(rows), texts=2).splitlines()
+    lines = in_markdown(*cells(QUALITY, rows), texts=2).splitlines()
     assert lines[1] == "| :-- | :-- | --: | --: | --: | --: |"
     assert lines[2] == "| programs | ar | 50.0% | 20.0 | 1.00 |  |"
     assert lines[3] == "| programs | s2d2 | 25.0% | 8.0 | 2.50 | 75% |"

@@ -11,10 +11,11 @@ import torch
 
 from s2d2_lmeval import load
 from s2d2_lmeval.cli import main
-from s2d2_lmeval.studies import bench, shapes
-from s2d2_lmeval.studies.bench import PLAIN, Measurement, Workload
-from s2d2_lmeval.studies.plain import PlainS2D2
-from s2d2_lmeval.studies.scripted import Script, follow_script
+from s2d2_lmeval.studies.bench import measuring as bench
+from s2d2_lmeval.studies.bench import random_weights as shapes
+from s2d2_lmeval.studies.bench.measuring import PLAIN
+from s2d2_lmeval.studies.bench.plain import PlainS2D2
+from s2d2_lmeval.studies.bench.random_weights import Script, follow_script
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -166,23 +167,20 @@ def test_contenders_run_in_turn_or_one_after_the_other(in_turn: bool, expected: 
     ran, told = [], []
 
     def contender(name: str) -> bench.Contender:
-        def run(warms_up: bool) -> str:
+        seconds = iter((100.0, 1.0, 4.0))
+
+        def run(warms_up: bool) -> dict[str, Any]:
             ran.append(f"{name}{int(not warms_up)}")
-            return name
+            return {"tokens_per_second": next(seconds), "forwards": {"all": 3}, "outside": None}
 
-        return bench.Contender(name, run, lambda results: Measurement(name, len(results), 1, *[None] * 6))  # type: ignore[arg-type]
+        return bench.Contender(name, 2, run)
 
-    found = bench.measure_all([contender("a"), contender("b")], 2, in_turn, told.append)
-    assert ran == expected
-    assert [(one.name, one.batch) for one in found] == [("a", 2), ("b", 2)], "warming up does not count"
-    assert told[0] == "a, warming up"
-    assert told[-1] == "b, 2 of 2"
-
-
-def test_workloads_and_measurements_are_plain_values() -> None:
-    assert Workload([[1]], 4).new_tokens == 4
-    one = Measurement("x", 1, 2.0, None, None, {}, None, None, None)
-    assert bench.as_json([one])[0]["over_plain"] is None
+    found = bench.measure_all([contender("a"), contender(PLAIN)], 2, in_turn, told.append)
+    assert ran == [one.replace("b", PLAIN) for one in expected]
+    median = {"batch": 2, "tokens_per_second": 2.5, "forwards": {"all": 3}, "outside": None, "over_plain": 1.0}
+    assert found == [{"name": "a", **median}, {"name": PLAIN, **median}], "warming up does not count"
+    assert told[0] == "a, batch 2, warming up"
+    assert told[-1] == f"{PLAIN}, batch 2, 2 of 2"
 
 
 def test_answers_are_scored_and_compared(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Random weights that follow a script: right where the verifier looks, right at a chosen rate where a draft does.
+"""Models to measure on where the weights do not matter: the shapes of published checkpoints, filled at random; and
+scripts for them to follow: right where the verifier looks, right at a chosen rate where a draft does.
 
 Timings of speculative decoders mean nothing on random weights, which accept nothing. Here the model runs as it is, and
 its logits are then replaced: every position has one right token; a query that sees other masks is a draft and gives
@@ -8,16 +9,56 @@ that token with the probability asked for, confidently, or else a wrong one, uns
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from s2d2_lmeval.decoding.sampling.random import Key, KeyedSource
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.runtime.passes import Pass
 from s2d2_lmeval.runtime.runner import Runner
 
+SHAPES: dict[str, dict[str, Any]] = {
+    "sdar-100m": {
+        "hidden_size": 640,
+        "intermediate_size": 1920,
+        "num_hidden_layers": 12,
+        "vocab_size": 32000,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+    "sdar-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "vocab_size": 151936,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+}
+"""Name -> Qwen3 configuration. ``sdar-8b`` is JetLM/SDAR-8B-Chat's; ``sdar-100m`` keeps its proportions for a CPU."""
+
 SURE, UNSURE = 0.97, 0.5
 """Probability of a drafted token that is right, and of one that is wrong."""
+
+
+def random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A plain transformers model of the shape ``name`` with random weights and its last id as the mask token."""
+    rope = {"rope_type": "default", "rope_theta": 1000000.0}
+    config = Qwen3Config(
+        **SHAPES[name],
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        rope_parameters=rope,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen3ForCausalLM._from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
 
 
 class Script:

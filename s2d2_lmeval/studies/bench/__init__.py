@@ -1,0 +1,1 @@
+"""Measure decoders on this machine, beside loops that others would write."""
