@@ -305,7 +305,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
 def schema() -> dict[str, Any]:
     """A JSON schema of study files, with every decoding option, from which editors complete and check them."""
     options = {field.name: _of_option(field) for field in fields(DecodingConfig)}
-    options |= {name: options[target] for name, target in SYNONYMS.items()}
+    options = dict(sorted({**options, **{name: options[target] for name, target in SYNONYMS.items()}}.items()))
     same = {name: {"$ref": f"#/$defs/Options/properties/{name}"} for name in options}
     grid = {name: {"type": "array", "items": one} for name, one in same.items()}
     whole = Study.model_json_schema()
