@@ -22,7 +22,7 @@ from s2d2_lmeval.cli.values import add_shared, nonempty, parse_options
 from s2d2_lmeval.errors import ConfigError, RequestError, first_line, shown
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
     from rich.tree import Tree
 
     from s2d2_lmeval.decoding.spiffy.graph import DraftGraph
@@ -46,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument(
         "--prompts", type=Path, metavar="FILE", help='a text file with a prompt per line, or .jsonl with "prompt"'
     )
-    parser.add_argument("--limit", type=int, default=48, metavar="N", help="prompts (default: %(default)s)")
-    parser.add_argument("--nodes", type=int, default=16, metavar="D", help="nodes of the graph (default: %(default)s)")
-    parser.add_argument("--depth", type=int, default=4, metavar="N", help="steps ahead (default: %(default)s)")
+    for name, default, letter, what in (
+        ("--limit", 48, "N", "prompts"), ("--nodes", 16, "D", "nodes of the graph"), ("--depth", 4, "N", "steps ahead")
+    ):  # fmt: skip
+        parser.add_argument(name, type=int, default=default, metavar=letter, help=f"{what} (default: %(default)s)")
     parser.add_argument(
         "--score",
         choices=("own", "parents"),
@@ -65,23 +66,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load, trace, count, choose, show, save."""
-    from s2d2_lmeval.cli.checkpoints import open_model
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from s2d2_lmeval.cli.checkpoints import encode, open_model, with_stops
     from s2d2_lmeval.cli.console import begin
-    from s2d2_lmeval.cli.generate import encode
     from s2d2_lmeval.studies.calibrate import calibrate
 
     for given, high in (("nodes", 4096), ("depth", 64), ("limit", 1_000_000)):
         if not 1 <= (value := getattr(args, given)) <= high:
             raise ConfigError(f"--{given} {shown(value)} is not from 1 to {high}.")
     console = begin()
-    source, options = _arguments(args.model_args)
+    options = {"decoder": "spiffy", "max_batch": 8, **parse_options(args.model_args.split(","))}
+    source = options.pop("pretrained", None)
+    if source is None:
+        raise ConfigError("--model_args names no checkpoint; write pretrained=….")
     texts = read_prompts(args.prompts, args.limit) if args.prompts else task_prompts(args.tasks, args.limit)
-    model, tokenizer, decoding = open_model(source, options)
-    config = model.config(decoding)
-    if "stop_token_ids" not in decoding and tokenizer.eos_token_id is not None:
-        config = config.replace(stop_token_ids=tuple(dict.fromkeys((*config.stop_token_ids, tokenizer.eos_token_id))))
-    traces = args.traces or args.output.with_name(args.output.name + ".traces.jsonl")
-    with _progress(console) as progress:
+    model, tokenizer, decoding = open_model(str(source), options)
+    config = with_stops(model.config(decoding), decoding, tokenizer)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
         bar = progress.add_task(f"tracing {config.base}", total=len(texts))
         graph = calibrate(
             model,
@@ -89,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
             [encode(tokenizer, text, chat=args.chat) for text in texts],
             nodes=args.nodes,
             depth=args.depth,
-            traces=traces,
-            source=source,
+            traces=args.traces or args.output.with_name(args.output.name + ".traces.jsonl"),
+            source=str(source),
             score=args.score,
             on_traced=lambda: progress.advance(bar),
         )
@@ -101,15 +104,6 @@ def run(args: argparse.Namespace) -> int:
         console.print(part)
     console.print(f"written to {args.output}; use it with decoder=spiffy,base={config.base},draft_graph={args.output}")
     return 0
-
-
-def _arguments(text: str) -> tuple[str, dict[str, Any]]:
-    """The checkpoint and the other options of ``--model_args``."""
-    options = parse_options(text.split(","))
-    source = options.pop("pretrained", None)
-    if source is None:
-        raise ConfigError("--model_args names no checkpoint; write pretrained=….")
-    return str(source), {"decoder": "spiffy", "max_batch": 8, **options}
 
 
 def read_prompts(path: Path, limit: int) -> list[str]:
@@ -162,40 +156,21 @@ def _leaves(tree: dict[Any, Any]) -> list[Any]:
     return [leaf for value in tree.values() for leaf in (_leaves(value) if isinstance(value, dict) else [value])]
 
 
-def _progress(console: Console) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    )
-
-
 def show(graph: DraftGraph) -> list[RenderableType]:
     """A table of the nodes and a picture of the graph."""
-    from rich import box
-    from rich.table import Table
+    from s2d2_lmeval.cli.console import table
 
     about = graph.calibration
     saved, states = 0, int(about.get("states", 0))
-    table = Table(box=box.SIMPLE_HEAD, title="Draft graph", title_justify="left", title_style="bold")
-    for heading in ("node", "places decided", "from", "came true", "of", "rate", "saved per step so far"):
-        table.add_column(heading, justify="left" if heading in ("places decided", "from") else "right")
+    header = ["node", "places decided", "from", "came true", "of", "rate", "saved per step so far"]
+    lines = []
     for number, node in enumerate(graph.nodes, 1):
-        rate = node.count / max(node.chances, 1)
         saved += node.count
         origin = ", ".join("now" if parent == 0 else str(parent) for parent in node.parents)
-        cells = (
-            number,
-            _name(node.pairs),
-            origin,
-            node.count,
-            node.chances,
-            f"{rate:.0%}",
-            f"{saved / max(states, 1):.2f}",
-        )
-        table.add_row(*map(str, cells))
+        rates = [f"{node.count / max(node.chances, 1):.0%}", f"{saved / max(states, 1):.2f}"]
+        lines.append([str(number), _name(node.pairs), origin, str(node.count), str(node.chances), *rates])
     facts = f"{about.get('prompts', '?')} prompts, {states} states of blocks of {graph.block_length}"
-    return [table, picture(graph), facts]
+    return [table(header, lines, texts=(1, 2), title="Draft graph"), picture(graph), facts]
 
 
 def picture(graph: DraftGraph) -> Tree:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.errors import ConfigError, RequestError
 from s2d2_lmeval.harness.arguments import sort_arguments
 from s2d2_lmeval.harness.loading import check_mask, choose_device, load_model, load_tokenizer
+from s2d2_lmeval.harness.templates import limited
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.runtime.memory import RowLimit
 
@@ -50,3 +52,31 @@ def token_text(tokenizer: Any, token: int) -> str:
     if text and "\ufffd" not in text:
         return str(text)
     return str(tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
+
+
+def with_stops(config: DecodingConfig, options: Mapping[str, Any], tokenizer: Any) -> DecodingConfig:
+    """``config`` with the tokenizer's end-of-text token among the stop tokens, unless ``options`` name them."""
+    if "stop_token_ids" in options or tokenizer.eos_token_id is None:
+        return config
+    return config.replace(stop_token_ids=tuple(dict.fromkeys((*config.stop_token_ids, tokenizer.eos_token_id))))
+
+
+def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None, system: str | None = None) -> list[int]:
+    """Token ids of ``prompt``, as a user's message in the chat template or as it is.
+
+    :param chat: None means: if the tokenizer has a template.
+    :raises RequestError: when a template is asked for and there is none.
+    """
+    templated = bool(tokenizer.chat_template) if chat is None else chat
+    if not templated:
+        if system is not None:
+            raise RequestError("--system needs the chat template; leave out --no-chat, or put it into the prompt.")
+        return list(tokenizer(prompt)["input_ids"])
+    if not tokenizer.chat_template:
+        raise RequestError("This tokenizer has no chat template; use --no-chat.")
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    with limited():
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -219,19 +219,16 @@ def show_and_write(
 def _trace(console: Any, engine: BlockDiffusionModel, tokenizer: Any, options: Mapping[str, Any]) -> None:
     """Decode one problem once more, and draw it."""
     from s2d2_lmeval.cli.console import printable
-    from s2d2_lmeval.cli.generate import draw
+    from s2d2_lmeval.cli.generate import Answer
     from s2d2_lmeval.toy import held_out
 
-    problem = held_out("arithmetic")[0]
-    prompt = list(tokenizer(problem.prompt)["input_ids"])
+    prompt = held_out("arithmetic")[0].prompt
     config = engine.config({**options, "max_new_tokens": 64})
-    generation = engine.generate([prompt], config)[0]
+    answer = Answer(engine, tokenizer, config, list(tokenizer(prompt)["input_ids"]))
     console.print(f"[bold]One problem, decoded by {_TRACED}[/bold]")
-    console.print(problem.prompt, markup=False, style="dim")
-    console.print(printable(tokenizer.decode(generation.token_ids, skip_special_tokens=True).strip("\n")), markup=False)
-    stats = generation.stats
-    console.print(
-        f"[dim]{int(stats['new_tokens'])} tokens in {int(stats['nfe'])} forwards; a line per forward, a cell per token"
-    )
+    console.print(prompt, markup=False, style="dim")
+    console.print(printable(answer.text.strip("\n")), markup=False)
+    new, forwards = (int(answer.generation.stats[name]) for name in ("new_tokens", "nfe"))
+    console.print(f"[dim]{new} tokens in {forwards} forwards; a line per forward, a cell per token")
     console.print()
-    draw(console, generation, tokenizer, engine, config, len(prompt))
+    answer.draw(console)

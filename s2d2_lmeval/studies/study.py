@@ -25,7 +25,6 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +40,7 @@ from pydantic import (
 )
 
 from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
+from s2d2_lmeval.decoding.options.option import kind_of
 from s2d2_lmeval.errors import StudyError, shown
 from s2d2_lmeval.harness.arguments import nearest, sort_arguments
 from s2d2_lmeval.harness.identity import of_plain
@@ -304,7 +304,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
 
 def schema() -> dict[str, Any]:
     """A JSON schema of study files, with every decoding option, from which editors complete and check them."""
-    options = {field.name: _of_option(field) for field in fields(DecodingConfig)}
+    options = {field.name: _of_option(field) for field in DecodingConfig.fields()}
     options = dict(sorted({**options, **{name: options[target] for name, target in SYNONYMS.items()}}.items()))
     same = {name: {"$ref": f"#/$defs/Options/properties/{name}"} for name in options}
     grid = {name: {"type": "array", "items": one} for name, one in same.items()}
@@ -320,8 +320,8 @@ def schema() -> dict[str, Any]:
 
 
 def _of_option(field: Any) -> dict[str, Any]:
-    about, kind = field.metadata, str(field.type).removesuffix(" | None")
-    typed = {"bool": "boolean", "int": "integer", "float": "number"}.get(kind)
+    about = field.metadata
+    typed = {"bool": "boolean", "int": "integer", "float": "number"}.get(kind_of(field))
     limits = {"type": typed, "minimum": about["low"], "maximum": about["high"]} if typed else {}
     choices = about["choices"] and list(about["choices"])
     described = {"description": about["meaning"], **({"enum": choices} if choices else limits)}

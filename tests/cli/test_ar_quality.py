@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from s2d2_lmeval.cli import demo, main
-from s2d2_lmeval.cli.ar_quality import ar_quality
+from s2d2_lmeval.cli.doctor.ar_quality import ar_quality
 from s2d2_lmeval.errors import ConfigError
 
 

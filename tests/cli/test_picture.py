@@ -6,7 +6,7 @@ import pytest
 from rich.cells import cell_len
 from rich.text import Text
 
-from s2d2_lmeval.cli.picture import State, picture, read_steps, visible
+from s2d2_lmeval.cli.console.picture import State, picture, read_steps, visible
 from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, HIGH_CONFIDENCE, KEPT, RATIO, RESAMPLED, Step
 
 M, STOP = 99, 98

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from s2d2_lmeval.cli.display import ROWS_SHOWN, Display, duration, window
+from s2d2_lmeval.cli.console.display import ROWS_SHOWN, Display, duration, window
 from s2d2_lmeval.studies.evaluation import Outcome
 from s2d2_lmeval.studies.planning import Job
 from s2d2_lmeval.studies.study import make_study

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from s2d2_lmeval.cli.values import add_shared, parse_options
 
 if TYPE_CHECKING:
-    from s2d2_lmeval.cli.findings import Finding
+    from s2d2_lmeval.cli.doctor.finding import Finding
 
 SUMMARY = "check this installation, this machine and a checkpoint"
 
@@ -36,11 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 if any is a problem."""
-    findings = list(examine(args.path, args.revision, parse_options(args.option), load=args.load))
-    if args.ar_quality:
-        from s2d2_lmeval.cli.ar_quality import ar_quality
-
-        findings += ar_quality(args.path, args.tasks, limit=args.limit, rows=args.rows)
+    findings = list(examine(args))
     if args.json:
         print(json.dumps([vars(finding) for finding in findings], ensure_ascii=False, indent=1))
     else:
@@ -48,47 +44,43 @@ def run(args: argparse.Namespace) -> int:
     return int(any(finding.state == "problem" for finding in findings))
 
 
-def examine(
-    path: str | None, revision: str | None = None, options: Mapping[str, Any] | None = None, *, load: bool = False
-) -> Iterator[Finding]:
-    """All findings: of the installation, and of the checkpoint at ``path`` if one is given.
+def examine(args: argparse.Namespace) -> Iterator[Finding]:
+    """All findings: of the installation, and of the checkpoint if one is given."""
+    from s2d2_lmeval.cli.doctor import installation
 
-    ``options`` are named as in the harness's ``--model_args``.
-    """
-    from s2d2_lmeval.cli import findings
+    options = parse_options(args.option)
+    yield from installation.versions()
+    yield from installation.devices()
+    yield from installation.attention()
+    yield from installation.registration()
+    if args.path is not None:
+        from s2d2_lmeval.cli.doctor.checkpoint import checkpoint
 
-    yield from findings.versions()
-    yield from findings.devices()
-    yield from findings.attention()
-    yield from findings.registration()
-    if path is not None:
-        from s2d2_lmeval.cli.checkup import checkpoint
+        yield from checkpoint(args.path, args.revision, options, load=args.load)
+    if args.ar_quality:
+        from s2d2_lmeval.cli.doctor.ar_quality import ar_quality
 
-        yield from checkpoint(path, revision, options or {}, load=load)
+        yield from ar_quality(args.path, args.tasks, limit=args.limit, rows=args.rows)
 
 
 _SIGNS = {"ok": (" ", ""), "note": ("!", "yellow"), "problem": ("✗", "bold red")}
 
 
 def _show(findings: list[Finding]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    from s2d2_lmeval.cli.console import make_console
+    from s2d2_lmeval.cli.console import make_console, pairs
 
     console = make_console()
     width = max(len(finding.name) for finding in findings)
     for section in dict.fromkeys(finding.section for finding in findings):
         console.print(Text(section, "bold"))
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        table.add_column(width=1)
-        table.add_column(min_width=width, no_wrap=True)
-        table.add_column()
+        lines = []
         for finding in findings:
             if finding.section == section:
                 sign, style = _SIGNS[finding.state]
-                table.add_row(Text(sign, style), finding.name, Text(finding.value, style))
-        console.print(table)
+                lines.append((Text(sign, style), finding.name, Text(finding.value, style)))
+        console.print(pairs(lines, {"width": 1}, {"min_width": width, "no_wrap": True}))
     problems = sum(finding.state == "problem" for finding in findings)
     console.print()
     if problems:

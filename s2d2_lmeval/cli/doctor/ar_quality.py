@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from s2d2_lmeval.cli.findings import NOTE, OK, Finding
+from s2d2_lmeval.cli.doctor.finding import NOTE, OK, Finding
 from s2d2_lmeval.errors import ConfigError
 
 NOT_BLOCKWISE = frozenset({"ar", "sliding", "s2d2", "spiffy"})

@@ -61,10 +61,11 @@ def table(
     return framed
 
 
-def pairs(lines: Sequence[Sequence[str | Text]], **first: Any) -> Table:
-    """Names and values without a frame; ``first`` is how the first column looks."""
+def pairs(lines: Sequence[Sequence[str | Text]], *columns: dict[str, Any]) -> Table:
+    """Names and values without a frame; ``columns`` says how the first ones look."""
     plain = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    plain.add_column(**first)
+    for column in (*columns, {}):
+        plain.add_column(**column)
     for line in lines:
         plain.add_row(*line)
     return plain
