@@ -100,6 +100,23 @@ def test_links_lead_somewhere(page: Path) -> None:
     targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
     missing = [target for target in targets if not (page.parent / target.partition("#")[0]).exists()]
     assert missing == []
+    anchored = [target.partition("#") for target in targets if "#" in target]
+    headings = {name: _anchors((page.parent / name) if name else page) for name, _, _ in anchored if name[-3:] != ".py"}
+    assert [(name, anchor) for name, _, anchor in anchored if name in headings and anchor not in headings[name]] == []
+
+
+def _anchors(page: Path) -> set[str]:
+    """The links that a page's headings can be reached by."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_files_that_the_architecture_names_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", page))
+    assert len(named) > 30
+    roots = (ROOT, ROOT / "s2d2_lmeval", ROOT / "s2d2_lmeval" / "decoding")
+    assert [name for name in sorted(named) if not any((root / name).exists() for root in roots)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
