@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 LONGEST = 1200
@@ -60,3 +63,24 @@ def shown(value: Any) -> str:
     except Exception:  # an integer of thousands of digits, or an object's own fault
         text = f"a {type(value).__name__} that cannot be written out"
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 1]}…"
+
+
+@contextmanager
+def without_messages(logger: str, *phrases: str) -> Iterator[list[str]]:
+    """Keeps another library's messages that contain one of ``phrases`` off the terminal, where they would mislead.
+
+    Yields the list that receives them.
+    """
+    kept: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        hidden = any(phrase in record.getMessage() for phrase in phrases)
+        kept.extend([record.getMessage()] * hidden)
+        return not hidden
+
+    source = logging.getLogger(logger)
+    source.addFilter(keep)
+    try:
+        yield kept
+    finally:
+        source.removeFilter(keep)

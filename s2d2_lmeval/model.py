@@ -20,8 +20,8 @@ from s2d2_lmeval.errors import ConfigError, RequestError, shown
 from s2d2_lmeval.families import Facts, adopt, load_checkpoint
 from s2d2_lmeval.families.facts import DrafterFacts
 from s2d2_lmeval.families.files import HUB_OPTIONS
+from s2d2_lmeval.runtime.drafter import DraftingRunner
 from s2d2_lmeval.runtime.drafter_loading import load_drafter
-from s2d2_lmeval.runtime.drafting import DraftingRunner
 from s2d2_lmeval.runtime.memory import RowLimit
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import Trace

@@ -113,7 +113,7 @@ def test_everything_installed_serves_something_that_users_start_or_import() -> N
     """What only training or a measurement of the docs needs belongs in a folder outside the wheel."""
     rooms = ("cli", "custom_generate", "task_configs", "__main__", "")
     starts = [module for module in FILES if [*module.split("."), ""][1] in rooms]
-    starts += [f"s2d2_lmeval.harness.{name}" for name in ("model", "filters", "template_worker")]
+    starts += [f"s2d2_lmeval.harness.{name}" for name in ("model", "filters")]
     starts += [module for registry in (DECODERS, POLICIES, ESTIMATORS, STRATEGIES) for module in registry.modules]
     served = set(starts).union(*map(reachable, starts))
     # Programs are judged in processes of their own, which start files by path.

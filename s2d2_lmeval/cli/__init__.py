@@ -93,6 +93,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _include_path() -> str:
-    from s2d2_lmeval.harness.packaged import include_path
+    from s2d2_lmeval.harness.upstream import include_path
 
     return str(include_path())

@@ -135,7 +135,7 @@ def task_prompts(names: str, limit: int) -> list[str]:
     """
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    from s2d2_lmeval.harness.packaged import include_path, register
+    from s2d2_lmeval.harness.upstream import include_path, register
 
     register()
     manager = TaskManager(include_path=str(include_path()))

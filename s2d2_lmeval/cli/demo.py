@@ -128,7 +128,7 @@ def evaluate(model: str, options: Mapping[str, Any], tasks: Sequence[str], *, li
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from s2d2_lmeval.harness.packaged import include_path, register
+    from s2d2_lmeval.harness.upstream import include_path, register
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("lm_eval.s2d2").setLevel(logging.WARNING)

@@ -36,8 +36,7 @@ def run_harness(arguments: Sequence[str]) -> int:
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
-    from s2d2_lmeval.harness.packaged import include_path, register
-    from s2d2_lmeval.harness.saving import refuse_to_lose_results
+    from s2d2_lmeval.harness.upstream import include_path, refuse_to_lose_results, register
     from s2d2_lmeval.tasks.sandbox import modes
 
     own = argparse.ArgumentParser(prog="s2d2-lmeval eval", add_help=False, allow_abbrev=False)
@@ -68,7 +67,7 @@ def run_harness(arguments: Sequence[str]) -> int:
 
 def _take_token(namespace: argparse.Namespace) -> None:
     """A hub token goes where the libraries look for it, and no further: the harness prints and records arguments."""
-    from s2d2_lmeval.harness.secrets import ADVICE, holds_token
+    from s2d2_lmeval.harness.upstream import ADVICE, holds_token
 
     given = getattr(namespace, "model_args", None)
     if isinstance(given, dict) and holds_token(given) and isinstance(given.get("token"), str):

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     from s2d2_lmeval.cli.console import begin
     from s2d2_lmeval.cli.console.display import Display
-    from s2d2_lmeval.harness.secrets import ADVICE, holds_token
+    from s2d2_lmeval.harness.upstream import ADVICE, holds_token
     from s2d2_lmeval.studies.planning import Plan
     from s2d2_lmeval.studies.search import search
     from s2d2_lmeval.studies.study import read_study

@@ -25,18 +25,11 @@ _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.
 # What says nothing about the arithmetic, or is read here. Everything else that is set, in whatever release of peft it
 # comes, makes an adapter more than W + scale * B A.
 _READ = {
-    *(
-        "peft_type",
-        "task_type",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "peft_version",
-    ),
-    *("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "qalora_group_size"),
-    *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "runtime_config"),
+    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("peft_version", "r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "lora_dropout"),
+    *("init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("qalora_group_size", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"),
+    "runtime_config",
 }
 _LARGEST_ALPHA = 1e9
 _PLAIN_START = ("gaussian", "eva", "orthogonal")  # others change the base's weights
@@ -106,16 +99,12 @@ def _factors(source: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict
 
 
 def _weight_of(model: PreTrainedModel, family: Family, module: str, source: str) -> nn.Parameter:
-    name = f"{module}.weight"
-    for pattern, replacement in family.key_mapping.items():
-        name = re.sub(pattern, replacement, name, count=1)
-    weights = dict(model.named_parameters())
-    if name not in weights:
+    weight = dict(model.named_parameters()).get(family.native_name(f"{module}.weight"))
+    if weight is None:
         raise CheckpointError(
             f"the adapter {source} changes {module}, which this {family.name} model does not have under that name. "
             "Load the base model that it was trained on, or merge it with the package peft."
         )
-    weight = weights[name]
     if not weight.is_floating_point() or weight.is_meta:
         kind = "offloaded" if weight.is_meta else "quantized"
         raise CheckpointError(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -55,14 +54,9 @@ def adopt(
     )
     native = hf_model.config if is_native else chosen.config_map(config)
     generation = getattr(hf_model, "generation_config", None)
-    facts = chosen.facts(
-        config,
-        native,
-        generation.to_dict() if generation is not None else {},
-        source=source,
-        mask_token_id=mask_token_id,
-        block_length=block_length,
-    )
+    records = {"generation_config.json": generation.to_dict()} if generation is not None else {}
+    overrides = {"mask_token_id": mask_token_id, "block_length": block_length}
+    facts = chosen.facts(config, native, records, source=source, **overrides)
     held = _adopted.get(hf_model)
     if held is None or not _same_memory(hf_model, held, chosen):
         held = _clone(hf_model) if is_native else _rebuild(hf_model, chosen, native)
@@ -116,7 +110,7 @@ def _rebuild(hf_model: PreTrainedModel, family: Family, native: Any) -> PreTrain
             f"{type(hf_model).__name__} holds its weights in another shape than {family.native_class}, so they cannot "
             "be shared; load it by its path instead."
         )
-    weights = dict(_renamed(hf_model, family))
+    weights = {family.native_name(name): tensor for name, tensor in hf_model.state_dict().items()}
     places = {tensor.device for tensor in weights.values()}
     if len(places) > 1 or any(place.type == "meta" for place in places):
         raise CheckpointError(
@@ -144,13 +138,6 @@ def _rebuild(hf_model: PreTrainedModel, family: Family, native: Any) -> PreTrain
     return model.eval()
 
 
-def _renamed(hf_model: PreTrainedModel, family: Family) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in hf_model.state_dict().items():
-        for pattern, replacement in family.key_mapping.items():
-            name = re.sub(pattern, replacement, name, count=1)
-        yield name, tensor
-
-
 def _restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Computes what no checkpoint holds, the rotary frequencies: modules with such buffers are built anew."""
     for name, module in list(model.named_modules()):
@@ -162,11 +149,8 @@ def _restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 def _same_memory(hf_model: PreTrainedModel, held: PreTrainedModel, family: Family) -> bool:
     if type(held) is type(hf_model):
-        return _pointers(held) == _pointers(hf_model)
-    given = {name: tensor.data_ptr() for name, tensor in _renamed(hf_model, family)}
+        # Buffers too: a model that was moved takes its parameters along, but leaves shared buffers behind.
+        ours, theirs = ((*model.named_parameters(), *model.named_buffers()) for model in (held, hf_model))
+        return {name: one.data_ptr() for name, one in ours} == {name: one.data_ptr() for name, one in theirs}
+    given = {family.native_name(name): tensor.data_ptr() for name, tensor in hf_model.state_dict().items()}
     return all(given.get(name) == tensor.data_ptr() for name, tensor in held.named_parameters())
-
-
-def _pointers(model: nn.Module) -> dict[str, int]:
-    # Buffers too: a model that was moved takes its parameters along, but leaves shared buffers behind.
-    return {name: tensor.data_ptr() for name, tensor in (*model.named_parameters(), *model.named_buffers())}

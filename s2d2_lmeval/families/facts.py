@@ -5,15 +5,14 @@ Nothing above this package asks which family a model is of: it reads the facts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.errors import CheckpointError, shown
-from s2d2_lmeval.families import block_length as lengths
-from s2d2_lmeval.families.block_length import first
-from s2d2_lmeval.families.config_map import configured, is_whole
-from s2d2_lmeval.families.context import positions
+from s2d2_lmeval.families.config_map import configured, is_whole, positions
 from s2d2_lmeval.registry import DECODERS
 
 if TYPE_CHECKING:
@@ -29,15 +28,20 @@ NO_MASK = -1
 FAMILY_FIELD = "block_diffusion_family"
 ADAPTER_FIELD = "block_diffusion_adapter"
 
+TRAINING_FILES = ("training_args.json", "training_config.json", "train_config.json", "trainer_config.json", "args.json")
+"""What trainers write beside the weights (never the pickled training_args.bin)."""
 _MASK_FIELDS = ("mask_token_id", "mask_id")
+_BLOCK_FIELDS = ("block_length", "block_size", "bd_size")
+# Variants are published as <name>-b<length>; fine-tunes carry the name on, in the middle or in a folder above.
+_NAMED = re.compile(
+    r"(?:^|[-_.])(?:b|bd|blk|block(?:[-_]?(?:size|length|len))?[-_=]?)(\d{1,3})(?=$|[-_.])", re.IGNORECASE
+)
+_PUBLISHED = (4, 8, 16, 32, 64, 128)
+# The same field names the length of text chunks in trainers of autoregressive models.
+_LONGEST_RECORDED = 256
 # Where the decoders of a scheme count blocks from.
-_ALIGNMENTS = {
-    "block": "absolute",
-    "editing": "absolute",
-    "subblock": "absolute",
-    "pipelined": "prompt",
-    AUTOREGRESSIVE: "prompt",
-}
+_ALIGNMENTS = {"block": "absolute", "editing": "absolute", "subblock": "absolute", "pipelined": "prompt"}
+_ALIGNMENTS[AUTOREGRESSIVE] = "prompt"
 
 
 def fitting(scheme: str, drafted: bool = False) -> tuple[str, ...]:
@@ -76,7 +80,7 @@ class Facts:
             (several blocks at once), ``"autoregressive"`` (no blocks).
         defaults: the family's published setting for this block length, as decoding options.
         drafter: what is known about the drafter that was loaded with it, if one was.
-        adapter: the LoRA adapter that was merged into the weights, if one was.
+        adapter: likewise of a LoRA adapter that was merged into the weights.
         caveat: what to know before its answers are trusted, in a sentence; empty where there is nothing.
         context_limit: most positions that may be asked for: more than ``max_context`` under yarn, fewer where a layer
             sees a window (None: ``max_context``).
@@ -178,6 +182,12 @@ class Family:
         types = (getattr(base, "model_type", "") for base in self.config_class.__mro__)
         return tuple(dict.fromkeys(name for name in types if name))
 
+    def native_name(self, name: str) -> str:
+        """The native name of a weight, from its published one."""
+        for pattern, replacement in self.key_mapping.items():
+            name = re.sub(pattern, replacement, name, count=1)
+        return name
+
     def native_config(self, config: Mapping[str, Any]) -> PreTrainedConfig:
         """The configuration of the native class, from a config.json as published or as transformers saves it.
 
@@ -192,18 +202,16 @@ class Family:
         self,
         config: Mapping[str, Any],
         native: PreTrainedConfig,
-        generation: Mapping[str, Any],
+        records: Mapping[str, Mapping[str, Any]],
         *,
         source: str,
         mask_token_id: int | None = None,
         block_length: int | None = None,
-        records: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Facts:
         """Collects the facts of one checkpoint.
 
-        ``config`` and ``generation`` are its config.json and generation_config.json ({} if it has none), ``source``
-        its name in messages; ``mask_token_id`` and ``block_length`` override the files. ``records`` are other files
-        that may name the block length, by name.
+        ``config`` is its config.json, ``records`` its other files by name (generation_config.json, and those that may
+        name the block length), ``source`` its name in messages; ``mask_token_id`` and ``block_length`` override them.
 
         Raises:
             CheckpointError: a fact that is missing or out of range.
@@ -213,49 +221,45 @@ class Family:
         caveats = ["" if config.get(ADAPTER_FIELD) else self.caveat_without_adapter]
         if self.scheme != AUTOREGRESSIVE:
             mask = self._mask_token_id(config, vocab, source, mask_token_id)
-            records = {"generation_config.json": generation, **(records or {})}
             length, found, doubt = self._block_length(config, vocab, source, block_length, records)
             caveats.append(doubt)
         context, limit = positions(native)
         if length > min(context, limit):
             raise CheckpointError(f"{source}: a block of {shown(length)} tokens does not fit its {context} positions.")
+        stops = self._stop_token_ids([records.get("generation_config.json", {}), config], vocab, mask, source)
+        same = ("native_class", "token_shift", "block_alignment", "scheme")
         return Facts(
             family=self.name,
-            native_class=self.native_class,
             mask_token_id=mask,
             block_length=length,
+            block_length_from=found,
             vocab_size=vocab,
-            token_shift=self.token_shift,
-            block_alignment=self.block_alignment,
-            stop_token_ids=self._stop_token_ids(config, generation, vocab, mask, source),
+            stop_token_ids=stops,
             max_context=context,
+            context_limit=limit,
             defaults=dict(self.defaults(length)),
-            scheme=self.scheme,
             adapter=config.get(ADAPTER_FIELD),
             caveat="; ".join(filter(None, caveats)),
-            context_limit=limit,
-            block_length_from=found,
+            **{name: getattr(self, name) for name in same},
         )
 
     def _stop_token_ids(
-        self, config: Mapping[str, Any], generation: Mapping[str, Any], vocab: int, mask: int, source: str
+        self, files: Iterable[Mapping[str, Any]], vocab: int, mask: int, source: str
     ) -> tuple[int, ...]:
-        ids: dict[int, None] = {}
-        for value in (generation.get("eos_token_id"), config.get("eos_token_id")):
-            for stop in value if isinstance(value, (list, tuple)) else (value,):
-                if stop is not None and not is_whole(stop, 0, vocab - 1):
-                    raise CheckpointError(
-                        f"{source}: the stop token id {stop!r} (eos_token_id) is not a token of a vocabulary of "
-                        f"{vocab}. Correct eos_token_id in generation_config.json or config.json."
-                    )
-                if stop is not None and stop != mask:  # a mask is never part of an answer, so it cannot end one
-                    ids[stop] = None
-        if not ids and vocab in self.published_stop_ids:
-            return (self.published_stop_ids[vocab],)
-        return tuple(ids)
+        named = [file.get("eos_token_id") for file in files]
+        ids = [one for value in named for one in (value if isinstance(value, (list, tuple)) else [value])]
+        for stop in ids:
+            if stop is not None and not is_whole(stop, 0, vocab - 1):
+                raise CheckpointError(
+                    f"{source}: the stop token id {stop!r} (eos_token_id) is not a token of a vocabulary of "
+                    f"{vocab}. Correct eos_token_id in generation_config.json or config.json."
+                )
+        # A mask is never part of an answer, so it cannot end one.
+        stops = tuple(dict.fromkeys(stop for stop in ids if stop not in (None, mask)))
+        return stops or ((self.published_stop_ids[vocab],) if vocab in self.published_stop_ids else ())
 
     def _mask_token_id(self, config: Mapping[str, Any], vocab: int, source: str, given: int | None) -> int:
-        mask = given if given is not None else first(config, _MASK_FIELDS)
+        mask = given if given is not None else _first(config, _MASK_FIELDS)
         if mask is None:
             mask = self.published_mask_ids.get(vocab)
         if mask is None:
@@ -279,31 +283,26 @@ class Family:
         records: Mapping[str, Mapping[str, Any]],
     ) -> tuple[int, str, str]:
         """The block length, where it is from, and what to know about it."""
-        found = list(lengths.sources(config, {} if self.fixed_block_length else records, source))
-        if self.fixed_block_length:
-            found = [one for one in found if one[0] == "config.json"]
-        caveat = ""
+        found = list(_block_lengths(config, records, source))
         if given is not None:
-            origin, length = "as given", given
-        elif found:
-            (origin, length), others = (
-                found[0],
-                [f"{where} says {other}" for where, other in found if other != found[0][1]],
-            )
-            if others:
-                caveat = (
-                    f"blocks of {length} by {origin}, but {' and '.join(others)}; give block_length=… if that is right"
-                )
-        elif self.fixed_block_length or vocab in self.published_mask_ids:
-            origin, length = "as published" if self.fixed_block_length else "assumed", self.published_block_length
-        else:
+            found = [("as given", given)]
+        elif self.fixed_block_length:
+            found = [one for one in found if one[0] == "config.json"] or [("as published", self.published_block_length)]
+        elif not found and vocab in self.published_mask_ids:
+            found = [("assumed", self.published_block_length)]
+        if not found:
             raise CheckpointError(
                 f"{source}: config.json names no block length. Give it as block_length=…, or add "
                 '"block_size" to config.json.'
             )
+        origin, length = found[0]
         if not is_whole(length, 1):
             raise CheckpointError(f"{source}: block length {shown(length)} is not a positive integer.")
-        if origin == "assumed":
+        others = [f"{where} says {other}" for where, other in found if other != length]
+        caveat = ""
+        if others:
+            caveat = f"blocks of {length} by {origin}, but {' and '.join(others)}; give block_length=… if that is right"
+        elif origin == "assumed":
             caveat = (
                 f"blocks of {length} are assumed, as in the first checkpoints of {self.name}: neither config.json nor "
                 "the name of this one says it; give block_length=… if it was trained for another"
@@ -311,6 +310,48 @@ class Family:
         return int(length), origin, caveat
 
 
+def names_block_length(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json names the block length."""
+    return _first(config, _BLOCK_FIELDS) is not None
+
+
 def names_blocks(config: Mapping[str, Any]) -> bool:
     """Whether a config.json names a mask token or a block length, which an autoregressive model does not have."""
-    return first(config, (*_MASK_FIELDS, *lengths.FIELDS)) is not None
+    return _first(config, _MASK_FIELDS) is not None or names_block_length(config)
+
+
+def _block_lengths(
+    config: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]], source: str
+) -> Iterator[tuple[str, Any]]:
+    """Where a block length is written and what it is there, the most trustworthy first: in config.json, in other files
+    (``records``), in the name of the folder or hub id ``source``.
+    """
+    own = _first(config, _BLOCK_FIELDS)
+    if own is not None:
+        yield "config.json", own
+    for name, record in records.items():
+        for value in _recorded(record):
+            yield name, value
+    path = Path(source)
+    names = [str(path.absolute()), str(path.resolve())] if path.exists() else [source]
+    for named in [*names, config.get("_name_or_path")]:
+        for part in reversed(Path(named).parts) if isinstance(named, str) else ():
+            lengths = [int(digits) for digits in _NAMED.findall(part) if int(digits) in _PUBLISHED]
+            if lengths:
+                yield f"the name {part}", lengths[-1]
+                return
+
+
+def _recorded(record: Any, depth: int = 0) -> Iterator[int]:
+    if not isinstance(record, Mapping) or depth > 3:
+        return
+    value = _first(record, _BLOCK_FIELDS)
+    if is_whole(value, 1, _LONGEST_RECORDED):
+        yield value
+    for inner in record.values():
+        yield from _recorded(inner, depth + 1)
+
+
+def _first(config: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """The value of the first of ``names`` that the configuration has; None without any."""
+    return next((config[name] for name in names if config.get(name) is not None), None)

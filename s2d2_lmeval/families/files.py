@@ -20,6 +20,10 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Integers, truth values and complex numbers are no weights, but transformers casts them without a word.
 _NO_WEIGHTS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64")
 _LARGEST_TEXT = 64 << 20
+_PICKLED = (
+    "Pickled weights can run code when they are read and are not loaded here: convert them with "
+    "safetensors.torch.save_file."
+)
 # What cached_file takes of the keyword arguments of from_pretrained.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -32,14 +36,13 @@ def resolve(source: str | Path) -> str:
         return str(checkpoint_path())
     try:
         path = Path(source).expanduser()
-        if path.is_dir():
-            return str(path)
-        if path.exists():
-            raise CheckpointError(f"{source} is a file; a checkpoint is a folder with config.json and *.safetensors.")
+        is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{source!r} is no path of a folder ({first_line(error)}).") from None
+    if is_folder:
+        return str(path)
+    if exists:
+        raise CheckpointError(f"{source} is a file; a checkpoint is a folder with config.json and *.safetensors.")
     if not isinstance(source, str) or not _HUB_ID.fullmatch(source) or source.startswith("."):
         raise CheckpointError(f"there is no folder {source}.")
     return source
@@ -55,20 +58,15 @@ def read_config(source: str | Path, revision: str | None = None, **hub: Any) -> 
     found = read_json(source, "config.json", revision=revision, **hub)
     if found is not None:
         return found
-    if Path(source).is_dir():
-        raise CheckpointError(f"{source} holds no config.json.{_base_of_adapter(source)}")
-    raise CheckpointError(
-        f"{source} is neither a folder nor a model with a config.json on the hub (or, offline, in its cache)."
-    )
-
-
-def _base_of_adapter(source: str) -> str:
-    """What to load in place of a folder that holds an adapter; nothing if it holds none."""
-    config = read_json(source, "adapter_config.json")
-    if config is None:
-        return ""
-    base = config.get("base_model_name_or_path") or "its base model"
-    return f" It holds a LoRA adapter: load {base}, and give this folder as adapter=… (in --model_args: peft=…)."
+    if not Path(source).is_dir():
+        raise CheckpointError(
+            f"{source} is neither a folder nor a model with a config.json on the hub (or, offline, in its cache)."
+        )
+    adapter, hint = read_json(source, "adapter_config.json"), ""
+    if adapter is not None:
+        base = adapter.get("base_model_name_or_path") or "its base model"
+        hint = f" It holds a LoRA adapter: load {base}, and give this folder as adapter=… (in --model_args: peft=…)."
+    raise CheckpointError(f"{source} holds no config.json.{hint}")
 
 
 def read_json(source: str, name: str, **hub: Any) -> dict[str, Any] | None:
@@ -114,13 +112,6 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-class Stored(NamedTuple):
-    """What a safetensors header says of a weight."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
 def weight_files(source: str, variant: str | None = None, **hub: Any) -> list[Path]:
     """The safetensors files of a checkpoint, downloaded.
 
@@ -129,14 +120,23 @@ def weight_files(source: str, variant: str | None = None, **hub: Any) -> list[Pa
     """
     part = f".{variant}" if variant else ""
     single = _find(source, f"model{part}.safetensors", hub)
-    index = None if single else _find(source, f"model.safetensors.index{part}.json", hub)
     if single is not None:
-        files = [single]
-    elif index is not None:
-        files = _shards(source, index, hub)
-    else:
-        raise CheckpointError(_without_safetensors(source, str(hub.get("subfolder") or "")))
-    return files
+        return [single]
+    index = _find(source, f"model.safetensors.index{part}.json", hub)
+    if index is not None:
+        return _shards(source, index, hub)
+    folder = Path(source) / str(hub.get("subfolder") or "")
+    pickles = [path.name for pattern in _PICKLES for path in sorted(folder.glob(pattern))] if folder.is_dir() else []
+    if pickles:
+        raise CheckpointError(f"{folder} holds {pickles[0]} but no safetensors file. {_PICKLED}")
+    raise CheckpointError(f"{source} holds no model.safetensors and no model.safetensors.index.json.")
+
+
+class Stored(NamedTuple):
+    """What a safetensors header says of a weight."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def stored_weights(files: Iterable[Path], *, quantized: bool = False) -> dict[str, Stored]:
@@ -148,26 +148,23 @@ def stored_weights(files: Iterable[Path], *, quantized: bool = False) -> dict[st
     """
     found: dict[str, Stored] = {}
     for file in files:
-        for name, weight in _header(file).items():
-            if weight.dtype in _NO_WEIGHTS and not quantized:
-                raise CheckpointError(
-                    f"{file} holds {name} as {weight.dtype}, which is no floating point type. Quantized weights need "
-                    "the quantization_config that they were made with in config.json."
-                )
-            found[name] = weight
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  (not a mapping)
+                here = {name: Stored(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is truncated or not a safetensors file: its header cannot be read ({first_line(error)}); "
+                "fetch it again."
+            ) from None
+        odd = next((name for name, weight in here.items() if weight.dtype in _NO_WEIGHTS and not quantized), None)
+        if odd is not None:
+            raise CheckpointError(
+                f"{file} holds {odd} as {here[odd].dtype}, which is no floating point type. Quantized weights need "
+                "the quantization_config that they were made with in config.json."
+            )
+        found |= here
     return found
-
-
-def _header(file: Path) -> dict[str, Stored]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  (not a mapping)
-            return {name: Stored(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is truncated or not a safetensors file: its header cannot be read ({first_line(error)}); fetch it "
-            "again."
-        ) from None
 
 
 def adapter_file(source: str, **hub: Any) -> Path:
@@ -178,10 +175,7 @@ def adapter_file(source: str, **hub: Any) -> Path:
     """
     found = _find(source, "adapter_model.safetensors", hub)
     if found is None:
-        raise CheckpointError(
-            f"{source} holds no adapter_model.safetensors. Pickled weights can run code when they are read and are not "
-            "loaded here: convert adapter_model.bin with safetensors.torch.save_file."
-        )
+        raise CheckpointError(f"{source} holds no adapter_model.safetensors. {_PICKLED}")
     return found
 
 
@@ -189,14 +183,17 @@ def _find(source: str, name: str, hub: Mapping[str, Any]) -> Path | None:
     folder = Path(source) / str(hub.get("subfolder") or "")
     if Path(source).is_dir():
         return folder / name if (folder / name).is_file() else None
-    options = {key: value for key, value in hub.items() if key in HUB_OPTIONS and value is not None}
     try:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options)
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **_of_hub(hub))
     except OSError as error:
         raise CheckpointError(
             f"{source} is neither a folder nor a model on the hub that can be read: {first_line(error)}"
         ) from None
     return Path(found) if found else None
+
+
+def _of_hub(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in HUB_OPTIONS and value is not None}
 
 
 def _shards(source: str, index: Path, hub: Mapping[str, Any]) -> list[Path]:
@@ -211,9 +208,8 @@ def _shards(source: str, index: Path, hub: Mapping[str, Any]) -> list[Path]:
         )
     names = sorted(set(weight_map.values()))
     if not Path(source).is_dir():
-        options = {key: value for key, value in hub.items() if key in HUB_OPTIONS and value is not None}
         try:
-            files, _ = get_checkpoint_shard_files(source, str(index), **options)
+            files, _ = get_checkpoint_shard_files(source, str(index), **_of_hub(hub))
         except OSError as error:
             raise CheckpointError(f"{source} lacks a file that {index.name} names: {first_line(error)}") from None
         return [Path(file) for file in files]
@@ -223,14 +219,3 @@ def _shards(source: str, index: Path, hub: Mapping[str, Any]) -> list[Path]:
             f"{index} names {len(missing)} file(s) that are not there, such as {missing[0]}; fetch them."
         )
     return [index.parent / name for name in names]
-
-
-def _without_safetensors(source: str, subfolder: str) -> str:
-    folder = Path(source) / subfolder
-    pickles = [path.name for pattern in _PICKLES for path in sorted(folder.glob(pattern))] if folder.is_dir() else []
-    if pickles:
-        return (
-            f"{folder} holds {pickles[0]} but no safetensors file. Pickled weights can run code when they are read and "
-            "are not loaded here: convert them with safetensors.torch.save_file."
-        )
-    return f"{source} holds no model.safetensors and no model.safetensors.index.json."

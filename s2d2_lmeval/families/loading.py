@@ -6,12 +6,10 @@ configuration, the published weight names, and a refusal of every checkpoint tha
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,9 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
-from s2d2_lmeval.errors import CheckpointError, ConfigError, first_line
+from s2d2_lmeval.errors import CheckpointError, ConfigError, first_line, without_messages
 from s2d2_lmeval.families.adapters import merge_adapter
-from s2d2_lmeval.families.block_length import FIELDS, TRAINING_FILES, first
-from s2d2_lmeval.families.facts import ADAPTER_FIELD, Facts, Family
+from s2d2_lmeval.families.facts import ADAPTER_FIELD, TRAINING_FILES, Facts, Family, names_block_length
 from s2d2_lmeval.families.files import (
     HUB_OPTIONS,
     Stored,
@@ -77,16 +74,19 @@ def load_checkpoint(
         CheckpointError: everything that makes a checkpoint unusable, in one sentence.
     """
     source = resolve(source)
-    from_pretrained = {**from_pretrained, "trust_remote_code": False}
+    from_pretrained = {**from_pretrained, "revision": revision, "trust_remote_code": False}
     hub = {name: from_pretrained[name] for name in HUB_OPTIONS if name in from_pretrained}
     placed, asked_dtype = _placement(device, device_map), _dtype(dtype)
-    chosen, native, facts = _described(source, revision, adapter, mask_token_id, block_length, family, hub)
+    overrides = {"mask_token_id": mask_token_id, "block_length": block_length}
+    chosen, native, facts = _described(source, hub, family, adapter, overrides)
     if facts.block_length_from == "assumed":
         warnings.warn(f"{source}: {facts.caveat}.", stacklevel=2)
     mark(native, facts)
     quantized = bool(quantization_config) or _is_quantized(native)
-    files = weight_files(source, from_pretrained.get("variant"), revision=revision, **hub)
+    files = weight_files(source, from_pretrained.get("variant"), **hub)
     _check_size(source, chosen, native, stored_weights(files, quantized=quantized))
+    if revision is None:
+        del from_pretrained["revision"]
     arguments = {
         **from_pretrained,
         "config": native,
@@ -94,8 +94,6 @@ def load_checkpoint(
         "device_map": placed,
         "quantization_config": quantization_config,
     }
-    if revision is not None:
-        arguments["revision"] = revision
     model = _load(chosen, source, arguments)
     if adapter is not None:
         merge_adapter(model, chosen, adapter, **{name: hub[name] for name in hub if name not in _OF_THE_BASE})
@@ -113,38 +111,28 @@ def checkpoint_facts(
     **hub: Any,
 ) -> Facts:
     """The facts of a checkpoint from its small files alone; arguments and errors as of :func:`load_checkpoint`."""
-    return _described(resolve(source), revision, adapter, mask_token_id, block_length, family, hub)[2]
+    overrides = {"mask_token_id": mask_token_id, "block_length": block_length}
+    return _described(resolve(source), {**hub, "revision": revision}, family, adapter, overrides)[2]
 
 
 def _described(
     source: str,
-    revision: str | None,
-    adapter: str | Path | None,
-    mask_token_id: int | None,
-    block_length: int | None,
-    name: str | None,
     hub: Mapping[str, Any],
+    family: str | None,
+    adapter: str | Path | None,
+    overrides: dict[str, int | None],
 ) -> tuple[Family, PreTrainedConfig, Facts]:
-    config = read_config(source, revision, **hub)
-    family = identify(config, source, name)
-    native = family.native_config(config)
-    generation = read_json(source, "generation_config.json", revision=revision, **hub) or {}
+    config = read_config(source, **hub)
+    chosen = identify(config, source, family)
+    native = chosen.native_config(config)
+    small = ["generation_config.json"]
+    if overrides["block_length"] is None and not names_block_length(config) and not chosen.fixed_block_length:
+        small += TRAINING_FILES
+    found = {name: read_json(source, name, **hub) for name in small}
+    records = {name: record for name, record in found.items() if record is not None}
     if adapter is not None:
         config = {**config, ADAPTER_FIELD: str(adapter)}
-    records: dict[str, Any] = {}
-    if block_length is None and first(config, FIELDS) is None and not family.fixed_block_length:
-        read = {file: read_json(source, file, revision=revision, **hub) for file in TRAINING_FILES}
-        records = {file: record for file, record in read.items() if record is not None}
-    facts = family.facts(
-        config,
-        native,
-        generation,
-        source=source,
-        mask_token_id=mask_token_id,
-        block_length=block_length,
-        records=records,
-    )
-    return family, native, facts
+    return chosen, native, chosen.facts(config, native, records, source=source, **overrides)
 
 
 def _placement(device: str | torch.device | None, device_map: Any) -> Any:
@@ -196,7 +184,8 @@ def _on_cpu(device_map: Any) -> bool:
 
 def _load(family: Family, source: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
     native_class = getattr(transformers, family.native_class)
-    with _report() as conversions:
+    # The error says in one line what transformers has a table for, which alone names failed conversions.
+    with without_messages("transformers.modeling_utils", "LOAD REPORT") as reports:
         try:
             model, info = native_class.from_pretrained(
                 source,
@@ -209,6 +198,8 @@ def _load(family: Family, source: str, arguments: Mapping[str, Any]) -> PreTrain
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # transformers' own refusals are many: packages, devices, quantizers
+            plain = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(reports))
+            conversions = re.findall(r"^(\S+)\s*\|\s*CONVERSION", plain, re.MULTILINE)
             if conversions:
                 what = f"does not fit {family.native_class}: {_some('weights of the wrong shape', conversions)}"
             else:
@@ -280,26 +271,3 @@ def _some(kind: str, names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{kind}: {', '.join(names[:_SHOWN])}{more}"
-
-
-@contextmanager
-def _report() -> Iterator[list[str]]:
-    """Keeps transformers' table of ill-fitting weights off the terminal: the error says it in one line.
-
-    Yields the list that receives the weights whose conversion failed, which only that table names.
-    """
-    failed: list[str] = []
-
-    def keep(record: logging.LogRecord) -> bool:
-        text = re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())
-        if "LOAD REPORT" not in text:
-            return True
-        failed.extend(re.findall(r"^(\S+)\s*\|\s*CONVERSION", text, re.MULTILINE))
-        return False
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(keep)
-    try:
-        yield failed
-    finally:
-        logger.removeFilter(keep)

@@ -1,6 +1,6 @@
-"""What ``--model_args`` may hold, and who gets which of it.
+"""What ``--model_args`` and a task's ``generation_kwargs`` may hold, and who gets which of it.
 
-Three readers share one flat list of names: the decoder
+Three readers share one flat list of model arguments: the decoder
 (:class:`~s2d2_lmeval.decoding.options.config.DecodingConfig`, or the function given as ``custom_generate``),
 :func:`s2d2_lmeval.load`, and the harness's own model class, whose names keep their meaning. A name that none of them
 knows is refused with the nearest one.
@@ -8,8 +8,9 @@ knows is refused with the nearest one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -20,47 +21,50 @@ from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.decoding.options.names import changes_nothing, nearest
 from s2d2_lmeval.decoding.options.option import LARGEST, converted
 from s2d2_lmeval.decoding.options.rounds import DRAFT_SHAPES
+from s2d2_lmeval.decoding.options.sampling import GREEDY
 from s2d2_lmeval.errors import ConfigError, first_line, shown
-from s2d2_lmeval.harness.custom import CustomFunction, load_object
+from s2d2_lmeval.harness.custom import BUDGET_NAMES, CustomFunction, load_object
 from s2d2_lmeval.runtime.memory import RowLimit
 
-HARNESS = frozenset(
-    (
-        *("tokenizer", "use_fast_tokenizer", "trust_remote_code", "add_bos_token", "prefix_token_id", "truncation"),
-        *("max_length", "think_end_token", "enable_thinking", "chat_template_args", "backend", "special_tokens"),
-    )
-)
-"""Options with the meaning that they have for the harness's ``hf`` models, and ``special_tokens``."""
+logger = logging.getLogger("lm_eval.s2d2")
 
 SPECIAL_TOKENS = ("parse", "text", "refuse")
 """Strings of special tokens in prompts: these tokens, as for ``hf``, but the mask's is text; or all are text; or these
 tokens, and a prompt with the mask is refused.
 """
 
-_KINDS = {
+_NAME = (str, Path)
+OF_HARNESS: dict[str, Any] = {
     **dict.fromkeys(("use_fast_tokenizer", "trust_remote_code", "add_bos_token", "truncation"), "bool"),
-    **dict.fromkeys(("enable_thinking", "static_shapes", "force_download", "local_files_only"), "bool"),
-    **dict.fromkeys(("max_length", "prefix_token_id", "max_context", "mask_token_id"), "int"),
+    **dict.fromkeys(("tokenizer", "backend", "special_tokens", "chat_template_args")),
+    "enable_thinking": "bool",
+    "max_length": "int",
+    "prefix_token_id": "int",
+    "think_end_token": (str, int),
 }
-_TEXTS = {
-    **dict.fromkeys(("draft", "revision", "variant", "cache_dir", "offload_folder", "family", "device"), (str, Path)),
+"""Options with the meaning that they have for the harness's ``hf`` models, and ``special_tokens``: the kind or the
+types of their values (None: checked elsewhere).
+"""
+OF_LOADING: dict[str, Any] = {
+    **dict.fromkeys(("attention", "max_batch", "parallelize", "max_memory_per_gpu", "max_cpu_memory")),
+    **dict.fromkeys(("static_shapes", "force_download", "local_files_only"), "bool"),
+    **dict.fromkeys(("max_context", "mask_token_id"), "int"),
+    **dict.fromkeys(("draft", "family", "device", "revision", "variant", "cache_dir", "offload_folder"), _NAME),
     "dtype": (str, torch.dtype),
     "token": (str, bool),
-    "think_end_token": (str, int),
     "device_map": (str, dict),
 }
-LONGEST_TEXT = 1000
-
-PLACEMENT = frozenset(("parallelize", "device_map", "max_memory_per_gpu", "max_cpu_memory", "offload_folder"))
+"""Options of :func:`s2d2_lmeval.load`, and the harness's names for spreading a model, likewise."""
 QUANTIZATION = ("load_in_8bit", "load_in_4bit", "bnb_4bit_", "llm_int8_")
-RUNTIME = frozenset(("attention", "max_batch", "max_context", "mask_token_id", "static_shapes", "draft", "family"))
-HUB = frozenset(("cache_dir", "force_download", "local_files_only", "token", "variant"))
-WEIGHTS = frozenset(("dtype", "device", "revision"))
+OWN = ("custom_generate", "custom_model_class", "peft", "log_decoding_order")
+"""Options of this model class alone."""
 
 LOADING_SYNONYMS = {"torch_dtype": "dtype", "attn_implementation": "attention"}
 """What transformers calls them, or called them."""
 _BACKENDS = {"eager": "sdpa", "flash_attention_2": "flash", "flash_attention_3": "flash"}
 """Attention in transformers' names."""
+_LONGEST_TEXT = 1000
+_ROWS = "a number of requests to decode side by side, 1 or more"
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Arguments:
 
     ``source`` is ``pretrained``; ``decoding`` the options of the decoder; ``loading`` the keyword arguments of
     :func:`s2d2_lmeval.load` but for ``max_batch``; ``harness`` those of the harness's model class; ``rows`` how many
-        requests are in flight (None: ``max_batch`` was not given, ask :func:`rows_in_flight`).
+    requests are in flight (None: ``max_batch`` was not given, ask :func:`rows_in_flight`).
     """
 
     source: Any
@@ -81,54 +85,50 @@ class Arguments:
     peft: str | None = None
     log_decoding_order: bool = False
     rows: RowLimit | None = None
-    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 def sort_arguments(pretrained: Any, options: Mapping[str, Any]) -> Arguments:
     """Sort ``options`` (all of ``--model_args`` but ``pretrained``) by reader.
 
-    :raises ConfigError: for a name that nobody knows, an option that this model class does not have, or a missing
-        ``pretrained``.
+    Raises:
+        ConfigError: a name that nobody knows, an option that this model class does not have, a value that is not one,
+            or a missing ``pretrained``.
     """
     if _absent(pretrained):
         raise ConfigError("--model_args has no pretrained=…: a folder, a hub id, or toy (the embedded checkpoint).")
     custom = None if _absent(options.get("custom_generate")) else CustomFunction.load(options["custom_generate"])
-    decoder_names = custom.option_names if custom else DecodingConfig.option_names()
-    check_text("pretrained", pretrained, (str, Path, torch.nn.Module))
-    left = _without_synonyms(options, HARNESS | (custom.parameters if custom else frozenset()))
-    own = {name: left.pop(name, None) for name in ("custom_generate", "custom_model_class", "peft", "max_batch")}
-    log_decoding_order = left.pop("log_decoding_order", None)
-
-    sorted_by_reader: dict[str, dict[str, Any]] = {"decoding": {}, "loading": {}, "harness": {}}
+    check("pretrained", pretrained, (*_NAME, torch.nn.Module))
+    left = _without_synonyms(options, OF_HARNESS.keys() | (custom.parameters if custom else set()))
+    own = {name: left.pop(name, None) for name in (*OWN, "max_batch")}
+    check("peft", own["peft"], _NAME)
     if custom is None and left.get("draft") in DRAFT_SHAPES:
         # Who drafts, a path, and what is drafted share a short name; the long one is the option's.
         left["draft_shape"] = left.pop("draft")
-    for name, value in left.items():
-        sorted_by_reader[_reader(name, decoder_names, custom)][name] = value
-    _check_harness(sorted_by_reader["harness"])
-    check_text("peft", own["peft"], (str, Path))
-    loading = sorted_by_reader["loading"]
+    by_reader = _by_reader(left, custom)
+    _check_harness(by_reader["harness"])
+    loading = by_reader["loading"]
     _quantization(loading)
     _placement(loading)
-    _numbers(loading, sorted_by_reader["decoding"])
+    for name, value in by_reader["decoding"].items():
+        # A block length also chooses the paper's setting for it, and completes a config.json that names none.
+        if SYNONYMS.get(name, name) == "block_length" and value is not None:
+            loading["block_length"] = converted(name, "int", value)
+    model_class = own["custom_model_class"] or None
+    if model_class is not None and not callable(model_class):
+        model_class = load_object(model_class)
     return Arguments(
         source=pretrained,
         custom=custom,
-        model_class=_class(own["custom_model_class"]),
+        model_class=model_class,
         peft=own["peft"],
-        log_decoding_order=converted("log_decoding_order", "bool", log_decoding_order or False),
+        log_decoding_order=converted("log_decoding_order", "bool", own["log_decoding_order"] or False),
         rows=_limit("max_batch", own["max_batch"]) if own["max_batch"] is not None else None,
-        given=dict(options),
-        **sorted_by_reader,
+        **by_reader,
     )
 
 
 def _absent(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value == "")
-
-
-def _class(spec: Any) -> Any:
-    return None if _absent(spec) else spec if callable(spec) else load_object(spec)
 
 
 def rows_in_flight(batch_size: int | str, max_batch_size: int | None) -> RowLimit:
@@ -137,31 +137,30 @@ def rows_in_flight(batch_size: int | str, max_batch_size: int | None) -> RowLimi
     A number is taken as it is. ``auto`` (and ``auto:N``) is as many as memory holds, at most ``max_batch_size``.
     """
     if isinstance(batch_size, str) and batch_size.startswith("auto"):
-        return RowLimit("auto", None if max_batch_size is None else _positive("max_batch_size", max_batch_size))
+        return RowLimit(
+            "auto", None if max_batch_size is None else _at_least(1, "max_batch_size", max_batch_size, _ROWS)
+        )
     return _limit("batch_size", batch_size)
 
 
 def _limit(name: str, value: Any) -> RowLimit:
-    return RowLimit("auto") if isinstance(value, str) and value == "auto" else RowLimit(_positive(name, value))
+    return RowLimit("auto" if isinstance(value, str) and value == "auto" else _at_least(1, name, value, _ROWS))
 
 
-def _positive(name: str, value: Any) -> int:
+def _at_least(least: int, name: str, value: Any, meaning: str) -> int:
     try:
-        number = int(value)
-        whole = number == float(value)
-    except (TypeError, ValueError, OverflowError):
-        number, whole = 0, False
-    if number < 1 or not whole or isinstance(value, bool):
+        number = int(converted(name, "int", value))
+    except ConfigError:
+        number = least - 1
+    if number < least:
         said = shown(value).strip("'")
-        raise ConfigError(f"{name}={said}: give the number of requests to decode side by side, 1 or more.")
+        raise ConfigError(f"{name}={said} is not {meaning}.")
     return number
 
 
-def _without_synonyms(options: Mapping[str, Any], own: frozenset[str]) -> dict[str, Any]:
+def _without_synonyms(options: Mapping[str, Any], own: Container[str]) -> dict[str, Any]:
     """``options`` under the names they have here, without those of other tools that change nothing; ``own`` names keep
     their meaning, whatever it is elsewhere.
-
-    :raises ConfigError: for one that would, or a name that is given twice.
     """
     named: dict[str, Any] = {}
     for given, value in options.items():
@@ -178,61 +177,56 @@ def _without_synonyms(options: Mapping[str, Any], own: frozenset[str]) -> dict[s
     return named
 
 
-def _reader(name: str, decoder_names: Iterable[str], custom: CustomFunction | None) -> str:
+def _by_reader(options: Mapping[str, Any], custom: CustomFunction | None) -> dict[str, dict[str, Any]]:
     # With a function of one's own its parameters come first: it may name anything.
-    if name in decoder_names:
-        return "decoding"
-    if name in RUNTIME | PLACEMENT | HUB | WEIGHTS or name.startswith(QUANTIZATION):
-        return "loading"
-    if name in HARNESS:
-        return "harness"
-    known = [*decoder_names, *RUNTIME, *PLACEMENT, *HUB, *WEIGHTS, *HARNESS, *_OTHERS]
-    if custom is not None and name in DecodingConfig.option_names():
-        raise ConfigError(
-            f"{name} is not a parameter of {custom.name}, which decodes in this run.{nearest(name, decoder_names)}"
-        )
-    raise ConfigError(f"{name} is not an option of --model s2d2.{nearest(name, known)}")
-
-
-_OTHERS = (
-    *("pretrained", "batch_size", "max_batch_size", "peft"),
-    *("custom_generate", "custom_model_class", "log_decoding_order", "load_in_8bit", "load_in_4bit"),
-)
-
-
-def _convert(options: dict[str, Any]) -> None:
-    """Values in their types, in place."""
+    of_decoder = custom.option_names if custom else DecodingConfig.option_names()
+    found: dict[str, dict[str, Any]] = {"decoding": {}, "loading": {}, "harness": {}}
     for name, value in options.items():
-        if value is not None and name in _KINDS:
-            options[name] = converted(name, _KINDS[name], value)
-            if abs(options[name]) > LARGEST:
-                raise ConfigError(f"{name}={shown(value)} is too large.")
-        elif name in _TEXTS:
-            check_text(name, value)
+        if name in of_decoder:
+            found["decoding"][name] = value
+        elif name in OF_LOADING or name.startswith(QUANTIZATION):
+            found["loading"][name] = check(name, value, OF_LOADING.get(name))
+        elif name in OF_HARNESS:
+            found["harness"][name] = check(name, value, OF_HARNESS[name])
+        elif custom is not None and name in DecodingConfig.option_names():
+            hint = nearest(name, of_decoder)
+            raise ConfigError(f"{name} is not a parameter of {custom.name}, which decodes in this run.{hint}")
+        else:
+            others = ("pretrained", "batch_size", "max_batch_size", *OWN, *QUANTIZATION[:2])
+            hint = nearest(name, [*of_decoder, *OF_LOADING, *OF_HARNESS, *others])
+            raise ConfigError(f"{name} is not an option of --model s2d2.{hint}")
+    return found
 
 
-def check_text(name: str, value: Any, kinds: tuple[type, ...] = ()) -> None:
-    """Refuse what does not name anything: another type, or a text as long as a page.
+def check(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as a ``kind`` of option; of ``types``, where it must name something: no other type, and no text as long
+    as a page.
 
-    :raises ConfigError: naming the argument.
+    Raises:
+        ConfigError: naming the argument.
     """
-    fine = value is None or isinstance(value, kinds or _TEXTS[name])
-    long = (
-        len(str(value)) > LONGEST_TEXT if isinstance(value, (str, Path)) else isinstance(value, int) and value > LARGEST
-    )
-    if not fine or long:
+    if value is None or kind is None:
+        return value
+    if isinstance(kind, str):
+        value = converted(name, kind, value)
+        if abs(value) > LARGEST:
+            raise ConfigError(f"{name}={shown(value)} is too large.")
+        return value
+    large = isinstance(value, int) and value > LARGEST
+    long = isinstance(value, _NAME) and len(str(value)) > _LONGEST_TEXT
+    if large or long or not isinstance(value, kind):
         raise ConfigError(f"{name}={shown(value)} is not a name or a path.")
+    return value
 
 
-def _check_harness(harness: dict[str, Any]) -> None:
+def _check_harness(harness: Mapping[str, Any]) -> None:
     """What the harness's class would find out only after the weights are loaded, or not at all."""
-    _convert(harness)
-    if harness.get("backend", "default") not in ("default", "causal"):
-        raise ConfigError(f"backend={shown(harness['backend'])} is not available with --model s2d2: models are causal.")
-    if harness.get("special_tokens") not in (None, *SPECIAL_TOKENS):
-        raise ConfigError(
-            f"special_tokens={shown(harness['special_tokens'])} is not one of: {', '.join(SPECIAL_TOKENS)}."
-        )
+    for name, known, why in (
+        ("backend", ("default", "causal"), "is not available with --model s2d2: models are causal"),
+        ("special_tokens", SPECIAL_TOKENS, f"is not one of: {', '.join(SPECIAL_TOKENS)}"),
+    ):
+        if harness.get(name) not in (None, *known):
+            raise ConfigError(f"{name}={shown(harness[name])} {why}.")
     if not isinstance(harness.get("chat_template_args") or {}, Mapping):
         raise ConfigError(f"chat_template_args={shown(harness['chat_template_args'])} is not a mapping.")
     if harness.get("enable_thinking") and harness.get("think_end_token") is None:
@@ -241,20 +235,16 @@ def _check_harness(harness: dict[str, Any]) -> None:
 
 def _quantization(loading: dict[str, Any]) -> None:
     """bitsandbytes switches become the ``quantization_config`` that transformers wants."""
-    names = [name for name in loading if name.startswith(QUANTIZATION)]
-    options = {name: loading.pop(name) for name in names}
-    if not options:
-        return
+    options = {name: loading.pop(name) for name in list(loading) if name.startswith(QUANTIZATION)}
     if not options.get("load_in_8bit") and not options.get("load_in_4bit"):
         if any(value not in (None, False) for value in options.values()):
-            raise ConfigError(
-                f"{', '.join(names)}: say what to quantize to, with load_in_8bit=True or load_in_4bit=True."
-            )
+            names = ", ".join(options)
+            raise ConfigError(f"{names}: say what to quantize to, with load_in_8bit=True or load_in_4bit=True.")
         return
     from transformers import BitsAndBytesConfig
 
     accepted = signature(BitsAndBytesConfig.__init__).parameters
-    for name in names:
+    for name in options:
         if name not in accepted:
             raise ConfigError(f"{name} is not a quantization option.{nearest(name, accepted)}")
     try:
@@ -274,21 +264,65 @@ def _placement(loading: dict[str, Any]) -> None:
         if per_gpu is not None or cpu is not None or loading.pop("offload_folder", None) is not None:
             raise ConfigError("memory limits and offload_folder are for a model that is spread; add parallelize=True.")
     elif per_gpu is not None or cpu is not None:
-        import torch
-
-        limits: dict[int | str, Any] = {}
-        if per_gpu is not None:
-            limits.update(dict.fromkeys(range(torch.cuda.device_count()), per_gpu))
-        if cpu is not None:
-            limits["cpu"] = cpu
-        loading["max_memory"] = limits
+        gpus = {} if per_gpu is None else dict.fromkeys(range(torch.cuda.device_count()), per_gpu)
+        loading["max_memory"] = gpus | ({} if cpu is None else {"cpu": cpu})
 
 
-def _numbers(loading: dict[str, Any], decoding: Mapping[str, Any]) -> None:
-    """Numbers in their types. A block length also chooses the paper's setting for it, and completes a config.json that
-    names none.
+@dataclass(frozen=True)
+class GenerationArguments:
+    """What a task's ``generation_kwargs`` (and ``--gen_kwargs``) ask for: when to stop (``until``), the budget if the
+    task names one, and the decoding options it names.
     """
-    _convert(loading)
-    for name, value in decoding.items():
-        if SYNONYMS.get(name, name) == "block_length" and value is not None:
-            loading["block_length"] = converted(name, "int", value)
+
+    until: tuple[str, ...]
+    max_new_tokens: int | None
+    options: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, gen_kwargs: Mapping[str, Any], own: Container[str] = ()) -> GenerationArguments:
+        """Read a request's generation arguments as the harness means them.
+
+        ``do_sample: false`` is greedy drafting whatever the temperature says; a temperature alone decides whether to
+        sample. ``own`` are the parameters of a function of the user's, whatever they mean elsewhere.
+
+        Raises:
+            ConfigError: a value of the wrong type, or an option that has no meaning for block diffusion.
+        """
+        if not isinstance(gen_kwargs, Mapping):
+            raise ConfigError(f"generation_kwargs must be a mapping, not {shown(gen_kwargs)}.")
+        options = {
+            name: value
+            for name, value in gen_kwargs.items()
+            if value is not None and (name in own or not changes_nothing(name, value))
+        }
+        until = options.pop("until", ())
+        until = (until,) if isinstance(until, str) else until
+        if not isinstance(until, (list, tuple)) or not all(isinstance(string, str) for string in until):
+            raise ConfigError(f"generation_kwargs: until must be a string or a list of strings, not {shown(until)}.")
+        budgets = {name: token_budget(options.pop(name), name) for name in list(options) if name in BUDGET_NAMES}
+        if len(set(budgets.values())) > 1:
+            logger.warning("generation_kwargs name several budgets, %s: the last one counts.", budgets)
+        _sampling(options)
+        # The harness puts --gen_kwargs after a task's own arguments.
+        return cls(tuple(until), list(budgets.values())[-1] if budgets else None, options)
+
+
+def token_budget(value: Any, name: str = "max_gen_toks") -> int:
+    """``value`` as a number of new tokens; ConfigError when it is none."""
+    return _at_least(0, name, value, "a number of tokens")
+
+
+def _sampling(options: dict[str, Any]) -> None:
+    """``do_sample`` and ``temperature`` in the harness's sense, in place."""
+    for name, kind in (("do_sample", "bool"), ("temperature", "float")):
+        if name in options:
+            options[name] = converted(name, kind, options[name])
+    temperature = options.get("temperature", 0.0)
+    if "temperature" in options:
+        options.setdefault("do_sample", temperature >= GREEDY)
+    if options.get("do_sample") is False and options.pop("temperature", 0.0) >= GREEDY:
+        logger.warning(
+            "generation_kwargs say do_sample=false and temperature=%s: drafts are the arg-max. Add do_sample=true to "
+            "sample.",
+            temperature,
+        )

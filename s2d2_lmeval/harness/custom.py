@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
-from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.decoding.options.names import nearest
 from s2d2_lmeval.errors import ConfigError, RequestError, shown
-from s2d2_lmeval.harness.generation_arguments import BUDGET_NAMES
 
+BUDGET_NAMES = ("max_new_tokens", *(name for name, target in SYNONYMS.items() if target == "max_new_tokens"))
+"""Names of the budget of new tokens."""
 _PASSED_BY_US = frozenset(("model", "input_ids", "inputs", "attention_mask", "max_gen_toks", "tokenizer"))
 _STATISTICS_SWITCHES = ("return_stats", "return_forward_stats", "return_decoding_order", "record_decoding_order")
 _STOP_IDS = ("stopping_criteria_idx", "stop_token_ids")

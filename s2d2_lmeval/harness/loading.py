@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from s2d2_lmeval.errors import CheckpointError, ConfigError, first_line, shown
+from s2d2_lmeval.errors import CheckpointError, ConfigError, first_line, shown, without_messages
 from s2d2_lmeval.families import Facts, load_checkpoint
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.families.loading import usable_device
@@ -45,48 +43,37 @@ class Loaded:
 def load_model(arguments: Arguments, *, rows: RowLimit, dtype: Any, device: str | None, revision: str | None) -> Loaded:
     """Load what the arguments name.
 
-    :raises CheckpointError: when it cannot be decoded with.
+    Raises:
+        CheckpointError: it cannot be decoded with.
     """
-    source = resolve(arguments.source)
-    loading = dict(arguments.loading)
-    engine_options: dict[str, Any] = {
-        name: loading.pop(name) for name in ("attention", "max_context", "static_shapes", "draft") if name in loading
-    }
-    engine_options["max_batch"] = rows
+    source, loading = resolve(arguments.source), dict(arguments.loading)
+    own = ("attention", "max_context", "static_shapes", "draft")
+    options: dict[str, Any] = {"max_batch": rows, **{name: loading.pop(name) for name in own if name in loading}}
     if "device_map" not in loading:
         loading["device"] = choose_device(loading["device"], None) if loading.get("device") else device
     for fact, given in (("dtype", dtype), ("revision", revision)):
         if loading.setdefault(fact, given) != given and given not in (None, "auto"):
             raise ConfigError(f"{fact}={given} and {fact}={loading[fact]} are both given; give one of them.")
     name = str(source if isinstance(source, str) else getattr(source, "name_or_path", "") or type(source).__name__)
-
     if arguments.peft is not None and (arguments.model_class is not None or isinstance(source, torch.nn.Module)):
         raise ConfigError("peft=… is for a checkpoint that is loaded here; merge the adapter into your model yourself.")
-    if isinstance(source, torch.nn.Module):
-        return _around(source, name, _facts(loading), engine_options)
-    if arguments.model_class is not None:
-        model = _from_class(arguments, source, loading)
-        try:
-            return _around(model, name, _facts(loading), engine_options)
-        except CheckpointError:
-            if arguments.custom is None:
-                raise
-            return Loaded(model, None, name)
-    loading["adapter"] = arguments.peft
-    if arguments.custom is None:
-        engine = load(source, **engine_options, **loading)
+    if arguments.custom is None and arguments.model_class is None and not isinstance(source, torch.nn.Module):
+        engine = load(source, **options, **loading, adapter=arguments.peft)
         return Loaded(engine.hf_model, engine, name)
     # The engine gives its model an attention of its own; a function of the user's gets the model without.
-    hf_model, _ = load_checkpoint(source, **loading)
-    return _around(hf_model, name, _facts(loading), engine_options)
-
-
-def _facts(loading: dict[str, Any]) -> dict[str, Any]:
-    return {name: loading[name] for name in _FACTS if name in loading}
-
-
-def _around(hf_model: Any, name: str, facts: dict[str, Any], engine_options: dict[str, Any]) -> Loaded:
-    return Loaded(hf_model, load(hf_model, **engine_options, **facts), name)
+    if isinstance(source, torch.nn.Module):
+        hf_model: Any = source
+    elif arguments.model_class is not None:
+        hf_model = _from_class(arguments, source, loading)
+    else:
+        hf_model, _ = load_checkpoint(source, **loading, adapter=arguments.peft)
+    facts = {name: loading[name] for name in _FACTS if name in loading}
+    try:
+        return Loaded(hf_model, load(hf_model, **options, **facts), name)
+    except CheckpointError:
+        if arguments.custom is None or arguments.model_class is None:
+            raise
+        return Loaded(hf_model, None, name)
 
 
 def _from_class(arguments: Arguments, source: str, loading: dict[str, Any]) -> Any:
@@ -211,19 +198,3 @@ def choose_device(device: Any, accelerator: Any) -> str:
         return "cpu"
     usable_device(str(device))
     return str(device)
-
-
-@contextmanager
-def without_messages(name: str, *phrases: str) -> Iterator[None]:
-    """Keeps messages of the logger ``name`` that contain one of ``phrases`` off the terminal: they mislead here."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return not any(phrase in text for phrase in phrases)
-
-    source = logging.getLogger(name)
-    source.addFilter(keep)
-    try:
-        yield
-    finally:
-        source.removeFilter(keep)

@@ -1,10 +1,13 @@
-"""Requests of the harness as prompts: token ids, room in the context, and the key of each request's randomness."""
+"""Requests of the harness as prompts: token ids, room in the context, the key of each request's randomness, and where
+its stop strings are complete.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,15 +82,12 @@ class Occurrences:
 def encode(tokenizer: Any, texts: Sequence[str], add_bos_token: bool | None) -> list[list[int]]:
     """Token ids of every text, as the harness's ``hf`` models encode contexts: no second BOS in front of a BOS."""
     bos: str | None = getattr(tokenizer, "bos_token", None)
-    plain = [bos is not None and bool(bos) and text.startswith(bos) for text in texts]
     ids: list[list[int]] = [[] for _ in texts]
     for has_bos in (True, False):
-        places = [place for place, value in enumerate(plain) if value is has_bos]
-        if not places:
-            continue
+        places = [place for place, text in enumerate(texts) if (bool(bos) and text.startswith(str(bos))) is has_bos]
         special = False if has_bos else add_bos_token
         options = {} if special is None else {"add_special_tokens": special}
-        encoded = tokenizer([texts[place] for place in places], **options)["input_ids"]
+        encoded = tokenizer([texts[place] for place in places], **options)["input_ids"] if places else []
         for place, row in zip(places, encoded, strict=True):
             ids[place] = list(row)
     return ids
@@ -102,43 +102,34 @@ def spelled_out(tokenizer: Any, token: int) -> list[int]:
     return [token] if token in ids else ids
 
 
-@dataclass(frozen=True)
-class Room:
-    """What a request may hold: ``context`` positions, no ``mask_token_id``; ``truncate`` drops the oldest tokens of a
-    long prompt.
+def fitting(
+    ids: list[int], budget: int, where: str, *, context: int, mask_token_id: int | None, truncate: bool
+) -> list[int]:
+    """``ids`` if they can be decoded with ``budget`` new tokens in a ``context`` of that many positions; where they are
+    too long the oldest are left out, if ``truncate``. ``where`` names the request in messages.
+
+    Raises:
+        RequestError: they cannot.
     """
-
-    context: int
-    mask_token_id: int | None
-    truncate: bool
-
-    def fit(self, ids: list[int], budget: int, where: str) -> list[int]:
-        """``ids`` if they can be decoded with ``budget`` new tokens; cut on the left unless that was forbidden.
-
-        :param where: names the request in messages.
-        :raises RequestError: where they cannot.
-        """
-        if not ids:
-            raise RequestError(
-                f"{where}: the prompt is empty; a block-diffusion model needs at least one token to start from."
-            )
-        if self.mask_token_id is not None and self.mask_token_id in ids:
-            raise RequestError(
-                f"{where}: the prompt contains the mask token (id {self.mask_token_id}), which the model would fill "
-                "in. Remove it, or leave special_tokens at parse, which reads its string as text."
-            )
-        room = self.context - budget
-        if len(ids) <= room:
-            return ids
-        if self.truncate and room > 0:
-            return ids[-room:]
-        advice = "Lower max_gen_toks"
-        if room > 0:
-            advice += ", or leave truncation=False out, so that the oldest prompt tokens are dropped"
+    if not ids:
         raise RequestError(
-            f"{where}: a prompt of {len(ids)} tokens and {budget} new ones do not fit the context of {self.context}. "
-            f"{advice}."
+            f"{where}: the prompt is empty; a block-diffusion model needs at least one token to start from."
         )
+    if mask_token_id is not None and mask_token_id in ids:
+        raise RequestError(
+            f"{where}: the prompt contains the mask token (id {mask_token_id}), which the model would fill in. Remove "
+            "it, or leave special_tokens at parse, which reads its string as text."
+        )
+    room = context - budget
+    if len(ids) <= room:
+        return ids
+    if truncate and room > 0:
+        return ids[-room:]
+    cut = ", or leave truncation=False out, so that the oldest prompt tokens are dropped" if room > 0 else ""
+    raise RequestError(
+        f"{where}: a prompt of {len(ids)} tokens and {budget} new ones do not fit the context of {context}. Lower "
+        f"max_gen_toks{cut}."
+    )
 
 
 def name_of(request: Any) -> str:
@@ -146,3 +137,49 @@ def name_of(request: Any) -> str:
     if request.task_name is None:
         return "a request"
     return f"task {request.task_name}, document {request.doc_id}"
+
+
+_MARGIN = 8
+"""Tokens re-read beyond what a stop string can span: tokens without text of their own, and a leading space that a
+decoder drops.
+"""
+
+
+class StopStrings:
+    """Finds stop strings as blocks arrive; the ``stop`` of :meth:`s2d2_lmeval.model.BlockDiffusionModel.generate`.
+
+    ``stopper(request, tokens)`` is given every new token of a request so far and answers how many of them to keep (up
+    to and including the one that completes the earliest stop string), or None. Text is decoded only from where a stop
+    string could begin that the last call did not see whole, so a request costs time linear in its length. A string
+    that a multi-byte character or a token boundary cuts in two is found when its second half arrives.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], strings: Sequence[str]) -> None:
+        """
+        :param decode: token ids to text, special tokens included.
+        :param strings: the stop strings; empty ones are ignored.
+        """
+        self._decode = decode
+        self._strings = tuple(dict.fromkeys(string for string in strings if string))
+        # Every token but those the margin is for carries at least a byte.
+        self._overlap = max((len(string.encode()) for string in self._strings), default=0) + _MARGIN
+        self._seen: dict[int, int] = {}
+
+    def __call__(self, request: int, tokens: list[int]) -> int | None:
+        if not self._strings:
+            return None
+        seen = self._seen.get(request, 0)
+        if len(tokens) <= seen:
+            return None
+        first = max(0, seen - self._overlap)
+        if not self._stopped(tokens[first:]):
+            self._seen[request] = len(tokens)
+            return None
+        # The text of a prefix of tokens is a prefix of the text, so "holds a stop string" is monotone in the number of
+        # tokens.
+        counts = range(seen + 1, len(tokens) + 1)
+        return counts[bisect_left(counts, True, key=lambda count: self._stopped(tokens[first:count]))]
+
+    def _stopped(self, tokens: list[int]) -> bool:
+        text = self._decode(tokens)
+        return any(string in text for string in self._strings)

@@ -1,28 +1,70 @@
-"""One ``generate_until`` call: requests to groups, groups through the engine or a function, tokens to text."""
+"""One ``generate_until`` call: requests to groups of equal generation arguments, groups through the engine or a
+function, tokens to text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
+from tqdm import tqdm
 
 from s2d2_lmeval.decoding.generation import Generation, Step
-from s2d2_lmeval.decoding.options.config import SYNONYMS
-from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
+from s2d2_lmeval.errors import ConfigError, shown
 from s2d2_lmeval.harness import prompts, report
-from s2d2_lmeval.harness.generation_arguments import BUDGET_NAMES, GenerationArguments
-from s2d2_lmeval.harness.groups import Group, canonical, ids_of_special_strings
-from s2d2_lmeval.harness.progress import DecodingProgress
-from s2d2_lmeval.harness.prompts import Prompt, logger
+from s2d2_lmeval.harness.arguments import GenerationArguments
+from s2d2_lmeval.harness.base import HarnessModel
+from s2d2_lmeval.harness.custom import BUDGET_NAMES
+from s2d2_lmeval.harness.prompts import Prompt, StopStrings, logger
 from s2d2_lmeval.harness.responses import TracedResponse
-from s2d2_lmeval.harness.stopping import StopStrings
 from s2d2_lmeval.runtime import clock
-from s2d2_lmeval.runtime.statistics import ratios
+from s2d2_lmeval.runtime.statistics import add, ratios
 
-if TYPE_CHECKING:
-    from s2d2_lmeval.harness.interface import HarnessModel
+
+@dataclass
+class Group:
+    """Requests of the same generation arguments, and what these come to.
+
+    ``config`` is the decoder's configuration; where a function of the user's decodes it is None and ``options`` are
+    what the function gets. ``until`` are the stop strings with the end-of-text string, ``stop_token_ids`` the ids that
+    end an answer, ``budget`` the maximum number of new tokens.
+    """
+
+    until: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    budget: int
+    config: DecodingConfig | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    prompts: list[Prompt] = field(default_factory=list)
+
+    def in_order(self) -> list[Prompt]:
+        """Longest prompts first, as the harness has it: what does not fit in memory fails at once, and estimates err
+        on the safe side.
+        """
+        return sorted(self.prompts, key=lambda prompt: (-len(prompt.ids), prompt.text))
+
+    def describe(self) -> dict[str, Any]:
+        """For the results file: the tasks that asked for it, and what was in force."""
+        if self.config is not None:
+            in_force: dict[str, Any] = {"decoding": self.config.to_dict(), "promise": self.config.promise}
+        else:
+            in_force = {"options": {name: _plain(value) for name, value in self.options.items()}}
+        return {
+            "tasks": sorted({prompt.task for prompt in self.prompts}),
+            "generation_kwargs": dict(self.prompts[0].gen_kwargs),
+            "max_new_tokens": self.budget,
+            "stop_token_ids": list(self.stop_token_ids),
+            **in_force,
+        }
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, bool, list, tuple, dict, type(None))) else type(value).__name__
 
 
 class GenerationRun:
@@ -39,11 +81,12 @@ class GenerationRun:
         self.copies: dict[int, int] = {}
         self._prepare(requests)
         self.groups = {name: group for name, group in self.groups.items() if group.prompts}
-        for name, group in self.groups.items():
-            lm.configurations[name] = group.describe(group.prompts[0].gen_kwargs)
+        lm.configurations.update({name: group.describe() for name, group in self.groups.items()})
         self.size = len(requests)
         left = self.size - len(self.copies) - len(self.answers)
-        self.progress = DecodingProgress(left, disable=quiet or (lm.store is not None and lm.store.shows_progress))
+        hidden = quiet or (lm.store is not None and lm.store.shows_progress)
+        self.bar = tqdm(total=left, disable=hidden, desc="Decoding", unit="req")
+        self.shown, self.started = {"new_tokens": 0.0, "nfe": 0.0}, clock.now()
 
     def answer(self) -> list[str]:
         """Decode everything; a :class:`TracedResponse` per request, in the order of the requests."""
@@ -56,7 +99,7 @@ class GenerationRun:
                 else:
                     self._run_custom(group)
         finally:
-            self.progress.close()
+            self.bar.close()
         for place, original in self.copies.items():
             self.answers[place] = self.answers[original]
         return [self.answers[place] for place in range(self.size)]
@@ -68,7 +111,7 @@ class GenerationRun:
         lm = self.lm
         encoded = map(lm.as_text, prompts.encode(lm.tokenizer, [one.args[0] for one in requests], lm.add_bos_token))
         mask = lm.engine.facts.mask_token_id if lm.engine is not None else None
-        room = prompts.Room(lm.max_length, mask, lm.truncates)
+        room: dict[str, Any] = {"context": lm.max_length, "mask_token_id": mask, "truncate": lm.truncates}
         left_out: list[int] = []
         occurrences = prompts.Occurrences(lm.world_size)
         for place, (request, ids) in enumerate(zip(requests, encoded, strict=True)):
@@ -77,11 +120,14 @@ class GenerationRun:
             if original is not None:
                 self.copies[place] = original
                 continue
-            name = canonical(gen_kwargs)
+            try:
+                name = json.dumps(gen_kwargs, sort_keys=True, default=repr)
+            except (TypeError, ValueError, RecursionError):
+                raise ConfigError(f"generation_kwargs hold what JSON cannot write: {shown(gen_kwargs)}.") from None
             if name not in self.groups:
                 self.groups[name] = self._group(gen_kwargs)
             group = self.groups[name]
-            fitting = room.fit(ids, group.budget, prompts.name_of(request))
+            fitting = prompts.fitting(ids, group.budget, prompts.name_of(request), **room)
             key = prompts.request_key(fitting, occurrence)
             task = request.task_name or ""
             cut = len(ids) - len(fitting)
@@ -114,7 +160,8 @@ class GenerationRun:
                 "until=… with a string that no trace holds avoids that.",
                 ", ".join(map(repr, asked.until)),
             )
-        special = ids_of_special_strings(until, lm.tokenizer.get_added_vocab())
+        added = lm.tokenizer.get_added_vocab()
+        special = tuple(added[string] for string in until if string in added)  # one token each, such as <|im_end|>
         budget = lm.max_gen_toks if asked.max_new_tokens is None else asked.max_new_tokens
         if lm.custom is not None:
             known = lm.engine.facts.stop_token_ids if lm.engine is not None else ()
@@ -213,7 +260,11 @@ class GenerationRun:
         if lm.store is not None:
             lm.store.add(prompt, response, steps)
         lm.totals.add_response(prompt.task, stats)
-        self.progress.finished(stats)
+        add(self.shown, {name: stats.get(name, 0) for name in self.shown})
+        rates = ratios({**self.shown, "seconds": clock.now() - self.started})
+        rates = {"tok/s": rates.get("tokens_per_second", 0.0), "tok/fwd": rates.get("tokens_per_forward", 0.0)}
+        self.bar.set_postfix({name: f"{rate:.2f}" for name, rate in rates.items()}, refresh=False)
+        self.bar.update(1)
 
     def _text(self, tokens: list[int], until: Sequence[str]) -> str:
         """The text of an answer as the harness's ``hf`` models cut it."""

@@ -1,8 +1,8 @@
 """Chat templates under limits: one is a program that comes with a checkpoint, and nothing says that it ends.
 
 transformers renders it in a sandbox that keeps it from the machine, but not from looping or growing without end. So the
-rendering itself, and nothing else of ``apply_chat_template``, is done in a process of its own
-(:mod:`s2d2_lmeval.harness.template_worker`), which the system stops at a limit of processor time or memory.
+rendering itself, and nothing else of ``apply_chat_template``, is done in a process of its own (:func:`serve`), which
+the system stops at a limit of processor time or memory: a line of JSON in, a line out.
 """
 
 from __future__ import annotations
@@ -18,12 +18,24 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import tokenization_utils_base
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from s2d2_lmeval.errors import CheckpointError, S2D2Error, first_line
 
 SECONDS = 10
 """Processor time for one conversation; a template takes a thousandth of one."""
 
+LONGEST = 16 << 20
+"""Characters of a rendered conversation."""
+MEMORY = 1 << 30
+"""Bytes beyond those that the empty process takes."""
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
+
+_START = "import sys; sys.path[0] = {!r}; from s2d2_lmeval.harness.templates import serve; serve()"
 _workers: dict[int, subprocess.Popen[str]] = {}
 
 
@@ -91,9 +103,51 @@ def _ask(request: str) -> dict[str, Any]:
 
 def _start() -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("template_worker.py"))],
+        [sys.executable, "-c", _START.format(str(Path(__file__).parents[2]))],  # not the folder that we happen to be in
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
         env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
     )
+
+
+def serve() -> None:
+    """The other process: answer until the input ends."""
+    _limit_memory()
+    for line in sys.stdin:
+        request = json.loads(line)
+        _limit_time(request["seconds"])
+        print(json.dumps(_answer(request["job"])), flush=True)
+
+
+def _limit_memory() -> None:
+    """Keep this process from taking more than :data:`MEMORY` beside what it has."""
+    if resource is None or not sys.platform.startswith("linux"):
+        return
+    with open("/proc/self/statm") as stream:
+        size = int(stream.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _limit_time(seconds: int) -> None:
+    """Let the system end this process when it has used that much more processor time, whatever it does."""
+    if resource is None:
+        return
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    used = int(usage.ru_utime + usage.ru_stime)
+    resource.setrlimit(resource.RLIMIT_CPU, (used + 2 + seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
+def _answer(job: dict[str, Any]) -> dict[str, Any]:
+    """The rendered conversations, or what went wrong."""
+    try:
+        rendered, _ = render_jinja_template(**job)
+        if sum(map(len, rendered)) > LONGEST:
+            return {"error": f"it writes more than {LONGEST} characters"}
+        return {"rendered": rendered}
+    except MemoryError:
+        return {"error": f"it takes more than {MEMORY >> 20} MiB of memory"}
+    except Exception as error:
+        said = str(error)[:300] or type(error).__name__
+        return {"error": said, "by_template": isinstance(error, TemplateError)}

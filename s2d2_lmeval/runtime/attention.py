@@ -4,12 +4,17 @@ It is registered with transformers under :data:`NAME`; native models hand it the
 Back ends:
 
 ``sdpa``   PyTorch's scaled dot product attention with a mask over prefix and fellow queries. Runs everywhere.
-``flash``  flash-attn over the prefix, torch among fellow queries, merged (:mod:`~s2d2_lmeval.runtime.flash`).
+``flash``  in two parts, so that no mask over the prefix is needed: the long prefix, which every query of a row sees
+           whole, by flash-attn with a length per row; and the few fellow queries, with their mask, in torch. Each part
+           comes with the log of its sum of exponentials, by which the two are merged exactly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -18,12 +23,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from s2d2_lmeval.errors import ConfigError, shown
-from s2d2_lmeval.runtime import flash
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.passes import Pass
 
 NAME = "s2d2"
 BACKENDS = ("sdpa", "flash")
+
+Part = tuple[torch.Tensor, torch.Tensor]
+"""Attention (R, W, heads, dim) over some of the keys, and its log-sum-exp (R, heads, W), in float32."""
 
 GROUPED = 64
 """Queries per row up to which those that share a key head are laid side by side: then every key is read once for all
@@ -46,8 +53,8 @@ def choose_backend(attention: str, device: torch.device | None = None, dtype: to
     on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     half = dtype in (torch.bfloat16, torch.float16)
     if attention == "auto":
-        return "flash" if on_gpu and half and flash.prefix_kernel() is not None else "sdpa"
-    if flash.prefix_kernel() is None:
+        return "flash" if on_gpu and half and prefix_kernel() is not None else "sdpa"
+    if prefix_kernel() is None:
         raise ConfigError("attention=flash needs flash-attn: pip install flash-attn, or use attention=sdpa.")
     if not (on_gpu and half):
         raise ConfigError("attention=flash runs on CUDA in bfloat16 or float16 only; use attention=sdpa.")
@@ -67,13 +74,13 @@ class AttentionContext:
     rows: int
     widest: int
     span: int
-    slots: torch.Tensor | None
-    spread: torch.Tensor | None
-    gather: torch.Tensor | None
     visible: torch.Tensor
     lengths: torch.Tensor
     destinations: torch.Tensor
-    mask: torch.Tensor | None
+    slots: torch.Tensor | None = None
+    spread: torch.Tensor | None = None
+    gather: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
     backend: str = "sdpa"
     _biases: dict[tuple[torch.dtype, int], torch.Tensor] = field(default_factory=dict, init=False)
 
@@ -109,11 +116,9 @@ class AttentionContext:
         """The same on another device (models spread over several); itself where it lies there already."""
         if self.lengths.device == device:
             return self
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
         moved: dict[str, Any] = {
-            one.name: value.to(device)
-            for one in fields(self)
-            for value in [getattr(self, one.name)]
-            if isinstance(value, torch.Tensor)
+            name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)
         }
         return replace(self, **moved)
 
@@ -204,13 +209,85 @@ def _flash(
     context: AttentionContext, queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
     """``queries`` and the answer are (R, W, heads, dim)."""
-    kernel = flash.prefix_kernel()
+    kernel = prefix_kernel()
     assert kernel is not None
     scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
     prefix = kernel(queries, key, value, context.lengths, context.slots, scale)
     fresh = (storage.flatten(0, 1).index_select(0, context.destinations) for storage in (key, value))
     keys, values = (context.padded(one) for one in fresh)
-    return flash.merge(prefix, flash.among_fellows(queries, keys, values, context.visible, scale), context.lengths)
+    return merge(prefix, among_fellows(queries, keys, values, context.visible, scale), context.lengths)
+
+
+@cache
+def prefix_kernel() -> Callable[..., Part] | None:
+    """flash-attn 3 if it is there, else flash-attn 2, else None.
+
+    A kernel takes queries (R, W, heads, dim), the storage of keys and of values (slots, capacity, key-value heads,
+    dim), lengths (R,), slots (R,) or None (the first R) and a scale; it gives the attention over the first ``lengths``
+    positions of each row's slot.
+    """
+    if not torch.cuda.is_available():
+        return None
+    if find_spec("flash_attn_interface") is not None:
+        from flash_attn_interface import flash_attn_with_kvcache
+    elif find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_with_kvcache
+    else:
+        return None
+    return partial(_by_library, flash_attn_with_kvcache)
+
+
+def _by_library(
+    attend: Callable[..., Any],
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    slots: torch.Tensor | None,
+    scale: float,
+) -> Part:
+    """Both releases name their arguments alike."""
+    rows = len(queries)
+    found = attend(
+        queries,
+        keys if slots is not None else keys[:rows],
+        values if slots is not None else values[:rows],
+        cache_seqlens=lengths.to(torch.int32),
+        cache_batch_idx=None if slots is None else slots.to(torch.int32),
+        softmax_scale=scale,
+        causal=False,
+        return_softmax_lse=True,
+    )
+    return found[0], found[1]
+
+
+def among_fellows(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float
+) -> Part:
+    """Attention of ``queries`` (R, W, heads, dim) over ``keys`` and ``values`` (R, K, key-value heads, dim) where
+    ``visible`` (R, W, K); scores and sums in float32 at least.
+    """
+    rows, widest, heads, dim = queries.shape
+    grouped = queries.view(rows, widest, keys.shape[2], -1, dim)
+    scores = torch.einsum("rwhgd,rkhd->rhgwk", grouped, keys) * scale
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+    log_mass = scores.logsumexp(-1)
+    weights = (scores - log_mass.unsqueeze(-1)).exp().nan_to_num(0.0)  # of nothing: a row without a prefix
+    out = torch.einsum("rhgwk,rkhd->rwhgd", weights.to(values.dtype), values)
+    return out.reshape(rows, widest, heads, dim), log_mass.reshape(rows, heads, widest)
+
+
+def merge(prefix: Part, fellows: Part, lengths: torch.Tensor) -> torch.Tensor:
+    """Attention over both parts (R, W, heads, dim). Where ``lengths`` (R,) are zero there is no prefix, whatever its
+    kernel made of it.
+    """
+    (before, log_before), (here, log_here) = prefix, fellows
+    nothing = lengths == 0
+    share = torch.sigmoid(log_before.masked_fill(nothing.view(-1, 1, 1), -torch.inf) - log_here)
+    share = share.transpose(1, 2).unsqueeze(-1)
+    before = before.masked_fill(nothing.view(-1, 1, 1, 1), 0)
+    return (share * before + (1 - share) * here).to(here.dtype)
 
 
 AttentionInterface.register(NAME, pass_attention)

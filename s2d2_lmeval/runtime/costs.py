@@ -7,12 +7,10 @@ before a run that asks, never guessed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-
-from s2d2_lmeval.runtime.passes import TARGET
 
 PROPORTIONAL = 0.9
 """Share of the growth in width that a forward's growth in time must have to be called proportional."""
@@ -39,11 +37,10 @@ class CostCurve:
         return inside + slope * np.maximum(np.asarray(queries) - self.queries[-1], 0)
 
 
-class MeasureCosts(Protocol):
-    """Measures forwards in which every row brings from one up to so many queries."""
-
-    def __call__(self, most: int, *, model: str = TARGET) -> CostCurve:
-        """``model`` says whose forwards, where a drafter is loaded beside the target."""
+MeasureCosts = Callable[..., CostCurve]
+"""``measure(most, model=TARGET)`` times forwards in which every row brings 1 to ``most`` queries; ``model`` says whose,
+where a drafter is loaded beside the target.
+"""
 
 
 def widths_to_measure(most: int) -> np.ndarray:

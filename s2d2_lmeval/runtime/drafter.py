@@ -3,16 +3,18 @@
 Its layers are Qwen3's. What is special: it has no embedding and no head but the target's, and the keys and values of
 the text before the block come not from running that text but from the target's features of it, the outputs of some of
 its layers, fused into one vector per position. So the text is absorbed into the cache as the target decides it, and a
-draft is an ordinary pass over one block behind that prefix.
+draft is an ordinary pass over one block after that prefix. What the drafter has to know of the text is handed over on
+the device, at the same positions, so the caches of target and drafter always hold the same text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Qwen3Config
@@ -23,8 +25,13 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
 )
 
+from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.attention import AttentionContext
 from s2d2_lmeval.runtime.cache import SlotCache
+from s2d2_lmeval.runtime.costs import CostCurve
+from s2d2_lmeval.runtime.memory import bytes_per_position
+from s2d2_lmeval.runtime.passes import DRAFTER, TARGET, Pass
+from s2d2_lmeval.runtime.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class DFlash(nn.Module):
         return self._shared[0]
 
     def get_output_embeddings(self) -> nn.Module:
-        """The target's, behind this drafter's scale and cap if it has any."""
+        """The target's, with this drafter's scale and cap if it has any."""
         head, shape = self._shared[1], self.shape
         return head if shape.logit_scale == 1 and not shape.softcap else _ScaledHead(head, shape)
 
@@ -182,3 +189,76 @@ class FeatureTap:
     def clear(self) -> None:
         """Let go of the last forward's tensors."""
         self._seen.clear()
+
+
+class DraftingRunner(Runner):
+    """Runs passes on a target or on its drafter: they name the model that answers them."""
+
+    def __init__(self, model: PreTrainedModel, drafter: DFlash, attention: str = "auto") -> None:
+        # Features are tapped from packed, eager forwards; the drafter narrows its masks by layer.
+        super().__init__(model, attention, static_shapes=False)
+        self.drafter = Runner(drafter, "sdpa", static_shapes=False)
+        self.tap = FeatureTap(self.backbone, drafter.shape.layer_ids)
+
+    def reserve(self, slots: int, capacity: int) -> None:
+        super().reserve(slots, capacity)
+        self.drafter.reserve(slots, capacity)
+
+    def release(self) -> None:
+        self.tap.clear()
+        self.drafter.release()
+        super().release()
+
+    def rows_that_fit(self, capacity: int, wanted: int) -> int:
+        ours, drafters = (bytes_per_position(model) for model in (self.model, self.drafter.model))
+        return super().rows_that_fit(round(capacity * (1 + drafters / ours)), wanted)
+
+    def begin(self, slot: int, source: int, length: int) -> None:
+        super().begin(slot, source, length)
+        self.drafter.begin(slot, source, length)
+
+    def measure_costs(self, rows: int, most: int, *, model: str = TARGET) -> CostCurve:
+        """As of a single model; ``model`` says which."""
+        return self.drafter.measure_costs(rows, most) if model == DRAFTER else super().measure_costs(rows, most)
+
+    def forward(self, request: Pass) -> torch.Tensor:
+        if request.model == TARGET:
+            return super().forward(request)
+        return self.drafter.forward(request)
+
+    def settle(self) -> None:
+        super().settle()
+        self.drafter.settle()
+        self.model_seconds += self.drafter.model_seconds
+        self.drafter.model_seconds = 0.0
+
+    @torch.inference_mode()
+    def commit(self, request: Pass, kept: np.ndarray, paths: Mapping[int, np.ndarray] | None = None) -> None:
+        super().commit(request, kept, paths) if request.model == TARGET else self.drafter.commit(request, kept, paths)
+        if request.feeds_drafter:
+            started = clock.now()
+            self._hand_over(request, kept, paths or {})
+            self.model_seconds += clock.now() - started
+
+    def _hand_over(self, request: Pass, kept: np.ndarray, paths: Mapping[int, np.ndarray]) -> None:
+        """Let the drafter absorb what ``request`` has added to the prefix: leading queries, then those kept later."""
+        layout, cache = request.layout, self.drafter.cache
+        index, positions, slots = [], [], []
+        for row, slot in enumerate(layout.slots.tolist()):
+            first = np.arange(request.keep[row])
+            queries = np.concatenate([first, len(first) + paths.get(row, np.arange(kept[row]))])
+            index.append(layout.offsets[row] + queries)
+            positions.append(cache.lengths[slot] + np.arange(len(queries)))
+            slots.append(np.full(len(queries), slot))
+            cache.lengths[slot] += len(queries)
+        place, owner = np.concatenate(positions), np.concatenate(slots)
+        if not len(place):
+            return
+
+        def upload(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(values.astype(np.int64)).to(self.drafter.device, non_blocking=True)
+
+        cache.write_to(upload(owner * cache.capacity + place))
+        model = self.drafter.model
+        assert isinstance(model, DFlash)
+        model.absorb(self.tap.rows(upload(np.concatenate(index))), upload(place).unsqueeze(0), cache)

@@ -98,16 +98,14 @@ def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
             "target_layer_ids or num_target_layers (in dflash_config)."
         )
     kinds = config.get("layer_types") or ["full_attention"] * layers
-    window = own.get("swa_window_size") or config.get("sliding_window")
-    fits = {
-        "layer_types": isinstance(kinds, list) and len(kinds) == layers,
-        "block_size": is_whole(value("block_size", DEFAULT_BLOCK_LENGTH), 1),
-        "sliding_window": window is None or is_whole(window, 1),
-        **{name: is_number(value(name, 1.0)) for name in ("input_embedding_scale", "output_multiplier")},
-        "final_logit_softcapping": value("final_logit_softcapping") is None
-        or is_number(value("final_logit_softcapping")),
-    }
-    for name, fine in fits.items():
+    window, cap = own.get("swa_window_size") or config.get("sliding_window"), value("final_logit_softcapping")
+    for name, fine in (
+        ("layer_types", isinstance(kinds, list) and len(kinds) == layers),
+        ("block_size", is_whole(value("block_size", DEFAULT_BLOCK_LENGTH), 1)),
+        ("sliding_window", window is None or is_whole(window, 1)),
+        *((name, is_number(value(name, 1.0))) for name in ("input_embedding_scale", "output_multiplier")),
+        ("final_logit_softcapping", cap is None or is_number(cap)),
+    ):
         if not fine:
             raise CheckpointError(f"{source}: config.json says {name}={value(name)!r}, which no drafter has.")
     sliding = [kind == "sliding_attention" or bool(own.get("use_swa")) for kind in kinds]
@@ -125,7 +123,7 @@ def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
         causal=tuple(slides if causal is None else bool(causal) for slides in sliding),
         embedding_scale=float(value("input_embedding_scale", 1.0)),
         logit_scale=float(value("output_multiplier", 1.0)),
-        softcap=value("final_logit_softcapping"),
+        softcap=cap,
     )
 
 
@@ -148,27 +146,27 @@ def check_fit(shape: DrafterShape, target: PreTrainedModel, source: str) -> None
 
     :raises CheckpointError: naming what differs.
     """
-    wants, has = shape.config, target.config
-    if wants.hidden_size != has.hidden_size:
-        raise _misfit(
-            source, f"it reads hidden states of size {wants.hidden_size}, and the target's are {has.hidden_size}"
-        )
-    made_for = getattr(wants, "num_target_layers", None)
-    if made_for is not None and made_for != has.num_hidden_layers:
-        raise _misfit(source, f"it was made for {made_for} layers, and the target has {has.num_hidden_layers}")
-    beyond = [index for index in shape.layer_ids if not 0 <= index < has.num_hidden_layers]
-    if beyond:
-        raise _misfit(source, f"it reads layer {beyond[0]}, and the target has {has.num_hidden_layers} (from 0)")
-    if wants.vocab_size != has.vocab_size:
-        raise _misfit(source, f"its vocabulary has {wants.vocab_size} tokens, and the target's {has.vocab_size}")
-    if not 0 <= shape.mask_token_id < has.vocab_size:
-        raise _misfit(source, f"its mask token id {shape.mask_token_id} is not in the vocabulary of {has.vocab_size}")
-    if shape.block_length < 2:
-        raise _misfit(source, f"a block of {shape.block_length} drafts nothing")
-
-
-def _misfit(source: str, reason: str) -> CheckpointError:
-    return CheckpointError(f"the drafter {source} does not fit this target: {reason}. Give the drafter made for it.")
+    wants, has, layers = shape.config, target.config, target.config.num_hidden_layers
+    made_for, mask = getattr(wants, "num_target_layers", None), shape.mask_token_id
+    beyond = next((index for index in shape.layer_ids if not 0 <= index < layers), None)
+    for wrong, reason in (
+        (
+            wants.hidden_size != has.hidden_size,
+            f"it reads hidden states of size {wants.hidden_size}, and the target's are {has.hidden_size}",
+        ),
+        (made_for not in (None, layers), f"it was made for {made_for} layers, and the target has {layers}"),
+        (beyond is not None, f"it reads layer {beyond}, and the target has {layers} (from 0)"),
+        (
+            wants.vocab_size != has.vocab_size,
+            f"its vocabulary has {wants.vocab_size} tokens, and the target's {has.vocab_size}",
+        ),
+        (not 0 <= mask < has.vocab_size, f"its mask token id {mask} is not in the vocabulary of {has.vocab_size}"),
+        (shape.block_length < 2, f"a block of {shape.block_length} drafts nothing"),
+    ):
+        if wrong:
+            raise CheckpointError(
+                f"the drafter {source} does not fit this target: {reason}. Give the drafter made for it."
+            )
 
 
 def _is_dflash2(source: str) -> CheckpointError:

@@ -22,13 +22,14 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from s2d2_lmeval.errors import first_line
 from s2d2_lmeval.runtime.attention import AttentionContext, prefix_mask
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.memory import out_of_memory
@@ -89,18 +90,20 @@ class StaticForward:
     """The buffers of one bucket and the forward over them, captured or not."""
 
     def __init__(self, bucket: Bucket, cache: SlotCache, backend: str, run: Run, device: torch.device) -> None:
-        self.bucket = bucket
-        self.cache = cache
-        self.backend = backend
-        self.run = run
-        queries = bucket.rows * bucket.width
-        self.tokens = torch.zeros(queries, dtype=torch.long, device=device)
+        self.bucket, self.cache, self.run = bucket, cache, run
+        self.tokens = torch.zeros(bucket.rows * bucket.width, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.tokens)
-        self.destinations = torch.full_like(self.tokens, cache.scratch)
-        self.lengths = torch.zeros(bucket.rows, dtype=torch.long, device=device)
-        self.itself = torch.eye(bucket.width, dtype=torch.bool, device=device)
-        self.visible = self.itself.repeat(bucket.rows, 1, 1)
         self.wanted = torch.zeros(bucket.wanted, dtype=torch.long, device=device)
+        self.itself = torch.eye(bucket.width, dtype=torch.bool, device=device)
+        self.context = AttentionContext(
+            rows=bucket.rows,
+            widest=bucket.width,
+            span=bucket.span,
+            visible=self.itself.repeat(bucket.rows, 1, 1),
+            lengths=torch.zeros(bucket.rows, dtype=torch.long, device=device),
+            destinations=torch.full_like(self.tokens, cache.scratch),
+            backend=backend,
+        )
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits = torch.empty(0, device=device)
 
@@ -115,30 +118,18 @@ class StaticForward:
         at, destinations, prefix, slots = sent.split([len(part) for part in parts])
         self.tokens.zero_().index_copy_(0, at, request.tokens)
         self.positions.zero_().index_copy_(0, at, request.positions)
-        self.destinations.fill_(self.cache.scratch).index_copy_(0, at, destinations)
-        self.lengths.copy_(prefix)
+        self.context.destinations.fill_(self.cache.scratch).index_copy_(0, at, destinations)
+        self.context.lengths.copy_(prefix)
         free = width - layout.widest
-        self.visible.zero_().index_copy_(0, slots, pad(request.visible, (0, free, 0, free)))
-        self.visible.logical_or_(self.itself)
+        self.context.visible.zero_().index_copy_(0, slots, pad(request.visible, (0, free, 0, free)))
+        self.context.visible.logical_or_(self.itself)
         self.wanted.zero_()[: len(request.wanted)] = at.index_select(0, request.wanted)
 
     def forward(self) -> torch.Tensor:
         """Run the buffers' contents: logits (bucket's wanted, V). Nothing here depends on the contents' values."""
-        bucket = self.bucket
-        context = AttentionContext(
-            rows=bucket.rows,
-            widest=bucket.width,
-            span=bucket.span,
-            slots=None,
-            spread=None,
-            gather=None,
-            visible=self.visible,
-            lengths=self.lengths,
-            destinations=self.destinations,
-            mask=prefix_mask(self.visible, self.lengths, bucket.span) if self.backend == "sdpa" else None,
-            backend=self.backend,
-        )
-        return self.run(self.tokens, self.positions, context, self.wanted)
+        known = self.context
+        mask = prefix_mask(known.visible, known.lengths, known.span) if known.backend == "sdpa" else None
+        return self.run(self.tokens, self.positions, replace(known, mask=mask), self.wanted)
 
     def capture(self, pool: Any) -> None:
         """Record the forward as a graph."""
@@ -159,10 +150,7 @@ class StaticShapes:
     """The static forwards of a runner, by bucket. ``captures`` says whether they become graphs."""
 
     def __init__(self, run: Run, backend: str, device: torch.device, captures: bool) -> None:
-        self.run = run
-        self.backend = backend
-        self.device = device
-        self.captures = captures
+        self.run, self.backend, self.device, self.captures = run, backend, device, captures
         self.forwards: OrderedDict[Bucket, StaticForward] = OrderedDict()
         self._cache: SlotCache | None = None
         self._pool: Any = None
@@ -202,5 +190,5 @@ class StaticShapes:
             if out_of_memory(error):
                 raise
             self.captures = False
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            logger.warning("this model cannot be captured as a graph (%s); it runs without, more slowly.", first_line)
+            said = first_line(error)
+            logger.warning("this model cannot be captured as a graph (%s); it runs without, more slowly.", said)

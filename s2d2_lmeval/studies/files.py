@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from s2d2_lmeval.errors import StudyError, first_line, shown
-from s2d2_lmeval.harness.secrets import redacted
+from s2d2_lmeval.harness.upstream import redacted
 
 MANIFEST = "study.json"
 

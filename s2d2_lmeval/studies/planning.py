@@ -14,9 +14,9 @@ from typing import Any
 
 from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.errors import CheckpointError, ConfigError, S2D2Error, StudyError
-from s2d2_lmeval.harness.generation_arguments import GenerationArguments
+from s2d2_lmeval.harness.arguments import GenerationArguments
 from s2d2_lmeval.harness.identity import HUB_ONLY, code_version
-from s2d2_lmeval.harness.secrets import redacted
+from s2d2_lmeval.harness.upstream import redacted
 from s2d2_lmeval.studies.files import MANIFEST, read_manifest
 from s2d2_lmeval.studies.points import Axis, Point, Task, model_identity
 from s2d2_lmeval.studies.store import write_whole

@@ -37,7 +37,7 @@ from s2d2_lmeval.decoding.generation import Step, verifications
 from s2d2_lmeval.errors import StudyError, shown
 from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.harness.responses import TracedResponse
-from s2d2_lmeval.harness.secrets import redacted
+from s2d2_lmeval.harness.upstream import redacted
 
 if TYPE_CHECKING:
     from s2d2_lmeval.harness.prompts import Prompt

@@ -24,8 +24,8 @@ def task_manager(data_dir: str | None, include_path: Iterable[str], names: Itera
     """
     from lm_eval.tasks import TaskManager
 
-    from s2d2_lmeval.harness.packaged import include_path as ours
-    from s2d2_lmeval.harness.packaged import register
+    from s2d2_lmeval.harness.upstream import include_path as ours
+    from s2d2_lmeval.harness.upstream import register
 
     register()
     folders = [str(ours()), *include_path]

@@ -12,7 +12,7 @@ from s2d2_lmeval import __version__
 from s2d2_lmeval.cli import COMMANDS, build_parser, main
 from s2d2_lmeval.cli.values import as_in_the_harness, parse_options, parse_value
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.harness.packaged import include_path
+from s2d2_lmeval.harness.upstream import include_path
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import pytest
 from s2d2_lmeval.cli import main
 from s2d2_lmeval.cli.evaluate import folders
 from s2d2_lmeval.errors import S2D2Error
-from s2d2_lmeval.harness.packaged import include_path
+from s2d2_lmeval.harness.upstream import include_path
 
 TASK = """
 task: cli_letters

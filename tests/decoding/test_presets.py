@@ -19,7 +19,8 @@ PRESETS = [(family, name) for family in FAMILIES.values() for name in family.pre
 def facts_of(family: Family) -> Facts:
     """Of a made-up checkpoint of the published vocabulary."""
     vocabulary = next(iter(family.published_mask_ids))
-    return family.facts({}, family.config_class(vocab_size=vocabulary), {"eos_token_id": 7}, source="published")
+    records = {"generation_config.json": {"eos_token_id": 7}}
+    return family.facts({}, family.config_class(vocab_size=vocabulary), records, source="published")
 
 
 @pytest.mark.parametrize(("family", "name"), PRESETS, ids=lambda value: getattr(value, "name", value))

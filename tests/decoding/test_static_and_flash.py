@@ -12,7 +12,7 @@ import torch
 from s2d2_lmeval import BlockDiffusionModel, Generation
 from s2d2_lmeval.decoding import scoring
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.runtime import attention, flash, static
+from s2d2_lmeval.runtime import attention, static
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.passes import Layout, Pass
 from s2d2_lmeval.runtime.runner import Runner
@@ -51,6 +51,22 @@ def around(case: str, runner: Runner) -> BlockDiffusionModel:
     return BlockDiffusionModel(model.hf_model, model.facts, max_batch=3, runner=runner)
 
 
+def prefix_in_torch(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    slots: torch.Tensor | None,
+    scale: float,
+) -> attention.Part:
+    """The twin of the library's kernel: what it computes, in plain torch."""
+    span = int(lengths.max())
+    rows = torch.arange(len(queries), device=queries.device) if slots is None else slots
+    inside = torch.arange(span, device=queries.device) < lengths.unsqueeze(1)
+    mask = inside.unsqueeze(1).expand(-1, queries.shape[1], -1)
+    return attention.among_fellows(queries, keys[rows, :span], values[rows, :span], mask, scale)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", ["sdpa", "flash"])
 def test_padded_shapes_change_no_token(case: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +74,7 @@ def test_padded_shapes_change_no_token(case: str, backend: str, monkeypatch: pyt
     runner = Runner(CASES[case][0](max_batch=3).hf_model, static_shapes=True)
     assert runner.static is not None
     runner.static.backend = runner.attention = backend
-    monkeypatch.setattr(flash, "prefix_kernel", lambda: flash.prefix_in_torch)
+    monkeypatch.setattr(attention, "prefix_kernel", lambda: prefix_in_torch)
     got = around(case, runner).generate(PROMPTS, {**CASES[case][1], "max_new_tokens": 11})
     assert canvases(got) == answers(case)
     assert runner.static.forwards
@@ -68,7 +84,7 @@ def test_padded_shapes_change_no_token(case: str, backend: str, monkeypatch: pyt
 def test_attention_in_two_parts_changes_no_token(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = Runner(CASES[case][0](max_batch=3).hf_model)
     runner.attention = "flash"
-    monkeypatch.setattr(flash, "prefix_kernel", lambda: flash.prefix_in_torch)
+    monkeypatch.setattr(attention, "prefix_kernel", lambda: prefix_in_torch)
     got = around(case, runner).generate(PROMPTS, {**CASES[case][1], "max_new_tokens": 11})
     assert canvases(got) == answers(case)
 
@@ -233,8 +249,8 @@ def test_both_parts_merged_are_the_attention_over_everything(
     rows = torch.arange(3) if at is None else at
     place = prefix.unsqueeze(1) + torch.arange(width)
     fresh = [storage[rows.unsqueeze(1), place] for storage in (keys, values)]
-    part = flash.prefix_in_torch(queries, keys, values, prefix, at, 0.3)
-    got = flash.merge(part, flash.among_fellows(queries, *fresh, visible, 0.3), prefix)
+    part = prefix_in_torch(queries, keys, values, prefix, at, 0.3)
+    got = attention.merge(part, attention.among_fellows(queries, *fresh, visible, 0.3), prefix)
     mask = attention.prefix_mask(visible, prefix, 40)
     expected = torch.nn.functional.scaled_dot_product_attention(
         queries.transpose(1, 2),
@@ -250,12 +266,12 @@ def test_both_parts_merged_are_the_attention_over_everything(
 @pytest.mark.parametrize("log_mass", [torch.inf, -torch.inf, torch.nan])
 def test_whatever_a_kernel_makes_of_an_empty_prefix_does_not_matter(log_mass: float) -> None:
     queries, keys, values, visible, prefix, _ = case(2, 3, 4, 2, [0, 5], None)
-    out, mass = flash.prefix_in_torch(queries, keys, values, prefix, None, 1.0)
+    out, mass = prefix_in_torch(queries, keys, values, prefix, None, 1.0)
     fresh = [storage[:2, :3] for storage in (keys, values)]
-    here = flash.among_fellows(queries, *fresh, visible, 1.0)
-    expected = flash.merge((out, mass), here, prefix)
+    here = attention.among_fellows(queries, *fresh, visible, 1.0)
+    expected = attention.merge((out, mass), here, prefix)
     out[0], mass[0] = torch.nan, log_mass
-    torch.testing.assert_close(flash.merge((out, mass), here, prefix), expected)
+    torch.testing.assert_close(attention.merge((out, mass), here, prefix), expected)
     torch.testing.assert_close(expected[0], here[0][0])
 
 
@@ -264,11 +280,11 @@ def test_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attention.choose_backend("sdpa", cuda) == "sdpa"
     with pytest.raises(ConfigError, match="is not a back end"):
         attention.choose_backend("flex")
-    monkeypatch.setattr(flash, "prefix_kernel", lambda: None)
+    monkeypatch.setattr(attention, "prefix_kernel", lambda: None)
     assert attention.choose_backend("auto", cuda) == "sdpa"
     with pytest.raises(ConfigError, match="needs flash-attn"):
         attention.choose_backend("flash", cuda)
-    monkeypatch.setattr(flash, "prefix_kernel", lambda: flash.prefix_in_torch)
+    monkeypatch.setattr(attention, "prefix_kernel", lambda: prefix_in_torch)
     assert attention.choose_backend("auto", cuda) == "flash"
     assert attention.choose_backend("auto", cuda, torch.float32) == "sdpa"
     assert attention.choose_backend("auto", cpu) == "sdpa"
@@ -285,12 +301,12 @@ def test_the_librarys_arguments() -> None:
         return "out", "mass", "more of flash-attn 3"
 
     queries, keys, values, _, prefix, at = case(3, 2, 4, 2, [1, 2, 3], [4, 1, 2])
-    assert flash._of_library(library)(queries, keys, values, prefix, at, 0.5) == ("out", "mass")
+    assert attention._by_library(library, queries, keys, values, prefix, at, 0.5) == ("out", "mass")
     assert seen["keys"] is keys
     assert seen["cache_seqlens"].dtype == seen["cache_batch_idx"].dtype == torch.int32
     assert seen["cache_batch_idx"].tolist() == [4, 1, 2]
     assert (seen["softmax_scale"], seen["causal"], seen["return_softmax_lse"]) == (0.5, False, True)
-    flash._of_library(library)(queries, keys, values, prefix, None, 0.5)
+    attention._by_library(library, queries, keys, values, prefix, None, 0.5)
     assert (len(seen["keys"]), seen["cache_batch_idx"]) == (3, None)
 
 
@@ -316,7 +332,7 @@ def test_captured_graphs_change_no_token(case: str) -> None:
 @pytest.mark.gpu
 @on_gpu
 def test_flash_attn_is_its_twin() -> None:
-    kernel = flash.prefix_kernel()
+    kernel = attention.prefix_kernel()
     if kernel is None:
         pytest.skip("flash-attn is not installed")
     generator = torch.Generator("cuda").manual_seed(0)
@@ -324,6 +340,6 @@ def test_flash_attn_is_its_twin() -> None:
     queries, keys, values = (torch.randn(*s, **half) for s in ((3, 5, 8, 64), (6, 300, 2, 64), (6, 300, 2, 64)))
     lengths, slots = torch.tensor([7, 120, 299], device="cuda"), torch.tensor([4, 1, 2], device="cuda")
     out, mass = kernel(queries, keys, values, lengths, slots, 0.125)
-    twin, twin_mass = flash.prefix_in_torch(queries.float(), keys.float(), values.float(), lengths, slots, 0.125)
+    twin, twin_mass = prefix_in_torch(queries.float(), keys.float(), values.float(), lengths, slots, 0.125)
     torch.testing.assert_close(out.float(), twin, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(mass, twin_mass, rtol=1e-3, atol=1e-3)

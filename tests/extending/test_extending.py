@@ -18,7 +18,7 @@ import pytest
 from s2d2_lmeval import DecodingConfig, load, register_decoder
 from s2d2_lmeval.cli import main
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.harness.packaged import include_path
+from s2d2_lmeval.harness.upstream import include_path
 from s2d2_lmeval.registry import DECODERS, ESTIMATORS, POLICIES, STRATEGIES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")

@@ -118,7 +118,7 @@ def test_windows_that_hold_the_context_or_are_switched_off(tmp_path: Path) -> No
 
 
 def test_layers_that_see_parts_are_refused() -> None:
-    from s2d2_lmeval.families.context import positions
+    from s2d2_lmeval.families.config_map import positions
 
     native = Qwen3Config(**SIZES)
     native.layer_types = ["full_attention", "chunked_attention"]

@@ -117,10 +117,12 @@ def test_the_alignment_of_a_family_is_what_its_scheme_decodes() -> None:
 # Block lengths
 
 
-def sdar_facts(source: str | Path, config: dict[str, Any] | None = None, **more: Any) -> Any:
+def sdar_facts(
+    source: str | Path, config: dict[str, Any] | None = None, records: dict[str, Any] | None = None, **more: Any
+) -> Any:
     family = FAMILIES["sdar"]
     native = family.config_class(vocab_size=SDAR_VOCABULARY)
-    return family.facts(config or {}, native, {}, source=str(source), **more)
+    return family.facts(config or {}, native, records or {}, source=str(source), **more)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,9 @@ def test_published_stop_token_of_llada2() -> None:
     family = FAMILIES["llada2"]
     native = family.config_class(vocab_size=157184)
     assert family.facts({}, native, {}, source="x").stop_token_ids == (156892,)
-    assert family.facts({"eos_token_id": 156892}, native, {"eos_token_id": [5]}, source="x").stop_token_ids == (
+    assert family.facts(
+        {"eos_token_id": 156892}, native, {"generation_config.json": {"eos_token_id": [5]}}, source="x"
+    ).stop_token_ids == (
         5,
         156892,
     )

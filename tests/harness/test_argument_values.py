@@ -17,8 +17,7 @@ from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.names import FOREIGN
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness import arguments
-from s2d2_lmeval.harness.arguments import rows_in_flight, sort_arguments
-from s2d2_lmeval.harness.generation_arguments import GenerationArguments
+from s2d2_lmeval.harness.arguments import GenerationArguments, rows_in_flight, sort_arguments
 from s2d2_lmeval.harness.model import S2D2LM
 from s2d2_lmeval.runtime import clock
 
@@ -27,7 +26,8 @@ from ..odd_values import TEXTS, VALUES, label
 
 LOADING = sorted(
     {
-        *(arguments.HARNESS | arguments.RUNTIME | arguments.PLACEMENT | arguments.HUB | arguments.WEIGHTS),
+        *arguments.OF_HARNESS,
+        *arguments.OF_LOADING,
         *arguments.LOADING_SYNONYMS,
         *(
             "max_batch",

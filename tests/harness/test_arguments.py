@@ -8,8 +8,7 @@ import pytest
 from transformers import BitsAndBytesConfig
 
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.harness.arguments import rows_in_flight, sort_arguments
-from s2d2_lmeval.harness.generation_arguments import GenerationArguments
+from s2d2_lmeval.harness.arguments import GenerationArguments, rows_in_flight, sort_arguments
 from s2d2_lmeval.runtime.memory import RowLimit
 
 

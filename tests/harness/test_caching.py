@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from sqlitedict import SqliteDict
 
 from s2d2_lmeval.errors import ConfigError, RequestError
-from s2d2_lmeval.harness import caching
+from s2d2_lmeval.harness import responses
 from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.harness.prompts import Prompt, request_key
 from s2d2_lmeval.harness.responses import TracedResponse
@@ -72,7 +72,7 @@ def test_the_store_separates_runs_and_occurrences(tmp_path: Path) -> None:
         store["key"] = 1.5  # of another model
         hook = CacheHook(None)
         hook.dbdict = store
-        cache = caching.separate(hook, "one")
+        cache = responses.separate(hook, "one")
         assert cache is not None
         assert "key" not in store
         store["key"] = 2.5
@@ -85,12 +85,12 @@ def test_the_store_separates_runs_and_occurrences(tmp_path: Path) -> None:
         assert found is not None
         assert found.stats == {"nfe": 3, "cached": 1}
         assert [cache.find(other) for other in (prompt(1), prompt(top_k=5))] == [None, None]
-        assert caching.hits(hook) == 2
-        other = caching.separate(hook, "two")
+        assert responses.hits(hook) == 2
+        other = responses.separate(hook, "two")
         assert other is not None
         assert other.find(prompt()) is None
         assert "key" not in store
-        caching.separate(hook, "one")
+        responses.separate(hook, "one")
         assert "key" in store
 
 
@@ -164,12 +164,12 @@ def test_another_evaluation_of_the_model_without_a_cache_reads_none(
 
 
 def test_no_cache_and_an_unknown_kind_of_cache() -> None:
-    assert caching.separate(CacheHook(None), "run") is None
-    assert caching.hits(CacheHook(None)) == 0
+    assert responses.separate(CacheHook(None), "run") is None
+    assert responses.hits(CacheHook(None)) == 0
     hook = CacheHook(None)
     hook.dbdict = {}
     with pytest.raises(ConfigError, match="run without it"):
-        caching.separate(hook, "run")
+        responses.separate(hook, "run")
 
 
 def test_digests_depend_on_every_fact() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from s2d2_lmeval.errors import RequestError
-from s2d2_lmeval.harness.prompts import Occurrences, Room, encode, request_key
+from s2d2_lmeval.harness.prompts import Occurrences, encode, fitting, request_key
 
 
 def request(doc: int, idx: int = 0, repeats: int | None = 1, task: str | None = "t") -> Any:
@@ -37,18 +37,18 @@ def test_padding_between_processes_copies_the_repeats_in_turn(repeats: int) -> N
 
 
 def test_room() -> None:
-    room = Room(context=10, mask_token_id=9, truncate=False)
-    assert room.fit([1] * 6, 4, "x") == [1] * 6
+    room: dict[str, Any] = {"context": 10, "mask_token_id": 9, "truncate": False}
+    assert fitting([1] * 6, 4, "x", **room) == [1] * 6
     with pytest.raises(RequestError, match=r"x: a prompt of 7 tokens and 4 new ones do not fit the context of 10"):
-        room.fit([1] * 7, 4, "x")
+        fitting([1] * 7, 4, "x", **room)
     with pytest.raises(RequestError, match="empty"):
-        room.fit([], 4, "x")
+        fitting([], 4, "x", **room)
     with pytest.raises(RequestError, match="mask token"):
-        room.fit([1, 9], 4, "x")
-    cutting = Room(context=10, mask_token_id=9, truncate=True)
-    assert cutting.fit([1, 2, 3, 4, 5, 6, 7], 4, "x") == [2, 3, 4, 5, 6, 7]
+        fitting([1, 9], 4, "x", **room)
+    cutting = {**room, "truncate": True}
+    assert fitting([1, 2, 3, 4, 5, 6, 7], 4, "x", **cutting) == [2, 3, 4, 5, 6, 7]
     with pytest.raises(RequestError, match=r"context of 10. Lower max_gen_toks\.$"):
-        cutting.fit([1], 10, "x")
+        fitting([1], 10, "x", **cutting)
 
 
 def test_no_second_bos() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from s2d2_lmeval.harness.stopping import StopStrings
+from s2d2_lmeval.harness.prompts import StopStrings
 
 SPECIAL = 256
 

@@ -121,7 +121,7 @@ def registration() -> Iterator[Finding]:
 
 
 def _tasks() -> Iterator[Finding]:
-    from s2d2_lmeval.harness.packaged import include_path
+    from s2d2_lmeval.harness.upstream import include_path
 
     folder = include_path()
     files = [path for path in folder.rglob("*.yaml") if not path.name.startswith("_")]

@@ -1,0 +1,164 @@
+"""The lm-evaluation-harness from inside: what it knows and does not hand to a model, what it writes down, and how this
+package gets into it.
+
+``simple_evaluate`` seeds torch, asks for a model, and evaluates; neither a model class nor a ready model object is told
+the seed, where its requests come from, or what the results are written into. So this looks at the caller's variables.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import weakref
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from s2d2_lmeval.errors import S2D2Error
+
+ADVICE = (
+    "a hub token that is given as an argument shows in command lines and files of yours; set the environment variable "
+    "HF_TOKEN instead. It is left out of everything that is recorded here."
+)
+HIDDEN = "(hidden)"
+_SECRETS = ("token", "hf_token", "hub_token", "use_auth_token", "api_key")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=\btoken=)[^,\s)}'\"]+")
+
+
+def include_path() -> Path:
+    """Folder of the packaged task YAML files.
+
+    Raises:
+        S2D2Error: the package is imported from a checkout that is not installed.
+    """
+    spec = find_spec("s2d2_lmeval.task_configs")
+    if spec is None or not spec.submodule_search_locations:
+        raise S2D2Error(
+            "The packaged tasks are not installed (s2d2_lmeval.task_configs). In a checkout, run: pip install -e ."
+        )
+    return Path(next(iter(spec.submodule_search_locations))).resolve()
+
+
+def register() -> None:
+    """Make model ``s2d2`` and its filter known to the harness in this process, whatever its release and the
+    environment.
+    """
+    # Both must have been imported before anything is registered: see _autoload.
+    import lm_eval.filters
+    import lm_eval.models  # noqa: F401
+
+    from s2d2_lmeval._autoload import register_filter, register_model
+
+    register_model()
+    register_filter()
+
+
+def variables(function: str) -> Mapping[str, Any]:
+    """The local variables of the innermost call of ``lm_eval.evaluator.<function>`` around us; empty outside of one."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == "lm_eval.evaluator":
+            return frame.f_locals
+        frame = frame.f_back  # type: ignore[assignment]
+    return {}
+
+
+def seed() -> int | None:
+    """The harness's ``--seed`` for torch, which is what samples; None where it set none, or does not evaluate."""
+    return variables("simple_evaluate").get("torch_random_seed")
+
+
+def uses_no_cache() -> bool:
+    """Whether the evaluation that we are in has no ``--use_cache``: a model object may keep one from before."""
+    return variables("simple_evaluate").get("use_cache", "unknown") is None
+
+
+def model_args() -> Any:
+    """``--model_args``: a text or a mapping; None outside of an evaluation."""
+    return variables("simple_evaluate").get("model_args")
+
+
+def tasks_with_cached_requests() -> Mapping[str, Any]:
+    """Name -> task of the evaluation that we are in, if it reads requests from ``--cache_requests``."""
+    known = variables("evaluate")
+    tasks = known.get("eval_tasks", {}) if known.get("cache_requests") else {}
+    if isinstance(tasks, Mapping):
+        return tasks
+    return {output.task_name: output.task for output in tasks if hasattr(output, "task")}  # older releases
+
+
+class Evaluations:
+    """Tells one evaluation from the next of the same model object.
+
+    An evaluation makes its requests anew, so it is known by the first of them. Requests that come from no evaluation
+    belong together.
+    """
+
+    def __init__(self) -> None:
+        self._known: weakref.ref[Any] | None = None
+        self._begun = False
+
+    def entered(self) -> bool:
+        """Whether the evaluation that we are in is another than at the last call."""
+        several = variables("evaluate").get("requests")
+        first = next((group[0] for group in several.values() if group), None) if isinstance(several, Mapping) else None
+        same = self._begun and (self._known() if self._known is not None else None) is first
+        self._begun, self._known = True, None if first is None else weakref.ref(first)
+        return not same
+
+
+def redacted(value: Any) -> Any:
+    """A copy of plain data without hub tokens: under their usual names, and by what they look like."""
+    if isinstance(value, Mapping):
+        return {name: HIDDEN if holds_token({name: one}) else redacted(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redacted(one) for one in value]
+    return _TOKEN.sub(HIDDEN, value) if isinstance(value, str) else value
+
+
+def holds_token(arguments: Mapping[str, Any]) -> bool:
+    """Whether model arguments hold a token (``True`` stands for the one of the environment)."""
+    return any(name in _SECRETS and isinstance(value, str) and bool(value) for name, value in arguments.items())
+
+
+def redact_results() -> None:
+    """Take hub tokens out of the results of the evaluation that we are in: the harness has written the arguments down
+    by its end, once for the model and once for every task.
+    """
+    results = variables("simple_evaluate").get("results")
+    if results is not None:
+        results["configs"] = redacted(results.get("configs", {}))
+
+
+class ResultsLost(S2D2Error):
+    """Results that the harness could not write."""
+
+
+def refuse_to_lose_results() -> None:
+    """From now on a result that cannot be saved ends the run with an error; idempotent.
+
+    The harness catches every error of saving, logs that it "could not save", and exits with 0: hours of results are
+    gone, and nothing shows it. That log message becomes an error; what would have been written is printed first.
+    """
+    source = logging.getLogger("lm_eval.loggers.evaluation_tracker")
+    source.setLevel(logging.WARNING)  # at a higher level of the harness's loggers nothing would be said
+    if _raise_if_lost not in source.filters:
+        source.addFilter(_raise_if_lost)
+
+
+def _raise_if_lost(record: logging.LogRecord) -> bool:
+    if not record.getMessage().startswith("Could not save"):
+        return True
+    error, frame = sys.exc_info()[1], sys._getframe()
+    while frame is not None and not frame.f_code.co_name.startswith("save_results"):
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is not None and "results" in frame.f_locals:
+        from lm_eval.utils import make_table
+
+        print(make_table(frame.f_locals["results"]))
+    raise ResultsLost(
+        f"{record.getMessage()}: {error}. The results are not on disk, or in part; make room or choose another "
+        "--output_path, and run again (with --use_cache, answers are kept)."
+    ) from None
