@@ -23,7 +23,6 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from typing import Any
@@ -32,19 +31,18 @@ MODEL_NAME, MODEL_CLASS = "s2d2", "s2d2_lmeval.harness.model:S2D2LM"
 FILTER_NAME, FILTER_CLASS = "s2d2_stats", "s2d2_lmeval.harness.filters:StatsFilter"
 
 
-def register_model() -> None:
-    """Name the model class in the harness's registry, unless the harness finds it by itself."""
-    _register("model_registry", MODEL_NAME, MODEL_CLASS)
+# Module -> what it must have filled before a name of ours is added: `get_model` imports `lm_eval.models` only while the
+# registry is empty, so an early name would hide every built-in model.
+_TARGETS = {
+    "lm_eval.models": ("model_registry", MODEL_NAME, MODEL_CLASS),
+    "lm_eval.filters": ("filter_registry", FILTER_NAME, FILTER_CLASS),
+}
 
 
-def register_filter() -> None:
-    """Name the statistics filter in the harness's registry, unless the harness finds it by itself."""
-    _register("filter_registry", FILTER_NAME, FILTER_CLASS)
-
-
-# The model registry must not be touched before `lm_eval.models` has filled it: `get_model` imports that module only
-# while the registry is empty, so an early name of ours would hide every built-in model.
-_TARGETS: dict[str, Callable[[], None]] = {"lm_eval.models": register_model, "lm_eval.filters": register_filter}
+def register() -> None:
+    """Name the model class and the filter in the harness's registries, unless the harness finds them by itself."""
+    for module in _TARGETS:
+        _register(module)
 
 
 def install() -> None:
@@ -54,29 +52,27 @@ def install() -> None:
     if os.environ.get("S2D2_LMEVAL_NO_AUTOLOAD", "0").lower() not in ("", "0", "false", "no"):
         return
     waiting = set()
-    for module, register in _TARGETS.items():
+    for module in _TARGETS:
         if module in sys.modules:
-            _never_raising(register)
+            _never_raising(module)
         else:
             waiting.add(module)
     if waiting and not any(isinstance(finder, _PostImportFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PostImportFinder(waiting))
 
 
-def _register(registry_name: str, name: str, target: str) -> None:
+def _register(module: str) -> None:
     from lm_eval.api import registry
 
-    if hasattr(registry, "load_plugins"):
-        return
-    known = getattr(registry, registry_name)
-    if name not in known:
+    registry_name, name, target = _TARGETS[module]
+    if not hasattr(registry, "load_plugins") and name not in (known := getattr(registry, registry_name)):
         # A string, not an EntryPoint: these releases can replace only a string by the class when its decorator runs.
         known.register(name, target=target)
 
 
-def _never_raising(register: Callable[[], None]) -> None:
+def _never_raising(module: str) -> None:
     try:
-        register()
+        _register(module)
     except Exception as error:
         with contextlib.suppress(Exception):
             warnings.warn(
@@ -103,17 +99,17 @@ class _PostImportFinder:
         try:
             spec = find_spec(fullname)
             if spec is not None and spec.loader is not None:
-                _run_after_exec(spec.loader, _TARGETS[fullname])
+                _register_after(spec.loader, fullname)
         except Exception:
             return None  # the import goes on without us, and fails by itself if it must
         return spec
 
 
-def _run_after_exec(loader: Any, register: Callable[[], None]) -> None:
+def _register_after(loader: Any, name: str) -> None:
     execute = loader.exec_module
 
     def exec_module(module: Any) -> None:
         execute(module)
-        _never_raising(register)
+        _never_raising(name)
 
     loader.exec_module = exec_module

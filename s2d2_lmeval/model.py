@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ class BlockDiffusionModel:
             if not _is_whole(key) or not -(1 << 63) <= key < 1 << 63:
                 raise RequestError(f"Prompt {index}: the seed {shown(key)} is not a whole number of 64 bits.")
             self._check(index, ids, int(budget))
-            requests.append(Request(ids, int(budget), int(key), None if stop is None else _bound(stop, index)))
+            requests.append(Request(ids, int(budget), int(key), None if stop is None else partial(stop, index)))
         engine = self.engine_class(self._runner, self.facts, resolved, self.trace, self.rows)
         return engine.run(requests, on_finished)
 
@@ -246,35 +247,24 @@ class BlockDiffusionModel:
             )
 
 
-def _several(name: str, values: Any) -> list[Any]:
-    """``values`` as a list.
-
-    :raises RequestError: for something else than several.
-    """
+def _several(name: str, values: Any, what: str = "a list of one for each") -> list[Any]:
+    """``values`` as a list; RequestError for something else than several."""
     try:
         if not isinstance(values, (str, bytes)):
             return list(values)
-    except TypeError:
+    except (TypeError, ValueError, RuntimeError):
         pass
-    raise RequestError(f"{name}: {shown(values)} is not a list of one for each.")
+    raise RequestError(f"{name}: {shown(values)} is not {what}.")
 
 
 def _tokens(name: str, ids: Any) -> list[int]:
-    """Token ids as plain integers.
-
-    :raises RequestError: for text, and whatever else is not token ids.
-    """
+    """Token ids as plain integers; RequestError for text, and whatever else is not token ids."""
+    what = "a list of token ids; a tokenizer makes them of text"
     try:
-        if not isinstance(ids, (str, bytes)):
-            return [operator.index(token) for token in ids]
-    except (TypeError, ValueError, RuntimeError):
-        pass
-    raise RequestError(f"{name}: {shown(ids)} is not a list of token ids; a tokenizer makes them of text.")
+        return [operator.index(token) for token in _several(name, ids, what)]
+    except TypeError:
+        raise RequestError(f"{name}: {shown(ids)} is not {what}.") from None
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _bound(stop: Callable[[int, list[int]], int | None], index: int) -> Callable[[list[int]], int | None]:
-    return lambda tokens: stop(index, tokens)

@@ -22,7 +22,6 @@ def _family(name: str, native_class: str, config_class: type[PreTrainedConfig]) 
         config_class=config_class,
         config_map=as_it_is,
         token_shift=True,
-        block_alignment="prompt",
         defaults=lambda block_length: {"temperature": 1.0, "do_sample": False},
         presets={},
         published_mask_ids={},

@@ -70,8 +70,6 @@ class Facts:
         block_length: tokens per block that the checkpoint was trained for.
         vocab_size: width of a logits row (the padded vocabulary, not the tokenizer's).
         token_shift: True where the logits of row t-1 predict token t, False where those of row t do.
-        block_alignment: ``"absolute"`` where blocks start at multiples of the block length, ``"prompt"`` where the
-            first block starts right after the prompt.
         stop_token_ids: ids that end a generation (of generation_config.json, then of config.json; the published ones
             where neither names any).
         max_context: positions that the checkpoint names, prompt and answer together.
@@ -93,7 +91,6 @@ class Facts:
     block_length: int
     vocab_size: int
     token_shift: bool
-    block_alignment: str
     stop_token_ids: tuple[int, ...]
     max_context: int
     defaults: Mapping[str, Any] = field(hash=False)
@@ -107,6 +104,13 @@ class Facts:
     def with_drafter(self, drafter: DrafterFacts) -> Facts:
         """The facts of this model together with a drafter."""
         return replace(self, drafter=drafter)
+
+    @property
+    def block_alignment(self) -> str:
+        """``"absolute"`` where blocks start at multiples of the block length, ``"prompt"`` where the first block starts
+        right after the prompt.
+        """
+        return _ALIGNMENTS[self.scheme]
 
     @property
     def decoders(self) -> tuple[str, ...]:
@@ -126,7 +130,7 @@ class Family:
         native_class: name of the transformers class with the same arithmetic.
         config_class: that class's configuration.
         config_map: maps a published config.json to it, or refuses it.
-        token_shift, block_alignment, scheme: as in :class:`Facts`.
+        token_shift, scheme: as in :class:`Facts`.
         defaults: block length -> the published setting as decoding options.
         presets: name -> decoding options of a published configuration.
         key_mapping: regular expression of a published weight name -> native name (``from_pretrained(key_mapping=)``).
@@ -145,7 +149,6 @@ class Family:
     config_class: type[PreTrainedConfig]
     config_map: Callable[[Mapping[str, Any]], PreTrainedConfig]
     token_shift: bool
-    block_alignment: str
     defaults: Callable[[int], Mapping[str, Any]]
     presets: Mapping[str, Mapping[str, Any]] = field(hash=False)
     published_mask_ids: Mapping[int, int] = field(hash=False)
@@ -160,15 +163,9 @@ class Family:
     published_stop_ids: Mapping[int, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        counted = _ALIGNMENTS.get(self.scheme)
-        if counted is None:
+        if self.scheme not in _ALIGNMENTS:
             raise CheckpointError(
                 f"family {self.name}: no scheme is called {self.scheme!r}; {', '.join(_ALIGNMENTS)} are."
-            )
-        if self.block_alignment != counted:
-            raise CheckpointError(
-                f"family {self.name}: block_alignment={self.block_alignment!r}, but decoders of the scheme "
-                f"{self.scheme!r} count blocks by {counted!r}; no other way is decoded."
             )
 
     @property
@@ -227,7 +224,6 @@ class Family:
         if length > min(context, limit):
             raise CheckpointError(f"{source}: a block of {shown(length)} tokens does not fit its {context} positions.")
         stops = self._stop_token_ids([records.get("generation_config.json", {}), config], vocab, mask, source)
-        same = ("native_class", "token_shift", "block_alignment", "scheme")
         return Facts(
             family=self.name,
             mask_token_id=mask,
@@ -240,7 +236,9 @@ class Family:
             defaults=dict(self.defaults(length)),
             adapter=config.get(ADAPTER_FIELD),
             caveat="; ".join(filter(None, caveats)),
-            **{name: getattr(self, name) for name in same},
+            native_class=self.native_class,
+            token_shift=self.token_shift,
+            scheme=self.scheme,
         )
 
     def _stop_token_ids(

@@ -54,7 +54,6 @@ FAST_DLLM_V2 = Family(
     config_class=Qwen2Config,
     config_map=qwen2,
     token_shift=True,
-    block_alignment="absolute",
     scheme="subblock",
     defaults=defaults,
     presets={"fast-a": defaults(32, 4), "fast-b": defaults(32, 16), "fast-c": _long_spans_only()},

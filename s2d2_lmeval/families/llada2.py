@@ -140,7 +140,6 @@ LLADA2 = Family(
         r"\.mlp\.gate\.expert_bias": ".mlp.gate.e_score_correction_bias",
     },
     token_shift=False,
-    block_alignment="absolute",
     scheme="editing",
     defaults=defaults,
     presets={"llada2-conservative": defaults(32, conservative=True), "llada2-quality": defaults(32)},

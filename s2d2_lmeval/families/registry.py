@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.errors import CheckpointError, shown
 from s2d2_lmeval.families.autoregressive import TARGETS
-from s2d2_lmeval.families.dream import DREAM
+from s2d2_lmeval.families.d2f import DREAM, LLADA
 from s2d2_lmeval.families.facts import ADAPTER_FIELD, AUTOREGRESSIVE, FAMILY_FIELD, Facts, Family, names_blocks
 from s2d2_lmeval.families.fast_dllm_v2 import FAST_DLLM_V2
-from s2d2_lmeval.families.llada import LLADA
 from s2d2_lmeval.families.llada2 import LLADA2
 from s2d2_lmeval.families.sdar import SDAR, SDAR_MOE
 from s2d2_lmeval.registry import Registry

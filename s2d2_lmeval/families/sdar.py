@@ -78,7 +78,6 @@ def _family(name: str, native_class: str, stem: str, **layout: Any) -> Family:
         doubt=_doubt,
         native_class=native_class,
         token_shift=False,
-        block_alignment="absolute",
         defaults=defaults,
         presets={"sdar-a": defaults(4), "sdar-b": defaults(16)},
         published_mask_ids={151936: 151669},

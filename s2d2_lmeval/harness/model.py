@@ -65,7 +65,8 @@ class S2D2LM(HarnessModel):
         if self.seed != upstream.seed():
             self.seed = upstream.seed()
             self.decoding = self.configuration({})
-        if upstream.uses_no_cache() and self.cache_hook.dbdict is not None:
+        # A model object may keep a response cache from an evaluation before.
+        if upstream.variables().get("use_cache", "unknown") is None and self.cache_hook.dbdict is not None:
             self.cache_hook, self.store = CacheHook(None), None
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -184,5 +185,6 @@ class S2D2LM(HarnessModel):
             ),
         }
         upstream.redact_results()
-        given = {"model_args": upstream.redacted(upstream.model_args())} if upstream.model_args() else {}
+        model_args = upstream.variables().get("model_args")
+        given = {"model_args": upstream.redacted(model_args)} if model_args else {}
         return {**super().get_model_info(), **given, "s2d2": about}

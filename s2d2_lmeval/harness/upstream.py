@@ -49,13 +49,12 @@ def register() -> None:
     import lm_eval.filters
     import lm_eval.models  # noqa: F401
 
-    from s2d2_lmeval._autoload import register_filter, register_model
+    from s2d2_lmeval import _autoload
 
-    register_model()
-    register_filter()
+    _autoload.register()
 
 
-def variables(function: str) -> Mapping[str, Any]:
+def variables(function: str = "simple_evaluate") -> Mapping[str, Any]:
     """The local variables of the innermost call of ``lm_eval.evaluator.<function>`` around us; empty outside of one."""
     frame = sys._getframe(1)
     while frame is not None:
@@ -67,17 +66,7 @@ def variables(function: str) -> Mapping[str, Any]:
 
 def seed() -> int | None:
     """The harness's ``--seed`` for torch, which is what samples; None where it set none, or does not evaluate."""
-    return variables("simple_evaluate").get("torch_random_seed")
-
-
-def uses_no_cache() -> bool:
-    """Whether the evaluation that we are in has no ``--use_cache``: a model object may keep one from before."""
-    return variables("simple_evaluate").get("use_cache", "unknown") is None
-
-
-def model_args() -> Any:
-    """``--model_args``: a text or a mapping; None outside of an evaluation."""
-    return variables("simple_evaluate").get("model_args")
+    return variables().get("torch_random_seed")
 
 
 def tasks_with_cached_requests() -> Mapping[str, Any]:
@@ -127,7 +116,7 @@ def redact_results() -> None:
     """Take hub tokens out of the results of the evaluation that we are in: the harness has written the arguments down
     by its end, once for the model and once for every task.
     """
-    results = variables("simple_evaluate").get("results")
+    results = variables().get("results")
     if results is not None:
         results["configs"] = redacted(results.get("configs", {}))
 

@@ -13,8 +13,12 @@ from s2d2_lmeval.runtime import statistics
 
 KINDS = ("prefill", "draft", "verify", "commit", "drafter", "score")
 
-_OF_FORWARDS = frozenset(("nfe", "decode_nfe", "seconds", "blocks", "queries", *(f"{kind}_forwards" for kind in KINDS)))
-"""Statistics of a request that its forwards have told already."""
+_ALWAYS = (
+    *("forwards", "prompt_only_forwards", "nfe", "decode_nfe", *(f"{kind}_forwards" for kind in KINDS)),
+    *("queries", "seconds", "decode_seconds", "model_seconds"),
+)
+"""What the forwards alone tell; of a request's statistics these, and its blocks, are left out."""
+_OF_TWO_MODELS = ("drafter_steps", "target_steps", "drafter_seconds", "target_seconds")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,6 @@ class Trace:
     batch_halvings: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     _forwards: Counter[str] = field(default_factory=Counter)
-    _seconds: dict[str, float] = field(default_factory=dict)
 
     def reset(self, *, keep_records: bool = False) -> None:
         """Forget everything; from here on keep a record of every forward if so asked."""
@@ -72,30 +75,31 @@ class Trace:
         """Count a forward."""
         if self.keep_records:
             self.records.append(record)
-        counts = self._forwards
-        counts.update(record.kinds)
-        counts["clock_reversals"] += record.seconds < 0
-        counts["forwards"] += 1
-        counts["queries"] += int(record.widths.sum())
-        kinds = set(record.kinds)
-        parts = ["seconds"]
-        if kinds == {"prefill"}:
-            counts["prompt_only_forwards"] += 1
-        else:
-            parts.append("decode_seconds")
+        prompt_only, rows = set(record.kinds) == {"prefill"}, len(record.kinds)
         # Of a drafter beside the target; its step does not wait for a GPU, so what it leaves there shows in the target.
-        model = "drafter" if "drafter" in kinds else "target"
-        counts[f"{model}_steps"] += 1
-        parts.append(f"{model}_seconds")
-        for name in parts:
-            self._seconds[name] = self._seconds.get(name, 0.0) + record.seconds
-        self._seconds["model_seconds"] = self._seconds.get("model_seconds", 0.0) + record.model_seconds
+        model = "drafter" if "drafter" in record.kinds else "target"
+        self._forwards.update(f"{kind}_forwards" for kind in record.kinds)
+        self._forwards.update(
+            {
+                "forwards": 1,
+                "prompt_only_forwards": int(prompt_only),
+                "nfe": rows,
+                "decode_nfe": rows - record.kinds.count("prefill"),
+                "queries": int(record.widths.sum()),
+                "seconds": record.seconds,
+                "decode_seconds": 0.0 if prompt_only else record.seconds,
+                "model_seconds": record.model_seconds,
+                "clock_reversals": int(record.seconds < 0),
+                f"{model}_steps": 1,
+                f"{model}_seconds": record.seconds,
+            }
+        )
 
     def finished(self, stats: Mapping[str, Any]) -> None:
         """Count a request that is complete, with its statistics."""
         self.requests += 1
         counts = statistics.without_ratios(stats)
-        self.counts.update({name: int(value) for name, value in counts.items() if name not in _OF_FORWARDS})
+        self.counts.update({name: int(value) for name, value in counts.items() if name not in (*_ALWAYS, "blocks")})
 
     def totals(self) -> dict[str, Any]:
         """Counts and the ratios that they define (:mod:`~s2d2_lmeval.runtime.statistics`).
@@ -104,26 +108,12 @@ class Trace:
         its prompt; ``nfe`` counts a call once per row that took part in it, which is what a request sees. With a
         drafter, engine steps and seconds of drafter and target are told apart.
         """
-        counted = self._forwards
-        kinds = {f"{kind}_forwards": counted[kind] for kind in KINDS}
-        nfe = sum(kinds.values())
-        both = ("drafter_steps", "target_steps", "drafter_seconds", "target_seconds")
-        two_models = {name: counted.get(name, self._seconds.get(name, 0)) for name in both}
-        counts: dict[str, float] = {
-            **self.counts,
-            **({"target_forwards": nfe - counted["drafter"], **two_models} if counted["drafter"] else {}),
-            "requests": self.requests,
-            "new_tokens": self.new_tokens,
-            "prompt_tokens": self.prompt_tokens,
-            "reused_tokens": self.reused_tokens,
-            "batch_halvings": self.batch_halvings,
-            "forwards": counted["forwards"],
-            "prompt_only_forwards": counted["prompt_only_forwards"],
-            "nfe": nfe,
-            "decode_nfe": nfe - counted["prefill"],
-            **kinds,
-            "queries": counted["queries"],
-            **{name: self._seconds.get(name, 0.0) for name in ("seconds", "decode_seconds", "model_seconds")},
-            **({"clock_reversals": counted["clock_reversals"]} if counted["clock_reversals"] else {}),
-        }
+        counts: dict[str, Any] = {name: self._forwards[name] for name in _ALWAYS}
+        if self._forwards["clock_reversals"]:
+            counts["clock_reversals"] = self._forwards["clock_reversals"]
+        if counts["drafter_forwards"]:
+            counts |= {name: self._forwards[name] for name in _OF_TWO_MODELS}
+            counts["target_forwards"] = counts["nfe"] - counts["drafter_forwards"]
+        own = ("requests", "new_tokens", "prompt_tokens", "reused_tokens", "batch_halvings")
+        counts = {**self.counts, **{name: getattr(self, name) for name in own}, **counts}
         return {**counts, **statistics.ratios(counts)}

@@ -108,8 +108,6 @@ def test_family_is_said_as_in_the_file(publish, logits, capsys: pytest.CaptureFi
 
 
 def test_the_alignment_of_a_family_is_what_its_scheme_decodes() -> None:
-    with pytest.raises(CheckpointError, match="block_alignment='prompt'"):
-        replace(FAMILIES["sdar"], block_alignment="prompt")
     with pytest.raises(CheckpointError, match="no scheme is called 'blocks'"):
         replace(FAMILIES["sdar"], scheme="blocks")
 
@@ -183,7 +181,7 @@ def test_two_that_disagree_are_heard() -> None:
 
 def test_an_assumption_is_said_by_load_and_survives(publish, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     published = publish("sdar", without=("block_size",))
-    monkeypatch.setitem(FAMILIES, "sdar", replace(FAMILIES["sdar"], published_mask_ids={61: 60}))
+    monkeypatch.setitem(FAMILIES._parts, ("sdar", ""), replace(FAMILIES["sdar"], published_mask_ids={61: 60}))
     with pytest.warns(UserWarning, match="blocks of 4 are assumed"):
         model, _ = load_checkpoint(published.folder)
     assert adopt(model)[1].block_length_from == "assumed"

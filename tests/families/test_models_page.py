@@ -57,12 +57,12 @@ def rows_of_presets() -> list[list[str]]:
 @pytest.mark.parametrize("name", ["sdar", "fast_dllm_v2", "llada2", "llada", "dream"])
 def test_numbers_of_lines_and_recorded_runs(name):
     lines, runs, *_ = rows("What is tested")[name]
-    assert int(re.match(r"\d+", lines)[0]) == lines_of(name)
+    if name != "dream":  # it is counted with llada
+        assert int(re.match(r"\d+", lines)[0]) == lines_of("d2f" if name == "llada" else name)
     file = f"d2f_{name}" if name in ("llada", "dream") else name
     recorded = len((RECORDED / f"{file}_goldens.jsonl").read_text().splitlines())
     assert runs == f"{recorded} of {recorded}"
 
 
-def test_numbers_of_shared_lines():
-    shared, merging = re.search(r"(\d+) more lines are D2F's, .*?; (\d+) merge adapters", PAGE, re.DOTALL).groups()
-    assert (int(shared), int(merging)) == (lines_of("d2f"), lines_of("adapters"))
+def test_number_of_shared_lines():
+    assert int(re.search(r"(\d+) more lines merge adapters", PAGE)[1]) == lines_of("adapters")

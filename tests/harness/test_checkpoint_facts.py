@@ -82,7 +82,7 @@ def test_an_assumed_block_length_is_in_the_header_and_in_doctor(
     from s2d2_lmeval.families import FAMILIES
 
     known = replace(FAMILIES["sdar"], published_mask_ids={BYTES + len(SPECIAL): MASK})
-    monkeypatch.setitem(FAMILIES, "sdar", known)
+    monkeypatch.setitem(FAMILIES._parts, ("sdar", ""), known)
     folder = changed(block_size=None)
     with caplog.at_level(logging.INFO, "lm_eval.s2d2"), pytest.warns(UserWarning, match="assumed"):
         S2D2LM(pretrained=str(folder), device="cpu")

@@ -53,16 +53,15 @@ def test_a_harness_that_discovers_plugins_is_left_alone(monkeypatch: pytest.Monk
     added: list[str] = []
     monkeypatch.setattr(registry.Registry, "register", lambda self, name, **kwargs: added.append(name))
     monkeypatch.setattr(registry, "load_plugins", lambda *args: None, raising=False)
-    _autoload.register_model()
-    _autoload.register_filter()
+    _autoload.register()
     assert not added
 
 
 def test_a_failure_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> None:
+    def broken(module: str) -> None:
         raise RuntimeError("registry changed")
 
-    monkeypatch.setitem(_autoload._TARGETS, "lm_eval.models", broken)
+    monkeypatch.setattr(_autoload, "_register", broken)
     monkeypatch.setitem(sys.modules, "lm_eval.models", importlib.import_module("lm_eval.models"))
     with pytest.warns(UserWarning, match=r"registry changed.*s2d2-lmeval eval"):
         _autoload.install()

@@ -269,7 +269,6 @@ def test_the_packaged_studies_fit_their_families(name: str) -> None:
             block_length=length,
             vocab_size=100,
             token_shift=family.token_shift,
-            block_alignment=family.block_alignment,
             stop_token_ids=(2,),
             max_context=4096,
             defaults=family.defaults(length),

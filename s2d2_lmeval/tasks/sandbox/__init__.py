@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import subprocess
 import threading
 import time
@@ -109,7 +110,8 @@ _ONE_AT_A_TIME = threading.Lock()
 def _probe() -> tuple[modes.Mode, tuple[str, ...]]:
     """The mode in use and its layers."""
     global _record
-    mode, layers = _probed(modes.chosen())
+    asked = os.environ.get(modes.VARIABLE)
+    mode, layers = _probed(modes.mode_of(asked) if asked else None)
     _record = f"{mode.name}: {', '.join(layers)}"
     return mode, layers
 

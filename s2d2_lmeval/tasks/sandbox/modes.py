@@ -64,20 +64,8 @@ def choose(text: str | None) -> None:
         os.environ[VARIABLE] = text
 
 
-def chosen() -> Mode | None:
-    """The mode that the environment asks for; None where it does not say.
-
-    :raises ConfigError: as :func:`mode_of`.
-    """
-    text = os.environ.get(VARIABLE, "")
-    return mode_of(text) if text else None
-
-
 def mode_of(text: str) -> Mode:
-    """The mode that ``text`` names.
-
-    :raises ConfigError: for a name that is no mode.
-    """
+    """The mode that ``text`` names; ConfigError for a name that is no mode."""
     name, _, image = text.partition(":")
     if name not in MODES or (image and name != "docker"):
         raise ConfigError(
