@@ -15,23 +15,30 @@ Sent = dict[str, torch.Tensor]
 
 @dataclass
 class Segment:
-    """Some queries of some rows, row-major: query k belongs to the ``row[k]``-th active row and stands at
-    ``position[k]``.
-    """
+    """Some queries of some rows, row-major: ``count`` (R,) of each row."""
 
-    row: np.ndarray
+    count: np.ndarray
+    columns: dict[str, np.ndarray | int] = field(default_factory=dict)
+    row: np.ndarray = field(init=False)
     """(K,) index among the active rows, ascending."""
-    position: np.ndarray
-    """(K,) RoPE position."""
-    local: np.ndarray
+    local: np.ndarray = field(init=False)
     """(K,) index within the row's part of the segment."""
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    first: np.ndarray = field(init=False)
+    """(R,) packed index of each row's first query, once the pass is laid out."""
     query: np.ndarray = field(init=False)
     """(K,) packed index, once the pass is laid out."""
 
+    def __post_init__(self) -> None:
+        self.row, self.local = ragged(self.count)
+
+    @property
+    def position(self) -> np.ndarray:
+        """(K,) RoPE position."""
+        return np.asarray(self.columns["position"])
+
     def set(self, **columns: np.ndarray | int) -> Segment:
         """Say more of the queries: a column (K,) each, or one value for all."""
-        self.columns |= {name: np.broadcast_to(values, self.row.shape) for name, values in columns.items()}
+        self.columns |= columns
         return self
 
 
@@ -73,38 +80,35 @@ class PassBuilder:
         self._segments: list[Segment] = []
         self._reads: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
+    def add(self, count: np.ndarray) -> Segment:
+        """``count`` (R,) queries of each row, whose ``position`` is still to be set."""
+        self._segments.append(Segment(count))
+        return self._segments[-1]
+
     def span(self, first: np.ndarray, count: np.ndarray) -> Segment:
         """``count`` (R,) consecutive positions of each row, from ``first`` (R,) on."""
-        row = np.repeat(np.arange(len(self.slots)), count)
-        local = np.arange(len(row)) - (np.cumsum(count) - count)[row]
-        return self._add(Segment(row, first[row] + local, local))
+        segment = self.add(count)
+        return segment.set(position=first[segment.row] + segment.local)
 
     def each(self, row: np.ndarray, position: np.ndarray) -> Segment:
         """Queries one by one, ``row`` (K,) ascending."""
-        counts = np.bincount(row, minlength=len(self.slots))
-        return self._add(Segment(row, position, np.arange(len(row)) - (np.cumsum(counts) - counts)[row]))
-
-    def _add(self, segment: Segment) -> Segment:
-        self._segments.append(segment)
-        return segment
+        return self.add(np.bincount(row, minlength=len(self.slots))).set(position=position)
 
     def lay_out(self) -> Layout:
         """Fix where every query lies; from here on :attr:`Segment.query` holds."""
-        widths = [np.bincount(segment.row, minlength=len(self.slots)) for segment in self._segments]
-        self.layout = Layout(self.slots, np.sum(widths, axis=0))
+        self.layout = Layout(self.slots, np.add.reduce([segment.count for segment in self._segments]))
         first = self.layout.offsets
-        for segment, width in zip(self._segments, widths, strict=True):
-            segment.query = first[segment.row] + segment.local
-            first = first + width
+        for segment in self._segments:
+            segment.first, segment.query = first, first[segment.row] + segment.local
+            first = first + segment.count
         return self.layout
 
     def column(self, name: str, default: int = 0) -> np.ndarray:
         """(N,) what the segments say under ``name``, ``position`` included; ``default`` where one says nothing."""
         values = np.full(self.layout.queries, default, dtype=np.int64)
         for segment in self._segments:
-            told = segment.position if name == "position" else segment.columns.get(name)
-            if told is not None:
-                values[segment.query] = told
+            if name in segment.columns:
+                values[segment.query] = segment.columns[name]
         return values
 
     def padded(self, name: str, fill: int, default: int = 0) -> np.ndarray:
@@ -152,6 +156,12 @@ class PassBuilder:
             sent=sent,
             known=known,
         )
+
+
+def ragged(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The row and the index within it of each of ``count`` (R,) things per row, row-major."""
+    row = np.repeat(np.arange(len(count)), count)
+    return row, np.arange(len(row)) - (np.cumsum(count) - count)[row]
 
 
 def upload(device: torch.device, **arrays: np.ndarray) -> Sent:

@@ -14,8 +14,8 @@ import torch
 
 from s2d2_lmeval import BlockDiffusionModel
 from s2d2_lmeval.decoding.generation import Generation
-from s2d2_lmeval.decoding.rounds import trees
-from s2d2_lmeval.decoding.rounds.target_passes import TargetRows
+from s2d2_lmeval.decoding.rounds import acceptance
+from s2d2_lmeval.decoding.rounds.target import RoundRows
 
 DATA = Path(__file__).parent / "data" / "ddtree"
 STOP = 62
@@ -29,23 +29,23 @@ def recorded_runs(file: Path = DATA / "runs.json.gz") -> list[dict[str, Any]]:
 def watched() -> Iterator[list[dict[str, list[int]]]]:
     """Rounds of the only row, as they happen: the tree that was planted, and what the target said of it."""
     rounds: list[dict[str, list[int]]] = []
-    plant, descend = TargetRows.plant, trees.descend
+    plant, walk = RoundRows.plant, acceptance.walk
 
-    def planting(self: TargetRows, slots: torch.Tensor, tree: Any) -> None:
+    def planting(self: RoundRows, slots: torch.Tensor, tree: Any) -> None:
         real = int((tree.value[0] > 0).sum())
         found = {"tokens": tree.token, "depths": tree.depth, "parents": tree.parent}
         rounds.append({name: table[0, :real].tolist() for name, table in found.items()})
         plant(self, slots, tree)
 
-    def descending(follows: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        path = descend(follows, *arguments)
+    def walking(chosen: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        path = walk(chosen, *arguments)
         if rounds:  # the first token comes without a tree
             places = len(rounds[-1]["tokens"]) + 1
-            rounds[-1]["posterior"] = follows[0, :places].tolist()
+            rounds[-1]["posterior"] = chosen[0, :places].tolist()
             rounds[-1]["accepted"] = [0, *(place for place in path[0].tolist() if place)]
         return path
 
-    with patch.object(TargetRows, "plant", planting), patch.object(trees, "descend", descending):
+    with patch.object(RoundRows, "plant", planting), patch.object(acceptance, "walk", walking):
         yield rounds
 
 

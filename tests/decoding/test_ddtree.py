@@ -15,8 +15,9 @@ import torch
 
 from s2d2_lmeval import BlockDiffusionModel, load
 from s2d2_lmeval.decoding.generation import ACCEPTED
+from s2d2_lmeval.decoding.passes import Plan
 from s2d2_lmeval.decoding.rounds import target as rounds
-from s2d2_lmeval.decoding.rounds.target_passes import TargetPlan
+from s2d2_lmeval.decoding.rounds.acceptance import Keyed
 from s2d2_lmeval.errors import ConfigError, NumericalError
 from s2d2_lmeval.families import adopt
 from s2d2_lmeval.runtime.passes import TARGET, Layout, Pass
@@ -103,14 +104,15 @@ def test_long_prompts_come_in_chunks_and_like_prompts_once(monkeypatch: pytest.M
 def test_every_node_says_what_a_plain_forward_of_its_path_says(shifted: bool, budget: int) -> None:
     model, plain, checked = pair(shifted), tiny_model(), 0
 
-    def check(plan: TargetPlan, logits: torch.Tensor, rows: Any) -> int:
-        for row, node, said in zip(*plan.at, logits, strict=True):
-            if plan.depth[row, node] < 0:
+    def check(plan: Plan, logits: torch.Tensor, rows: rounds.RoundRows) -> int:
+        tree = plan.sent
+        for row, node, said in zip(*plan.at("verify"), logits, strict=True):
+            if tree["depth"][row, node] < 0:
                 continue  # a place without a node
             path, place = [], int(node)
             while place:
-                path.append(int(rows.token[row, place]))
-                place = int(rows.parent[row, place])
+                path.append(int(tree["token"][row, place]))
+                place = int(tree["parent"][row, place])
             text = [*rows.tokens[int(row)], *reversed(path), *([] if shifted else [MASK])]
             with torch.no_grad():
                 expected = plain(torch.tensor([text])).logits[0, -1]
@@ -118,14 +120,18 @@ def test_every_node_says_what_a_plain_forward_of_its_path_says(shifted: bool, bu
             torch.testing.assert_close(said, expected, rtol=0, atol=1e-9)
         return len(logits)
 
-    say = rounds.Target._say
+    judge, admitted, holder = Keyed.judge, rounds.Target.admitted, {}
 
-    def saying(self: rounds.Target, logits: torch.Tensor) -> torch.Tensor:
+    def judging(self: Keyed, logits: torch.Tensor, plan: Plan) -> Any:
         nonlocal checked
-        checked += check(self._plan, logits, self.rows)
-        return say(self, logits)
+        checked += check(plan, logits, holder["rows"])
+        return judge(self, logits, plan)
 
-    with patch.object(rounds.Target, "_say", saying):
+    def admitting(self: rounds.Target, slot: int) -> None:
+        holder["rows"] = self.rows
+        admitted(self, slot)
+
+    with patch.object(Keyed, "judge", judging), patch.object(rounds.Target, "admitted", admitting):
         prompts = [[3, 1, 4, 1, 5], [2, 7]]
         model.generate(prompts, {"decoder": "ddtree", "tree_budget": budget}, max_new_tokens=5)
     assert checked > 4 * budget

@@ -57,10 +57,13 @@ def test_auto_stops_where_the_rate_stops_rising(seed: int) -> None:
     assert nodes_worth_running(tree, free, 1).tolist() == [6, 6], "what costs nothing is run"
 
 
-def test_paths_are_ancestors() -> None:
+def test_ancestors_up_to_the_depth_of_the_tree() -> None:
     rng = random.Random(0)
     parents = torch.tensor([[0, 0, *(rng.randrange(place) for place in range(2, 20))] for _ in range(3)])
-    above = trees.paths(parents, 19)
+    depth = [0] * 20
+    for node in range(1, 20):
+        depth[node] = 1 + max(depth[int(parent)] for parent in parents[:, node])
+    above = trees.ancestors(parents, max(depth))
     for row in range(3):
         for node in range(20):
             line, place = {0, node}, node

@@ -9,7 +9,6 @@ import torch
 
 from s2d2_lmeval import DecodingConfig
 from s2d2_lmeval.decoding.rounds import acceptance as tree_acceptance
-from s2d2_lmeval.decoding.rounds import sliding
 from s2d2_lmeval.decoding.sampling import random
 
 from .branching import Path
@@ -53,7 +52,7 @@ def rejection_law(prompt: list[int], new: int, **options: object) -> tuple[Law, 
                 return source.ratios
 
             patch.setattr(tree_acceptance, "acceptance_ratio", recorded)
-            patch.setattr(sliding.random, "source_of", lambda *_, source=source: source)
+            patch.setattr(random, "source_of", lambda *_, source=source: source)
             answer = model.generate([prompt], config, max_new_tokens=new)[0]
             tokens = tuple(answer.token_ids)
             law[tokens] = law.get(tokens, 0.0) + source.probability

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from s2d2_lmeval.decoding.rounds import budgets as tree_budget
 from s2d2_lmeval.decoding.rounds import trees
-from s2d2_lmeval.decoding.rounds.passes import NOBODY, NODE, TEXT, VERIFIER, WINDOW, ancestors, tree_visibility
+from s2d2_lmeval.decoding.rounds.trees import NOBODY, NODE, TEXT, VERIFIER, WINDOW, ancestors, tree_visibility
 
 
 def marginals(seed: int, rows: int, depths: int, choices: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,10 +253,10 @@ def test_prompts_do_not_count_in_the_rate() -> None:
 
 def test_who_sees_whom() -> None:
     """Two text tokens, a root with children 1 and 2, and 3 below 1; windows at the root and at 3."""
-    parent = torch.tensor([[0, 0, 0, 1]]).numpy()
+    parent = torch.tensor([[0, 0, 0, 1]])
     kind = torch.tensor([[TEXT, TEXT, NODE, NODE, NODE, *[VERIFIER] * 4, *[WINDOW] * 4, NOBODY]])
     owner = torch.tensor([[0, 0, 1, 2, 3, 0, 1, 2, 3, 0, 0, 3, 3, 0]])
-    visible = tree_visibility(kind, owner, torch.from_numpy(ancestors(parent, 3)))[0]
+    visible = tree_visibility(kind, owner, ancestors(parent, 2))[0]
     seen = [set(row.nonzero().flatten().tolist()) for row in visible]
     assert seen == [
         {0},

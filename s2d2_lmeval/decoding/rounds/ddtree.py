@@ -58,9 +58,8 @@ class DDTree(DFlash):
         return max(min(WIDEST, share), cls.most_depths(config, facts))
 
     @property
-    def node_queries(self) -> int:
-        """Queries of the target that a node takes: its own, and in un-shifted targets its verifier."""
-        return 1 if self.facts.token_shift else 2
+    def choices(self) -> int:
+        return max(self.rows.depth.shape[1] - 1, 1)
 
     def weigh(self, measure_costs: MeasureCosts) -> None:
         """With ``tree_budget=auto``, learn what rounds cost at this batch."""
@@ -71,12 +70,10 @@ class DDTree(DFlash):
             draft = measure_costs(block, model=DRAFTER)(rows * block)
             self.seconds_of = torch.from_numpy(target + draft).to(self.rows.device)
 
-    def _grow(self, log_p: torch.Tensor) -> trees.Tree:
-        nodes = self.rows.depth.shape[1] - 1
-        best, token = log_p.topk(min(max(nodes, 1), log_p.shape[-1]), dim=-1)
+    def _grow(self, log_p: torch.Tensor, token: torch.Tensor) -> trees.Tree:
         # In double precision, so that the order of nodes is that of exact sums.
-        best = best.double() * self.config.tree_sharpen
-        return trees.grow(best, token, nodes, seed_chain=self.config.tree_seed_chain)
+        log_p, nodes = log_p.double() * self.config.tree_sharpen, self.rows.depth.shape[1] - 1
+        return trees.grow(log_p, token, nodes, seed_chain=self.config.tree_seed_chain)
 
     def _nodes_to_run(self, tree: trees.Tree) -> np.ndarray | int:
         if self.seconds_of is None:

@@ -1,33 +1,31 @@
 """DFlash: a block-diffusion drafter proposes a chain for an autoregressive target (arXiv 2602.06036).
 
-A round of a row, from the last token that was decided:
+Rounds are those of :mod:`~s2d2_lmeval.decoding.rounds.target`. Between two of a row, from the last decided token:
 
-1. draft   the drafter fills the block behind that token in one pass; it has read the target's features of all text
-2. plant   the arg-max of every place is a chain of nodes
-3. verify  the target runs the token and its nodes in one pass (:mod:`~s2d2_lmeval.decoding.rounds.target`)
-4. accept  walk; accepted nodes become prefix of both models, the target's word behind them is the next round's token
+a. draft   the drafter fills the block after that token in one pass; it has read the target's features of all text
+b. plant   the arg-max of every place is a chain of nodes
 
 Rows that wait for a draft share the drafter's forward, all others that of the target; a draft stays on the device.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.decoder import EXACT, Plan
+from s2d2_lmeval.decoding.decoder import EXACT, Seating
 from s2d2_lmeval.decoding.options.blocks import ScheduleOption
 from s2d2_lmeval.decoding.options.rounds import DrafterOptions
+from s2d2_lmeval.decoding.passes import PassBuilder, Plan
 from s2d2_lmeval.decoding.readback import Outcome
 from s2d2_lmeval.decoding.rounds import trees
-from s2d2_lmeval.decoding.rounds.target import Target
-from s2d2_lmeval.decoding.rounds.target_passes import DraftPlan, TargetRows, plan_draft
-from s2d2_lmeval.decoding.sampling import random
-from s2d2_lmeval.decoding.sampling.filters import probabilities
+from s2d2_lmeval.decoding.rounds.acceptance import Keyed
+from s2d2_lmeval.decoding.rounds.target import RoundRows, Target
 from s2d2_lmeval.decoding.state import KIND_OF_PHASE, PREFILL, PROPOSE, VERIFY
 from s2d2_lmeval.registry import DECODERS
+from s2d2_lmeval.runtime.passes import DRAFTER
 
 if TYPE_CHECKING:
     from s2d2_lmeval.decoding.options.config import DecodingConfig
@@ -35,6 +33,22 @@ if TYPE_CHECKING:
 
 
 TARGETS_LAW = f"the target's own autoregressive law, token for token the output of ar with the same seed{EXACT}"
+
+
+def plan_draft(rows: RoundRows, mask_token_id: int, block: int) -> Plan:
+    """Lay out the drafter's next forward, of all rows that wait for a draft: the last token and masks after it."""
+    slots, lengths = np.flatnonzero(rows.phase == PROPOSE), rows.lengths()
+    builder = PassBuilder(slots)
+    queries = builder.span(lengths[slots] - 1, np.full(len(slots), block))
+    last = np.array([rows.tokens[slot][-1] for slot in slots])
+    masks = queries.local > 0
+    queries.set(token=np.where(masks, mask_token_id, last[queries.row]))
+    builder.lay_out()
+    builder.read("draft", queries.row[masks], queries.local[masks] - 1, queries.query[masks])
+    facts = {"slots": slots, "length": lengths[slots], "key": rows.key[slots]}
+    sent = builder.send(rows.device, token=builder.column("token"), **facts)
+    visible = torch.ones(len(slots), block, block, dtype=torch.bool, device=rows.device)
+    return builder.plan(sent, rows.phase[slots], sent["token"], visible, np.zeros_like(slots), DRAFTER)
 
 
 @DECODERS.register(
@@ -53,15 +67,18 @@ class DFlash(Target):
 
     feeds_drafter = True
 
-    def __init__(self, config: DecodingConfig, facts: Facts, rows: TargetRows, chunk: int) -> None:
-        super().__init__(config, facts, rows, chunk)
-        assert facts.drafter is not None
-        self.drafter = facts.drafter
+    def __init__(self, seating: Seating) -> None:
+        super().__init__(seating)
+        config = self.config
         # Only noise that is a function of the position can be known before it is drawn.
-        self._noise = cast("random.KeyedNoise", self.source)
-        self._coupled = config.sampled and config.couple_drafts and not self.source.sequential
-        self._draft: DraftPlan | None = None
-        self._drafts_sound = torch.tensor(True, device=rows.device)
+        coupled = config.sampled and config.couple_drafts and not self.source.sequential
+        self.acceptance = Keyed(config, self.source, self.depths, self.choices, coupled)
+        self._drafts_sound = torch.tensor(True, device=self.rows.device)
+
+    @property
+    def choices(self) -> int:
+        """Tokens per position of the block that a tree may branch over."""
+        return 1
 
     @staticmethod
     def most_depths(config: DecodingConfig, facts: Facts) -> int:
@@ -74,48 +91,31 @@ class DFlash(Target):
 
     def plan(self) -> Plan:
         """Lay out the drafter's forward if any row waits for a draft, else the target's."""
-        if (self.rows.phase == PROPOSE).any():
-            self._draft = plan_draft(self.rows, self.drafter, self.depths + 1)
-            return self._draft
-        self._draft = None
-        return super().plan()
+        if not (self.rows.phase == PROPOSE).any():
+            return super().plan()
+        assert self.facts.drafter is not None
+        self._plan = plan_draft(self.rows, self.facts.drafter.mask_token_id, self.depths + 1)
+        return self._plan
 
     def advance(self, logits: torch.Tensor) -> Outcome:
-        if self._draft is None:
-            return super().advance(logits)
-        return self._after_draft(self._draft, logits)
+        return self._after_draft(logits) if self._plan.request.model == DRAFTER else super().advance(logits)
 
-    def _after_draft(self, plan: DraftPlan, logits: torch.Tensor) -> Outcome:
+    def _after_draft(self, logits: torch.Tensor) -> Outcome:
         """Plant what was drafted; ``logits`` (R * depths, V). The device is not read."""
-        rows, slots = self.rows, plan.request.layout.slots
+        rows, sent, slots = self.rows, self._plan.sent, self._plan.request.layout.slots
         self._drafts_sound = self._drafts_sound & logits.isnan().any().logical_not()
-        tree = self._grow(self._log_p(plan, logits).view(len(slots), self.depths, -1))
-        rows.plant(plan.slots, tree)
+        position = sent["length"].unsqueeze(1) + torch.arange(self.depths, device=logits.device)
+        tree = self._grow(*self.acceptance.candidates(logits, position, sent))
+        rows.plant(sent["slots"], tree)
         rows.nodes[slots] = self._nodes_to_run(tree)
         for slot in slots.tolist():
             rows.progress[slot].forwards[KIND_OF_PHASE[PROPOSE]] += 1
         rows.phase[slots] = VERIFY
         return Outcome.zeros(len(slots))
 
-    def _log_p(self, plan: DraftPlan, logits: torch.Tensor) -> torch.Tensor:
-        """What the drafter holds of every token (R * depths, V).
-
-        At a temperature, if so asked, the noise is added that the target will be drawn with: where both agree in law,
-        they then agree in the token.
-        """
-        config = self.config
-        if not self._coupled:
-            return logits.log_softmax(-1)
-        p = probabilities(logits, config)
-        ahead = torch.arange(self.depths, device=logits.device)
-        position = (plan.length.unsqueeze(1) + ahead).flatten()
-        key = random.Key(random.DRAFT, plan.key.repeat_interleave(self.depths), position, torch.zeros_like(position))
-        return (p.log() + self._noise.gumbel(p, key)).log_softmax(-1)
-
-    def _grow(self, log_p: torch.Tensor) -> trees.Tree:
-        """The tree (R, N) of drafts ``log_p`` (R, depths, V)."""
-        best, token = log_p.topk(1, dim=-1)
-        return trees.grow(best, token, self.depths)
+    def _grow(self, log_p: torch.Tensor, token: torch.Tensor) -> trees.Tree:
+        """The tree (R, N) of drafts, the likeliest tokens (R, depths, choices) and their ``log_p``."""
+        return trees.grow(log_p, token, self.depths)
 
     def _nodes_to_run(self, tree: trees.Tree) -> np.ndarray | int:
         """How many nodes of each row's tree are run."""

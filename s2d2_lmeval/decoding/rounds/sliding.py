@@ -1,19 +1,15 @@
 """Sliding self-speculation: verification, bonus token and the next draft in one forward, with exactly the AR output.
 
 The model drafts by diffusion and verifies itself at block size one, as in S2D2, but every forward does both, and the
-draft window slides: it begins at the first undecided position, not at a block boundary. One round of a row:
+draft window slides: it begins at the first undecided position, not at a block boundary. A round is that of
+:mod:`~s2d2_lmeval.decoding.rounds.target`, whose forward also runs draft windows where the walk may end; step 3 is:
 
-1. plan    a chain or tree of drafted tokens (nodes), and the places where its walk may end that get a draft window
-2. forward the token that has no keys yet; the nodes; what tells the verifier's word on each; the windows
-           (:mod:`~s2d2_lmeval.decoding.rounds.passes`)
-3. judge   walk from the root down to where the verifier's word differs; that word is the bonus token
-           (:mod:`~s2d2_lmeval.decoding.rounds.acceptance`)
-4. commit  the path's keys and values (compacted where the path was not contiguous)
-5. draft   the window at the walk's end, if it had one, gives the marginals of the next tree
-           (:mod:`~s2d2_lmeval.decoding.rounds.trees`), and all rows share what a forward can carry
+a. draft   the window at the walk's end, if it had one, gives the marginals of the next tree
+           (:mod:`~s2d2_lmeval.decoding.rounds.trees`)
+b. buy     all rows share what a forward can carry, for nodes and for windows
            (:mod:`~s2d2_lmeval.decoding.rounds.budgets`)
 
-The verifier chooses as the ``ar`` decoder does: the arg-max, or a draw from randomness keyed by position. So the tokens
+The target chooses as the ``ar`` decoder does: the arg-max, or a draw from randomness keyed by position. So the tokens
 are those of ``ar`` with the same seed, whatever was drafted, and a round without a usable draft still yields one token.
 With ``acceptance=rejection`` the law is that of ``ar``, the draws are others.
 """
@@ -25,29 +21,28 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.decoder import EXACT, Decoder, Seating
+from s2d2_lmeval.decoding.decoder import EXACT, Seating
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.rounds import SlidingOptions
 from s2d2_lmeval.decoding.options.s2d2 import AcceptanceOption
-from s2d2_lmeval.decoding.readback import Outcome, fetch
-from s2d2_lmeval.decoding.rounds import budgets as tree_budget
+from s2d2_lmeval.decoding.passes import Plan
+from s2d2_lmeval.decoding.readback import Outcome
 from s2d2_lmeval.decoding.rounds import trees
-from s2d2_lmeval.decoding.rounds.acceptance import acceptance_of
-from s2d2_lmeval.decoding.rounds.passes import RoundPlan, TreeRows, plan_round
-from s2d2_lmeval.decoding.sampling import random
-from s2d2_lmeval.decoding.state import KIND_OF_PHASE, PREFILL
-from s2d2_lmeval.errors import NumericalError
+from s2d2_lmeval.decoding.rounds.acceptance import Keyed, Rejection, Verdict
+from s2d2_lmeval.decoding.rounds.budgets import QueryBudget
+from s2d2_lmeval.decoding.rounds.target import Target
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from s2d2_lmeval.families import Facts
 
 WIDEST, WIDEST_FORWARD = 256, 1024
 """Queries that ``row_budget=auto`` considers per row, and for all rows together."""
+
+CHOICES = 16
+"""Tokens per future position that a tree may branch over."""
 
 PRICE_UNIT = 2.0**30
 """Prices travel to the host among integers."""
@@ -60,7 +55,7 @@ PRICE_UNIT = 2.0**30
     options=(AcceptanceOption, SlidingOptions),
     acceptances=("keyed", "rejection"),
 )
-class Sliding(Decoder[TreeRows]):
+class Sliding(Target):
     """The decoder ``sliding``."""
 
     @staticmethod
@@ -76,34 +71,21 @@ class Sliding(Decoder[TreeRows]):
             "(its tokens do not); share_budget=false keeps budgets apart"
         )
 
-    def __init__(
-        self, config: DecodingConfig, facts: Facts, rows: TreeRows, most: int, device: torch.device, chunk: int
-    ) -> None:
-        self.config = config
-        self.facts = facts
-        self.mask_token_id = facts.mask_token_id
-        self.shifted = facts.token_shift
-        self.rows = rows
-        self.device = device
-        self.prefill_chunk = chunk
-        self.acceptance = acceptance_of(config, random.source_of(config.random_source, config.seed))
+    def __init__(self, seating: Seating) -> None:
+        super().__init__(seating)
+        config, rows = self.config, self.rows
         self.window = config.window - 1
+        self.price = np.zeros(rows.count)
+        """What a query of each row's tree came to, in tokens, when it was bought."""
         queries = None if config.row_budget == "auto" else int(config.row_budget)
-        shared = config.shares_budget
-        self.budget = tree_budget.QueryBudget(queries, self.queries_of_node(facts), self.window, most, shared)
-
-    @classmethod
-    def seat(cls, seating: Seating) -> Self:
-        """A decoder with seats for a run."""
-        config, facts = seating.config, seating.facts
-        most = cls.most_queries(config, seating.slots)
-        rows = TreeRows(seating.slots, seating.longest, cls.most_nodes(config, facts, most))
-        return cls(config, facts, rows, most, seating.device, seating.prefill_chunk)
-
-    @staticmethod
-    def queries_of_node(facts: Facts) -> int:
-        """A node takes a query and, in un-shifted models, its verifier one more. So does the token before all nodes."""
-        return 1 if facts.token_shift else 2
+        most = self.most_queries(config, rows.count)
+        self.budget = QueryBudget(queries, self.node_queries, self.window, most, config.shares_budget)
+        if config.acceptance == "rejection" and config.sampled:
+            law = torch.zeros(rows.count, self.window, self.facts.vocab_size, device=rows.device)
+            self.acceptance = Rejection(config, self.source, law)
+        else:
+            choices = 1 if config.draft_shape == "chain" else CHOICES
+            self.acceptance = Keyed(config, self.source, self.depths, choices, coupled=config.sampled)
 
     @staticmethod
     def most_queries(config: DecodingConfig, slots: int) -> int:
@@ -113,113 +95,77 @@ class Sliding(Decoder[TreeRows]):
         return int(config.row_budget) * (2 if slots > 1 and config.shares_budget else 1)
 
     @classmethod
-    def most_nodes(cls, config: DecodingConfig, facts: Facts, most: int) -> int:
-        """Nodes of a tree of which so many queries are run at most."""
-        nodes = max((most - 1) // cls.queries_of_node(facts), 1)
+    def most_nodes(cls, config: DecodingConfig, facts: Facts, slots: int) -> int:
+        return cls._nodes_within(cls.most_queries(config, slots), config, facts)
+
+    @staticmethod
+    def _nodes_within(most: int, config: DecodingConfig, facts: Facts) -> int:
+        nodes = max((most - 1) // (1 if facts.token_shift else 2), 1)
         return min(nodes, config.window - 1) if config.draft_shape == "chain" else nodes
+
+    @staticmethod
+    def most_depths(config: DecodingConfig, facts: Facts) -> int:
+        return config.window - 1
 
     @property
     def capacity(self) -> int:
-        """Positions that a row may write to in the cache."""
         return self.rows.length + self.budget.most + 1
 
     def weigh(self, measure_costs: MeasureCosts) -> None:
         """With ``row_budget=auto``, learn what forwards cost at this batch."""
         if self.budget.queries is None:
-            most = self.rows.count * self.budget.most
-            self.budget.weigh(measure_costs(self.budget.most)(np.arange(most + 1)), self.rows.count, self.device)
+            rows, budget = self.rows, self.budget
+            budget.weigh(measure_costs(budget.most)(np.arange(rows.count * budget.most + 1)), rows.count, rows.device)
             # Trees grow no larger than pays: growing them takes time too.
-            self.rows.resize(self.most_nodes(self.config, self.facts, self.budget.most))
+            rows.resize(self._nodes_within(budget.most, self.config, self.facts))
 
-    def admitted(self, slot: int) -> None:
-        """A request has been seated in ``slot``: its first round has no draft, but a window."""
-        self.rows.nodes[slot] = 0
-        self.rows.windows[slot] = np.arange(self.rows.windows.shape[1]) == 0
-        self.rows.enter_round(slot, self.prefill_chunk)
-
-    def plan(self) -> RoundPlan:
-        """Lay out the next forward of all active rows: text, nodes, verifiers, windows."""
+    def plan(self) -> Plan:
         self._began = clock.now()
-        self._plan = plan_round(
-            self.rows, self.window, self.mask_token_id, self.shifted, self.prefill_chunk, self.device
-        )
-        return self._plan
+        return super().plan()
 
     # ---- device ----
 
-    def advance(self, logits: torch.Tensor) -> Outcome:
-        """Take the wanted logits (M, V) of the planned forward; judge, draft, and buy the next round.
+    def _propose(self, logits: torch.Tensor, verdict: Verdict) -> list[torch.Tensor]:
+        sent, rows = self._plan.sent, self.rows
+        index = torch.arange(rows.token.shape[1], device=rows.device)
+        at_end = (sent["holder"] == verdict.end) & (index < sent["windows"])
+        met = at_end.any(1, keepdim=True)
+        tree = self._draft(logits, met, sent["base"] + at_end.long().argmax(1, keepdim=True) * self.window, verdict.end)
+        nodes, windows, price = self.budget.buy(tree, met, sent["running"].squeeze(1).bool())
+        rows.plant(slice(None), tree)
+        rows.holder.copy_(windows.long().argsort(dim=1, descending=True, stable=True))
+        return [met, nodes, windows.sum(1, keepdim=True), (price * PRICE_UNIT).expand_as(nodes)]
 
-        Reads the device once.
-
-        :raises NumericalError: when the logits are not numbers.
+    def _draft(self, logits: torch.Tensor, met: torch.Tensor, base: torch.Tensor, end: torch.Tensor) -> trees.Tree:
+        """Grow each row's next tree from the window at ``base`` (count, 1) of the window ``logits``, where one was
+        ``met`` at the ``end`` of the walk.
         """
-        plan, facts = self._plan, self._plan.facts
-        if not plan.verifies:  # prefill chunks only
-            return self._settle(None)
-        logits[:, self.mask_token_id] = -torch.inf
-        verdict = self.acceptance.judge(logits[: plan.verifies], plan)
-        begins = facts["length"].unsqueeze(1) + facts["depth"].gather(1, verdict.end).clamp_min(0) + 1
-        base = facts["window_base"].gather(1, verdict.end)
-        tree = self._draft(logits[plan.verifies :], base, begins)
-        nodes, windows, price = self.budget.buy(tree, base >= 0, facts["running"].bool())
-        sound = logits[: plan.verifies].isnan().any().logical_not().expand_as(base)
-        columns = [sound, verdict.bonus, verdict.path, base >= 0, nodes]
-        columns += [tree.token, tree.parent, tree.depth, windows, (price * PRICE_UNIT).expand(len(base), 1)]
-        return self._settle(fetch(columns))
-
-    def _draft(self, logits: torch.Tensor, base: torch.Tensor, begins: torch.Tensor) -> trees.Tree:
-        """Grow each row's next tree from the window at ``base`` (count, 1; -1: none) of the window ``logits``, whose
-        first position is ``begins`` (count, 1).
-        """
-        facts, budget = self._plan.facts, self.rows.token.shape[1] - 1
+        sent, nodes = self._plan.sent, self.rows.token.shape[1] - 1
         if not len(logits):
-            return trees.empty(len(base), budget, base.device, logits.dtype)
-        offsets = torch.arange(self.window, device=base.device)
-        position = begins + offsets
-        best, token = self.acceptance.candidates(logits[(base.clamp_min(0) + offsets).flatten()], position, facts)
-        # A node at position p needs a token behind it: the walk's bonus.
-        room = (position < facts["limit"].unsqueeze(1) - 1) & (base >= 0)
-        return trees.grow(best.masked_fill(~room.unsqueeze(2), -torch.inf), token, budget)
+            return trees.empty(len(base), nodes, base.device, logits.dtype)
+        ahead = torch.arange(self.window, device=base.device)
+        position = sent["length"].unsqueeze(1) + sent["depth"].gather(1, end).clamp_min(0) + 1 + ahead
+        of_window = (base.where(met, 0) + ahead).flatten()
+        best, token = self.acceptance.candidates(logits[of_window], position, sent)
+        # A node at position p needs a token after it: the walk's bonus.
+        room = (position < sent["limit"].unsqueeze(1) - 1) & met
+        return trees.grow(best.masked_fill(~room.unsqueeze(2), -torch.inf), token, nodes)
 
     # ---- host ----
 
     def _settle(self, read: list[np.ndarray] | None) -> Outcome:
-        """Take accepted paths and new trees over; move every row to its next round."""
         rows, plan = self.rows, self._plan
-        slots = plan.request.layout.slots
-        outcome = Outcome.zeros(len(slots))
-        rows.cached[slots] += plan.request.keep
-        if plan.verifies:
-            prompts = int((plan.request.keep - 1).clip(0).sum())
-            self.budget.step_took(clock.now() - self._began, plan.request.layout.queries, prompts)
-        for row, slot in enumerate(slots.tolist()):
-            rows.progress[slot].forwards[KIND_OF_PHASE[rows.phase[slot]]] += 1
-            rows.progress[slot].count("queries", int(plan.request.layout.widths[row]))
-            if rows.phase[slot] != PREFILL:
-                assert read is not None
-                self._after_round(row, slot, [table[slot] for table in read], outcome)
-            if not rows.complete[slot]:
-                rows.enter_round(slot, self.prefill_chunk)
-        return outcome
+        layout, keep = plan.request.layout, plan.request.keep
+        if plan.count("verify"):
+            self.budget.step_took(clock.now() - self._began, layout.queries, int((keep - 1).clip(0).sum()))
+        for slot, width in zip(layout.slots.tolist(), layout.widths.tolist(), strict=True):
+            rows.progress[slot].count("queries", width)
+        return super()._settle(read)
 
-    def _after_round(self, row: int, slot: int, read: list[np.ndarray], outcome: Outcome) -> None:
-        sound, bonus, path, met, nodes, token, parent, depth, windows, price = read
-        if not sound[0]:
-            raise NumericalError
-        rows = self.rows
-        path = path[path > 0] - 1
-        fresh, nodes_run = [*rows.token[slot, path + 1].tolist(), int(bonus[0])], int(rows.nodes[slot])
-        self.budget.round_ran(nodes_run, len(path), rows.price[slot])
-        outcome.path[row] = path
-        outcome.kept[row] = len(path)
-        rows.cached[slot] += len(path)
-        rows.record(slot, fresh, rows.depth[slot, 1 : 1 + nodes_run], self.mask_token_id)
-        rows.progress[slot].count("windows", int(self._plan.windows[row]))
-        rows.progress[slot].count("windows_used", int(met[0]))
-        rows.progress[slot].count("windows_missed", 1 - int(met[0]))
-        struck = rows.extend(slot, fresh, self.config.stop_token_ids)
-        rows.complete[slot] = struck or len(rows.tokens[slot]) >= rows.limit[slot]
-        rows.round[slot] += 1
-        rows.nodes[slot], rows.windows[slot], rows.price[slot] = nodes[0], windows, price[0] / PRICE_UNIT
-        rows.token[slot, 1:], rows.parent[slot, 1:], rows.depth[slot, 1:] = token, parent, depth
+    def _after_round(self, slot: int, accepted: int, proposed: list[np.ndarray]) -> None:
+        rows, progress = self.rows, self.rows.progress[slot]
+        met, nodes, windows, price = (int(table[0]) for table in proposed)
+        self.budget.round_ran(int(rows.nodes[slot]), accepted, self.price[slot])
+        for name, more in (("windows", int(rows.windows[slot])), ("windows_used", met), ("windows_missed", 1 - met)):
+            progress.count(name, more)
+        rows.nodes[slot], rows.windows[slot], self.price[slot] = nodes, windows, price / PRICE_UNIT

@@ -1,11 +1,20 @@
-"""Autoregressive decoding by rounds: a target says what follows each node of a draft tree, and the walk down the tree
-goes on as long as that is one of the node's children.
+"""Decoding by rounds with the autoregressive law: the target verifies a tree of drafted tokens in one forward, and the
+walk down the tree goes on as long as what it chooses after a node is one of the node's children.
 
-Without drafts every round is one token, the decoder ``ar`` of autoregressive models. A decoder with a drafter
-(:mod:`~s2d2_lmeval.decoding.rounds.dflash`, :mod:`~s2d2_lmeval.decoding.rounds.ddtree`) only has to plant trees. What
-follows a node is the arg-max, or a draw from randomness keyed by request and position, so the output is the same for
-every tree: a token that comes out is always what the target says after the tokens before it ("sample and match";
-DFlash, arXiv 2602.06036, and DDTree, arXiv 2604.12989).
+One round of a row:
+
+1. plan     the text without keys, the nodes of its tree, what tells the target's choice after each (:func:`plan_round`)
+2. judge    the path from the root that the target accepts, and its own token after it, the bonus token
+            (:mod:`~s2d2_lmeval.decoding.rounds.acceptance`)
+3. propose  what the next round verifies
+4. commit   the path's keys and values become prefix (compacted where the path was not contiguous)
+
+Decoders differ in step 3. Without drafts every round is one token: ``ar``, below. Drafts come from masks in the same
+forward (:mod:`~s2d2_lmeval.decoding.rounds.sliding`) or from a drafter in a forward of its own
+(:mod:`~s2d2_lmeval.decoding.rounds.dflash`, :mod:`~s2d2_lmeval.decoding.rounds.ddtree`). What follows a node is the
+arg-max, or a draw from randomness keyed by request and position, so the output is the same for every tree.
+
+Trees are grown on the device and stay there; the host knows how many nodes and windows each row has.
 """
 
 from __future__ import annotations
@@ -15,18 +24,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decoder, Plan, Seating
+from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decoder, Seating
+from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent, ragged
 from s2d2_lmeval.decoding.readback import Outcome, fetch
 from s2d2_lmeval.decoding.rounds import trees
-from s2d2_lmeval.decoding.rounds.target_passes import TargetPlan, TargetRows, plan_target
+from s2d2_lmeval.decoding.rounds.acceptance import Acceptance, Keyed, Verdict
 from s2d2_lmeval.decoding.sampling import random
-from s2d2_lmeval.decoding.sampling.filters import probabilities
-from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL
+from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Seats
 from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.registry import DECODERS
-from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,29 +43,143 @@ if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
 
 
+class RoundRows(Seats):
+    """Sequences in flight, and on the device the tree that each is about to run: ``token``, ``parent`` and ``depth``
+    (-1: no node) (count, N + 1), the root at index 0, and ``holder``, the nodes with a draft window, in rising order.
+    """
+
+    def __init__(self, seating: Seating, nodes: int) -> None:
+        super().__init__(seating.slots)
+        self.prefix_grain = 1
+        self.length = seating.longest
+        self.device = seating.device
+        self.limit = np.zeros(self.count, dtype=np.int64)
+        """Length at which the sequence is full."""
+        self.round = np.zeros(self.count, dtype=np.int64)
+        """Rounds that the sequence has run."""
+        self.resize(nodes)
+
+    def resize(self, nodes: int) -> None:
+        """Make room for so many nodes per tree and forget all trees."""
+        self.nodes, self.windows = np.zeros((2, self.count), dtype=np.int64)
+        """Nodes and draft windows that are run, the first ones of the tables."""
+        shape = (4, self.count, nodes + 1)
+        self.token, self.parent, self.depth, self.holder = torch.zeros(shape, dtype=torch.long, device=self.device)
+
+    def admit(self, slot: int, request: Request) -> None:
+        """Seat a request: its first round has no draft, but a window at the root."""
+        super().admit(slot, request)
+        self.tokens[slot] = list(request.prompt)
+        self.limit[slot] = len(request.prompt) + request.max_new_tokens
+        self.nodes[slot], self.windows[slot], self.round[slot] = 0, 1, 0
+
+    def lengths(self) -> np.ndarray:
+        """(count,) tokens of every sequence, prompt included."""
+        return np.array([len(tokens) for tokens in self.tokens])
+
+    def plant(self, slots: torch.Tensor | slice, tree: trees.Tree) -> None:
+        """Run ``tree`` (R, N) in the rows ``slots`` (R,) next."""
+        self.token[slots, 1:], self.parent[slots, 1:] = tree.token, tree.parent
+        self.depth[slots, 1:] = torch.where(tree.value > 0, tree.depth, -1)
+
+
+def plan_round(
+    rows: RoundRows, facts: Facts, depths: int, prefill_chunk: int, window: int = 0, feeds_drafter: bool = False
+) -> Plan:
+    """Lay out the target's next forward of all active rows. A row brings, in this order:
+
+    text       the tokens that have no keys yet: a chunk of the prompt, later the last round's bonus token
+    nodes      the drafted tokens, a tree at most ``depths`` deep; siblings share a position
+    verifiers  un-shifted targets only: for the root and every node a mask at the position after it, which sees the path
+               down to it; in shifted targets the node itself (for the root the last text token) predicts what follows
+    windows    per node that has one, ``window`` masks that see its path and each other: a draft of what follows the
+               token that the target chooses there
+
+    Reads ``verify`` (the root, then the nodes) and ``window``. Sends of every row (count,) ``length``, ``limit``,
+    ``key``, ``round``, the ``nodes`` and ``windows`` it runs and ``base``, the first of its window logits.
+    """
+    slots, lengths, shifted = rows.active(), rows.lengths(), facts.token_shift
+    phases, cached, length = rows.phase[slots], rows.cached[slots], lengths[slots]
+    begun = phases != PREFILL
+    texts = np.where(begun, length - cached, np.minimum(length - cached, prefill_chunk))
+    nodes, windows = rows.nodes[slots] * begun, rows.windows[slots] * begun * (window > 0)
+
+    builder = PassBuilder(slots)
+    pieces = [rows.tokens[slot][start : start + n] for slot, start, n in zip(slots, cached, texts, strict=True)]
+    builder.span(cached, texts).set(text=np.concatenate(pieces), kind=trees.TEXT)
+    drafted = builder.add(nodes)
+    drafted.set(position=length[drafted.row] - 1, kind=trees.NODE, owner=drafted.local + 1)
+    read_row, read_node = ragged((nodes + 1) * begun)
+    if not shifted:
+        builder.add((nodes + 1) * begun).set(position=length[read_row], kind=trees.VERIFIER, owner=read_node)
+    masks = builder.add(windows * window)
+    of_window, ahead = np.divmod(masks.local, max(window, 1))
+    masks.set(position=length[masks.row] + ahead + (not shifted), kind=trees.WINDOW, owner=of_window)
+    first = builder.lay_out().offsets + texts + (-1 if shifted else nodes)
+    builder.read("verify", read_row, read_node, first[read_row] + read_node)
+    builder.read("window", masks.row, masks.local, masks.query)
+    per_row = np.zeros((4, rows.count), dtype=np.int64)
+    per_row[:, slots] = nodes, windows, (windows.cumsum() - windows) * window, begun
+    told = {
+        "slot": slots[builder.layout.row_of],
+        "packed": builder.layout.row_of * builder.layout.widest + builder.layout.local,
+        "text": builder.column("text", facts.mask_token_id),
+        "kind": builder.padded("kind", trees.NOBODY),
+        "owner": builder.padded("owner", 0),
+    }
+    of_rows = {"length": lengths, "limit": rows.limit, "key": rows.key, "round": rows.round, "per_row": per_row}
+    sent = builder.send(rows.device, slots=slots, **told, **of_rows)
+    tokens, visible = _add_trees(rows, sent, int(nodes.max(initial=0)) + 1, depths, bool(window))
+    return builder.plan(sent, phases, tokens, visible, texts, feeds_drafter=feeds_drafter)
+
+
+def _add_trees(
+    rows: RoundRows, sent: Sent, nodes: int, depths: int, windows: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What only the device knows: the tokens (N,) and the visibility (R, W, W) of a round. Completes the positions, and
+    adds to ``sent`` the trees: ``token``, ``parent``, ``depth`` (-1: not run) and ``holder`` (count, N + 1), and
+    ``above`` (count, n, n) of the first ``nodes`` (n) nodes, root included.
+    """
+    kind, owner = sent["kind"], sent["owner"]
+    sent["nodes"], sent["windows"], sent["base"], sent["running"] = sent["per_row"].unsqueeze(2)
+    sent["token"], sent["parent"] = rows.token, rows.parent
+    index = torch.arange(rows.depth.shape[1], device=rows.device)
+    depth = sent["depth"] = rows.depth.where(index <= sent["nodes"], -1)
+    if windows:
+        sent["holder"] = rows.holder * (sent["nodes"] > 0)  # without a node: the root
+        owner = owner.where(kind != trees.WINDOW, sent["holder"][sent["slots"]].gather(1, owner))
+    at = sent["slot"], owner.flatten()[sent["packed"]]
+    sent["positions"] = sent["positions"] + depth[at].clamp_min(0)
+    tokens = rows.token[at].where(kind.flatten()[sent["packed"]] == trees.NODE, sent["text"])
+    above = sent["above"] = trees.ancestors(rows.parent[:, :nodes], depths)
+    return tokens, trees.tree_visibility(kind, owner, above, sent["slots"])
+
+
 @DECODERS.register("ar", "autoregressive", "pipelined", **AUTOREGRESSIVE)
-class Target(Decoder[TargetRows]):
-    """The decoder ``ar`` of autoregressive models, and what decoders with a drafter have in common."""
+class Target(Decoder[RoundRows]):
+    """The decoder ``ar`` of autoregressive models, and what all decoders by rounds have in common."""
 
     feeds_drafter = False
+    window = 0
+    """Masks of a draft window."""
 
-    def __init__(self, config: DecodingConfig, facts: Facts, rows: TargetRows, chunk: int) -> None:
+    def __init__(self, seating: Seating) -> None:
+        config, facts = seating.config, seating.facts
         self.config = config
         self.facts = facts
-        self.rows = rows
-        self.prefill_chunk = chunk
+        self.prefill_chunk = seating.prefill_chunk
         self.source = random.source_of(config.random_source, config.seed)
         self.depths = self.most_depths(config, facts)
+        self.rows = RoundRows(seating, self.most_nodes(config, facts, seating.slots))
+        self.acceptance: Acceptance = Keyed(config, self.source, self.depths)
 
     @classmethod
     def seat(cls, seating: Seating) -> Self:
         """A decoder with seats for a run."""
-        config, facts, slots = seating.config, seating.facts, seating.slots
-        rows = TargetRows(slots, seating.longest, cls.most_nodes(config, facts, slots), seating.device)
-        return cls(config, facts, rows, seating.prefill_chunk)
+        return cls(seating)
 
-    @staticmethod
-    def most_nodes(config: DecodingConfig, facts: Facts, slots: int) -> int:
+    @classmethod
+    def most_nodes(cls, config: DecodingConfig, facts: Facts, slots: int) -> int:
         """Nodes that a row's tree may have where ``slots`` rows are in flight."""
         return 0
 
@@ -66,13 +189,14 @@ class Target(Decoder[TargetRows]):
         return 0
 
     @property
+    def node_queries(self) -> int:
+        """Queries of a node: its own and, in un-shifted targets, its verifier. So many the last token takes too."""
+        return 1 if self.facts.token_shift else 2
+
+    @property
     def capacity(self) -> int:
         """Positions that a row may write to in the cache."""
-        queries = (self.rows.depth.shape[1]) * (1 if self.facts.token_shift else 2)
-        return self.rows.length + max(queries, self.depths) + self.depths + 1
-
-    def weigh(self, measure_costs: MeasureCosts) -> None:
-        """Nothing here depends on what forwards cost."""
+        return self.rows.length + max(self.rows.depth.shape[1] * self.node_queries, self.depths) + self.depths + 1
 
     def admitted(self, slot: int) -> None:
         """A request has been seated in ``slot``."""
@@ -80,40 +204,34 @@ class Target(Decoder[TargetRows]):
 
     def plan(self) -> Plan:
         """Lay out the next forward of all active rows."""
-        self._plan = plan_target(
-            self.rows, self.facts.mask_token_id, self.facts.token_shift, self.prefill_chunk, self.feeds_drafter
-        )
+        chunk, feeds = self.prefill_chunk, self.feeds_drafter
+        self._plan = plan_round(self.rows, self.facts, self.depths, chunk, self.window, feeds)
         return self._plan
 
     # ---- device ----
 
     def advance(self, logits: torch.Tensor) -> Outcome:
-        """Take the wanted logits (M, V) of the planned forward, and walk. Reads the device once.
+        """Take the wanted logits (M, V) of the planned forward: judge and propose. Reads the device once.
 
-        :raises NumericalError: when the logits are not numbers.
+        Raises:
+            NumericalError: the logits are not numbers.
         """
-        plan, rows = self._plan, self.rows
+        plan = self._plan
         if not len(logits):  # prefill chunks only
-            return self._settle(plan, None)
+            return self._settle(None)
         if self.facts.mask_token_id != NO_MASK:
             logits[:, self.facts.mask_token_id] = -torch.inf
-        follows = torch.full_like(rows.parent, -1).index_put(plan.at, self._say(logits))
-        path = trees.descend(follows, rows.token, rows.parent, plan.depth, self.depths)
-        end = path.max(1, keepdim=True).values
-        fresh = torch.cat([rows.token, follows], dim=1)
-        tokens = fresh.gather(1, torch.cat([path, end + rows.token.shape[1]], dim=1))
-        sound = self._sound(logits).expand(len(path), 1)
-        return self._settle(plan, fetch([sound, path, tokens, plan.depth]))
+        verify, window = logits.split([plan.count("verify"), plan.count("window")])
+        verdict = self.acceptance.judge(verify, plan)
+        tokens = torch.cat([plan.sent["token"].gather(1, verdict.path), verdict.bonus], dim=1)
+        depth = plan.sent["depth"][:, : plan.sent["above"].shape[1]]
+        proposed = self._propose(window, verdict)
+        sound = self._sound(verify).expand_as(verdict.bonus)
+        return self._settle(fetch([sound, verdict.path, tokens, depth, *proposed]))
 
-    def _say(self, logits: torch.Tensor) -> torch.Tensor:
-        """The tokens (M,) that the target says behind the nodes of ``logits`` (M, V)."""
-        config, plan = self.config, self._plan
-        if not config.sampled:
-            return logits.argmax(-1)
-        row, node = plan.at
-        position = plan.length[row] + plan.depth[row, node]
-        key = random.Key(random.DRAFT, plan.key[row], position, torch.zeros_like(position))
-        return self.source.categorical(probabilities(logits, config), key)
+    def _propose(self, logits: torch.Tensor, verdict: Verdict) -> list[torch.Tensor]:
+        """Draft the next round from the window ``logits``; columns (count, any) for :meth:`_after_round`."""
+        return []
 
     def _sound(self, logits: torch.Tensor) -> torch.Tensor:
         """Whether all was numbers, on the device."""
@@ -121,36 +239,37 @@ class Target(Decoder[TargetRows]):
 
     # ---- host ----
 
-    def _settle(self, plan: TargetPlan, read: list[np.ndarray] | None) -> Outcome:
+    def _settle(self, read: list[np.ndarray] | None) -> Outcome:
         """Take accepted paths over; move every row to its next round."""
-        rows, slots = self.rows, plan.request.layout.slots
+        rows, slots = self.rows, self._plan.request.layout.slots
         outcome = Outcome.zeros(len(slots))
-        rows.cached[slots] += plan.request.keep
+        rows.cached[slots] += self._plan.request.keep
         for row, slot in enumerate(slots.tolist()):
             rows.progress[slot].forwards[KIND_OF_PHASE[rows.phase[slot]]] += 1
             if rows.phase[slot] != PREFILL:
                 assert read is not None
-                self._after_round(row, slot, [table[slot] for table in read], outcome)
+                sound, path, tokens, depth, *proposed = (table[slot] for table in read)
+                if not sound[0]:
+                    raise NumericalError
+                path = path[path > 0] - 1
+                outcome.path[row], outcome.kept[row] = path, len(path)
+                fresh = [*tokens[1 : 1 + len(path)].tolist(), int(tokens[-1])]
+                rows.cached[slot] += len(path)
+                rows.record(slot, fresh, depth, self.facts.mask_token_id)
+                stops = rows.extend(slot, fresh, self.config.stop_token_ids)
+                rows.complete[slot] = stops or len(rows.tokens[slot]) >= rows.limit[slot]
+                rows.round[slot] += 1
+                self._after_round(slot, len(path), proposed)
             if not rows.complete[slot]:
                 self._enter_round(slot)
         return outcome
 
-    def _after_round(self, row: int, slot: int, read: list[np.ndarray], outcome: Outcome) -> None:
-        sound, path, tokens, depth = read
-        if not sound[0]:
-            raise NumericalError
-        rows = self.rows
-        path = path[path > 0] - 1
-        fresh = [*tokens[1 : 1 + len(path)].tolist(), int(tokens[-1])]
-        outcome.path[row] = path
-        outcome.kept[row] = len(path)
-        rows.cached[slot] += len(path)
-        rows.record(slot, fresh, depth, self.facts.mask_token_id)
-        struck = rows.extend(slot, fresh, self.config.stop_token_ids)
-        rows.complete[slot] = struck or len(rows.tokens[slot]) >= rows.limit[slot]
+    def _after_round(self, slot: int, accepted: int, proposed: list[np.ndarray]) -> None:
+        """Row ``slot`` has ended a round with so many tokens accepted; ``proposed`` are its entries of the columns."""
+        self.rows.nodes[slot] = 0
 
     def _enter_round(self, slot: int) -> None:
         """Run a round next, or first a chunk of a long prompt."""
         rows = self.rows
-        rows.nodes[slot] = 0
-        rows.phase[slot] = PREFILL if len(rows.tokens[slot]) - rows.cached[slot] > self.prefill_chunk else DRAFT
+        left = len(rows.tokens[slot]) - rows.cached[slot]
+        rows.phase[slot] = PREFILL if left > self.prefill_chunk else VERIFY if rows.nodes[slot] else DRAFT

@@ -1,4 +1,4 @@
-"""Draft trees from marginals: which continuations are worth a row.
+"""Draft trees: which continuations are worth a query, and who sees whom in a round.
 
 A drafter gives a distribution per future position. A continuation's value is the product of its tokens' probabilities,
 so the best tree of N nodes holds the N most probable prefixes (DDTree, arXiv 2604.12989, section 3). The heap that
@@ -15,13 +15,16 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
+TEXT, NODE, VERIFIER, WINDOW, NOBODY = range(5)
+"""What a query of a round is (:func:`~s2d2_lmeval.decoding.rounds.target.plan_round`); NOBODY pads."""
+
 
 @dataclass(frozen=True)
 class Tree:
     """Up to N nodes per row (R, N) in descending value, so parents come before children and every prefix is a tree.
 
-    ``token`` ids; ``parent`` 0 for the root, else 1 + the parent's place; ``depth`` from 1; ``value`` the probability
-    of the prefix that ends here, 0 for a place that holds no node.
+    ``token`` ids; ``parent`` 0 for the root, else 1 + the parent's index; ``depth`` from 1; ``value`` the probability
+    of the prefix that ends here, 0 where there is no node.
     """
 
     token: torch.Tensor
@@ -55,41 +58,28 @@ def grow(log_p: torch.Tensor, token: torch.Tensor, nodes: int, seed_chain: bool 
     # Stable: among equals the shallower comes first, so a parent precedes its child.
     order = torch.cat(keys, dim=1).sort(dim=1, descending=True, stable=True).indices
     kept = order[:, :nodes]
-    place = torch.zeros_like(order).scatter(
+    index_of = torch.zeros_like(order).scatter(
         1, order, torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order)
     )
-    place = torch.cat([place.new_zeros(rows, 1), place], dim=1)
+    index_of = torch.cat([index_of.new_zeros(rows, 1), index_of], dim=1)
     pick = torch.cat(picks, dim=1).gather(1, kept)
-    short = nodes - kept.shape[1]
-    tree = Tree(
-        token=token.flatten(1).gather(1, pick),
-        parent=place.gather(1, torch.cat(parents, dim=1).gather(1, kept)),
-        depth=pick // choices + 1,
-        value=torch.cat(scores, dim=1).gather(1, kept).exp(),
+    tables = (
+        token.flatten(1).gather(1, pick),
+        index_of.gather(1, torch.cat(parents, dim=1).gather(1, kept)),
+        pick // choices + 1,
+        torch.cat(scores, dim=1).gather(1, kept).exp(),
     )
-    return Tree(*(pad(table, (0, short)) for table in (tree.token, tree.parent, tree.depth, tree.value)))
+    return Tree(*(pad(table, (0, nodes - kept.shape[1])) for table in tables))
 
 
 @lru_cache(maxsize=256)
 def _promising(beam: int, choices: int, nodes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places in a beam and among choices, both best first, whose sum can be one of the ``nodes`` best: fewer than so
+    """Indices into a beam and into choices, both best first, whose sum can be one of the ``nodes`` best: fewer than so
     many others are at least as good in both.
     """
     place = np.arange(min(beam, nodes))[:, None]
     above, choice = ((place + 1) * (np.arange(min(choices, nodes)) + 1) <= nodes).nonzero()
     return torch.from_numpy(above).to(device), torch.from_numpy(choice).to(device)
-
-
-def paths(parent: torch.Tensor, nodes: int) -> torch.Tensor:
-    """Whether node j is node i itself or above it (R, nodes + 1, nodes + 1), from the parents (R, nodes + 1) of nodes
-    behind a root at index 0, which is above all. A few doubling steps on the device: twice as far up in each.
-    """
-    above = torch.eye(nodes + 1, dtype=torch.bool, device=parent.device).expand(len(parent), -1, -1)
-    jump = parent[:, : nodes + 1]
-    for _ in range(max(nodes, 1).bit_length()):
-        above = above | above.gather(1, jump.unsqueeze(2).expand_as(above))
-        jump = jump.gather(1, jump)
-    return above
 
 
 def empty(rows: int, nodes: int, device: torch.device, dtype: torch.dtype) -> Tree:
@@ -98,19 +88,33 @@ def empty(rows: int, nodes: int, device: torch.device, dtype: torch.dtype) -> Tr
     return Tree(zeros, zeros, zeros, zeros.to(dtype))
 
 
-def descend(
-    follows: torch.Tensor, token: torch.Tensor, parent: torch.Tensor, depth: torch.Tensor, depths: int
-) -> torch.Tensor:
-    """The nodes (count, 1 + depths) on the way down, the root first; 0 behind the last.
-
-    Tables (count, N + 1) with the root at index 0: ``follows`` what comes behind each node, and the nodes' ``token``,
-    ``parent`` and ``depth`` (-1: no node). Children of a node have different tokens, so there is one way at most.
+def ancestors(parent: torch.Tensor, depths: int) -> torch.Tensor:
+    """Whether node j is node i itself or above it (R, n, n), from the parents (R, n) of nodes after a root at index 0,
+    which is above all. Doubling: every step looks twice as far up, to a depth of at least ``depths``.
     """
-    here = torch.zeros_like(parent[:, :1])
-    walking = torch.ones_like(here, dtype=torch.bool)
-    path = [here]
-    for level in range(1, depths + 1):
-        child = walking & (depth == level) & (parent == here) & (token == follows.gather(1, here))
-        walking, here = child.any(1, keepdim=True), child.long().argmax(1, keepdim=True)
-        path.append(here)
-    return torch.cat(path, dim=1)
+    nodes = parent.shape[1]
+    above = torch.eye(nodes, dtype=torch.bool, device=parent.device).expand(len(parent), -1, -1)
+    for _ in range(min(depths, nodes - 1).bit_length()):
+        above = above | above.gather(1, parent.unsqueeze(2).expand_as(above))
+        parent = parent.gather(1, parent)
+    return above
+
+
+def tree_visibility(
+    kind: torch.Tensor, owner: torch.Tensor, above: torch.Tensor, slots: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Who sees whom in a round, (R, W, W), from what each query is and which node it belongs to, (R, W).
+
+    Text is token-causal and seen by all. A node is seen by what belongs to itself or to a node below it. A verifier is
+    seen by itself and by its node's window, a window by itself. ``above`` is that of the rows, or of ``slots`` (R,).
+    """
+    row = torch.arange(len(kind), device=kind.device) if slots is None else slots
+    query, key = owner.unsqueeze(2), owner.unsqueeze(1)
+    of_query, of_key = kind.unsqueeze(2), kind.unsqueeze(1)
+    place = torch.arange(kind.shape[1], device=kind.device)
+    text = (of_key == TEXT) & ((of_query != TEXT) | (place.unsqueeze(1) >= place))
+    path = (of_key == NODE) & (of_query != TEXT) & above[row.view(-1, 1, 1), query, key]
+    window = (of_key >= VERIFIER) & (of_key < NOBODY) & (of_query == WINDOW) & (query == key)
+    visible = text | path | window
+    visible.diagonal(dim1=1, dim2=2).fill_(True)
+    return visible
