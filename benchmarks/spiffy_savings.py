@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from recipes.toy.stream import training_stream
+from recipes.toy.problems import training_stream
 from s2d2_lmeval.decoding.generation import Generation
 from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, Pairs
 from s2d2_lmeval.model import BlockDiffusionModel, load

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from recipes.toy.stream import training_stream
+from recipes.toy.problems import training_stream
 from s2d2_lmeval.toy import CORPORA, Problem
 
 END_OF_TEXT, TURN_START, TURN_END, MASK = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>")

@@ -26,7 +26,7 @@ from recipes.toy.export import load_network, save_model
 from recipes.toy.muon import Muon
 from recipes.toy.network import Network, Shape
 from recipes.toy.objective import Example, make_batch
-from recipes.toy.stream import training_stream
+from recipes.toy.problems import training_stream
 from recipes.toy.tokenization import MASK, TURN_END, render, save_tokenizer, token_id, train_tokenizer
 from s2d2_lmeval.toy import CORPORA, held_out
 
@@ -226,7 +226,7 @@ def read_shares(text: str) -> dict[str, float]:
         shares = {name: float(share) for name, share in (part.split("=") for part in text.split(","))}
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: write corpus=share, ...") from error
-    if not shares.keys() <= CORPORA.keys() or min(shares.values()) <= 0:
+    if not shares.keys() <= set(CORPORA) or min(shares.values()) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r}: positive shares of {', '.join(CORPORA)}")
     return shares
 

@@ -222,8 +222,7 @@ def _workload(args: argparse.Namespace, model: BlockDiffusionModel) -> Workload:
     if args.model == "toy":
         from tokenizers import Tokenizer
 
-        from s2d2_lmeval.toy import checkpoint_path
-        from s2d2_lmeval.toy.corpora import held_out
+        from s2d2_lmeval.toy import checkpoint_path, held_out
 
         tokenizer = Tokenizer.from_file(str(checkpoint_path() / "tokenizer.json"))
         problems = held_out("arithmetic")[: args.prompts]

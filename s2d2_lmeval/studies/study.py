@@ -176,9 +176,7 @@ class Study(TaskSettings):
         AfterValidator(_check_models),
     ] = Field(description="a mapping, NAME: {pretrained: FOLDER or hub id} for each model", min_length=1)
     tasks: Annotated[
-        list[Task],
-        BeforeValidator(_tasks, json_schema_input_type=str | Task | list[str | Task]),
-        AfterValidator(_once),
+        list[Task], BeforeValidator(_tasks, json_schema_input_type=str | Task | list[str | Task]), AfterValidator(_once)
     ] = Field(description="names of tasks, or {task: NAME, limit: 100}", min_length=1)
     decoding: Annotated[Named[Options], AfterValidator(_without_grids)] = Field(
         {}, description="a mapping, NAME: {decoder: …, OPTION: …} for each configuration"

@@ -1,4 +1,4 @@
-"""Data, prompts and scoring of the toy tasks; everything comes from the generators in :mod:`s2d2_lmeval.toy`."""
+"""Data, prompts and scoring of the toy tasks; everything comes from :mod:`s2d2_lmeval.toy`."""
 
 from __future__ import annotations
 

@@ -24,8 +24,7 @@ from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, load_graph, parse_grap
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness.report import Totals
 from s2d2_lmeval.runtime.costs import CostCurve
-from s2d2_lmeval.toy import checkpoint_path
-from s2d2_lmeval.toy.corpora import held_out
+from s2d2_lmeval.toy import checkpoint_path, held_out
 
 from . import editing_tiny, pipelined_cases, subblocks_drawn
 from .spiffy_drawn import BLOCK_BASES, SUBBLOCKS, Case, cases

@@ -9,13 +9,19 @@ from itertools import islice
 
 import pytest
 
-from recipes.toy.stream import training_stream
+from recipes.toy import problems as recipe
+from recipes.toy.problems import HELD_OUT_SIZE, MAKE, made_held_out, training_stream
+from recipes.toy.problems.instructions import KINDS
+from recipes.toy.problems.programs import TEMPLATES
 from s2d2_lmeval.toy import CORPORA, Problem, checkpoint_path, held_out, score
-from s2d2_lmeval.toy.corpora import HELD_OUT_SIZE
-from s2d2_lmeval.toy.instructions import KINDS
-from s2d2_lmeval.toy.programs import TEMPLATES
+from s2d2_lmeval.toy.scoring import INSTRUCTIONS, SCORERS
 
-NAMES = tuple(CORPORA)
+NAMES = CORPORA
+
+
+def test_every_corpus_is_made_and_scored() -> None:
+    assert CORPORA == tuple(MAKE) == tuple(SCORERS)
+    assert tuple(KINDS) == tuple(INSTRUCTIONS)
 
 
 def of_kind(corpus: str, kind: str) -> Problem:
@@ -34,14 +40,13 @@ def test_held_out_is_fixed_distinct_and_disjoint_from_training(name: str) -> Non
     problems = held_out(name)
     prompts = {problem.prompt for problem in problems}
     assert len(prompts) == len(problems) == HELD_OUT_SIZE
-    held_out.cache_clear()
-    assert held_out(name) == problems
+    assert made_held_out(name) == problems, "run python -m recipes.toy.problems"
     assert not prompts & {problem.prompt for problem in islice(training_stream(name, 1), 5000)}
 
 
 def test_training_stream_really_filters(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = next(training_stream("instructions", 9))
-    monkeypatch.setattr("recipes.toy.stream.held_out", lambda name: (problem,))
+    monkeypatch.setattr(recipe, "held_out", lambda name: (problem,))
     assert next(training_stream("instructions", 9)) != problem
 
 

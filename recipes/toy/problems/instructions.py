@@ -7,9 +7,9 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from s2d2_lmeval.toy.problem import Problem
+from s2d2_lmeval.toy import Problem
+from s2d2_lmeval.toy.scoring import COLORS
 
-COLORS = ("red", "blue", "green", "black", "white", "pink", "gold", "gray")
 WORDS = (
     *COLORS, "cat", "dog", "sun", "moon", "tree", "fish", "bird", "rain", "snow", "wind", "lake", "hill", "road",
     "door", "lamp", "book", "milk", "salt", "king", "song", "ship", "star",
@@ -72,49 +72,23 @@ def _draw_distinct(rng: random.Random) -> Drawn:
     return instruction, ", ".join(colors), {"number": number, "avoid": avoid}
 
 
-def _same(text: str, response: str) -> bool:
-    return text == response
-
-
-def _is_bullet_list(text: str, items: list[str]) -> bool:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return [line[1:].strip() for line in lines if line[0] in "-*"] == items and len(lines) == len(items)
-
-
-def _ends_with(text: str, topic: str, ending: str) -> bool:
-    return text.removesuffix(".").endswith(ending) and topic in text.split(ending)[0].lower()
-
-
-def _is_quoted(text: str, words: str) -> bool:
-    return len(text) > 1 and text[0] == text[-1] == '"' and text[1:-1].strip() == words
-
-
-def _counts(text: str, first: int, last: int) -> bool:
-    return text.replace(",", " ").split() == [str(number) for number in range(first, last + 1)]
-
-
-def _is_distinct(text: str, number: int, avoid: list[str]) -> bool:
-    named = [part.strip().lower() for part in text.split(",")]
-    return len(named) == len(set(named)) == number and set(named) <= set(COLORS) - set(avoid)
-
-
-KINDS: dict[str, tuple[Callable[[random.Random], Drawn], Callable[..., bool]]] = {
-    "repeat": (_draw_repeat, _same),
-    "uppercase": (_draw_uppercase, _same),
-    "bullets": (_draw_bullets, _is_bullet_list),
-    "ending": (_draw_ending, _ends_with),
-    "reverse": (_draw_reverse, _same),
-    "quotes": (_draw_quotes, _is_quoted),
-    "count": (_draw_count, _counts),
-    "distinct": (_draw_distinct, _is_distinct),
+KINDS: dict[str, Callable[[random.Random], Drawn]] = {
+    "repeat": _draw_repeat,
+    "uppercase": _draw_uppercase,
+    "bullets": _draw_bullets,
+    "ending": _draw_ending,
+    "reverse": _draw_reverse,
+    "quotes": _draw_quotes,
+    "count": _draw_count,
+    "distinct": _draw_distinct,
 }
-"""Per kind: how it is drawn and how a response is checked."""
+"""How each kind is drawn; :data:`s2d2_lmeval.toy.scoring.INSTRUCTIONS` says how responses are checked."""
 
 
 def make_problem(rng: random.Random) -> Problem:
     """Draw an instruction of a random kind."""
     kind = rng.choice(tuple(KINDS))
-    instruction, response, arguments = KINDS[kind][0](rng)
+    instruction, response, arguments = KINDS[kind](rng)
     return Problem(
         corpus="instructions",
         kind=kind,
@@ -123,9 +97,3 @@ def make_problem(rng: random.Random) -> Problem:
         separator=" ",
         check=json.dumps(arguments),
     )
-
-
-def score(problem: Problem, response: str) -> float:
-    """1.0 when the response, apart from white space around it, follows the instruction, else 0.0."""
-    check = KINDS[problem.kind][1]
-    return float(check(response.strip(), **problem.specification))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-import re
 
-from s2d2_lmeval.toy.problem import Problem
+from s2d2_lmeval.toy import Problem
 
 NAMES = (
     "Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Jack", "Emma", "Leo", "Nora", "Max", "Ella", "Paul", "Ruth", "Carl",
@@ -17,8 +16,6 @@ GAINS = ("buys", "finds", "gets")
 LOSSES = ("gives away", "loses", "sells")
 LARGEST = 99
 """No intermediate result is larger."""
-
-_FINAL = re.compile(r"#### (-?\d+)")
 
 
 def make_problem(rng: random.Random) -> Problem:
@@ -58,9 +55,3 @@ def _change(rng: random.Random, total: int) -> tuple[str, str, int]:
         return f"{rng.choice(GAINS)} {amount} more.", f"{total}+{amount}={total + amount}", total + amount
     amount = rng.randint(1, min(60, total - 1))
     return f"{rng.choice(LOSSES)} {amount}.", f"{total}-{amount}={total - amount}", total - amount
-
-
-def score(problem: Problem, response: str) -> float:
-    """1.0 when the first ``#### n`` of the response is the right number, else 0.0."""
-    match = _FINAL.search(response)
-    return float(match is not None and int(match.group(1)) == problem.specification["result"])

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from s2d2_lmeval.tasks import sandbox
-from s2d2_lmeval.toy.problem import Problem
+from s2d2_lmeval.toy import Problem
 
 FUNCTIONS = (
     "solve", "compute", "change", "apply", "pick", "find", "make", "build", "work", "process",
@@ -169,23 +168,3 @@ def _inputs(rng: random.Random, bound: int, takes_list: bool) -> list[list[Any]]
         return [[number] for number in numbers]
     extras = [[rng.randint(-20, 99) for _ in range(rng.randint(0, 4))] for _ in numbers]
     return [[[number, *extra]] for number, extra in zip(numbers, extras, strict=True)]
-
-
-def source_of(problem: Problem, response: str) -> str:
-    """The program that a response stands for: a body is put below the prompt, a whole ``def`` is taken as it is."""
-    text = response.strip("\n")
-    if text.lstrip().startswith("def "):
-        return text.lstrip()
-    if text and not text[0].isspace():
-        text = f"    {text}"
-    return f"{problem.prompt}\n{text}\n"
-
-
-def score(problem: Problem, response: str) -> float:
-    """1.0 when the program returns the right value in every test case, else 0.0. Runs ``response`` in the sandbox."""
-    specification = problem.specification
-    results = sandbox.call(source_of(problem, response), specification["name"], specification["arguments"])
-    try:
-        return float(results is not None and json.dumps(results) == json.dumps(specification["results"]))
-    except (TypeError, ValueError):  # sets, bytes, numbers of thousands of digits
-        return 0.0
