@@ -200,14 +200,14 @@ DECODERS = Registrar(
         for module in (
             *("blocks.s2d2", "pipelined.denoising", "rounds.sliding", "spiffy.decoder", "blocks.editing"),
             *("blocks.denoising", "rounds.ddtree", "rounds.dflash", "rounds.target"),
-            *("blocks.subblocks", "pipelined.s2d2", "spiffy.subblocks"),
+            *("blocks.subblocks", "pipelined.s2d2"),
         )
     ),
     entry=DecoderEntry,
 )
 """Subclasses of :class:`~s2d2_lmeval.decoding.decoder.Decoder`; the first that fits a family is its default."""
 
-POLICIES = Registrar("policies", f"{_DECODING}.routing.policies", f"{_DECODING}.routing.throughput")
+POLICIES = Registrar("policies", f"{_DECODING}.routing.policies")
 """When S2D2 verifies: subclasses of :class:`~s2d2_lmeval.decoding.routing.policies.RoutingPolicy`."""
 
 ESTIMATORS = Registrar("estimators", f"{_DECODING}.routing.estimators")

@@ -13,8 +13,8 @@ import torch
 from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.blocks import ScheduleOption
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.decoding.readback import Outcome
 from s2d2_lmeval.decoding.state import Seats
+from s2d2_lmeval.decoding.steps import Outcome
 from s2d2_lmeval.runtime.costs import MeasureCosts
 from s2d2_lmeval.runtime.passes import Pass
 

@@ -39,7 +39,7 @@ class Step:
     ``start`` is the block's first position; ``before``, ``draft`` and ``tokens`` are the block's ids before the step,
     with every mask drafted, and after the step; ``marks`` says how each place was decided in it (:data:`MARK_NAMES`; 0
     where it was not). ``drafted`` are the positions of the tokens that were put before the verifier, siblings of a tree
-    at the same one.
+    at the same one. ``order`` ranks places within equal marks, where decoding knows such an order.
     """
 
     kind: str
@@ -49,6 +49,7 @@ class Step:
     tokens: list[int]
     marks: list[int]
     drafted: list[int] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,13 @@ def verifications(steps: Sequence[Step], end: int) -> Iterator[Verification]:
 
 @dataclass
 class Progress:
-    """A request on its way: counters, steps and the published decoding order, filled in as forwards come back.
+    """A request on its way: counters and steps, filled in as forwards come back.
 
     ``drafts`` that a routing policy looked at, and ``routed_drafts`` of these that it sent to the verifier.
+    ``published_order`` makes the published decoding order of the steps; without one, decoders fill in ``order``.
     """
+
+    published_order: Callable[[Sequence[Step]], list[PublishedStep]] | None = None
 
     forwards: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORWARDS, 0))
     drafts: int = 0
@@ -119,7 +123,12 @@ class Progress:
     """What only some decoders count."""
     begun: float = field(default_factory=clock.now)
     steps: list[Step] = field(default_factory=list)
-    decoding_order: list[PublishedStep] = field(default_factory=list)
+    order: list[PublishedStep] = field(default_factory=list)
+
+    @property
+    def decoding_order(self) -> list[PublishedStep]:
+        """The steps in the published notation."""
+        return self.order if self.published_order is None else self.published_order(self.steps)
 
     def count(self, name: str, more: int) -> None:
         """Add ``more`` to a count of the decoder's own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -61,13 +62,15 @@ class Plan:
     known: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def at(self, first: str, last: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slots, places) of the logits of a group, or of the groups from ``first`` to ``last``."""
-        which = slice(self.reads[first].start, self.reads[last or first].stop)
+        """(slots, places) of the logits of a group, or of the groups from ``first`` to ``last``, where there is one."""
+        begin = self.reads[first]
+        which = slice(begin.start, self.reads.get(last or first, begin).stop)
         return self.sent["read_slot"][which], self.sent["read_place"][which]
 
     def count(self, name: str) -> int:
-        """Logits in a group."""
-        return self.reads[name].stop - self.reads[name].start
+        """Logits in a group, if there is one."""
+        group = self.reads.get(name, slice(0, 0))
+        return group.stop - group.start
 
 
 class PassBuilder:
@@ -101,6 +104,7 @@ class PassBuilder:
         for segment in self._segments:
             segment.first, segment.query = first, first[segment.row] + segment.local
             first = first + segment.count
+        self._segments = [segment for segment in self._segments if len(segment.row)]
         return self.layout
 
     def column(self, name: str, default: int = 0) -> np.ndarray:
@@ -121,8 +125,9 @@ class PassBuilder:
 
     def send(self, device: torch.device, **facts: np.ndarray) -> Sent:
         """Bring positions, reads and ``facts`` to the device in one transfer."""
-        groups = list(self._reads.values()) or [(np.zeros(0, dtype=np.int64),) * 3]
-        rows, places, queries = (np.concatenate(parts) for parts in zip(*groups, strict=True))
+        nothing = (np.zeros(0, dtype=np.int64),) * 3
+        groups = [group for group in self._reads.values() if len(group[0])] or [nothing]
+        rows, places, queries = map(np.concatenate, zip(*groups, strict=True))
         self._read_rows = rows
         return upload(
             device,
@@ -145,7 +150,7 @@ class PassBuilder:
         **known: np.ndarray,
     ) -> Plan:
         """The plan of what was laid out and ``sent``; arguments as in :class:`~s2d2_lmeval.runtime.passes.Pass`."""
-        ends = np.cumsum([len(row) for row, _, _ in self._reads.values()], dtype=np.int64).tolist()
+        ends = list(accumulate(len(row) for row, _, _ in self._reads.values()))
         return Plan(
             request=Pass(
                 self.layout, tokens, sent["positions"], visible, sent["read"], keep, model, feeds_drafter=feeds_drafter
@@ -167,9 +172,12 @@ def ragged(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def upload(device: torch.device, **arrays: np.ndarray) -> Sent:
     """``arrays`` as int64 tensors on ``device``, shapes kept, in one transfer."""
     parts = {name: np.asarray(values, dtype=np.int64) for name, values in arrays.items()}
-    flat = torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts.values()]))
+    flat = torch.from_numpy(np.concatenate([part.ravel() for part in parts.values()]))
     pieces = flat.to(device, non_blocking=True).split([part.size for part in parts.values()])
-    return {name: piece.view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
+    shaped = [
+        piece if part.ndim == 1 else piece.view(part.shape) for part, piece in zip(parts.values(), pieces, strict=True)
+    ]
+    return dict(zip(parts, shaped, strict=True))
 
 
 class Upload:

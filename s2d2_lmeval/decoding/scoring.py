@@ -13,17 +13,15 @@ context and itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.passes import Upload
+from s2d2_lmeval.decoding.passes import PassBuilder, Plan
 from s2d2_lmeval.errors import CapacityError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.memory import RowLimit, out_of_memory
-from s2d2_lmeval.runtime.passes import Layout, Pass
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
 from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, by_reach, in_branches
@@ -36,40 +34,24 @@ Score = tuple[float, bool]
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
-@dataclass
 class _Queries:
-    """What one row brings to a forward: queries (W,), and where ``reads`` of them say the probability of a token.
-
-    ``branch`` is 0 for the text and its masks; ``keep`` leading queries become prefix; a read is (query, pair, token).
+    """What one row brings to a forward: queries (token, position, rank, reach, branch), of which ``keep`` leading ones
+    become prefix, and reads (query, pair, token): where the probability of a token is said. ``branch`` is 0 for the
+    text and its masks.
     """
 
-    tokens: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    rank: list[int] = field(default_factory=list)
-    reach: list[int] = field(default_factory=list)
-    branch: list[int] = field(default_factory=list)
-    reads: list[tuple[int, int, int]] = field(default_factory=list)
-    keep: int = 0
-
-    @property
-    def width(self) -> int:
-        return len(self.tokens)
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self.queries: list[tuple[int, int, int, int, int]] = []
+        self.reads: list[tuple[int, int, int]] = []
 
     def add_text(self, tokens: Sequence[int], start: int, branch: int = 0) -> None:
         """Token-causal ``tokens`` from position ``start`` on."""
-        positions = range(start, start + len(tokens))
-        self.tokens += tokens
-        for column in (self.positions, self.rank, self.reach):
-            column += positions
-        self.branch += [branch] * len(tokens)
+        self.queries += [(token, position, position, position, branch) for position, token in enumerate(tokens, start)]
 
     def add_mask(self, mask: int, position: int, branch: int = 0) -> None:
         """A mask that sees what lies before ``position``."""
-        self.tokens.append(mask)
-        self.positions.append(position)
-        self.rank.append(NOBODY)
-        self.reach.append(position - 1 if position else NOTHING)
-        self.branch.append(branch)
+        self.queries.append((mask, position, NOBODY, position - 1 if position else NOTHING, branch))
 
 
 class _Row:
@@ -100,14 +82,14 @@ class _Row:
 
     def next(self, shifted: bool, mask: int) -> _Queries:
         """The queries of the next forward; the row moves on past them."""
-        brought = _Queries(keep=min(CHUNK, len(self.text) - self.done))
+        brought = _Queries(min(CHUNK, len(self.text) - self.done))
         end = self.done + brought.keep
         brought.add_text(self.text[self.done : end], self.done)
         while self.spoken < len(self.scored) and self.first + self.spoken <= end:
             position = self.first + self.spoken
             if not shifted:
                 brought.add_mask(mask, position)
-            at = position - 1 - self.done if shifted else brought.width - 1
+            at = position - 1 - self.done if shifted else len(brought.queries) - 1
             brought.reads.append((at, self.pairs[0], self.scored[self.spoken]))
             self.spoken += 1
         if end == len(self.text):
@@ -121,17 +103,17 @@ class _Row:
         """Bring as many branches as a forward may take, or one."""
         while self.branched < len(self.branches):
             number, target = self.branches[self.branched]
-            if brought.width and brought.width + (1 if shifted else 2) * len(target) > 2 * CHUNK:
+            if len(brought.queries) and len(brought.queries) + (1 if shifted else 2) * len(target) > 2 * CHUNK:
                 return
             self.branched += 1
-            begin = brought.width
+            begin = len(brought.queries)
             brought.add_text(target[:-1], self.first, self.branched)
             if shifted:
                 brought.reads += [(begin + place, number, token) for place, token in enumerate(target[1:])]
                 continue
             for place, token in enumerate(target):
                 brought.add_mask(mask, self.first + place, self.branched)
-                brought.reads.append((brought.width - 1, number, token))
+                brought.reads.append((len(brought.queries) - 1, number, token))
 
 
 def rows_of(pairs: Sequence[Pair]) -> list[_Row]:
@@ -203,11 +185,11 @@ class Scorer:
         """One forward: the next queries of every row, and the scores that they give."""
         started, model_seconds = clock.now(), self.runner.model_seconds
         brought = [row.next(self.shifted, self.mask_token_id) for row in rows]
-        keep = np.array([one.keep for one in brought])
-        request, targets = self._pass(brought, Layout(slots, np.array([one.width for one in brought])), keep)
-        logits = self.runner.forward(request)
+        plan = self._plan(brought, slots)
+        logits = self.runner.forward(plan.request)
         if self.mask_token_id != NO_MASK:
             logits[:, self.mask_token_id] = -torch.inf
+        targets = plan.sent["targets"]
         chosen = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1).double()
         best = logits.argmax(-1) == targets
         values = torch.stack([chosen, best.double()]).cpu().numpy()
@@ -219,32 +201,32 @@ class Scorer:
         self.trace.forwarded(
             ForwardRecord(
                 kinds=("score",) * len(rows),
-                widths=request.layout.widths,
-                wanted=np.array([len(one.reads) for one in brought]),
-                kept=keep,
+                widths=plan.request.layout.widths,
+                wanted=plan.wanted_counts,
+                kept=plan.request.keep,
                 seconds=clock.since(started),
                 model_seconds=self.runner.model_seconds - model_seconds,
             )
         )
 
-    def _pass(self, brought: list[_Queries], layout: Layout, keep: np.ndarray) -> tuple[Pass, torch.Tensor]:
-        """The pass, and the tokens (M,) whose probability its wanted logits say."""
-        upload = Upload()
-        for name in ("tokens", "positions"):
-            upload.add(name, _packed(brought, name))
-        for name, fill in (("rank", NOBODY), ("reach", NOTHING), ("branch", 0)):
-            upload.add(name, layout.padded(_packed(brought, name), fill))
-        reads = [
-            (start + at, token)
-            for start, one in zip(layout.offsets, brought, strict=True)
-            for at, _, token in one.reads
-        ]
-        upload.add("reads", np.array(reads, dtype=np.int64).reshape(-1, 2).T)
-        sent = upload.send(self.runner.device)
+    def _plan(self, brought: list[_Queries], slots: np.ndarray) -> Plan:
+        """The pass, which sends the tokens (M,) whose probability its wanted logits say as ``targets``."""
+        builder = PassBuilder(slots)
+        row = np.repeat(np.arange(len(slots)), [len(one.queries) for one in brought])
+        token, position, rank, reach, branch = np.array([query for one in brought for query in one.queries]).T
+        builder.each(row, position).set(token=token, rank=rank, reach=reach, branch=branch)
+        offsets = builder.lay_out().offsets
+        reads = [(number, at, token) for number, one in enumerate(brought) for at, _, token in one.reads]
+        read_row, at, targets = np.array(reads, dtype=np.int64).reshape(-1, 3).T
+        builder.read("scored", read_row, at, offsets[read_row] + at)
+        sent = builder.send(
+            self.runner.device,
+            targets=targets,
+            tokens=builder.column("token"),
+            rank=builder.padded("rank", NOBODY),
+            reach=builder.padded("reach", NOTHING),
+            branch=builder.padded("branch", 0),
+        )
         visible = in_branches(by_reach(sent["rank"], sent["reach"]), sent["branch"])
-        wanted, targets = sent["reads"]
-        return Pass(layout, sent["tokens"], sent["positions"], visible, wanted, keep), targets
-
-
-def _packed(brought: list[_Queries], name: str) -> np.ndarray:
-    return np.array([value for one in brought for value in getattr(one, name)], dtype=np.int64)
+        keep = np.array([one.keep for one in brought])
+        return builder.plan(sent, np.zeros_like(slots), sent["tokens"], visible, keep)

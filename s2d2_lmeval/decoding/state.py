@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
-from s2d2_lmeval.decoding.generation import ACCEPTED, AUTOREGRESSIVE, Progress, Request, Step
+from s2d2_lmeval.decoding.generation import ACCEPTED, AUTOREGRESSIVE, Progress, PublishedStep, Request, Step
 
 IDLE, PREFILL, DRAFT, VERIFY, COMMIT, PROPOSE = range(6)
 """Phases of a row: what its next forward does."""
@@ -31,6 +33,8 @@ class Seats:
         self.complete = np.zeros(count, dtype=bool)
         """Nothing left to run."""
         self.requests: list[Request | None] = [None] * count
+        self.published_order: Callable[[Sequence[Step]], list[PublishedStep]] | None = None
+        """Makes the published decoding order of steps; None: decoders fill it in."""
         self.progress: list[Progress] = [Progress() for _ in range(count)]
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         """Prompt and decided tokens."""
@@ -53,7 +57,7 @@ class Seats:
         self.key[slot] = request.key
         self.ended[slot] = self.complete[slot] = False
         self.requests[slot] = request
-        self.progress[slot] = Progress()
+        self.progress[slot] = Progress(self.published_order)
         self.kept[slot] = None
 
     def retire(self, slot: int) -> None:

@@ -22,16 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from s2d2_lmeval.decoding.decoder import Decoder
 from s2d2_lmeval.decoding.engine import Engine
 from s2d2_lmeval.decoding.generation import Generation, Step
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.decoding.readback import StepTables
-from s2d2_lmeval.decoding.spiffy.decoder import ChainReadback, EditingSpiffy, Spiffy, signature
-from s2d2_lmeval.decoding.spiffy.graph import ROOT, DraftGraph, Node, Pairs
-from s2d2_lmeval.decoding.spiffy.subblocks import SubblockSpiffy
+from s2d2_lmeval.decoding.spiffy.decoder import EditingSpiffy, Spiffy, SubblockSpiffy
+from s2d2_lmeval.decoding.spiffy.graph import ROOT, DraftGraph, Node, Pairs, signature
+from s2d2_lmeval.decoding.steps import StepResult, StepTables
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.families import Facts
 from s2d2_lmeval.model import BlockDiffusionModel
@@ -60,16 +58,14 @@ class _Logging(Spiffy):
     def graph_of(cls, config: DecodingConfig, facts: Facts) -> DraftGraph:
         return DraftGraph((), config.block_length)
 
-    def _read_chain(
-        self, tables: list[StepTables[torch.Tensor]], links: torch.Tensor, crossed: torch.Tensor
-    ) -> ChainReadback:
-        self._places, self._ranks = self.tables.places.cpu().numpy(), self.tables.tokens.cpu().numpy()
-        return super()._read_chain(tables, links, crossed)
+    def _read(self, *given: Any) -> StepResult:
+        self._first_places, self._best = self.tables.places.cpu().numpy(), self.tables.tokens.cpu().numpy()
+        return super()._read(*given)
 
     def _record(self, slot: int, step: StepTables[np.ndarray], kind: str) -> None:
         super()._record(slot, step, kind)
         steps = self.rows.progress[slot].steps
-        places, ranks = self._places[slot].tolist(), self._ranks[slot].tolist()
+        places, ranks = self._first_places[slot].tolist(), self._best[slot].tolist()
         steps[-1] = RankedStep(**vars(steps[-1]), places=places, ranks=ranks)
 
 

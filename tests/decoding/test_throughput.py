@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from s2d2_lmeval import DecodingConfig
-from s2d2_lmeval.decoding.routing.policies import DraftView
-from s2d2_lmeval.decoding.routing.throughput import BINS, AcceptanceCurve, ThroughputPolicy, VerifyCosts
+from s2d2_lmeval.decoding.routing.policies import BINS, AcceptanceCurve, DraftView, ThroughputPolicy
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.runtime.costs import CostCurve
 
@@ -84,11 +83,14 @@ def test_an_empty_span_is_never_verified() -> None:
 def test_costs_come_from_the_measured_curve() -> None:
     """A verification of k masks is as wide as the block and k masks, shared by the rows in flight."""
     seconds = CostCurve(np.array([1.0, 100.0]), np.array([1.0, 100.0]))  # as many seconds as queries
-    costs = VerifyCosts.measured(seconds, rows=3, length=L, ahead=0, device=CPU)
-    torch.testing.assert_close(costs.ratio[1], 1 + torch.arange(L + 1).double() / L)
-    torch.testing.assert_close(costs.ratio[3], 1 + torch.arange(L + 1).double() / L)
+    one = policy(rows=3)
+    one.weigh(lambda most: seconds, 0)
+    torch.testing.assert_close(one.costs[1], 1 + torch.arange(L + 1).double() / L)
+    torch.testing.assert_close(one.costs[3], 1 + torch.arange(L + 1).double() / L)
     flat = CostCurve(np.array([1.0, 100.0]), np.array([2.0, 2.0]))  # bound by reading the weights
-    torch.testing.assert_close(VerifyCosts.measured(flat, 3, L, L, CPU).ratio[2], torch.ones(L + 1).double())
+    ahead = policy(rows=3, schedule="lookahead", cache_ver=True, draft_ver=True)
+    ahead.weigh(lambda most: flat, L)
+    torch.testing.assert_close(ahead.costs[2], torch.ones(L + 1).double())
 
 
 def test_the_curve_learns_what_is_accepted() -> None:

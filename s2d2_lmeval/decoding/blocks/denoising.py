@@ -7,23 +7,24 @@ takes the logits. A step of a row:
 2. choose  by the remasking strategy which masks to decide
 3. decide  write them into the block; a finished block is committed and the next begins
 
-The device part (:mod:`~s2d2_lmeval.decoding.blocks.stages`) works on all rows at once. It never waits; the host learns
-what happened from one read at the end and moves every row to its next phase.
+The device part works on all rows at once and never waits; the host learns what happened from one read at the end and
+moves every row to its next phase.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.blocks.planning import BlockPlan, plan_blocks
+from s2d2_lmeval.decoding import reference
+from s2d2_lmeval.decoding.blocks.planning import plan_blocks
 from s2d2_lmeval.decoding.blocks.remasking import Undecided, choose
-from s2d2_lmeval.decoding.blocks.rows import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Rows
-from s2d2_lmeval.decoding.blocks.stages import Decisions, Draft, Stage
+from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
 from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decoder, Seating
-from s2d2_lmeval.decoding.generation import DENOISED
+from s2d2_lmeval.decoding.generation import DENOISED, PublishedStep, Step
 from s2d2_lmeval.decoding.options.blocks import (
     BlockOption,
     ConfidenceOption,
@@ -32,12 +33,13 @@ from s2d2_lmeval.decoding.options.blocks import (
     StepOptions,
 )
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, as_step, read_back, record_step
+from s2d2_lmeval.decoding.passes import Plan
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import draft_tokens
+from s2d2_lmeval.decoding.state import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY
+from s2d2_lmeval.decoding.steps import Decisions, Outcome, StepResult, StepTables, as_step, read_back
 from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.registry import DECODERS
-from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -91,12 +93,19 @@ class BlockDenoiser(Decoder[Rows]):
     def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
         self.config = config
         self.rows = rows
+        rows.published_order = self._published_order
         self.prefill_chunk = prefill_chunk
+        self.longest_ride = 0 if config.schedule == "reference" else max(prefill_chunk, config.block_length)
+        """Tokens without keys that may ride in a draft."""
         self.source = random.source_of(config.random_source, config.seed)
-        self.draft = Draft.empty((rows.count, rows.block_length), rows.device)
-        # The published code draws for every place of the block, decided ones too; its collapsed entropy sums over all.
-        self.read_whole_block = (self.source.sequential and config.sampled) or config.collapse_entropy
+        self.reads_whole_block = reference.reads_whole_block(config)
         self.verify_all_masks = False
+        # The latest draft of every row: tokens, their probability, and the entropy (nats) of their distribution if the
+        # strategy asks for it. ``sound`` is false once logits were not numbers.
+        shape = (rows.count, rows.block_length)
+        self.drafted = torch.zeros(shape, dtype=torch.long, device=rows.device)
+        self.confidence = self.entropy = torch.zeros(shape, device=rows.device)
+        self.sound = torch.ones((), dtype=torch.bool, device=rows.device)
 
     @classmethod
     def seat(cls, seating: Seating) -> Self:
@@ -111,22 +120,14 @@ class BlockDenoiser(Decoder[Rows]):
 
     @property
     def capacity(self) -> int:
-        """Positions that a row may write to in the cache."""
-        return self.rows.length + self.margin(self.rows.block_length)
-
-    @staticmethod
-    def margin(block_length: int) -> int:
-        """How far a pass may write behind the last block."""
-        return block_length
-
-    def weigh(self, measure_costs: MeasureCosts) -> None:
-        """Nothing here depends on what forwards cost."""
+        """Positions that a row may write to in the cache: a pass may write a block, or its verifier, after the last."""
+        return self.rows.length + (1 + self.verifies) * self.rows.block_length
 
     def admitted(self, slot: int) -> None:
         """A request has been seated in ``slot``."""
         self._enter_draft(slot)
 
-    def plan(self) -> BlockPlan:
+    def plan(self) -> Plan:
         """Lay out the next forward of all active rows."""
         self._plan = plan_blocks(self.rows, self.config, self.prefill_chunk)
         return self._plan
@@ -137,151 +138,141 @@ class BlockDenoiser(Decoder[Rows]):
 
         :raises NumericalError: when the logits are not numbers.
         """
-        rows, facts = self.rows, self._plan.facts
-        block = rows.store.view(-1)[facts["block"]]
+        sent = self._plan.sent
+        block = self.rows.store.view(-1)[sent["block"]]
         self._suppress_mask_token(logits, block)
-        position, step, given = facts["position"], facts["step"], facts["given"]
-        stage = Stage(block, facts["block"], position, step, facts["count"], given, facts["key"])
-        return self._settle(self._decide(stage, logits))
+        facts = (sent[name] for name in ("block", "position", "step", "count", "given", "key"))
+        return self._settle(self._decide(BlockState(block, *facts), logits))
+
+    # ---- device ----
 
     def _suppress_mask_token(self, logits: torch.Tensor, block: torch.Tensor) -> None:
-        """Never predict the mask token; where the options allow it, not for masks behind the end of their schedule.
+        """Never predict the mask token; where the options allow it, not for masks that outlived their schedule.
 
-        Without that end a model that keeps predicting the mask would loop for ever.
+        Without that end a model that keeps predicting the mask would loop forever.
         """
         plan, masked = self._plan, logits[:, self.rows.mask_token_id]
         if self.config.suppress_mask_token:
             masked.fill_(-torch.inf)
         else:
-            overdue = self._overdue(block, plan.facts["step"])
-            # The next block's draft, behind the others, is at its first step.
-            current = torch.cat([overdue[plan.verify_at[0]], overdue[plan.draft_at[0]]])
+            # The next block's draft, after the others, is at its first step.
+            current = self._overdue(block, plan.sent["step"])[plan.at("verify", "draft")[0]]
             masked[: len(current)].masked_fill_(current, -torch.inf)
 
     def _overdue(self, block: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Rows (rows,) whose ``block`` (rows, B) has masks although all steps of its schedule are over."""
         return ((step >= self.config.steps) & (block == self.rows.mask_token_id)).any(-1)
 
-    def _decide(self, stage: Stage, logits: torch.Tensor) -> Readback:
+    def _decide(self, state: BlockState, logits: torch.Tensor) -> StepResult:
         """The device part of a step: here, of rows that drafted."""
-        plan = self._plan
-        nobody = torch.zeros_like(plan.draft_rows)
-        drafted, span = None, torch.zeros_like(stage.block, dtype=torch.bool)
-        if plan.drafts:
-            decisions = self._step(stage, logits, plan.draft_at, plan.draft_rows)
-            self._write(stage, decisions)
-            drafted = decisions.tables(self.draft.tokens)
-        return self._read(None, drafted, span, nobody)
+        plan, drafted = self._plan, []
+        if plan.count("draft"):
+            decisions = self._step(state, logits, plan.at("draft"), plan.sent["drafting"])
+            self._write(state, decisions)
+            drafted.append(decisions.tables(self.drafted))
+        nowhere = torch.zeros_like(state.block, dtype=torch.bool)
+        return self._read(None, drafted, nowhere, nowhere[:, 0])
 
     def _step(
-        self, stage: Stage, logits: torch.Tensor, at: tuple[torch.Tensor, ...], drafting: torch.Tensor
+        self, state: BlockState, logits: torch.Tensor, at: tuple[torch.Tensor, ...], drafting: torch.Tensor
     ) -> Decisions:
         """One denoising step, without verification, of the rows ``drafting`` (rows,) from the ``logits`` (M, V) of
-        the places ``at``: a function of the blocks in ``stage``, whoever put them there.
+        the places ``at``: a function of the blocks in ``state``, whoever put them there.
         """
-        self._observe(stage, logits, at)
-        decisions = Decisions(stage.block, self.rows.mask_token_id)
-        self._revise(decisions, stage, drafting)
-        self._denoise(decisions, stage.count, drafting)
+        self._observe(state, logits, at)
+        decisions = Decisions(state.block, self.rows.mask_token_id)
+        self._revise(decisions, state, drafting)
+        self._denoise(decisions, state.count, drafting)
         return decisions
 
     def _read(
         self,
         verified: StepTables[torch.Tensor] | None,
-        drafted: StepTables[torch.Tensor] | None,
+        drafted: list[StepTables[torch.Tensor]],
         span: torch.Tensor,
         moved: torch.Tensor,
-    ) -> Readback:
+        made: torch.Tensor | None = None,
+    ) -> StepResult:
         """The engine step's one read of the device."""
-        return read_back(verified, drafted, span, moved, self.draft.sound)
+        return read_back(verified, drafted, span, moved, self.sound, made)
 
     def _observe(
-        self,
-        stage: Stage,
-        logits: torch.Tensor,
-        at: tuple[torch.Tensor, ...],
-        valid: torch.Tensor | None = None,
+        self, state: BlockState, logits: torch.Tensor, at: tuple[torch.Tensor, ...], valid: torch.Tensor | None = None
     ) -> None:
-        """Draft a token at the places ``at`` from their ``logits``.
-
-        Where ``valid`` (M,) is false, leave things alone.
-        """
-        draft = self.draft
+        """Draft a token at the places ``at`` from their ``logits``; only where ``valid`` (M,), if it is given."""
 
         def put(table: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
             table = table.to(values.dtype)
             return table.index_put(at, values if valid is None else torch.where(valid, values, table[at]))
 
-        tokens, confidence = self._draw(logits, stage.draws(random.DRAFT).take(at))
-        draft.tokens = put(draft.tokens, tokens)
-        draft.confidence = put(draft.confidence, confidence)
-        draft.sound = draft.sound & ~confidence.isnan().any()
+        tokens, confidence = self._draw(logits, state.draws(random.DRAFT).take(at))
+        self.drafted = put(self.drafted, tokens)
+        self.confidence = put(self.confidence, confidence)
+        self.sound = self.sound & ~confidence.isnan().any()
         if self.config.strategy == "entropy_bounded" and not self.config.collapse_entropy:
             p = logits.softmax(-1)
-            draft.entropy = put(draft.entropy, -torch.special.xlogy(p, p).sum(-1))
+            self.entropy = put(self.entropy, -torch.special.xlogy(p, p).sum(-1))
 
     def _draw(self, logits: torch.Tensor, key: random.Key) -> tuple[torch.Tensor, torch.Tensor]:
         """A token (M,) and its probability (M,) from each row of ``logits`` (M, V)."""
         return draft_tokens(logits, self.config, self.source, key)
 
-    def _revise(self, decisions: Decisions, stage: Stage, drafting: torch.Tensor) -> None:
+    def _revise(self, decisions: Decisions, state: BlockState, drafting: torch.Tensor) -> None:
         """Change decided tokens of the rows ``drafting`` (rows,), in schemes that do: here what is decided stays."""
 
     def _denoise(self, decisions: Decisions, count: torch.Tensor, among: torch.Tensor) -> None:
         """Decide by the remasking strategy ``count`` (rows,) tokens or more in the rows ``among`` (rows,)."""
-        chosen, order = self._choose(decisions.masks, count * among, self.draft.confidence)
-        decisions.decide(chosen, self.draft.tokens, DENOISED, order)
+        chosen, order = self._choose(decisions.masks, count * among, self.confidence)
+        decisions.decide(chosen, self.drafted, DENOISED, order)
 
     def _choose(
         self, masks: torch.Tensor, count: torch.Tensor, confidence: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Which ``masks`` (rows, B) the remasking strategy decides, and in which order."""
-        step = Undecided(masks, count, confidence, self.draft.entropy, self.config, at_most_count=self.verifies)
+        step = Undecided(masks, count, confidence, self.entropy, self.config, at_most_count=self.verifies)
         return choose(self.config.strategy, step)
 
-    def _write(self, stage: Stage, decisions: Decisions) -> None:
-        """Put the block where passes read it: into the canvas, and with every mask drafted behind it."""
+    def _write(self, state: BlockState, decisions: Decisions) -> None:
+        """Put the block where passes read it: into the canvas, and with every mask drafted after it."""
         rows = self.rows
-        rows.store.view(-1)[stage.index] = decisions.block
+        rows.store.view(-1)[state.index] = decisions.block
         rows.store[:, rows.length : rows.length + rows.block_length] = torch.where(
-            decisions.masks, self.draft.tokens, decisions.block
+            decisions.masks, self.drafted, decisions.block
         )
 
     # ---- host ----
 
-    def _settle(self, read: Readback) -> Outcome:
+    def _settle(self, read: StepResult) -> Outcome:
         """Bring the host's mirror up to date and move every active row to its next phase."""
         rows, slots = self.rows, self._plan.request.layout.slots
         if not read.sound:
             raise NumericalError
         rows.cached[slots] += self._plan.request.keep
         outcome = Outcome.zeros(len(slots))
+        after = {
+            PREFILL: self._after_prefill,
+            COMMIT: self._after_commit,
+            DRAFT: self._after_draft,
+            VERIFY: self._after_verify,
+        }
         for row, slot in enumerate(slots.tolist()):
-            phase = rows.phase[slot]
+            phase = int(rows.phase[slot])
             rows.progress[slot].forwards[KIND_OF_PHASE[phase]] += 1
-            if phase == PREFILL:
-                self._after_prefill(row, slot, read, outcome)
-            elif phase == COMMIT:
-                self._after_commit(row, slot, read, outcome)
-            elif phase == VERIFY:
-                self._after_verify(row, slot, read, outcome)
-            else:
-                self._after_draft(row, slot, read, outcome)
+            after[phase](row, slot, read, outcome)
         return outcome
 
-    def _after_prefill(self, row: int, slot: int, read: Readback, outcome: Outcome) -> None:
+    def _after_prefill(self, row: int, slot: int, read: StepResult, outcome: Outcome) -> None:
         """A piece of the prompt of row ``slot`` is in the cache."""
         self._enter_draft(slot)
 
-    def _after_commit(self, row: int, slot: int, read: Readback, outcome: Outcome) -> None:
+    def _after_commit(self, row: int, slot: int, read: StepResult, outcome: Outcome) -> None:
         """A finished block of row ``slot`` is in the cache."""
         self._next_block(slot)
 
-    def _after_draft(self, row: int, slot: int, read: Readback, outcome: Outcome) -> None:
+    def _after_draft(self, row: int, slot: int, read: StepResult, outcome: Outcome) -> None:
         """A draft of row ``slot`` has come in: verify it, or its step is over."""
         rows = self.rows
-        assert read.drafted is not None
-        self._record(slot, read.drafted, "draft")
+        self._record(slot, read.drafted[0], "draft")
         rows.progress[slot].drafts += self.verifies
         if read.span[slot].any():
             rows.progress[slot].routed_drafts += 1
@@ -291,16 +282,16 @@ class BlockDenoiser(Decoder[Rows]):
         else:
             self._after_step(slot)
 
-    def _after_verify(self, row: int, slot: int, read: Readback, outcome: Outcome) -> None:
+    def _after_verify(self, row: int, slot: int, read: StepResult, outcome: Outcome) -> None:
         """A verification of row ``slot`` has come in: its step is over."""
-        rows, length = self.rows, self.rows.block_length
+        rows = self.rows
         assert read.verified is not None
-        fed = read.verified.draft[slot]
         self._record(slot, read.verified, "verify")
         if self.config.schedule == "lookahead":
             # What was fed token-causally and stands is prefix, up to the first that is open or came out another.
-            standing = int(np.append((rows.block[slot] == fed) & ~rows.masks[slot], False).argmin())
-            end = min(rows.start[slot] + min(standing, length), rows.cached[slot] + self._plan.heads[row])
+            stands = (rows.block[slot] == read.verified.draft[slot]) & ~rows.masks[slot]
+            standing = int(np.append(stands, False).argmin())
+            end = min(rows.start[slot] + standing, rows.cached[slot] + self._plan.known["text"][row])
             outcome.kept[row] = max(end - rows.cached[slot], 0)
             rows.cached[slot] += outcome.kept[row]
         self._after_step(slot)
@@ -308,10 +299,13 @@ class BlockDenoiser(Decoder[Rows]):
             self._after_draft(row, slot, read, outcome)
 
     def _record(self, slot: int, step: StepTables[np.ndarray], kind: str) -> None:
+        """Take in a step of row ``slot``."""
         rows = self.rows
-        done = as_step(step, slot, kind, int(rows.start[slot]), rows.span[slot])
-        record_step(rows.progress[slot], done, step.order[slot], bool(rows.step[slot] == 0), self.verifies)
+        rows.progress[slot].steps.append(as_step(step, slot, kind, int(rows.start[slot]), rows.span[slot]))
         rows.block[slot] = step.after[slot]
+
+    def _published_order(self, steps: Sequence[Step]) -> list[PublishedStep]:
+        return reference.order_of_blocks(steps, self.verifies)
 
     def _after_step(self, slot: int) -> None:
         """A denoising step of row ``slot`` is over: go on in the block, or with the next."""
@@ -331,7 +325,7 @@ class BlockDenoiser(Decoder[Rows]):
         return not self.rows.masks[slot].any()
 
     def _next_block(self, slot: int) -> None:
-        """Turn to the next block, or be complete."""
+        """Begin the next block, or be complete."""
         rows = self.rows
         if rows.ended[slot]:
             rows.complete[slot] = True
@@ -342,7 +336,5 @@ class BlockDenoiser(Decoder[Rows]):
     def _enter_draft(self, slot: int) -> None:
         """Draft next, or first run what has to be in the cache and cannot ride along."""
         rows = self.rows
-        waiting = rows.start[slot] - rows.cached[slot]
-        most = 0 if self.config.schedule == "reference" else max(self.prefill_chunk, rows.block_length)
-        rows.phase[slot] = DRAFT if waiting <= most else PREFILL
-        rows.wanted[slot] = True if self.read_whole_block else rows.masks[slot]
+        rows.phase[slot] = DRAFT if rows.start[slot] - rows.cached[slot] <= self.longest_ride else PREFILL
+        rows.wanted[slot] = True if self.reads_whole_block else rows.masks[slot]

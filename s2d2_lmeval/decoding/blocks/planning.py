@@ -5,74 +5,62 @@ Everything is laid out on the host in numpy, for all rows at once, and goes to t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.blocks.rows import DRAFT, PREFILL, VERIFY, Rows
+from s2d2_lmeval.decoding.blocks.rows import Rows
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.decoding.passes import Upload
-from s2d2_lmeval.runtime.passes import Layout, Pass
+from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Segment, Sent
+from s2d2_lmeval.decoding.state import COMMIT, DRAFT, PREFILL, VERIFY
+from s2d2_lmeval.runtime.passes import TARGET
 from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, block_end, by_reach
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """A pass and how to read its logits: those of verifiers, of drafts, of next blocks' drafts, each in row-major
-    order.
-
-    ``verify_at`` and ``fresh_at`` (drafts, then next blocks' drafts) are (rows, places) of these logits;
-    ``verify_rows``,
-    ``draft_rows`` and ``ahead_rows`` (rows,) bool on the device; ``heads`` (R,) leading queries of each active row that
-    stand for the row's own text; ``facts`` holds what :func:`send_facts` tells the device of every row.
-    """
-
-    request: Pass
-    phases: np.ndarray
-    heads: np.ndarray
-    wanted_counts: np.ndarray
-    verifies: int
-    drafts: int
-    aheads: int
-    verify_at: tuple[torch.Tensor, torch.Tensor]
-    fresh_at: tuple[torch.Tensor, torch.Tensor]
-    verify_rows: torch.Tensor
-    draft_rows: torch.Tensor
-    ahead_rows: torch.Tensor
-    facts: dict[str, torch.Tensor]
-
-    @property
-    def draft_at(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows, places) of the draft logits."""
-        rows, places = self.fresh_at
-        return rows[: self.drafts], places[: self.drafts]
 
 
 def scheduled_count(step: np.ndarray | int, config: DecodingConfig) -> np.ndarray:
     """Tokens that step ``step`` of a block must decide: the block spread over the steps, the remainder to the first
-    ones; ``num_to_transfer`` at least.
+    ones; at least ``num_to_transfer``.
     """
     steps = config.steps
     whole, rest = divmod(config.block_length, steps)
-    # Behind the schedule (possible only if the model keeps predicting the mask itself) one token a step is asked for.
+    # After the schedule (possible only if the model keeps predicting the mask itself) a step is asked for one token.
     return np.maximum(np.where(step < steps, whole + (step < rest), 1), config.num_to_transfer)
 
 
-def prefill_end(rows: Rows, slots: np.ndarray, chunk: int) -> np.ndarray:
-    """Where the next prefill chunk of each row ends; chunks are whole blocks."""
+def text_end(rows: Rows, slots: np.ndarray, chunk: int) -> np.ndarray:
+    """Where the text that each row brings ends: with a prefill chunk of whole blocks, or with the current block."""
     chunk = max(chunk // rows.block_length, 1) * rows.block_length
-    return np.minimum(rows.start[slots], rows.cached[slots] + chunk)
+    start = rows.start[slots]
+    prefill = np.minimum(start, rows.cached[slots] + chunk)
+    return np.where(rows.phase[slots] == PREFILL, prefill, start + rows.block_length)
 
 
-def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> BlockPlan:
-    """Lay out the next forward of all active rows. A row brings up to three groups of queries, in this order:
+def set_text(text: Segment, rows: Rows, slots: np.ndarray, config: DecodingConfig) -> None:
+    """Say what the queries of the rows' own text hold and see; ``config`` is that of whole blocks."""
+    row, position, start = text.row, text.position, rows.start[slots]
+    verifying, block = rows.phase[slots] == VERIFY, start // config.block_length * config.block_length
+    first_mask = start + rows.masks[slots].argmax(1)
+    drafted = (rows.phase[slots] == DRAFT)[row] & (position >= block[row])
+    causal = np.where(drafted, config.draft_ver & (position < first_mask[row]), (config.token_causal | verifying)[row])
+    # A verifier reads the drafted block, which lies after the canvas.
+    from_draft = verifying[row] & (position >= start[row])
+    text.set(
+        source=position + np.where(from_draft, (rows.length - start)[row], 0),
+        rank=position,
+        reach=np.where(causal, position, block_end(position, config.block_length)),
+        branch=drafted,
+    )
 
-    head    its own text from the first position without keys: a prefill chunk, a block to commit, the block being
+
+def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> Plan:
+    """Lay out the next forward of all active rows. A row brings up to three segments, in this order:
+
+    text    its own tokens from the first position without keys: a prefill chunk, a block to commit, the block being
             drafted (a finished part in front rides along and is kept), or the drafted block under verification
-    copies  verification: a mask for every wanted place, seeing the head before that place (S2D2's 2L pass, without the
+    copies  verification: a mask for every wanted place, seeing the text before that place (S2D2's 2L pass, without the
             rows that nobody reads)
-    ahead   lookahead: if the verification may finish the block, the masks of the next one, seeing the head
+    ahead   lookahead: if the verification may finish the block, the masks of the next one, seeing the text
+
+    Reads ``verify``, ``draft`` and ``ahead``; knows ``text`` (R,), the queries of the first segment.
     """
     slots, length = rows.active(), rows.block_length
     phase, cached, start = rows.phase[slots], rows.cached[slots], rows.start[slots]
@@ -80,92 +68,125 @@ def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> BlockPlan:
     lookahead = config.schedule == "lookahead"
     may_finish = verifying & lookahead & (wanted == masks).all(1)
     carries = may_finish & (start + length < rows.total[slots])
+    last_wanted = start + length - 1 - wanted[:, ::-1].argmax(1)
+    end = np.where(verifying & ~may_finish, last_wanted + lookahead, text_end(rows, slots, chunk))
 
-    last_wanted = length - 1 - wanted[:, ::-1].argmax(1)
-    end = np.where(phase == PREFILL, prefill_end(rows, slots, chunk), start + length)
-    end = np.where(verifying & ~may_finish, start + last_wanted + lookahead, end)
-    heads = end - cached
-    copies = np.where(verifying, wanted.sum(1), 0)
-    layout = Layout(slots, heads + copies + carries * length)
-
-    r, local = layout.row_of, layout.local
-    copy, ahead = local >= heads[r], local >= (heads + copies)[r]
-    copy &= ~ahead
+    builder = PassBuilder(slots)
+    text = builder.span(cached, end - cached)
+    set_text(text, rows, slots, config)
+    mask = rows.length + length
     copy_row, copy_place = np.nonzero(wanted & verifying[:, None])
-    positions = cached[r] + local
-    positions[copy] = start[copy_row] + copy_place
-    positions[ahead] -= copies[r][ahead]
-    source = positions + np.where(verifying, rows.length - start, 0)[r]
-    source[copy | ahead] = rows.length + length
+    copies = builder.each(copy_row, start[copy_row] + copy_place)
+    copies.set(source=mask, rank=NOBODY, reach=copies.position - 1)
+    ahead = builder.span(start + length, carries * length)
+    ahead.set(source=mask, rank=ahead.position, reach=block_end(ahead.position, length))
 
-    first_mask = start + masks.argmax(1)
-    drafted = drafting[r] & (positions >= start[r])
-    causal = np.where(drafted, config.draft_ver & (positions < first_mask[r]), config.token_causal | verifying[r])
-    reach = np.where(causal & ~ahead, positions, block_end(positions, length))
-    reach[copy] -= 1
-    rank = np.where(copy, NOBODY, positions)
-
+    builder.lay_out()
     draft_row, draft_place = np.nonzero(wanted & drafting[:, None])
-    draft_query = (layout.offsets + start - cached)[draft_row] + draft_place
-    ahead_row, ahead_place = np.nonzero(np.repeat(carries[:, None], length, axis=1))
-    sent = send_facts(
-        rows,
-        config,
-        source=slots[r] * rows.stride + source,
-        positions=positions,
-        rank=layout.padded(rank, NOBODY),
-        reach=layout.padded(reach, NOTHING),
-        read=np.concatenate([np.flatnonzero(copy), draft_query, np.flatnonzero(ahead)]),
-        verify_row=slots[copy_row],
-        verify_place=copy_place,
-        fresh_row=slots[np.concatenate([draft_row, ahead_row])],
-        fresh_place=np.concatenate([draft_place, ahead_place]),
-        carrying=np.isin(np.arange(rows.count), slots[carries]),
-    )
+    builder.read("verify", copy_row, copy_place, copies.query)
+    builder.read("draft", draft_row, draft_place, (text.first + start - cached)[draft_row] + draft_place)
+    builder.read("ahead", ahead.row, ahead.local, ahead.query)
+    carrying = np.zeros(rows.count, dtype=bool)
+    carrying[slots] = carries
+    sent = send_blocks(rows, config, builder, carrying=carrying)
     # Under lookahead the decided prefix of the block is token-causal in the draft already: it stays.
-    settled = np.where(lookahead, first_mask, start)
-    return BlockPlan(
-        request=Pass(
-            layout=layout,
-            tokens=rows.store.view(-1)[sent["source"]],
-            positions=sent["positions"],
-            visible=by_reach(sent["rank"], sent["reach"]),
-            wanted=sent["read"],
-            keep=np.where(verifying, 0, np.where(drafting, settled - cached, heads)),
-        ),
-        phases=phase,
-        heads=heads,
-        wanted_counts=np.where(drafting | verifying, wanted.sum(1), 0) + carries * length,
-        verifies=len(copy_row),
-        drafts=len(draft_row),
-        aheads=len(ahead_row),
-        verify_at=(sent["verify_row"], sent["verify_place"]),
-        fresh_at=(sent["fresh_row"], sent["fresh_place"]),
-        verify_rows=sent["verifying"].bool(),
-        draft_rows=sent["drafting"].bool(),
-        ahead_rows=sent["carrying"].bool(),
-        facts=sent,
-    )
+    settled = np.where(lookahead, start + masks.argmax(1), start)
+    keep = np.where(verifying, 0, np.where(drafting, settled, end) - cached)
+    return block_plan(builder, sent, rows, by_reach(sent["rank"], sent["reach"]), keep, text=end - cached)
 
 
-def send_facts(rows: Rows, config: DecodingConfig, **arrays: np.ndarray) -> dict[str, torch.Tensor]:
-    """Upload what decoders need to know of every row, active or not, and ``arrays``, which may replace some of it.
+def plan_subblocks(rows: Rows, config: DecodingConfig, whole: DecodingConfig, chunk: int, narrow: np.ndarray) -> Plan:
+    """Lay out the next forward of all active rows of a shifted model, whose rows' "block" is a sub-block; ``whole`` is
+    the configuration of whole blocks. What a row brings:
+
+    prefill, commit  text without keys up to the block's first position; if that is where the block begins to be
+                     decoded, the last query gives its first token
+    draft            the whole block (and text before it that may ride along). With ``use_block_cache`` the sub-block
+                     comes last, so that the rest of the block can be kept without it; and where ``narrow`` (rows,) it
+                     comes alone, with the keys of that rest before it
+    verify           the block up to the last drafted token's predecessor, token-causal
+
+    Reads ``verify``, ``draft`` and ``first``; knows the rows whose ``first`` (R,) token comes.
+    """
+    slots, part = rows.active(), rows.block_length
+    phase, cached, start = rows.phase[slots], rows.cached[slots], rows.start[slots]
+    drafting, verifying = phase == DRAFT, phase == VERIFY
+    wanted, narrow = rows.wanted[slots] & (drafting | verifying)[:, None], narrow[slots] & drafting
+    block, end = subblock_text(rows, slots, whole, chunk)
+    end = np.where(verifying, start + part - 1 - wanted[:, ::-1].argmax(1), end)
+    begin, end = np.where(narrow, start, cached), np.where(narrow, start + part, end)
+    last = drafting & ~narrow & config.use_block_cache
+
+    builder = PassBuilder(slots)
+    text = builder.span(begin, np.where(last, start, end) - begin)
+    rest = builder.span(start + part, last * (end - start - part))
+    subblock = builder.span(start, last * part)
+    for segment in (text, rest, subblock) if last.any() else (text,):
+        set_text(segment, rows, slots, whole)
+
+    builder.lay_out()
+    for name, among in (("verify", verifying), ("draft", drafting)):
+        row, place = np.nonzero(wanted & among[:, None])
+        # The query before a token predicts it; where the pass brings none, its own.
+        before = np.maximum(start[row] + place - 1, np.where(narrow, start, block)[row])
+        inside = last[row] & (before >= start[row])
+        query = np.where(inside, (subblock.first - start)[row], (text.first - begin)[row]) + before
+        builder.read(name, row, place, query)
+    first = read_first(builder, rows, end)
+    # Progress is the share of the sub-block that is decided, whoever decided it.
+    sent = send_blocks(rows, config, builder, given=np.zeros(rows.count))
+    keep = np.where(verifying, 0, np.where(drafting, block, end) - cached)
+    return block_plan(builder, sent, rows, by_reach(sent["rank"], sent["reach"]), keep, first=first)
+
+
+def subblock_text(rows: Rows, slots: np.ndarray, whole: DecodingConfig, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """(R,) where the block around each row's sub-block begins, and where the text that the row brings ends."""
+    length = whole.block_length
+    block = rows.start[slots] // length * length
+    prefill = np.minimum(block, rows.cached[slots] + max(chunk // length, 1) * length)
+    return block, np.where(rows.phase[slots] == DRAFT, block + length, prefill)
+
+
+def read_first(builder: PassBuilder, rows: Rows, end: np.ndarray) -> np.ndarray:
+    """Want the logits that begin a block, where the text up to it ``end`` (R,)s there. Returns in which rows (R,)."""
+    slots, layout = builder.slots, builder.layout
+    phase = rows.phase[slots]
+    due = ((phase == PREFILL) | (phase == COMMIT)) & (end == rows.start[slots]) & rows.masks[slots, 0]
+    row = np.flatnonzero(due)
+    builder.read("first", row, np.zeros_like(row), (layout.offsets + layout.widths - 1)[row])
+    return due
+
+
+def send_blocks(rows: Rows, config: DecodingConfig, builder: PassBuilder, **more: np.ndarray) -> Sent:
+    """Bring the pass to the device, and what decoders need to know of every row, active or not; ``more`` may replace
+    some of it.
 
     ``block`` (rows, B) store index of the current block, ``position`` (rows, B), ``step`` (rows, 1), ``key`` (rows, 1),
     ``count`` (rows,) tokens the schedule asks for, ``given`` (rows,) prompt tokens in the block, ``drafting`` and
-    ``verifying`` (rows,), ``verify_slots`` the rows that verify.
+    ``verifying`` (rows,) bool, ``verify_slots`` the rows that verify; ``source`` (N,), ``rank`` and ``reach`` (R, W).
     """
-    upload = Upload()
     position = rows.start[:, None] + np.arange(rows.block_length)
-    upload.add("position", position)
-    upload.add("block", np.arange(rows.count)[:, None] * rows.stride + position)
-    upload.add("drafting", rows.phase == DRAFT)
-    upload.add("verifying", rows.phase == VERIFY)
-    upload.add("verify_slots", np.flatnonzero(rows.phase == VERIFY))
-    upload.add("step", rows.step[:, None])
-    upload.add("count", scheduled_count(rows.step, config))
-    upload.add("key", rows.key[:, None])
-    upload.add("given", (rows.prompt - rows.start).clip(0, rows.block_length))
-    for name, values in arrays.items():
-        upload.add(name, values)
-    return upload.send(rows.device)
+    facts = {
+        "position": position,
+        "block": np.arange(rows.count)[:, None] * rows.stride + position,
+        "drafting": rows.phase == DRAFT,
+        "verifying": rows.phase == VERIFY,
+        "verify_slots": np.flatnonzero(rows.phase == VERIFY),
+        "step": rows.step[:, None],
+        "count": scheduled_count(rows.step, config),
+        "key": rows.key[:, None],
+        "given": (rows.prompt - rows.start).clip(0, rows.block_length),
+        "source": builder.slots[builder.layout.row_of] * rows.stride + builder.column("source"),
+        "rank": builder.padded("rank", NOBODY),
+        "reach": builder.padded("reach", NOTHING),
+    }
+    sent = builder.send(rows.device, **{**facts, **more})
+    return {**sent, "drafting": sent["drafting"].bool(), "verifying": sent["verifying"].bool()}
+
+
+def block_plan(
+    builder: PassBuilder, sent: Sent, rows: Rows, visible: torch.Tensor, keep: np.ndarray, **known: np.ndarray
+) -> Plan:
+    """The plan of a pass that feeds from the rows' store."""
+    tokens = rows.store.view(-1)[sent["source"]]
+    return builder.plan(sent, rows.phase[builder.slots], tokens, visible, keep, TARGET, **known, feeds_drafter=False)

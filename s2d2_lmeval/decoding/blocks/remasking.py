@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.reference import within_collapsed_entropy
 from s2d2_lmeval.registry import STRATEGIES
 
 
@@ -76,12 +77,11 @@ def entropy_bounded(step: Undecided) -> tuple[torch.Tensor, torch.Tensor]:
 
     ``collapse_entropy`` is the published form with one number per block.
     """
-    masks, config, confidence, bound = step.masks, step.config, step.confidence, step.config.eb_threshold
+    masks, bound = step.masks, step.config.eb_threshold
     assert bound is not None
-    if config.collapse_entropy:
-        block_entropy = -(confidence * confidence.clamp_min(1e-12).log()).sum(-1, keepdim=True)
+    if step.config.collapse_entropy:
         order = step.from_left()
-        within = (order + 1) * block_entropy < bound
+        within = within_collapsed_entropy(step.confidence, order, bound)
     else:
         order = ranks(-step.entropy, masks)
         rising = step.entropy.masked_fill(~masks, 0).gather(-1, order.argsort(dim=-1)).cumsum(-1)

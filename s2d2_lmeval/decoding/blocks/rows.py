@@ -6,13 +6,14 @@ device. The device holds the tokens. One small read per engine step keeps the mi
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.generation import Request
-from s2d2_lmeval.decoding.state import COMMIT, DRAFT, IDLE, KIND_OF_PHASE, PREFILL, VERIFY, Seats
-
-__all__ = ["COMMIT", "DRAFT", "IDLE", "KIND_OF_PHASE", "PREFILL", "VERIFY", "Rows"]
+from s2d2_lmeval.decoding.sampling import random
+from s2d2_lmeval.decoding.state import Seats
 
 
 class Rows(Seats):
@@ -93,3 +94,41 @@ class Rows(Seats):
         self.progress[slot].blocks += 1
         struck = self.extend(slot, self.block[slot].tolist(), stop_token_ids, ends)
         self.ended[slot] = struck or self.start[slot] + self.block_length >= self.total[slot]
+
+
+@dataclass(frozen=True)
+class BlockState:
+    """Where every row stands in its block, on the device."""
+
+    block: torch.Tensor
+    """(rows, B) tokens."""
+    index: torch.Tensor
+    """(rows, B) their places in the flattened store."""
+    position: torch.Tensor
+    """(rows, B)"""
+    step: torch.Tensor
+    """(rows, 1) of the block."""
+    count: torch.Tensor
+    """(rows,) tokens that the schedule asks of the step."""
+    given: torch.Tensor
+    """(rows,) prompt tokens in the block."""
+    key: torch.Tensor
+    """(rows, 1) names the request's randomness."""
+
+    def draws(self, purpose: int) -> random.Key:
+        """Names draws at every place: a place is drawn at most once per purpose and step."""
+        return random.Key(purpose, self.key, self.position, self.step)
+
+    def next_block(self, moved: torch.Tensor, mask_token_id: int, first_count: int) -> BlockState:
+        """The same with the rows ``moved`` (rows,) at the beginning of their next block."""
+        across = moved.unsqueeze(1)
+        length = self.block.shape[1]
+        return replace(
+            self,
+            block=self.block.masked_fill(across, mask_token_id),
+            index=self.index + across * length,
+            position=self.position + across * length,
+            step=self.step.masked_fill(across, 0),
+            count=self.count.masked_fill(moved, first_count),
+            given=self.given.masked_fill(moved, 0),
+        )

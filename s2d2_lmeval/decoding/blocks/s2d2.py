@@ -20,22 +20,21 @@ from dataclasses import replace
 import torch
 
 from s2d2_lmeval.decoding.blocks.denoising import DENOISING, BlockDenoiser
-from s2d2_lmeval.decoding.blocks.planning import BlockPlan, scheduled_count
+from s2d2_lmeval.decoding.blocks.planning import scheduled_count
 from s2d2_lmeval.decoding.blocks.remasking import ranks
-from s2d2_lmeval.decoding.blocks.rows import Rows
-from s2d2_lmeval.decoding.blocks.stages import Decisions, Stage, turn
+from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
 from s2d2_lmeval.decoding.generation import ACCEPTED, HIGH_CONFIDENCE, KEPT, RATIO, RESAMPLED
 from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, EditingOptions, EntropyOptions, SubblockOptions
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.pipelined import PipelinedOptions, PipelinedVerifierOptions
 from s2d2_lmeval.decoding.options.s2d2 import AcceptanceOption, RemaskingOption, RoutingOptions, VerifierOptions
-from s2d2_lmeval.decoding.readback import Readback, StepTables
 from s2d2_lmeval.decoding.routing.estimators import acceptance_estimate, normalised
 from s2d2_lmeval.decoding.routing.policies import DraftView, policy_of
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.acceptance import acceptance_ratio, judge, residual
 from s2d2_lmeval.decoding.sampling.filters import filtered
 from s2d2_lmeval.decoding.sampling.row_statistics import arg_max, probability_of, row_statistics
+from s2d2_lmeval.decoding.steps import Decisions, StepResult, StepTables
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
@@ -68,66 +67,59 @@ class S2D2(BlockDenoiser):
         decides_one = self.resamples or self.keeps_rejected
         self.tops_up = not decides_one or int(scheduled_count(0, config)) > 1
         """Whether the schedule can ask for more tokens than a verification decides at least."""
-        self.scores = "acceptance" in self.policy.reads
-        self.watches_entropy = "entropy" in self.policy.reads
-        self.estimate = torch.zeros((rows.count, rows.block_length), device=rows.device)
-        self.entropy = torch.zeros_like(self.estimate)
+        # What routing looks at, at every place: estimated acceptance, and normalised entropy.
+        self.estimate = self.uncertainty = torch.zeros((rows.count, rows.block_length), device=rows.device)
         self.statistics = row_statistics(torch.empty(0, 1, device=rows.device))
-        # Draft logits wait here for the verification that follows at once; ``slot`` says which of them is of a place.
+        # Draft logits wait here for the verification that follows at once; ``logit_of`` is where those of a place are.
         self.draft_logits = torch.empty(0, device=rows.device)
-        self.draft_slot = torch.zeros((rows.count, rows.block_length), dtype=torch.long, device=rows.device)
-
-    @staticmethod
-    def margin(block_length: int) -> int:
-        return 2 * block_length
+        self.logit_of = torch.zeros_like(self.drafted)
 
     def weigh(self, measure_costs: MeasureCosts) -> None:
-        """A policy may want to know what a verification costs beside a draft, at this batch."""
         self.policy.weigh(measure_costs, self.rows.block_length if self.config.schedule == "lookahead" else 0)
 
     def admitted(self, slot: int) -> None:
         super().admitted(slot)
         self.policy.reset(slot)
 
-    def _decide(self, stage: Stage, logits: torch.Tensor) -> Readback:
-        plan, draft = self._plan, self.draft
-        verified = drafted = None
-        moved = torch.zeros_like(plan.draft_rows)
-        span = torch.zeros_like(stage.block, dtype=torch.bool)
-        if plan.verifies:
-            decisions = Decisions(stage.block, self.rows.mask_token_id)
-            self._verify(decisions, stage, logits[: plan.verifies], plan)
-            self._finish_step(decisions, stage, plan.verify_rows, verified=True)
-            self._write(stage, decisions)
-            verified = decisions.tables(draft.tokens)
-            stage = replace(stage, block=decisions.block)
-            if plan.aheads:
+    def _decide(self, state: BlockState, logits: torch.Tensor) -> StepResult:
+        plan, mask = self._plan, self.rows.mask_token_id
+        verifies, aheads = plan.count("verify"), plan.count("ahead")
+        verified, drafted = None, []
+        span = torch.zeros_like(state.block, dtype=torch.bool)
+        moved = span[:, 0]
+        if verifies:
+            decisions = Decisions(state.block, mask)
+            self._verify(decisions, state, logits[:verifies])
+            self._finish_step(decisions, state, plan.sent["verifying"], verified=True)
+            self._write(state, decisions)
+            verified = decisions.tables(self.drafted)
+            state = replace(state, block=decisions.block)
+            if aheads:
                 as_drafted = (decisions.block == verified.draft).all(-1)
-                moved = plan.ahead_rows & as_drafted & ~decisions.masks.any(-1)
-                stage = turn(stage, moved, self.rows.mask_token_id, int(scheduled_count(0, self.config)))
-        if plan.drafts or plan.aheads:
-            span, drafted = self._draft(stage, logits[plan.verifies :], moved)
+                moved = plan.sent["carrying"].bool() & as_drafted & ~decisions.masks.any(-1)
+                state = state.next_block(moved, mask, int(scheduled_count(0, self.config)))
+        if plan.count("draft") or aheads:
+            span, tables = self._draft(state, logits[verifies:], plan.sent["drafting"] | moved)
+            drafted.append(tables)
         return self._read(verified, drafted, span, moved)
 
     def _draft(
-        self, stage: Stage, logits: torch.Tensor, moved: torch.Tensor
+        self, state: BlockState, logits: torch.Tensor, drafting: torch.Tensor
     ) -> tuple[torch.Tensor, StepTables[torch.Tensor]]:
-        """Take in fresh drafts, of rows that drafted and of those that ``moved``; route or finish their step."""
-        plan = self._plan
-        drafting = plan.draft_rows | moved
-        at = plan.fresh_at
-        self._observe(stage, logits, at, drafting[at[0]])
-        decisions = Decisions(stage.block, self.rows.mask_token_id)
-        self._revise(decisions, stage, drafting)
-        span = self._route(decisions.masks, stage, logits, at, drafting)
+        """Take in the fresh drafts of the rows ``drafting`` (rows,); route them or finish their step."""
+        at = self._plan.at("draft", "ahead")
+        self._observe(state, logits, at, drafting[at[0]])
+        decisions = Decisions(state.block, self.rows.mask_token_id)
+        self._revise(decisions, state, drafting)
+        span = self._route(decisions.masks, state, logits, at, drafting)
         if not self.policy.always:  # else no row with masks is through without a verification
-            self._finish_step(decisions, stage, drafting & ~span.any(-1), verified=False)
-        self._write(stage, decisions)
-        return span, decisions.tables(self.draft.tokens)
+            self._finish_step(decisions, state, drafting & ~span.any(-1), verified=False)
+        self._write(state, decisions)
+        return span, decisions.tables(self.drafted)
 
     def _draw(self, logits: torch.Tensor, key: random.Key) -> tuple[torch.Tensor, torch.Tensor]:
         """Also caches the row statistics that routing needs; free where they are the logits' own."""
-        if not (self.scores or self.watches_entropy):
+        if not self.policy.reads & {"acceptance", "entropy"}:
             return super()._draw(logits, key)
         law = self._law(logits)
         self.statistics = row_statistics(law)
@@ -138,113 +130,100 @@ class S2D2(BlockDenoiser):
     def _route(
         self,
         masks: torch.Tensor,
-        stage: Stage,
+        state: BlockState,
         logits: torch.Tensor,
         at: tuple[torch.Tensor, ...],
         drafting: torch.Tensor,
     ) -> torch.Tensor:
         """The span (rows, B) of every drafting row that is to be verified; empty elsewhere."""
-        config = self.config
-        if self.scores or self.watches_entropy:
-            statistics = self.statistics
-            if self.scores:
-                estimate = acceptance_estimate(statistics, logits.shape[1], self.draft.confidence[at], config)
-                self.estimate = self.estimate.to(estimate.dtype).index_put(at, estimate)
-            else:
-                entropy = normalised(statistics.entropy, logits.shape[1])
-                self.entropy = self.entropy.to(entropy.dtype).index_put(at, entropy)
+        config, vocabulary = self.config, logits.shape[1]
+        if "acceptance" in self.policy.reads:
+            estimate = acceptance_estimate(self.statistics, vocabulary, self.confidence[at], config)
+            self.estimate = self.estimate.to(estimate.dtype).index_put(at, estimate)
+        if "entropy" in self.policy.reads:
+            uncertainty = normalised(self.statistics.entropy, vocabulary)
+            self.uncertainty = self.uncertainty.to(uncertainty.dtype).index_put(at, uncertainty)
         self.draft_logits = logits
-        self.draft_slot = torch.zeros_like(self.draft_slot).index_put(
-            at, torch.arange(len(logits), device=logits.device)
-        )
+        number = torch.arange(len(logits), device=logits.device)
+        self.logit_of = torch.zeros_like(self.logit_of).index_put(at, number)
         span = first_run(masks)
-        decided = (~masks).sum(-1) - stage.given
         denoised = None
         if "denoised" in self.policy.reads:
-            denoised = self._choose(masks, stage.count, self.draft.confidence)[0].sum(-1)
+            denoised = self._choose(masks, state.count, self.confidence)[0].sum(-1)
         view = DraftView(
-            drafting,
-            masks,
-            span,
-            self.draft.confidence,
-            self.estimate,
-            self.entropy,
-            decided,
-            denoised,
-            len(self._plan.phases),
+            drafting=drafting,
+            masks=masks,
+            span=span,
+            confidence=self.confidence,
+            acceptance=self.estimate,
+            entropy=self.uncertainty,
+            decided=(~masks).sum(-1) - state.given,
+            denoised=denoised,
+            in_flight=len(self._plan.phases),
         )
         return span & (self.policy.decide(view) & drafting).unsqueeze(1)
 
-    def _finish_step(self, decisions: Decisions, stage: Stage, finished: torch.Tensor, verified: bool) -> None:
+    def _finish_step(self, decisions: Decisions, state: BlockState, finished: torch.Tensor, verified: bool) -> None:
         """Extend and top up in the rows whose step is ``finished``; tell the policy how it went."""
-        config, draft = self.config, self.draft
-        if config.always_check_high_confidence:
-            confident = decisions.masks & (draft.confidence > config.confidence_threshold) & finished.unsqueeze(1)
-            decisions.decide(confident, draft.tokens, HIGH_CONFIDENCE, ranks(draft.confidence, confident))
+        if self.config.always_check_high_confidence:
+            confident = decisions.masks & (self.confidence > self.config.confidence_threshold) & finished.unsqueeze(1)
+            decisions.decide(confident, self.drafted, HIGH_CONFIDENCE, ranks(self.confidence, confident))
         if self.tops_up or not verified:
-            due = torch.minimum(stage.count, decisions.masked_before.sum(-1))
+            due = torch.minimum(state.count, decisions.masked_before.sum(-1))
             self._denoise(decisions, (due - decisions.count).clamp_min(0), finished)
         # A step without masks, which only edits, teaches nothing about verification.
         self.policy.reward(finished & decisions.masked_before.any(-1), verified, decisions.count)
 
-    def _verify(self, decisions: Decisions, stage: Stage, logits: torch.Tensor, plan: BlockPlan) -> None:
+    def _verify(self, decisions: Decisions, state: BlockState, logits: torch.Tensor) -> None:
         """Decide the accepted prefix of each verified span and the token after it, from the verifier's ``logits``."""
-        config, draft, at = self.config, self.draft, plan.verify_at
-        masks = decisions.masks & plan.verify_rows.unsqueeze(1)
+        config, drafted, at = self.config, self.drafted, self._plan.at("verify")
+        masks = decisions.masks & self._plan.sent["verifying"].unsqueeze(1)
         span = first_run(masks)
         verifier = self._law(logits)
-        q = probability_of(verifier, draft.tokens[at])
-        draft.sound = draft.sound & ~q.isnan().any()
-        ratio = torch.zeros_like(draft.confidence).index_put(
-            at, acceptance_ratio(q, draft.confidence[at], config.ssd_ratio_tempering_factor)
-        )
+        p = probability_of(verifier, drafted[at])
+        self.sound = self.sound & ~p.isnan().any()
+        ratio = acceptance_ratio(p, self.confidence[at], config.ssd_ratio_tempering_factor)
+        ratio = torch.zeros_like(self.confidence).index_put(at, ratio)
         if config.acceptance == "greedy":
-            replacement = torch.zeros_like(draft.tokens).index_put(at, arg_max(logits))
-            verdict = judge(replacement == draft.tokens, span)
+            replacement = torch.zeros_like(drafted).index_put(at, arg_max(logits))
+            verdict = judge(replacement == drafted, span)
         else:
-            drawn = self.source.uniform(stage.draws(random.ACCEPT), span).to(ratio.dtype)
+            drawn = self.source.uniform(state.draws(random.ACCEPT), span).to(ratio.dtype)
             verdict = judge(drawn < ratio, span)
-            replacement = self._resample(verifier, verdict.rejected, stage) if self.resamples else draft.tokens
+            replacement = self._resample(verifier, verdict.rejected, state) if self.resamples else drafted
         self.policy.judged(span, verdict.accepted, verdict.rejected)
         place = torch.arange(masks.shape[1], device=masks.device)
         rejected = masks & (place == verdict.rejected.unsqueeze(1))
-        decisions.decide(verdict.accepted, draft.tokens, ACCEPTED)
+        decisions.decide(verdict.accepted, drafted, ACCEPTED)
         if self.resamples or self.keeps_rejected:
             decisions.decide(rejected, replacement, RESAMPLED if self.resamples else KEPT)
         if config.ssd_ratio_threshold >= 0:
             scope = masks if config.ssd_threshold_all_spans else span
             extra = scope & decisions.masks & (ratio >= config.ssd_ratio_threshold)
-            decisions.decide(extra, draft.tokens, RATIO)
+            decisions.decide(extra, drafted, RATIO)
 
-    def _resample(self, verifier: torch.Tensor, rejected: torch.Tensor, stage: Stage) -> torch.Tensor:
+    def _resample(self, verifier: torch.Tensor, rejected: torch.Tensor, state: BlockState) -> torch.Tensor:
         """A token from the residual at the first rejected place of every verified row, in a table (rows, B).
 
         ``verifier`` (M, V) are the verifier's logits under the sampling options.
         """
-        plan, length = self._plan, self.rows.block_length
-        rows = plan.facts["verify_slots"]
-        if self.source.sequential:
-            # Published code draws only where something was rejected; one row at a time, so reading it here is no loss.
-            rows = rows[rejected[rows] < length]
-            if not len(rows):
-                return self.draft.tokens
-        places = rejected[rows].clamp_max(length - 1)
-        slot_of = torch.zeros_like(self.draft.tokens).index_put(
-            plan.verify_at, torch.arange(plan.verifies, device=verifier.device)
-        )
-        drafted = self._draft_law(self.draft_logits[self.draft_slot[rows, places]]).softmax(-1)
-        leftover = residual(verifier[slot_of[rows, places]].softmax(-1), drafted)
-        tokens = self.source.categorical(leftover, stage.draws(random.RESAMPLE).take((rows, places)))
-        return self.draft.tokens.index_put((rows, places), tokens)
+        rows, length = self._plan.sent["verify_slots"], self.rows.block_length
+        rows = self.source.drawing(rows, rejected[rows] < length)
+        at = rows, rejected[rows].clamp_max(length - 1)
+        number = torch.arange(len(verifier), device=verifier.device)
+        logit_of = torch.zeros_like(self.logit_of).index_put(self._plan.at("verify"), number)
+        p = verifier[logit_of[at]].softmax(-1)
+        q = self._draft_law(self.draft_logits[self.logit_of[at]]).softmax(-1)
+        tokens = self.source.categorical(residual(p, q), state.draws(random.RESAMPLE).take(at))
+        return self.drafted.index_put(at, tokens)
 
     def _draft_law(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of the distribution p of (q - p)+, from draft ``logits`` (M, V)."""
+        """Logits of the distribution q of (p - q)+, from draft ``logits`` (M, V)."""
         return self._law(logits)
 
     def _law(self, logits: torch.Tensor) -> torch.Tensor:
         """``logits`` (M, V) under the sampling options."""
-        config = self.config
-        return filtered(logits, config)
+        return filtered(logits, self.config)
 
 
 def first_run(masks: torch.Tensor) -> torch.Tensor:

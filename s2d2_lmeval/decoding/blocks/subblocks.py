@@ -18,28 +18,27 @@ Stop tokens end an answer at the step that leaves no mask before the first of th
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from s2d2_lmeval.decoding import reference
 from s2d2_lmeval.decoding.blocks.denoising import DENOISING, BlockDenoiser
-from s2d2_lmeval.decoding.blocks.rows import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Rows
+from s2d2_lmeval.decoding.blocks.planning import plan_subblocks
+from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
 from s2d2_lmeval.decoding.blocks.s2d2 import S2D2
-from s2d2_lmeval.decoding.blocks.stages import Decisions, Stage
-from s2d2_lmeval.decoding.blocks.subblock_planning import Frame, SubblockPlan, plan_subblocks
 from s2d2_lmeval.decoding.decoder import Seating
-from s2d2_lmeval.decoding.generation import AUTOREGRESSIVE
+from s2d2_lmeval.decoding.generation import AUTOREGRESSIVE, PublishedStep, Step
 from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, SubblockOptions
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, as_step, record_step
+from s2d2_lmeval.decoding.passes import Plan
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import draft_tokens
+from s2d2_lmeval.decoding.state import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL
+from s2d2_lmeval.decoding.steps import Decisions, Outcome, StepResult, StepTables
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.registry import DECODERS
-
-if TYPE_CHECKING:
-    pass
 
 
 @DECODERS.register("ar", "subblock")
@@ -47,24 +46,22 @@ if TYPE_CHECKING:
 class SubblockDenoiser(BlockDenoiser):
     """The decoders ``dynamic`` and ``ar`` of shifted models. The rows' "block" is a sub-block here."""
 
-    _plan: SubblockPlan
-
     def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
         if config.schedule == "lookahead":
             raise ConfigError("schedule=lookahead is not available for sub-blocks; use schedule=fused.")
         part = dataclasses.replace(config, block_length=rows.block_length, denoising_steps=None, small_block_size=None)
         super().__init__(part, rows, prefill_chunk)
         rows.prefix_grain = config.block_length
-        self.frame = Frame(config.block_length, config.token_causal, config.draft_ver, prefill_chunk)
+        self.longest_ride = self.longest_ride and max(prefill_chunk, config.block_length)
+        self.whole = config
         # Published code finishes and commits every block it begins. Nobody published ``ar``.
         self.finishes_blocks = config.schedule == "reference" and config.decoder != "ar"
         self.samples_first = config.sampled and (config.decoder == "ar" or config.sample_first_token)
         self.limit = np.zeros(rows.count, dtype=np.int64)
         """Where the last token that is asked for ends."""
         self.narrow = np.zeros(rows.count, dtype=bool)
-        """Rows whose next draft forwards its sub-block only, against keys of the rest of the block that lie behind the
+        """Rows whose next draft forwards its sub-block only, against keys of the rest of the block that lie after the
         prefix."""
-        self.stops = np.array(config.stop_token_ids, dtype=np.int64)
 
     @classmethod
     def rows_for(cls, seating: Seating, draft_states: int = 0) -> Rows:
@@ -81,52 +78,51 @@ class SubblockDenoiser(BlockDenoiser):
         self.narrow[slot] = False
         super().admitted(slot)
 
-    def plan(self) -> SubblockPlan:
-        self._plan = plan_subblocks(self.rows, self.config, self.frame, self.narrow)
+    def plan(self) -> Plan:
+        self._plan = plan_subblocks(self.rows, self.config, self.whole, self.prefill_chunk, self.narrow)
         return self._plan
 
     # ---- device ----
 
     def _suppress_mask_token(self, logits: torch.Tensor, block: torch.Tensor) -> None:
         """As everywhere; and a first token is never the mask, which could not be denoised."""
-        denoised = len(logits) - self._plan.firsts
+        denoised = len(logits) - self._plan.count("first")
         super()._suppress_mask_token(logits[:denoised], block)
         logits[denoised:, self.rows.mask_token_id] = -torch.inf
 
-    def _decide(self, stage: Stage, logits: torch.Tensor) -> Readback:
-        denoised = len(logits) - self._plan.firsts
-        self._first_logits, self._stage = logits[denoised:], stage
-        return super()._decide(stage, logits[:denoised])
+    def _decide(self, state: BlockState, logits: torch.Tensor) -> StepResult:
+        denoised = len(logits) - self._plan.count("first")
+        self._first_logits, self._state = logits[denoised:], state
+        return super()._decide(state, logits[:denoised])
 
     def _read(
         self,
         verified: StepTables[torch.Tensor] | None,
-        drafted: StepTables[torch.Tensor] | None,
+        drafted: list[StepTables[torch.Tensor]],
         span: torch.Tensor,
         moved: torch.Tensor,
-    ) -> Readback:
-        """First tokens come along in the tables of drafts: a row has one or the other."""
-        if self._plan.firsts:
-            if drafted is None:
-                drafted = Decisions(self._stage.block, self.rows.mask_token_id).tables(self.draft.tokens)
-            drafted = self._begin_blocks(drafted)
-        return super()._read(verified, drafted, span, moved)
+        made: torch.Tensor | None = None,
+    ) -> StepResult:
+        """First tokens come along in the tables of the first step: a row has one or the other."""
+        if self._plan.count("first"):
+            none = Decisions(self._state.block, self.rows.mask_token_id).tables(self.drafted)
+            drafted = [self._begin_blocks(drafted[0] if drafted else none), *drafted[1:]]
+        return super()._read(verified, drafted, span, moved, made)
 
     def _begin_blocks(self, tables: StepTables[torch.Tensor]) -> StepTables[torch.Tensor]:
         """Write the first token of the rows that are due one, into the store and ``tables``."""
-        stage, logits, slots = self._stage, self._first_logits, self._plan.first_slots
-        at = (slots, torch.zeros_like(slots))
+        state, logits, at = self._state, self._first_logits, self._plan.at("first")
+        slots = at[0]
         if self.samples_first:
-            key = stage.draws(random.DRAFT).take(at)
+            key = state.draws(random.DRAFT).take(at)
             tokens, confidence = draft_tokens(logits, self.config, self.source, key)
         else:
             confidence, tokens = logits.max(-1)
-        self.draft.sound = self.draft.sound & ~confidence.isnan().any()
-        self.rows.store.view(-1)[stage.index[at]] = tokens
-        first = torch.zeros_like(self._plan.draft_rows).index_fill(0, slots, True)
+        self.sound = self.sound & ~confidence.isnan().any()
+        self.rows.store.view(-1)[state.index[at]] = tokens
+        first = torch.zeros_like(self._plan.sent["drafting"]).index_fill(0, slots, True)
         after = tables.after.index_put(at, tokens)
-        return dataclasses.replace(
-            tables,
+        return tables._replace(
             draft=torch.where(first.unsqueeze(1), after, tables.draft),  # the rest is not drafted yet
             after=after,
             marks=tables.marks.index_put(at, torch.full_like(slots, AUTOREGRESSIVE)),
@@ -134,57 +130,32 @@ class SubblockDenoiser(BlockDenoiser):
 
     # ---- host ----
 
-    def _settle(self, read: Readback) -> Outcome:
+    def _settle(self, read: StepResult) -> Outcome:
         slots, rows = self._plan.request.layout.slots, self.rows
         start, narrow = rows.start[slots], self.narrow[slots]
-        self._look(read)
         outcome = super()._settle(read)
         if self.config.use_block_cache:
-            # Keys of the rest of the block stay behind the prefix from one draft of a sub-block to its next, once the
-            # sub-block's first token is there: no row inside it predicts that one.
+            # Keys of the rest of the block stay after the prefix from one draft of a sub-block to its next, once the
+            # sub-block's first token is there: no query inside it predicts that one.
             goes_on = (self._plan.phases == DRAFT) & (rows.phase[slots] == DRAFT) & ~rows.complete[slots]
             self.narrow[slots] = goes_on & (rows.start[slots] == start) & ~rows.masks[slots, 0]
-            rest = self.frame.block_length - rows.block_length
+            rest = self.whole.block_length - rows.block_length
             outcome.kept += (self.narrow[slots].astype(np.int64) - narrow) * rest
         return outcome
 
-    def _look(self, read: Readback) -> None:
-        """How far the sub-block of every row is decided, and its first stop token (its end where there is none)."""
-        rows = self.rows
-        after = rows.block
-        for step, phases in ((read.drafted, (PREFILL, DRAFT, COMMIT)), (read.verified, (VERIFY,))):
-            if step is not None:
-                after = np.where(np.isin(rows.phase, phases)[:, None], step.after, after)
-        self.decided, self.stop = self._extent(after)
-
-    def _extent(self, block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(rows,) how far each ``block`` (rows, part) is decided, and its first stop token (its end if there is
-        none).
-        """
-        rows = self.rows
-        stops = np.isin(block, self.stops)
-        stops &= rows.start[:, None] + np.arange(rows.block_length) >= rows.prompt[:, None]
-        beyond = np.ones((rows.count, 1), dtype=bool)
-        return np.hstack([block == rows.mask_token_id, beyond]).argmax(1), np.hstack([stops, beyond]).argmax(1)
-
-    def _after_prefill(self, row: int, slot: int, read: Readback, outcome: Outcome) -> None:
-        if self._plan.first_rows[row]:
+    def _after_prefill(self, row: int, slot: int, read: StepResult, outcome: Outcome) -> None:
+        if self._plan.known["first"][row]:
             self._after_commit(row, slot, read, outcome)
         else:
             self._enter_draft(slot)
 
-    def _after_commit(self, row: int, slot: int, read: Readback, outcome: Outcome) -> None:
+    def _after_commit(self, row: int, slot: int, read: StepResult, outcome: Outcome) -> None:
         """The first token of a block has come in."""
-        assert read.drafted is not None
-        self._record(slot, read.drafted, KIND_OF_PHASE[self._plan.phases[row]])
+        self._record(slot, read.drafted[0], KIND_OF_PHASE[self._plan.phases[row]])
         self._go_on(slot, begun=True)
 
-    def _record(self, slot: int, step: StepTables[np.ndarray], kind: str) -> None:
-        """As everywhere; the published order knows no blocks, no ranks, and a minus for everything denoised."""
-        rows = self.rows
-        done = as_step(step, slot, kind, int(rows.start[slot]), rows.span[slot])
-        record_step(rows.progress[slot], done, np.zeros_like(step.order[slot]), first=False, verifies=True)
-        rows.block[slot] = step.after[slot]
+    def _published_order(self, steps: Sequence[Step]) -> list[PublishedStep]:
+        return reference.order_of_subblocks(steps)
 
     def _after_step(self, slot: int) -> None:
         self.rows.step[slot] += 1
@@ -192,19 +163,22 @@ class SubblockDenoiser(BlockDenoiser):
 
     def _go_on(self, slot: int, begun: bool = False) -> None:
         """The sub-block has changed: the answer is complete, or there is more to denoise, or the next one begins."""
-        rows, part = self.rows, self.rows.block_length
-        start, decided, stop = int(rows.start[slot]), int(self.decided[slot]), int(self.stop[slot])
-        if stop < decided:
+        rows, part, start = self.rows, self.rows.block_length, int(self.rows.start[slot])
+        tokens, stops = rows.block[slot].tolist(), self.config.stop_token_ids
+        decided = tokens.index(rows.mask_token_id) if rows.mask_token_id in tokens else part
+        given = max(int(rows.prompt[slot]) - start, 0)
+        stop = next((place for place in range(given, decided) if tokens[place] in stops), None)
+        if stop is not None:
             self._complete(slot, stop + 1)
         elif start + decided >= self.limit[slot] and (begun or not self.finishes_blocks):
             self._complete(slot, decided)
         elif decided < part:
             self._enter_draft(slot)
-        elif rows.extend(slot, rows.block[slot].tolist(), ()):
+        elif rows.extend(slot, tokens, ()):
             self._complete(slot, 0)
         else:
             rows.begin_block(slot, start + part)
-            rows.progress[slot].blocks += (start + part) % self.frame.block_length == 0
+            rows.progress[slot].blocks += (start + part) % self.whole.block_length == 0
             self._enter_draft(slot)
 
     def _complete(self, slot: int, decided: int) -> None:
@@ -212,20 +186,18 @@ class SubblockDenoiser(BlockDenoiser):
         rows = self.rows
         if decided:
             rows.extend(slot, rows.block[slot, :decided].tolist(), self.config.stop_token_ids)
-        begun = len(rows.tokens[slot]) % self.frame.block_length
+        begun = len(rows.tokens[slot]) % self.whole.block_length
         rows.progress[slot].blocks += begun > 1
         rows.ended[slot] = rows.complete[slot] = True
 
     def _enter_draft(self, slot: int) -> None:
         """Draft next, or first run what the draft needs: text before the block, and from it the block's first token."""
-        rows, block = self.rows, self.frame.block_length
+        rows, block = self.rows, self.whole.block_length
         start = int(rows.start[slot])
-        waiting = start // block * block - rows.cached[slot]
-        most = 0 if self.config.schedule == "reference" else max(self.prefill_chunk, block)
-        rows.phase[slot] = DRAFT if waiting <= most else PREFILL
+        rows.phase[slot] = DRAFT if start // block * block - rows.cached[slot] <= self.longest_ride else PREFILL
         if start % block == 0 and rows.block[slot, 0] == rows.mask_token_id:
             rows.phase[slot] = PREFILL if start == rows.prompt[slot] else COMMIT
-        rows.wanted[slot] = True if self.read_whole_block else rows.masks[slot]
+        rows.wanted[slot] = True if self.reads_whole_block else rows.masks[slot]
 
 
 @DECODERS.register("s2d2", "subblock")

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.blocks.remasking import ranks
-from s2d2_lmeval.decoding.blocks.stages import Decisions
 from s2d2_lmeval.decoding.decoder import Decoder, Seating
 from s2d2_lmeval.decoding.generation import DENOISED, HIGH_CONFIDENCE, NOTHING, RESAMPLED, Step
 from s2d2_lmeval.decoding.options.blocks import BlockOption, ConfidenceOption, ScheduleOption
@@ -26,10 +25,10 @@ from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.pipelined import PipelinedOptions
 from s2d2_lmeval.decoding.pipelined.planning import PipelinePlan, Wanted, Window, plan_pipeline
 from s2d2_lmeval.decoding.pipelined.rows import PipelineRows
-from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, read_back
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import probabilities
 from s2d2_lmeval.decoding.state import KIND_OF_PHASE, VERIFY
+from s2d2_lmeval.decoding.steps import Decisions, Outcome, StepResult, StepTables, read_back
 from s2d2_lmeval.errors import ConfigError, NumericalError
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
@@ -129,7 +128,7 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         self._write(plan.window, decisions)
         tables = decisions.tables(self._of(plan.window, self.tokens))
         nobody = torch.zeros_like(plan.window.drafting)
-        return self._settle(read_back(None, tables, span, nobody, self.sound))
+        return self._settle(read_back(None, [tables], span, nobody, self.sound))
 
     # ---- device ----
 
@@ -157,7 +156,7 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         if config.sampled:
             law = self._law(logits)
             # Without a verifier, published code draws block by block.
-            parts = plan.groups if self.source.sequential and not self.verifies else [len(law)]
+            parts = plan.groups if not config.keyed and not self.verifies else [len(law)]
             places = torch.arange(len(law), device=law.device).split(parts)
             drawn = [self.source.categorical(law[part], key.take((part,))) for part in places]
             tokens = torch.cat(drawn)
@@ -204,20 +203,19 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
 
     # ---- host ----
 
-    def _settle(self, read: Readback) -> Outcome:
+    def _settle(self, read: StepResult) -> Outcome:
         """Bring the host's mirror up to date and move every row of the pass on."""
         rows, plan = self.rows, self._plan
         slots = plan.request.layout.slots
         if not read.sound:
             raise NumericalError
-        assert read.drafted is not None
         rows.cached[slots] += plan.request.keep
         outcome = Outcome.zeros(len(slots))
         over = []
         for slot in slots.tolist():
             width, progress = int(plan.widths[slot]), rows.progress[slot]
             progress.forwards[KIND_OF_PHASE[rows.phase[slot]]] += 1
-            step = StepTables(*(table[slot, :width] for table in read.drafted.all()))
+            step = StepTables(*(table[slot, :width] for table in read.drafted[0]))
             self._record(slot, step)
             span = read.span[slot, :width]
             if rows.phase[slot] == VERIFY:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 
 from s2d2_lmeval.decoding.blocks.s2d2 import first_run
-from s2d2_lmeval.decoding.blocks.stages import Decisions
 from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, RESAMPLED
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.pipelined.denoising import PipelinedDenoiser
@@ -27,6 +26,7 @@ from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.acceptance import Verdict, acceptance_ratio, judge, residual
 from s2d2_lmeval.decoding.sampling.filters import filtered
 from s2d2_lmeval.decoding.sampling.row_statistics import row_statistics
+from s2d2_lmeval.decoding.steps import Decisions
 from s2d2_lmeval.registry import DECODERS
 
 
@@ -122,11 +122,7 @@ class PipelinedS2D2(PipelinedDenoiser):
         """A token from the residual at the first rejected place of every verified row, in a table (count, W)."""
         plan, width = self._plan, rejected.shape[1]
         rows, tokens = plan.verify_slots, self._of(window, self.tokens)
-        if self.source.sequential:
-            # Published code draws only where something is replaced; one row at a time, so reading it here is no loss.
-            rows = rows[rejected[rows].any(-1)]
-            if not len(rows):
-                return tokens
+        rows = self.source.drawing(rows, rejected[rows].any(-1))
         places = verdict.rejected[rows].clamp_max(width - 1)
         index = torch.arange(len(verifier), device=verifier.device)
         slot_of = torch.zeros_like(tokens).index_put(plan.verify.at, index)

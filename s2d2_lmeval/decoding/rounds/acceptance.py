@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -85,7 +85,7 @@ class Keyed:
             key = random.Key(
                 random.DRAFT, sent["key"].repeat_interleave(position.shape[1]), where, torch.zeros_like(where)
             )
-            log_p = (p.log() + cast("random.KeyedNoise", self.source).gumbel(p, key)).log_softmax(-1)
+            log_p = (p.log() + self.source.gumbel(p, key)).log_softmax(-1)
         best, token = log_p.topk(min(self.choices, log_p.shape[-1]), dim=-1)
         return best.view(*position.shape, -1), token.view(*position.shape, -1)
 

@@ -19,11 +19,11 @@ from s2d2_lmeval.decoding.decoder import EXACT, Seating
 from s2d2_lmeval.decoding.options.blocks import ScheduleOption
 from s2d2_lmeval.decoding.options.rounds import DrafterOptions
 from s2d2_lmeval.decoding.passes import PassBuilder, Plan
-from s2d2_lmeval.decoding.readback import Outcome
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed
 from s2d2_lmeval.decoding.rounds.target import RoundRows, Target
 from s2d2_lmeval.decoding.state import KIND_OF_PHASE, PREFILL, PROPOSE, VERIFY
+from s2d2_lmeval.decoding.steps import Outcome
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.passes import DRAFTER
 
@@ -71,7 +71,7 @@ class DFlash(Target):
         super().__init__(seating)
         config = self.config
         # Only noise that is a function of the position can be known before it is drawn.
-        coupled = config.sampled and config.couple_drafts and not self.source.sequential
+        coupled = config.sampled and config.couple_drafts and config.keyed
         self.acceptance = Keyed(config, self.source, self.depths, self.choices, coupled)
         self._drafts_sound = torch.tensor(True, device=self.rows.device)
 

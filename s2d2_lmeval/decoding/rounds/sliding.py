@@ -26,11 +26,11 @@ from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.rounds import SlidingOptions
 from s2d2_lmeval.decoding.options.s2d2 import AcceptanceOption
 from s2d2_lmeval.decoding.passes import Plan
-from s2d2_lmeval.decoding.readback import Outcome
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed, Rejection, Verdict
 from s2d2_lmeval.decoding.rounds.budgets import QueryBudget
 from s2d2_lmeval.decoding.rounds.target import Target
+from s2d2_lmeval.decoding.steps import Outcome
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.costs import MeasureCosts

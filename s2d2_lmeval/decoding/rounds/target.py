@@ -28,11 +28,11 @@ from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decoder, Seating
 from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent, ragged
-from s2d2_lmeval.decoding.readback import Outcome, fetch
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Acceptance, Keyed, Verdict
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Seats
+from s2d2_lmeval.decoding.steps import Outcome, fetch
 from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.registry import DECODERS

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.sampling import GREEDY
-from s2d2_lmeval.decoding.sampling.random import Key, KeyedNoise, RandomSource
+from s2d2_lmeval.decoding.sampling.random import Key, RandomSource
 from s2d2_lmeval.decoding.sampling.row_statistics import likeliest
 
 
@@ -108,14 +106,12 @@ def ranked_tokens(
     """The ``count`` tokens (M, count) that :func:`draft_tokens` would take first from ``logits`` (M, V) under ``key``,
     best first, and their log probabilities (M, count). Nothing is drawn.
 
-    A sampled token is known beforehand as far as the noise is; from a sequential source nothing is known but the odds.
+    A sampled token is known beforehand as far as the noise is.
     """
     if not config.sampled:
         log_p, tokens = logits.log_softmax(-1).topk(count, dim=-1)
         return tokens, log_p
     distribution = probabilities(logits, config)
-    score = log_p = distribution.log()
-    if not source.sequential:
-        score = log_p + cast(KeyedNoise, source).gumbel(distribution, key)
-    tokens = score.topk(count, dim=-1).indices
+    log_p = distribution.log()
+    tokens = (log_p + source.gumbel(distribution, key)).topk(count, dim=-1).indices
     return tokens, log_p.gather(-1, tokens)

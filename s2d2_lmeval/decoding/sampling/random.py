@@ -3,7 +3,8 @@
 ``keyed``  The default. Every number is a pure function of (seed, request, purpose, position, draw): what a request
 samples does not depend on what it was batched with, on the schedule, or on the order of calls.
 ``fixed``  Every uniform is 0.5 and every categorical draw the arg-max.
-``torch``  The global generator of torch, drawn in the order of the published code. One row at a time.
+``torch``  The global generator of torch, drawn in the order of the published code
+           (:mod:`~s2d2_lmeval.decoding.reference`). One row at a time.
 an object  With ``uniform(n)`` and ``categorical(probabilities)``, in the same order as ``torch``.
 """
 
@@ -14,6 +15,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+
+from s2d2_lmeval.decoding.reference import FixedSource, SequentialSource, TorchDraws
 
 DRAFT, ACCEPT, RESAMPLE = 1, 2, 3
 """What a number is drawn for."""
@@ -58,24 +61,19 @@ class Key:
 class RandomSource(Protocol):
     """What decoders draw from."""
 
-    sequential: bool
-    """Whether the order of calls matters.
-
-    Then one row is decoded at a time, drawing exactly as the published code does.
-    """
-
     def uniform(self, key: Key, needed: torch.Tensor) -> torch.Tensor:
         """Numbers in [0, 1) where ``needed`` (bool, the key's shape) is set; elsewhere anything."""
 
     def categorical(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
         """A token (M,) from each row of ``probabilities`` (M, V)."""
 
-
-class KeyedNoise(RandomSource, Protocol):
-    """A source whose categorical draws are an arg-max under noise that can be known beforehand."""
-
     def gumbel(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
-        """The noise (M, V) that :meth:`categorical` adds to log p before it takes the arg-max."""
+        """The noise (M, V) that :meth:`categorical` adds to log p before it takes the arg-max; zeros where nothing is
+        known of it beforehand.
+        """
+
+    def drawing(self, rows: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+        """Of ``rows`` (K,), those for which a draw is made, at least where it is ``needed`` (K,)."""
 
 
 def source_of(name_or_object: Any, seed: int) -> RandomSource:
@@ -84,7 +82,7 @@ def source_of(name_or_object: Any, seed: int) -> RandomSource:
         return KeyedSource(seed)
     if name_or_object == "fixed":
         return FixedSource()
-    return SequentialSource(_TorchDraws() if name_or_object == "torch" else name_or_object)
+    return SequentialSource(TorchDraws() if name_or_object == "torch" else name_or_object)
 
 
 Integers = TypeVar("Integers", torch.Tensor, np.ndarray)
@@ -114,8 +112,6 @@ def _unit(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class KeyedSource:
     """Counter-based: hashes the key, so any draw can be made at any time, in any batch, on any device."""
 
-    sequential = False
-
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
@@ -137,48 +133,10 @@ class KeyedSource:
     def gumbel(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
         return -self._race(probabilities, key).log()
 
+    def drawing(self, rows: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+        return rows
+
     def _race(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
         tokens = torch.arange(1, probabilities.shape[-1] + 1, device=probabilities.device)
         bits = _mix(self._hash(key).unsqueeze(-1) + tokens * _GOLDEN)
         return -torch.log1p(-_unit(bits, probabilities.dtype))
-
-
-class FixedSource:
-    """Deterministic: 0.5 and the arg-max."""
-
-    sequential = False
-
-    def uniform(self, key: Key, needed: torch.Tensor) -> torch.Tensor:
-        return torch.full(needed.shape, 0.5, device=needed.device)
-
-    def categorical(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
-        return probabilities.argmax(-1)
-
-    def gumbel(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
-        return torch.zeros_like(probabilities)
-
-
-class _TorchDraws:
-    def uniform(self, n: int) -> torch.Tensor:
-        return torch.rand(n)
-
-    def categorical(self, probabilities: torch.Tensor) -> torch.Tensor:
-        return torch.multinomial(probabilities, 1).squeeze(-1)
-
-
-class SequentialSource:
-    """Draws only what is needed, in the order of the published code; reads the device to know how much that is."""
-
-    sequential = True
-
-    def __init__(self, draws: Any) -> None:
-        self.draws = draws
-
-    def uniform(self, key: Key, needed: torch.Tensor) -> torch.Tensor:
-        values = torch.as_tensor(self.draws.uniform(int(needed.sum())))
-        drawn = torch.zeros(needed.shape, dtype=values.dtype, device=needed.device)
-        drawn[needed] = values.to(needed.device)
-        return drawn
-
-    def categorical(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
-        return torch.as_tensor(self.draws.categorical(probabilities)).to(probabilities.device)

@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from s2d2_lmeval.decoding.spiffy.graph import DraftGraph
+from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, states_at_most
 from s2d2_lmeval.decoding.spiffy.states import Eligibility
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.runtime.costs import CostCurve
 
 PRIOR = 16.0
 """Expected hits after which this run's own hits weigh as much as the calibration's counts."""
-
-
-def states_at_most(graph: DraftGraph, nodes: int | str) -> int:
-    """States that a row may draft at once, if ``nodes`` of ``graph`` are to be drafted (or ``auto``)."""
-    return len(graph.nodes) if nodes == "auto" else min(int(nodes), len(graph.nodes))
 
 
 class DraftBudget:

@@ -15,8 +15,7 @@ drawn: outputs and states are the same, and as many forwards are saved as drafte
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,20 +24,22 @@ import torch
 from s2d2_lmeval.decoding.blocks.denoising import BlockDenoiser
 from s2d2_lmeval.decoding.blocks.editing import EditingDenoiser
 from s2d2_lmeval.decoding.blocks.planning import scheduled_count
-from s2d2_lmeval.decoding.blocks.rows import DRAFT, Rows
-from s2d2_lmeval.decoding.blocks.stages import Decisions, Stage, turn
+from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
+from s2d2_lmeval.decoding.blocks.subblocks import SubblockDenoiser
 from s2d2_lmeval.decoding.decoder import EXACT, Seating
 from s2d2_lmeval.decoding.generation import EDITED
 from s2d2_lmeval.decoding.options.blocks import ScheduleOption
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.spiffy import SpiffyOptions
-from s2d2_lmeval.decoding.readback import Outcome, Readback, StepTables, fetch
+from s2d2_lmeval.decoding.passes import Plan
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import ranked_tokens
-from s2d2_lmeval.decoding.spiffy.budget import DraftBudget, states_at_most
-from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, load_graph
-from s2d2_lmeval.decoding.spiffy.planning import StatePlan, plan_states
+from s2d2_lmeval.decoding.spiffy.budget import DraftBudget
+from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, graph_for, states_at_most
+from s2d2_lmeval.decoding.spiffy.planning import plan_states, plan_subblock_states
 from s2d2_lmeval.decoding.spiffy.states import Eligibility, RankTables, StateDrafter
+from s2d2_lmeval.decoding.state import DRAFT
+from s2d2_lmeval.decoding.steps import Decisions, Outcome, StepResult, StepTables
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
@@ -49,18 +50,6 @@ if TYPE_CHECKING:
 
 
 _COUNTS = ("steps", "states_drafted", "states_accepted")
-
-
-@dataclass(frozen=True)
-class ChainReadback(Readback):
-    """What came back of a chain of steps: the tables of each, how many ``links`` (rows,) of it every row made, and
-    ``crossed`` (rows,), one more than the number of the draft state with which a row finished its block and went on in
-    the next; 0 where none did.
-    """
-
-    chain: list[StepTables[np.ndarray]]
-    links: np.ndarray
-    crossed: np.ndarray
 
 
 @DECODERS.register(
@@ -82,7 +71,6 @@ class Spiffy(BlockDenoiser):
     def layout(config: DecodingConfig) -> str:
         return f"{config.base}, {BlockDenoiser.layout(config)}"
 
-    _plan: StatePlan
     revises = False
     """Whether a block without masks may need further steps."""
 
@@ -114,9 +102,7 @@ class Spiffy(BlockDenoiser):
     @classmethod
     def graph_of(cls, config: DecodingConfig, facts: Facts) -> DraftGraph:
         """The draft graph that the options name; warns if it is for something else."""
-        graph = load_graph(config.draft_graph, config.base)
-        warn_of_differences(graph, config, facts)
-        return graph
+        return graph_for(config, facts)
 
     @property
     def capacity(self) -> int:
@@ -136,7 +122,7 @@ class Spiffy(BlockDenoiser):
         for name in _COUNTS:
             self.rows.progress[slot].count(name, 0)
 
-    def plan(self) -> StatePlan:
+    def plan(self) -> Plan:
         self._plan = plan_states(self.rows, self.config, self.prefill_chunk, *self._offers(), self._write_states)
         return self._plan
 
@@ -167,127 +153,112 @@ class Spiffy(BlockDenoiser):
 
     # ---- device ----
 
+    @property
+    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, places) that are read, each in several states."""
+        return self._plan.sent["slot"], self._plan.sent["place"]
+
     def _suppress_mask_token(self, logits: torch.Tensor, block: torch.Tensor) -> None:
         """As everywhere; what depends on how far a row is, is done as it gets there."""
         if self.config.suppress_mask_token:
             logits[:, self.rows.mask_token_id] = -torch.inf
 
-    def _decide(self, stage: Stage, logits: torch.Tensor) -> Readback:
+    def _decide(self, state: BlockState, logits: torch.Tensor) -> StepResult:
         """As many steps of every row as there are logits for."""
-        plan = self._plan
         tables: list[StepTables[torch.Tensor]] = []
-        links = state = crossed = torch.zeros_like(stage.count)
-        alive = plan.draft_rows
+        # The draft state that each row is in, counted from 1 (0: where it began), and the one that ended its block.
+        made = at = crossed = torch.zeros_like(state.count)
+        alive = self._plan.sent["drafting"]
         for _ in range(self._longest_chain()):
-            decisions = self._step(stage, self._logits_of(state, stage, logits), plan.draft_at, alive)
-            self._write(stage, decisions)
-            tables.append(decisions.tables(self.draft.tokens))
-            links = links + alive
-            step = stage.step + alive.unsqueeze(1)
+            decisions = self._step(state, self._logits_of(at, state, logits), self._places, alive)
+            self._write(state, decisions)
+            tables.append(decisions.tables(self.drafted))
+            made = made + alive
+            step = state.step + alive.unsqueeze(1)
             count = self.counts[step.squeeze(1).clamp_max(len(self.counts) - 1)]
-            stage = replace(stage, block=decisions.block, step=step, count=count)
-            found, slot, ends = self._match(stage.block)
+            state = replace(state, block=decisions.block, step=step, count=count)
+            found, slot, ends = self._match(state.block)
             # What was drafted belongs to the block in which the forward began.
             alive = alive & found & (crossed == 0) & (ends | self._open(decisions, alive))
-            state = torch.where(alive, slot + 1, state)
-            crossed = torch.where(alive & ends, state, crossed)
-            stage = turn(stage, alive & ends, self.rows.mask_token_id, int(scheduled_count(0, self.config)))
+            at = torch.where(alive, slot + 1, at)
+            crossed = torch.where(alive & ends, at, crossed)
+            state = state.next_block(alive & ends, self.rows.mask_token_id, int(scheduled_count(0, self.config)))
         if tables and self.ranks:
-            self._rank(stage, self._logits_of(state, stage, logits))
-        return self._read_chain(tables, links, crossed)
+            self._rank(state, self._logits_of(at, state, logits))
+        return self._read(None, tables, torch.zeros_like(state.block, dtype=torch.bool), crossed, made)
 
     def _longest_chain(self) -> int:
         """Steps that may be made of one forward: from the current state, and from drafted states of rising size."""
         plan = self._plan
-        if not plan.drafts:
+        if not plan.count("draft"):
             return 0
-        if not plan.offered.shape[1]:
+        if not plan.sent["offered"].shape[1]:
             return 1
-        masks = self.rows.masks[plan.request.layout.slots[plan.inside + plan.finishing > 0]].sum(1)
+        masks = self.rows.masks[plan.request.layout.slots[plan.known["inside"] + plan.known["finishing"] > 0]].sum(1)
         return 1 + min(self.drafter.widest, int(masks.max()))
 
-    def _logits_of(self, state: torch.Tensor, stage: Stage, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (M, V) of every place that is read, in the ``state`` (rows,) of its row: 0 for the current one."""
-        plan, mask = self._plan, self.rows.mask_token_id
-        rows = plan.draft_at[0]
-        chosen = logits[plan.lookup.gather(1, state[rows].unsqueeze(1)).squeeze(1)]
+    def _logits_of(self, at: torch.Tensor, state: BlockState, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (M, V) of every place that is read, in the draft state ``at`` (rows,) of its row, 0 the first."""
+        mask, rows = self.rows.mask_token_id, self._places[0]
+        chosen = logits[self._plan.sent["lookup"].gather(1, at[rows].unsqueeze(1)).squeeze(1)]
         if not self.config.suppress_mask_token:
-            chosen[:, mask] = chosen[:, mask].masked_fill(self._overdue(stage.block, stage.step)[rows], -torch.inf)
+            chosen[:, mask] = chosen[:, mask].masked_fill(self._overdue(state.block, state.step)[rows], -torch.inf)
         return chosen
 
     def _match(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Whether ``block`` (rows, B) was drafted, as which state, and whether that state ends it; all (rows,)."""
         plan = self._plan
-        if not plan.offered.shape[1]:
-            never = torch.zeros_like(plan.draft_rows)
+        if not plan.sent["offered"].shape[1]:
+            never = torch.zeros_like(plan.sent["drafting"])
             return never, never.long(), never
         # A drafted token may be the mask itself, where the model may predict it; then nothing ends.
         masked = (block == self.rows.mask_token_id).any(-1, keepdim=True)
-        same = (self.states[:, : plan.offered.shape[1]] == block.unsqueeze(1)).all(-1) & plan.offered
-        same = same & ~(plan.ends & masked)
+        offered, ends = plan.sent["offered"].bool(), plan.sent["ends"].bool()
+        same = (self.states[:, : offered.shape[1]] == block.unsqueeze(1)).all(-1) & offered
+        same = same & ~(ends & masked)
         slot = same.long().argmax(-1)
-        return same.any(-1), slot, plan.ends.gather(1, slot.unsqueeze(1)).squeeze(1)
+        return same.any(-1), slot, ends.gather(1, slot.unsqueeze(1)).squeeze(1)
 
     def _open(self, decisions: Decisions, alive: torch.Tensor) -> torch.Tensor:
         """(rows,) whose block needs a further step after ``decisions``."""
         return decisions.masks.any(-1)
 
-    def _rank(self, stage: Stage, logits: torch.Tensor) -> None:
+    def _rank(self, state: BlockState, logits: torch.Tensor) -> None:
         """Take in what the latest ``logits`` (M, V) make of the next step: which places and tokens come first."""
-        at, tables = self._plan.draft_at, self.tables
-        key = stage.draws(random.DRAFT).take(at)
+        at, tables = self._places, self.tables
+        key = state.draws(random.DRAFT).take(at)
         tokens, log_p = ranked_tokens(logits, self.config, self.source, key, self.ranks)
-        confidence = self.draft.confidence.index_put(at, log_p[:, 0].exp())
-        _, order = self._choose(stage.block == self.rows.mask_token_id, torch.ones_like(stage.count), confidence)
+        confidence = self.confidence.index_put(at, log_p[:, 0].exp())
+        _, order = self._choose(state.block == self.rows.mask_token_id, torch.ones_like(state.count), confidence)
         self.tables = RankTables(
             places=order.argsort(-1),
             tokens=tables.tokens.index_put(at, tokens),
             log_p=tables.log_p.to(log_p.dtype).index_put(at, log_p),
         )
 
-    def _read_chain(
-        self, tables: list[StepTables[torch.Tensor]], links: torch.Tensor, crossed: torch.Tensor
-    ) -> ChainReadback:
-        """The engine step's one read of the device."""
-        sound = self.draft.sound.expand_as(links)
-        flags = torch.stack([links, crossed, sound.long()], dim=1)
-        flags_read, *read = fetch([flags, *(table for step in tables for table in step.all())])
-        links_made, crossings, soundness = flags_read.T
-        chain = [StepTables(*read[first : first + 5]) for first in range(0, len(read), 5)]
-        nowhere = np.zeros((len(links), self.rows.block_length), dtype=bool)
-        return ChainReadback(
-            verified=None,
-            drafted=chain[0] if chain else None,
-            span=nowhere,
-            moved=crossings > 0,
-            sound=bool(soundness.all()),
-            chain=chain,
-            links=links_made,
-            crossed=crossings,
-        )
-
     # ---- host ----
 
-    def _after_draft(self, row: int, slot: int, read: Readback, outcome: Outcome) -> None:
+    def _after_draft(self, row: int, slot: int, read: StepResult, outcome: Outcome) -> None:
         """The steps of row ``slot`` that one forward gave: record each, and go on behind the last."""
-        assert isinstance(read, ChainReadback)
         rows, plan, made = self.rows, self._plan, 0
         progress, begun = rows.progress[slot], int(rows.start[slot])
-        while made < read.links[slot] and not rows.complete[slot]:
-            self._record(slot, read.chain[made], "draft")
+        while made < read.made[slot] and not rows.complete[slot]:
+            self._record(slot, read.drafted[made], "draft")
             self._after_step(slot)
             made += 1
-        if read.crossed[slot] and rows.start[slot] > begun:
-            self._keep_block(row, slot, int(read.crossed[slot]) - 1, outcome)
+        if read.moved[slot] and rows.start[slot] > begun:
+            self._keep_block(row, slot, int(read.moved[slot]) - 1, outcome)
         self.budget.learn(made - 1)
-        for name, count in zip(_COUNTS, (made, plan.inside[row] + plan.finishing[row], made - 1), strict=True):
+        for name, count in zip(
+            _COUNTS, (made, plan.known["inside"][row] + plan.known["finishing"][row], made - 1), strict=True
+        ):
             progress.count(name, int(count))
 
     def _keep_block(self, row: int, slot: int, state: int, outcome: Outcome) -> None:
         """The block before the current one of row ``slot`` came out as draft ``state``: its keys are there already."""
         rows, plan, length = self.rows, self._plan, self.rows.block_length
-        beyond = state - int(plan.inside[row])
-        first = int(plan.heads[row] - plan.request.keep[row]) + int(plan.inside[row]) * length + 2 * beyond * length
+        text, inside = int(plan.known["text"][row]), int(plan.known["inside"][row])
+        first = text - int(plan.request.keep[row]) + (2 * state - inside) * length
         outcome.kept[row] = length
         outcome.path[row] = first + np.arange(length)
         rows.cached[slot] += length
@@ -301,9 +272,9 @@ class EditingSpiffy(Spiffy, EditingDenoiser):
         super().__init__(config, rows, prefill_chunk)
         self.revises = config.max_post_steps > 0
 
-    def _decide(self, stage: Stage, logits: torch.Tensor) -> Readback:
-        self._posted = torch.from_numpy(self.post_steps).to(stage.block.device)
-        return super()._decide(stage, logits)
+    def _decide(self, state: BlockState, logits: torch.Tensor) -> StepResult:
+        self._posted = torch.from_numpy(self.post_steps).to(state.block.device)
+        return super()._decide(state, logits)
 
     def _open(self, decisions: Decisions, alive: torch.Tensor) -> torch.Tensor:
         """As :meth:`EditingDenoiser._block_finished` counts on the host."""
@@ -314,39 +285,27 @@ class EditingSpiffy(Spiffy, EditingDenoiser):
         return ~over
 
 
-def warn_of_differences(graph: DraftGraph, config: DecodingConfig, facts: Facts) -> None:
-    """Warn where ``graph`` was calibrated for another model or another way of decoding."""
-    model, decoding = signature(config, facts)
-    found = graph.differences(model, decoding)
-    if graph.block_length != config.block_length:
-        found.append(f"block_length={config.block_length} here, {graph.block_length} there")
-    if found:
-        warnings.warn(
-            f"The draft graph {config.draft_graph} was calibrated for something else ({'; '.join(found)}). The output "
-            "is the same, but fewer forwards may be saved: `s2d2-lmeval calibrate` makes a graph of your own.",
-            stacklevel=2,
+@DECODERS.register("spiffy", "subblock")
+class SubblockSpiffy(SubblockDenoiser, Spiffy):
+    """The decoder ``spiffy`` of shifted models (Fast-dLLM v2). The rows' "block" is a sub-block here, and a draft state
+    brings the whole block around it, because every query of it sees all others. The end of a block is a forward of its
+    own in this scheme, so no state goes beyond it.
+    """
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.whole.block_length, self.whole.block_length
+
+    def plan(self) -> Plan:
+        self._plan = plan_subblock_states(
+            self.rows, self.config, self.whole, self.prefill_chunk, *self._offers(), self._write_states
         )
+        return self._plan
 
+    def _may_finish(self) -> np.ndarray:
+        """(rows,) where another sub-block of the same block follows and will be decoded."""
+        end = self.rows.start + self.rows.block_length
+        return (end % self.whole.block_length != 0) & ((end < self.limit) | self.finishes_blocks)
 
-def signature(config: DecodingConfig, facts: Facts) -> tuple[dict[str, object], dict[str, object]]:
-    """What a draft graph depends on: of the model, and of how the base decoder decodes."""
-    model: dict[str, object] = {"family": facts.family, "vocab_size": facts.vocab_size}
-    known = config.to_dict()
-    names = [*_DEPENDS_ON, *(_DEPENDS_ON_SAMPLING if config.sampled else ())]
-    decoding = {name: known[name] for name in names if name in known}
-    return model, {**decoding, "sampled": config.sampled}
-
-
-_DEPENDS_ON = (
-    "base",
-    "denoising_steps",
-    "confidence_threshold",
-    "eb_threshold",
-    "collapse_entropy",
-    "editing_threshold",
-    "max_post_steps",
-    "num_to_transfer",
-    "cache_ver",
-    "draft_ver",
-)
-_DEPENDS_ON_SAMPLING = ("temperature", "top_k", "top_p")
+    def _keep_block(self, row: int, slot: int, state: int, outcome: Outcome) -> None:
+        """The block is still open: no keys are kept."""

@@ -12,14 +12,19 @@ A graph is calibrated for one model and one way of decoding. Under another it is
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.families.files import parse_json, read_text
+
+if TYPE_CHECKING:
+    from s2d2_lmeval.decoding.options.config import DecodingConfig
+    from s2d2_lmeval.families import Facts
 
 FORMAT, VERSION = "s2d2-lmeval draft graph", 1
 ROOT = 0
@@ -84,34 +89,16 @@ class DraftGraph:
 
     def differences(self, model: Mapping[str, Any], decoding: Mapping[str, Any]) -> list[str]:
         """In what a run differs from what the graph was calibrated for, in words."""
-        found = []
-        for own, other in ((self.model, model), (self.decoding, decoding)):
-            found += [
-                f"{name}={other[name]} here, {own[name]} there"
-                for name in own
-                if name in other and own[name] != other[name]
-            ]
-        return found
+        here, there = {**model, **decoding}, {**self.model, **self.decoding}
+        differ = [name for name in there if name in here and there[name] != here[name]]
+        return [f"{name}={here[name]} here, {there[name]} there" for name in differ]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": dict(self.model),
-            "decoding": dict(self.decoding),
-            "block_length": self.block_length,
-            "calibration": dict(self.calibration),
-            "nodes": [
-                {
-                    "pairs": [list(pair) for pair in node.pairs],
-                    "parents": list(node.parents),
-                    "count": node.count,
-                    "chances": node.chances,
-                }
-                for node in self.nodes
-            ],
-        }
+        nodes = [{**vars(node), "pairs": [*map(list, node.pairs)], "parents": [*node.parents]} for node in self.nodes]
+        about = {"model": dict(self.model), "decoding": dict(self.decoding), "block_length": self.block_length}
+        calibration = dict(self.calibration)
+        return {"format": FORMAT, "version": VERSION, **about, "calibration": calibration, "nodes": nodes}
 
     def save(self, path: Path) -> None:
         """Write the graph as JSON, a line per node."""
@@ -119,6 +106,41 @@ class DraftGraph:
         nodes = ",\n".join("    " + json.dumps(node) for node in plain.pop("nodes"))
         head = json.dumps(plain, indent=2)[:-2]
         path.write_text(f'{head},\n  "nodes": [\n{nodes}\n  ]\n}}\n' if nodes else f'{head},\n  "nodes": []\n}}\n')
+
+
+def states_at_most(graph: DraftGraph, nodes: int | str) -> int:
+    """States that a row may draft at once, if ``nodes`` of ``graph`` are to be drafted (or ``auto``)."""
+    return len(graph.nodes) if nodes == "auto" else min(int(nodes), len(graph.nodes))
+
+
+_DEPENDS_ON = (
+    "base denoising_steps confidence_threshold eb_threshold collapse_entropy editing_threshold max_post_steps "
+    "num_to_transfer cache_ver draft_ver"
+)
+_DEPENDS_ON_SAMPLING = "temperature top_k top_p"
+
+
+def signature(config: DecodingConfig, facts: Facts) -> tuple[dict[str, object], dict[str, object]]:
+    """What a draft graph depends on: of the model, and of how the base decoder decodes."""
+    known = config.to_dict()
+    names = [*_DEPENDS_ON.split(), *(_DEPENDS_ON_SAMPLING.split() if config.sampled else ())]
+    decoding = {name: known[name] for name in names if name in known}
+    return {"family": facts.family, "vocab_size": facts.vocab_size}, {**decoding, "sampled": config.sampled}
+
+
+def graph_for(config: DecodingConfig, facts: Facts) -> DraftGraph:
+    """The draft graph that the options name; warns where it was calibrated for another model or another decoding."""
+    graph = load_graph(config.draft_graph, config.base)
+    found = graph.differences(*signature(config, facts))
+    if graph.block_length != config.block_length:
+        found.append(f"block_length={config.block_length} here, {graph.block_length} there")
+    if found:
+        warnings.warn(
+            f"The draft graph {config.draft_graph} was calibrated for something else ({'; '.join(found)}). The output "
+            "is the same, but fewer forwards may be saved: `s2d2-lmeval calibrate` makes a graph of your own.",
+            stacklevel=2,
+        )
+    return graph
 
 
 def load_graph(source: str, base: str) -> DraftGraph:
@@ -153,66 +175,71 @@ def parse_graph(text: str) -> DraftGraph:
         plain = parse_json(text)
     except ValueError as error:
         raise ConfigError(f"is not valid JSON ({error}). Run `s2d2-lmeval calibrate` again.") from None
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        raise ConfigError(f'is not a draft graph: it has no "format": "{FORMAT}".')
-    if plain.get("version") != VERSION:
-        raise ConfigError(
-            f"is of version {plain.get('version')!r}, and this release reads version {VERSION}. Calibrate it anew."
-        )
-    length, nodes = plain.get("block_length"), plain.get("nodes")
-    if not isinstance(length, int) or not _whole(length, 1):
-        raise ConfigError(f"has block_length {length!r}, which is no positive whole number.")
-    if not isinstance(nodes, list):
-        raise ConfigError('has no list of "nodes".')
-    graph = DraftGraph(
-        nodes=tuple(_node(number, entry) for number, entry in enumerate(nodes, 1)),
-        block_length=length,
-        **{name: _mapping(plain, name) for name in ("model", "decoding", "calibration")},
+    graph_like = isinstance(plain, dict) and plain.get("format") == FORMAT
+    _must(graph_like, f'is not a draft graph: it has no "format": "{FORMAT}".')
+    version, length, nodes = (plain.get(name) for name in ("version", "block_length", "nodes"))
+    _must(
+        version == VERSION, f"is of version {version!r}, and this release reads version {VERSION}. Calibrate it again."
     )
+    _must(_whole(length, 1), f"has block_length {length!r}, which is not a positive whole number.")
+    _must(isinstance(nodes, list), 'has no list of "nodes".')
+    about = {name: plain.get(name, {}) for name in ("model", "decoding", "calibration")}
+    for name, value in about.items():
+        _must(isinstance(value, dict), f"has {name} {value!r}, which is not an object.")
+    graph = DraftGraph(tuple(_node(number, entry) for number, entry in enumerate(nodes, 1)), length, **about)
     _check(graph)
     return graph
 
 
+def _must(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _node(number: int, entry: Any) -> Node:
-    if not isinstance(entry, dict):
-        raise ConfigError(f"describes node {number} by {entry!r}, not by an object.")
+    _must(isinstance(entry, dict), f"describes node {number} by {entry!r}, not by an object.")
     pairs, parents = entry.get("pairs"), entry.get("parents")
-    fine = isinstance(pairs, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(_whole(rank, 0) for rank in pair) for pair in pairs
-    )
-    if not fine or not pairs:
-        raise ConfigError(f"has pairs {pairs!r} at node {number}; they are [position rank, vocabulary rank], from 0.")
-    if not isinstance(parents, list) or not all(_whole(parent, 0) for parent in parents):
-        raise ConfigError(f"has parents {parents!r} at node {number}; they are numbers of nodes, or 0 for the root.")
     counts = {name: entry.get(name, 0) for name in ("count", "chances")}
-    if not all(_whole(value, 0) for value in counts.values()):
-        raise ConfigError(f"has count or chances at node {number} that are no whole numbers: {counts}.")
+    _must(
+        isinstance(pairs, list)
+        and len(pairs) > 0
+        and all(isinstance(pair, list) and len(pair) == 2 and all(_whole(rank, 0) for rank in pair) for pair in pairs),
+        f"has pairs {pairs!r} at node {number}; they are [position rank, vocabulary rank], from 0.",
+    )
+    _must(
+        isinstance(parents, list) and all(_whole(parent, 0) for parent in parents),
+        f"has parents {parents!r} at node {number}; they are numbers of nodes, or 0 for the root.",
+    )
+    whole = all(_whole(value, 0) for value in counts.values())
+    _must(whole, f"has count or chances at node {number} that are not whole numbers: {counts}.")
     return Node(tuple(sorted((place, token) for place, token in pairs)), tuple(parents), **counts)
 
 
 def _check(graph: DraftGraph) -> None:
-    """Refuse a graph that is none.
+    """Refuse nodes that do not make a graph.
 
     :raises ConfigError: naming the node.
     """
-    nodes = graph.nodes
+    nodes, length = graph.nodes, graph.block_length
     seen: set[Pairs] = set()
     for number, node in enumerate(nodes, 1):
         places = [place for place, _ in node.pairs]
-        if len(set(places)) < len(places) or places[-1] >= graph.block_length:
-            raise ConfigError(
-                f"has node {number} with position ranks {places}: they are different, and below the block length "
-                f"{graph.block_length}."
-            )
-        if node.pairs in seen:
-            raise ConfigError(f"has node {number} twice.")
+        different = len(set(places)) == len(places) and places[-1] < length
+        _must(
+            different,
+            f"has node {number} with position ranks {places}: they are different, and below the block length {length}.",
+        )
+        _must(node.pairs not in seen, f"has node {number} twice.")
         seen.add(node.pairs)
         for parent in node.parents:
-            if parent > len(nodes) or (parent != ROOT and not set(nodes[parent - 1].pairs) < set(node.pairs)):
-                raise ConfigError(f"has an edge {parent} -> {number} along which decided places would change.")
+            grows = parent == ROOT or (parent <= len(nodes) and set(nodes[parent - 1].pairs) < set(node.pairs))
+            _must(grows, f"has an edge {parent} -> {number} along which decided places would change.")
     lost = set(range(1, len(nodes) + 1)) - reachable([node.parents for node in nodes])
-    if lost:
-        raise ConfigError(f"has node {min(lost)} that no path leads to from the current state.")
+    _must(not lost, f"has node {min(lost, default=0)} that no path leads to from the current state.")
 
 
 def reachable(parents: Sequence[Sequence[int]]) -> set[int]:
@@ -228,14 +255,3 @@ def reachable(parents: Sequence[Sequence[int]]) -> set[int]:
                 reached.add(number)
                 left.append(number)
     return reached - {ROOT}
-
-
-def _mapping(plain: Mapping[str, Any], name: str) -> dict[str, Any]:
-    value = plain.get(name, {})
-    if not isinstance(value, dict):
-        raise ConfigError(f"has {name} {value!r}, which is no object.")
-    return value
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

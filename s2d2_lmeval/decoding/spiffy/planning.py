@@ -1,222 +1,211 @@
 """From where the rows stand and what they may draft to the next pass: the current block and draft states side by side.
 
-What a row brings, in this order; groups of draft states see the row's text before the block and themselves only:
+What a row brings, in this order; draft states see the row's text before the block, and themselves only:
 
-head       its own text from the first position without keys: a prefill chunk, a block to commit, or the block being
+text       its own text from the first position without keys: a prefill chunk, a block to commit, or the block being
            denoised (a finished part in front rides along and is kept)
-inside     a copy of the block per draft state that leaves a mask: its logits are wanted where the head's are
-finishing  per draft state that leaves none: the finished block as it would be committed, behind it the masks of the
+inside     a copy of the block per draft state that leaves a mask: its logits are wanted where the text's are
+finishing  per draft state that leaves none: the finished block as it would be committed, after it the masks of the
            next block, whose logits are wanted; if the block comes out so, its keys are kept and the next block's first
            draft is there already
+
+Of shifted models the rows' "block" is a sub-block, and a draft state is a copy of the whole block around it, because
+every query of it sees all others. One that finishes the sub-block gives the next one's first logits.
+
+Plans read ``draft``, several logits per place: places are ``slot`` and ``place`` (M,), and ``lookup`` (M, 1 + S) says
+where the logits of each lie, in the row's current state and in each draft state. Of every row, ``offered`` (rows, S)
+says which slots for states are in use and ``ends`` (rows, S) which of these finish the block. Plans know how many
+states ``inside`` and ``finishing`` (R,) there are, and the queries ``text`` (R,).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.blocks.planning import BlockPlan, prefill_end, send_facts
-from s2d2_lmeval.decoding.blocks.rows import DRAFT, PREFILL, Rows
+from s2d2_lmeval.decoding.blocks.planning import block_plan, read_first, send_blocks, set_text, subblock_text, text_end
+from s2d2_lmeval.decoding.blocks.rows import Rows
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.runtime.passes import Layout, Pass
-from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, block_end, by_reach, in_branches
+from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent
+from s2d2_lmeval.decoding.state import DRAFT
+from s2d2_lmeval.runtime.visibility import block_end, by_reach, in_branches
+
+WriteStates = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Puts so many states ``inside`` and ``finishing`` (rows,) that may follow ``block`` (rows, B) into the store, and
+returns them, (rows, D, B); what is not asked for means nothing."""
 
 
-@dataclass(frozen=True)
-class StatePlan(BlockPlan):
-    """A pass over current blocks and draft states.
+class States:
+    """The draft states of the active rows (R,) as a segment of their pass: ``inside`` (R,) of ``widths[0]`` queries
+    each, from position ``first`` (R,) on, then ``finishing`` (R,) of ``widths[1]``.
 
-    ``inside`` and ``finishing`` (R,) draft states of each active row; on the device, of every row, ``offered`` (rows,
-    S) which of the slots for states are in use and ``ends`` (rows, S) which of these finish the block. ``lookup`` (M,
-    1 + S) says for each place that is read where its logits are, in the row's current state and in each draft state.
+    Of each query (K,): which ``state`` of its row, whether that ``finishes``, and its place in the state, ``local``.
     """
 
-    inside: np.ndarray
-    finishing: np.ndarray
-    offered: torch.Tensor
-    ends: torch.Tensor
-    lookup: torch.Tensor
+    def __init__(
+        self,
+        builder: PassBuilder,
+        first: np.ndarray,
+        inside: np.ndarray,
+        finishing: np.ndarray,
+        widths: tuple[int, int],
+    ) -> None:
+        self.inside, self.finishing, self.widths = inside, finishing, widths
+        self.segment = builder.add(inside * widths[0] + finishing * widths[1])
+        row, local = self.segment.row, self.segment.local
+        beyond = local - (inside * widths[0])[row]
+        self.finishes = beyond >= 0
+        self.state = np.where(self.finishes, inside[row] + beyond // widths[1], local // widths[0])
+        self.local = np.where(self.finishes, beyond % widths[1], local % widths[0])
+        self.position = first[row] + self.local
+        self.segment.set(position=self.position)
 
+    def read(
+        self,
+        builder: PassBuilder,
+        places: tuple[np.ndarray, np.ndarray],
+        wanted: np.ndarray,
+        queries: tuple[np.ndarray, np.ndarray, np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        """Want the logits of ``places``, (rows, places) (M,), in all states that have some; ``wanted`` (M,) where
+        those that leave a mask do. ``queries`` (M,) give each place's query in the text, in a state inside, and in a
+        finishing one.
 
-PlanT = TypeVar("PlanT", bound=StatePlan)
-
-
-class WriteStates(Protocol):
-    """Puts draft states into the store."""
-
-    def __call__(self, block: torch.Tensor, inside: torch.Tensor, finishing: torch.Tensor) -> torch.Tensor:
-        """As many states ``inside`` and ``finishing`` (rows,) as these say may follow ``block`` (rows, B).
-
-        Returns (rows, D, B); what is not asked for means nothing.
+        Returns what :class:`~s2d2_lmeval.decoding.spiffy.decoder.Spiffy` needs to find them.
         """
-
-
-@dataclass(frozen=True)
-class StateGroups:
-    """Where each packed query (N,) of ``layout`` belongs.
-
-    ``state`` is the row's draft state, -1 in the head; ``place`` counts from the block's first position on. ``heads``
-    (R,) queries; ``inside`` and ``finishing`` (R,) draft states.
-    """
-
-    layout: Layout
-    heads: np.ndarray
-    inside: np.ndarray
-    finishing: np.ndarray
-    length: int
-    state: np.ndarray
-    place: np.ndarray
-
-    @classmethod
-    def of(
-        cls, slots: np.ndarray, heads: np.ndarray, inside: np.ndarray, finishing: np.ndarray, length: int
-    ) -> StateGroups:
-        layout = Layout(slots, heads + (inside + 2 * finishing) * length)
-        r = layout.row_of
-        behind = layout.local - heads[r]
-        beyond = behind - inside[r] * length
-        double = beyond >= 0
-        state = np.where(double, inside[r] + beyond // (2 * length), behind // length)
-        place = np.where(double, beyond % (2 * length), behind % length)
-        return cls(layout, heads, inside, finishing, length, np.where(behind < 0, -1, state), place)
-
-    def queries(self, row: np.ndarray, place: np.ndarray, head: np.ndarray) -> np.ndarray:
-        """(M, 1 + S) packed query of each ``place`` (M,) of rows ``row`` (M,): in the head, where it is ``head`` (M,),
-        in the states inside, and in the masks behind those that finish.
-        """
+        row, place = places
+        text, inside, finishing = queries
         most = int((self.inside + self.finishing).max(initial=0))
-        inside = self.inside[row][:, None]
-        state = np.arange(most)
-        copies = state * self.length
-        doubles = (2 * state - inside + 1) * self.length
-        drafted = self.heads[row][:, None] + np.where(state < inside, copies, doubles) + place[:, None]
-        return self.layout.offsets[row][:, None] + np.hstack([head[:, None], drafted])
+        state, before = np.arange(most), self.inside[row][:, None]
+        copies = np.where(
+            state < before,
+            state * self.widths[0] + inside[:, None],
+            before * self.widths[0] + (state - before) * self.widths[1] + finishing[:, None],
+        )
+        query = np.hstack([text[:, None], self.segment.first[row][:, None] + copies])
+        number = np.arange(1 + most)
+        read = np.where(number <= before, wanted[:, None], number <= (self.inside + self.finishing)[row][:, None])
+        which = np.nonzero(read)
+        lookup = np.zeros_like(query)
+        lookup[which] = np.arange(len(which[0]))
+        builder.read("draft", row[which[0]], place[which[0]], query[which])
+        return {"slot": builder.slots[row], "place": place, "lookup": lookup}
 
 
 def plan_states(
     rows: Rows, config: DecodingConfig, chunk: int, inside: np.ndarray, finishing: np.ndarray, write_states: WriteStates
-) -> StatePlan:
+) -> Plan:
     """Lay out the next forward of all active rows, which offer so many draft states ``inside`` and ``finishing``
     (rows,).
     """
     slots, length = rows.active(), rows.block_length
-    phase, cached, start = rows.phase[slots], rows.cached[slots], rows.start[slots]
-    drafting, masks = phase == DRAFT, rows.masks[slots]
+    cached, start, drafting = rows.cached[slots], rows.start[slots], rows.phase[slots] == DRAFT
+    end = text_end(rows, slots, chunk)
+    builder = PassBuilder(slots)
+    text = builder.span(cached, end - cached)
+    set_text(text, rows, slots, config)
+    states = States(builder, start, inside[slots], finishing[slots], (length, 2 * length))
+    next_block = states.local >= length
+    # The finished block is seen and kept as a commit would run it.
+    causal = states.finishes & ~next_block & config.token_causal
+    states.segment.set(
+        source=np.where(next_block, rows.states_at - 1, rows.states_at + states.state * length + states.local),
+        rank=states.position,
+        reach=np.where(causal, states.position, block_end(states.position, length)),
+        branch=2 + states.state,
+        open_state=np.where(states.finishes, -1, slots[states.segment.row] * rows.draft_states + states.state),
+        place=states.local,
+    )
+    builder.lay_out()
     wanted = rows.wanted[slots] & drafting[:, None]
-    heads = np.where(phase == PREFILL, prefill_end(rows, slots, chunk), start + length) - cached
-    groups = StateGroups.of(slots, heads, inside[slots], finishing[slots], length)
-    layout, state, place = groups.layout, groups.state, groups.place
-    r, drafted = layout.row_of, groups.state >= 0
-    positions = np.where(drafted, start[r] + place, cached[r] + layout.local)
-    source = np.where(drafted, rows.states_at + state * length + place, positions)
-    source[drafted & (place >= length)] = rows.states_at - 1  # the mask token
+    row, place = np.nonzero(wanted | (states.finishing > 0)[:, None])
+    current = (text.first + start - cached)[row] + place
+    found = states.read(builder, (row, place), wanted[row, place], (current, place, place + length))
+    keep = np.where(drafting, start, end) - cached
+    return state_plan(builder, rows, config, states, write_states, found, keep, text=end - cached)
 
-    in_block = drafting[r] & (positions >= start[r])
-    first_mask = start + masks.argmax(1)
-    # The finished block is seen and kept as a commit would run it; copies of an open one are put right on the device.
-    finished = drafted & (state >= groups.inside[r]) & (place < length)
-    causal = np.where(in_block & ~finished, config.draft_ver & (positions < first_mask[r]), config.token_causal)
-    reach = np.where(causal & ~(drafted & ~finished), positions, block_end(positions, length))
 
-    entered = wanted | (groups.finishing > 0)[:, None]
-    row, at = np.nonzero(entered)
-    queries = groups.queries(row, at, (start - cached)[row] + at)
-    number = np.arange(queries.shape[1])
-    among = (groups.inside + groups.finishing)[row][:, None]
-    read = np.where(number <= groups.inside[row][:, None], wanted[row, at][:, None], number <= among)
-    lookup = np.zeros_like(queries)
-    lookup[read] = np.arange(read.sum())
-
-    open_state = np.where(drafted & ~finished & (place < length), slots[r] * rows.draft_states + state, -1)
-    arrays = {
-        "source": slots[r] * rows.stride + source,
-        "positions": positions,
-        "rank": layout.padded(positions, NOBODY),
-        "reach": layout.padded(reach, NOTHING),
-        "branch": layout.padded(np.where(in_block, 2 + state, 0), 0),
-        "open_state": layout.padded(open_state, -1),
-        "place": layout.padded(place, 0),
-        "read": queries[read],
-        "fresh_row": slots[row],
-        "fresh_place": at,
-        "lookup": lookup,
-        "inside": inside,
-        "finishing": finishing,
-    }
+def plan_subblock_states(
+    rows: Rows,
+    config: DecodingConfig,
+    whole: DecodingConfig,
+    chunk: int,
+    inside: np.ndarray,
+    finishing: np.ndarray,
+    write_states: WriteStates,
+) -> Plan:
+    """As :func:`plan_states`, for sub-blocks; ``whole`` is the configuration of whole blocks."""
+    slots, part, length = rows.active(), rows.block_length, whole.block_length
+    cached, start, drafting = rows.cached[slots], rows.start[slots], rows.phase[slots] == DRAFT
+    block, end = subblock_text(rows, slots, whole, chunk)
+    builder = PassBuilder(slots)
+    text = builder.span(cached, end - cached)
+    set_text(text, rows, slots, whole)
+    states = States(builder, block, inside[slots], finishing[slots], (length, length))
+    # The state replaces the sub-block; the rest of its block is as it is.
+    place = states.position - start[states.segment.row]
+    replaced = (place >= 0) & (place < part)
+    states.segment.set(
+        source=np.where(replaced, rows.states_at + states.state * part + place, states.position),
+        rank=states.position,
+        reach=block_end(states.position, length),
+        branch=2 + states.state,
+        open_state=slots[states.segment.row] * rows.draft_states + states.state,
+        place=place,
+    )
+    builder.lay_out()
+    wanted = rows.wanted[slots] & drafting[:, None]
+    row, at = np.nonzero(wanted | (states.finishing > 0)[:, None])
+    # The query before a token predicts it; in a state that finishes the sub-block, a token of the next one.
+    before = (start - block)[row] + at - 1
+    current = (text.first + block - cached)[row] + before.clip(0)
+    found = states.read(builder, (row, at), wanted[row, at], (current, before.clip(0), before + part))
+    first = read_first(builder, rows, end)
+    keep = np.where(drafting, block, end) - cached
     return state_plan(
-        StatePlan,
-        rows,
-        config,
-        layout,
-        arrays,
-        write_states,
-        heads=heads,
-        keep=np.where(drafting, start - cached, heads),
-        wanted_counts=np.bincount(row, read.sum(1), minlength=len(slots)).astype(np.int64),
+        builder, rows, config, states, write_states, {**found, "given": np.zeros(rows.count)}, keep, first=first
     )
 
 
 def state_plan(
-    kind: type[PlanT],
+    builder: PassBuilder,
     rows: Rows,
     config: DecodingConfig,
-    layout: Layout,
-    arrays: dict[str, np.ndarray],
+    states: States,
     write_states: WriteStates,
-    *,
-    heads: np.ndarray,
+    facts: dict[str, np.ndarray],
     keep: np.ndarray,
-    wanted_counts: np.ndarray,
-    **more: Any,
-) -> PlanT:
-    """Send ``arrays`` to the device, fill in the draft states there, and make the pass of it.
-
-    ``open_state`` and ``place`` (R, W) among the arrays say of which draft state with masks a query is part (-1: of
-    none) and where; ``lookup``, ``inside`` and ``finishing`` are as in :class:`StatePlan`, the latter two (rows,).
-    """
-    inside, finishing = arrays["inside"], arrays["finishing"]
-    slot = np.arange(arrays["lookup"].shape[1] - 1)
-    offered, ends = slot < (inside + finishing)[:, None], slot >= inside[:, None]
-    sent = send_facts(rows, config, **arrays, offered=offered, ends=ends)
+    **known: np.ndarray,
+) -> Plan:
+    """Send the pass and ``facts`` to the device, fill in the draft states there, and make the plan of it."""
+    inside, finishing = np.zeros((2, rows.count), dtype=np.int64)
+    inside[builder.slots], finishing[builder.slots] = states.inside, states.finishing
+    slot = np.arange(facts["lookup"].shape[1] - 1)
+    sent = send_blocks(
+        rows,
+        config,
+        builder,
+        **facts,
+        branch=builder.padded("branch", 0),
+        open_state=builder.padded("open_state", -1, -1),
+        state_place=builder.padded("place", 0),
+        inside=inside,
+        finishing=finishing,
+        offered=slot < (inside + finishing)[:, None],
+        ends=slot >= inside[:, None],
+    )
     reach = sent["reach"]
     if slot.size:
-        states = write_states(rows.store.view(-1)[sent["block"]], sent["inside"], sent["finishing"])
+        drafted = write_states(rows.store.view(-1)[sent["block"]], sent["inside"], sent["finishing"])
         if config.draft_ver:
-            reach = _causal_up_to_first_mask(states == rows.mask_token_id, sent, reach)
-    return kind(
-        request=Pass(
-            layout=layout,
-            tokens=rows.store.view(-1)[sent["source"]],
-            positions=sent["positions"],
-            visible=in_branches(by_reach(sent["rank"], reach), sent["branch"]),
-            wanted=sent["read"],
-            keep=keep,
-        ),
-        phases=rows.phase[layout.slots],
-        heads=heads,
-        wanted_counts=wanted_counts,
-        verifies=0,
-        drafts=len(arrays["fresh_row"]),
-        aheads=0,
-        verify_at=(sent["fresh_row"][:0], sent["fresh_place"][:0]),
-        fresh_at=(sent["fresh_row"], sent["fresh_place"]),
-        verify_rows=sent["verifying"].bool(),
-        draft_rows=sent["drafting"].bool(),
-        ahead_rows=torch.zeros_like(sent["drafting"], dtype=torch.bool),
-        facts=sent,
-        inside=inside[layout.slots],
-        finishing=finishing[layout.slots],
-        offered=sent["offered"].bool(),
-        ends=sent["ends"].bool(),
-        lookup=sent["lookup"],
-        **more,
-    )
+            reach = _causal_up_to_first_mask(drafted == rows.mask_token_id, sent, reach)
+    visible = in_branches(by_reach(sent["rank"], reach), sent["branch"])
+    return block_plan(builder, sent, rows, visible, keep, inside=states.inside, finishing=states.finishing, **known)
 
 
-def _causal_up_to_first_mask(masks: torch.Tensor, sent: dict[str, torch.Tensor], reach: torch.Tensor) -> torch.Tensor:
+def _causal_up_to_first_mask(masks: torch.Tensor, sent: Sent, reach: torch.Tensor) -> torch.Tensor:
     """``reach`` (R, W) where the decided prefix of a draft state, as that of any open block, sees no later token.
 
     ``masks`` (rows, D, B) are those of the draft states.
@@ -224,5 +213,5 @@ def _causal_up_to_first_mask(masks: torch.Tensor, sent: dict[str, torch.Tensor],
     length = masks.shape[-1]
     first_mask = torch.where(masks.any(-1), masks.long().argmax(-1), length).view(-1)
     state = sent["open_state"]
-    causal = (state >= 0) & (sent["place"] < first_mask[state.clamp_min(0)])
+    causal = (state >= 0) & (sent["state_place"] < first_mask[state.clamp_min(0)])
     return torch.where(causal, sent["rank"], reach)

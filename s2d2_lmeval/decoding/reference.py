@@ -1,0 +1,165 @@
+"""What exists only to equal the published code: its draw orders, its notation of decisions, its faults.
+
+Nothing else in decoding knows of it: decoders ask here once, when they are created, and find what the options call for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from s2d2_lmeval.decoding.generation import (
+    ACCEPTED,
+    AUTOREGRESSIVE,
+    DENOISED,
+    EDITED,
+    HIGH_CONFIDENCE,
+    KEPT,
+    RATIO,
+    RESAMPLED,
+    PublishedStep,
+    Step,
+)
+from s2d2_lmeval.errors import ConfigError
+
+if TYPE_CHECKING:
+    from s2d2_lmeval.decoding.options.config import DecodingConfig
+
+
+class FixedSource:
+    """Deterministic: every uniform is 0.5, every categorical draw the arg-max."""
+
+    def uniform(self, key: object, needed: torch.Tensor) -> torch.Tensor:
+        return torch.full(needed.shape, 0.5, device=needed.device)
+
+    def categorical(self, probabilities: torch.Tensor, key: object) -> torch.Tensor:
+        return probabilities.argmax(-1)
+
+    def gumbel(self, probabilities: torch.Tensor, key: object) -> torch.Tensor:
+        return torch.zeros_like(probabilities)
+
+    def drawing(self, rows: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+        return rows
+
+
+class TorchDraws:
+    """The global generator of torch."""
+
+    def uniform(self, n: int) -> torch.Tensor:
+        return torch.rand(n)
+
+    def categorical(self, probabilities: torch.Tensor) -> torch.Tensor:
+        return torch.multinomial(probabilities, 1).squeeze(-1)
+
+
+class SequentialSource:
+    """Draws in the order of the published code, one row at a time, and only what that draws; so it reads the device to
+    know how much that is. ``draws`` has ``uniform(n)`` and ``categorical(probabilities)``.
+    """
+
+    def __init__(self, draws: Any) -> None:
+        self.draws = draws
+
+    def uniform(self, key: object, needed: torch.Tensor) -> torch.Tensor:
+        values = torch.as_tensor(self.draws.uniform(int(needed.sum())))
+        drawn = torch.zeros(needed.shape, dtype=values.dtype, device=needed.device)
+        drawn[needed] = values.to(needed.device)
+        return drawn
+
+    def categorical(self, probabilities: torch.Tensor, key: object) -> torch.Tensor:
+        if not len(probabilities):
+            return probabilities.new_zeros(0, dtype=torch.long)
+        return torch.as_tensor(self.draws.categorical(probabilities)).to(probabilities.device)
+
+    def gumbel(self, probabilities: torch.Tensor, key: object) -> torch.Tensor:
+        """Nothing is known of draws to come."""
+        return torch.zeros_like(probabilities)
+
+    def drawing(self, rows: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+        return rows[needed]
+
+
+def reads_whole_block(config: DecodingConfig) -> bool:
+    """Whether a draft reads the decided places of its block too: published code draws for all of them, and its
+    collapsed entropy sums over all.
+
+    Raises:
+        ConfigError: where a schedule does not run all of them.
+    """
+    collapsed = config.collapse_entropy and config.strategy == "entropy_bounded"
+    if collapsed and config.schedule == "lookahead":
+        raise ConfigError(
+            "collapse_entropy sums over every place of the block, and schedule=lookahead does not run the decided ones "
+            "again; use schedule=fused, or collapse_entropy=false."
+        )
+    return collapsed or (config.sampled and not config.keyed)
+
+
+def within_collapsed_entropy(confidence: torch.Tensor, order: torch.Tensor, bound: float) -> torch.Tensor:
+    """As published, every place costs the one entropy of all ``confidence`` (R, L) of its block: which places (R, L),
+    in their ``order``, stay below ``bound``.
+    """
+    entropy = -(confidence * confidence.clamp_min(1e-12).log()).sum(-1, keepdim=True)
+    return (order + 1) * entropy < bound
+
+
+_NOTATION = (
+    *((ACCEPTED, 1, 0), (KEPT, 1, 0), (RESAMPLED, 1, 0.5), (RATIO, 1, 0.2)),
+    *((HIGH_CONFIDENCE, -1, -0.4), (DENOISED, -1, 0), (AUTOREGRESSIVE, -1, -0.5)),
+)
+"""Sign and offset of a position by how it was decided, in the order in which these are listed."""
+
+
+def positions_decided(step: Step, verifies: bool, order: Sequence[int]) -> list[int | float | str]:
+    """Positions decided in a step in the published notation.
+
+    p accepted or kept without resampling, p + 0.5 resampled, p + 0.2 by ratio, -p - 0.4 by high confidence, -p - 0.5
+    from the last row of committed text, and -p (plain p in a decoder without a verifier) by the remasking strategy;
+    in this order, and in ``order`` (B,) within a kind.
+    """
+    entries: list[int | float | str] = []
+    for mark, sign, offset in _NOTATION:
+        places = sorted((order[place], place) for place, found in enumerate(step.marks) if found == mark)
+        sign = sign if verifies or mark != DENOISED else 1
+        entries += [sign * (step.start + place) + offset for _, place in places]
+    return entries
+
+
+def order_of_blocks(steps: Sequence[Step], verifies: bool) -> list[PublishedStep]:
+    """The decoding order of block denoising: an entry per step that decides, ``|`` before a block's first step."""
+    entries: list[PublishedStep] = []
+    start, number = -1, 0
+    for step in steps:
+        if step.kind == "draft":
+            start, number = step.start, number + 1 if step.start == start else 0
+        if any(step.marks):
+            positions = positions_decided(step, verifies, step.order)
+            entries.append(["|", *positions] if number == 0 else positions)
+    return entries
+
+
+def order_of_subblocks(steps: Sequence[Step]) -> list[PublishedStep]:
+    """The decoding order of sub-blocks: it knows no blocks, no ranks, and a minus for everything denoised."""
+    deciding = [step for step in steps if any(step.marks)]
+    return [positions_decided(step, True, [0] * len(step.marks)) for step in deciding]
+
+
+def order_of_edits(steps: Sequence[Step]) -> list[PublishedStep]:
+    """The decoding order where tokens are edited: ``edit`` (position, old, new) and ``unmask`` of each step, in it p
+    denoised, -p accepted, -p - 0.5 resampled.
+    """
+    entries: list[PublishedStep] = []
+    for step in steps:
+        kinds = (EDITED, ACCEPTED, RESAMPLED, DENOISED)
+        found = {kind: [place for place, mark in enumerate(step.marks) if mark == kind] for kind in kinds}
+        if step.kind == "draft":
+            edits = [(step.start + place, step.before[place], step.tokens[place]) for place in found[EDITED]]
+            entries.append({"edit": edits, "unmask": []})
+        entry = entries[-1]
+        assert isinstance(entry, dict)
+        entry["unmask"] += [-step.start - place for place in found[ACCEPTED]]
+        entry["unmask"] += [-step.start - place - 0.5 for place in found[RESAMPLED]]
+        entry["unmask"] += [step.start + place for place in found[DENOISED]]
+    return entries
