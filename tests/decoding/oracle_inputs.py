@@ -101,6 +101,7 @@ class Options:
     ucb_entropy_bins: int = 2
     ucb_entropy_source: str = "span"
     suppress_mask_token: bool = True
+    nucleus_first: bool = False  # D2F: nucleus before top-k, and both at temperature zero too
     stale_rows: bool = False  # as published: with draft_ver alone, a block is committed under its last draft's rows
 
     @property
@@ -116,10 +117,13 @@ class Result:
 
     canvas: list[int]
     prompt_length: int
-    nfe: int = 0
     decoding_order: list[list[Any]] = field(default_factory=list)
     forwards: Counter[str] = field(default_factory=Counter)
     stopped: bool = False
+
+    @property
+    def nfe(self) -> int:
+        return self.forwards.total()
 
     def new_tokens(self, stop_token_ids: Sequence[int], limit: int | None = None) -> list[int]:
         """The new tokens before the first stop id, at most ``limit`` of them."""

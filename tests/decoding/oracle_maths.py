@@ -64,21 +64,40 @@ def wide(logits: Tensor) -> Tensor:
 
 
 def transformed(logits: Tensor, options: Options) -> Tensor:
-    """Probabilities after temperature, then top-k, then top-p; temperature zero leaves the plain softmax."""
+    """Probabilities after temperature, then top-k, then top-p; temperature zero leaves the plain softmax.
+
+    D2F as published: top-p before top-k, and both at temperature zero too.
+    """
     logits = wide(logits)
-    if options.temperature < NEVER:
+    if options.temperature >= NEVER:
+        logits = logits / options.temperature
+    elif not options.nucleus_first:
         return logits.softmax(-1)
-    logits = logits / options.temperature
-    if options.top_k > 0:
-        k = min(options.top_k, logits.shape[-1])
-        smallest = logits.topk(k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, -math.inf)
-    if options.top_p < 1.0:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        over = ordered.softmax(-1).cumsum(-1) > options.top_p
-        drop = torch.cat([torch.zeros_like(over[..., :1]), over[..., :-1]], -1)  # the one that crosses top_p stays
-        logits = logits.masked_fill(torch.zeros_like(over).scatter(-1, index, drop), -math.inf)
+    for cut in (nucleus, best) if options.nucleus_first else (best, nucleus):
+        logits = cut(logits, options)
     return logits.softmax(-1)
+
+
+def best(logits: Tensor, options: Options) -> Tensor:
+    if options.top_k <= 0:
+        return logits
+    smallest = logits.topk(min(options.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < smallest, -math.inf)
+
+
+def nucleus(logits: Tensor, options: Options) -> Tensor:
+    if options.top_p >= 1.0:
+        return logits
+    ordered, index = logits.sort(dim=-1, descending=True)
+    over = ordered.softmax(-1).cumsum(-1) > options.top_p
+    drop = torch.cat([torch.zeros_like(over[..., :1]), over[..., :-1]], -1)  # the one that crosses top_p stays
+    return logits.masked_fill(torch.zeros_like(over).scatter(-1, index, drop), -math.inf)
+
+
+def drafts(logits: Tensor, options: Options) -> tuple[Tensor, bool]:
+    """The law that drafts and their confidence come from, and whether they are sampled from it."""
+    sampled = options.do_sample and options.temperature >= NEVER
+    return transformed(logits, options) if sampled or options.nucleus_first else wide(logits).softmax(-1), sampled
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -89,11 +108,11 @@ def by_confidence(positions: Sequence[int], confidence: Tensor) -> list[int]:
     return sorted(positions, key=lambda i: -float(confidence[i]))
 
 
-def residual(p: Tensor, q: Tensor) -> Tensor:
-    """What is left of the verifier's law where it exceeds the drafter's, normalised; q itself if nothing is left."""
-    excess = (q - p).clamp_min(0.0)
+def residual(draft: Tensor, target: Tensor) -> Tensor:
+    """What is left of the verifier's law where it exceeds the drafter's, normalised; all of it if nothing is left."""
+    excess = (target - draft).clamp_min(0.0)
     mass = excess.sum()
-    return excess / mass if bool(torch.isfinite(mass)) and float(mass) > DUST else q
+    return excess / mass if bool(torch.isfinite(mass)) and float(mass) > DUST else target
 
 
 class Router:

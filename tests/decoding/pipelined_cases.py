@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from s2d2_lmeval import BlockDiffusionModel, DecodingConfig, load
+from s2d2_lmeval.decoding.options.reading import owners
 
 from .drawn import SCORE, prompts
 from .pipelined_oracle import PipelinedOptions
@@ -67,9 +68,10 @@ def engine(family: str, max_batch: int = 8, seed: int = 0) -> BlockDiffusionMode
 def engine_options(options: PipelinedOptions) -> dict[str, Any]:
     """The oracle's options as the engine's, without those of the other decoder."""
     values = dataclasses.asdict(options)
-    values["nucleus_first"] = values.pop("filter_as_published")
-    owners = {field.name: field.metadata["decoders"] for field in dataclasses.fields(DecodingConfig)}
-    return {name: value for name, value in values.items() if options.decoder in owners[name]}
+    fields = DecodingConfig.fields()
+    taken = {field.name for field in fields if "pipelined" in field.metadata["schemes"]}
+    taken &= {name for name, decoders in owners(fields).items() if options.decoder in decoders}
+    return {name: value for name, value in values.items() if name in taken}
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def options(draw: st.DrawFn, decoder: str, policy: str = "mask_span_length") -> 
         "top_k": draw(st.sampled_from([0, 0, 4])),
         "top_p": draw(st.sampled_from([1.0, 1.0, 0.8])),
         "do_sample": draw(st.booleans()) and temperature > 0,
-        "filter_as_published": draw(st.booleans()),
+        "nucleus_first": draw(st.booleans()),
         "stop_token_ids": tuple(draw(st.lists(st.integers(0, MASK - 1), max_size=2))),
         "suppress_mask_token": draw(st.booleans()),
     }

@@ -1,88 +1,41 @@
-"""An independent account of pipelined decoding (D2F): one sequence, no cache, every forward recomputes the whole text.
+"""An independent account of pipelined decoding (D2F): several blocks after the prompt in the making at once.
 
-Blocks stand behind the prompt, several of them in the making at once. A block sees the prompt and every block up to
-itself, so what is decided never depends on how far the pipeline reaches. The engine is tested against this file, so
-nothing is shared with it: the rules are written out once more, position by position.
+A block sees the prompt and every block up to itself, so what is decided never depends on how far the pipeline reaches.
+Nothing is committed: every forward recomputes the whole text.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .oracle_inputs import Draws
-from .oracle_maths import Router
-
-NEVER = 1.0e-6  # a temperature below this means "take the arg-max"
+from .oracle_inputs import Draws, Options, Result
+from .oracle_loop import Account
+from .oracle_maths import drafts as drafted_from
 
 
 @dataclass(frozen=True)
-class PipelinedOptions:
-    """The options of the pipelined scheme under their published names, or the nearest of this package."""
+class PipelinedOptions(Options):
+    """The options of the pipelined scheme; those of :class:`Options` that it does not have stay at their defaults."""
 
     decoder: str = "s2d2"  # or pipelined
-    max_new_tokens: int = 32
-    block_length: int = 4
     block_add_threshold: float = 0.1
     decoded_token_threshold: float = 0.5
     confidence_threshold: float = 0.9  # published as skip_threshold
     margin_confidence: bool = False
     neg_entropy: bool = False
     temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    do_sample: bool = False
-    filter_as_published: bool = False  # nucleus before top-k, and both at temperature zero too
-    stop_token_ids: tuple[int, ...] = ()
-    suppress_mask_token: bool = True
-    acceptance: str = "stochastic"
-    allow_resample: bool = True
-    ssd_ratio_tempering_factor: float = 1.0
-    do_verify_policy: str = "mask_span_length"
-    min_ssd_span_length: int = 1
-    legacy_ssd_span_strategy: bool = False
-    do_verify_score_threshold: float = -1.0
-    hysteresis_threshold_on: float = 0.0
-    hysteresis_threshold_off: float = -1.0
-    do_verify_score_type: str = "difference_dynamic"
-    score_penalty_coef: float = 2.0
-    token_acceptance_estimator: str = "hard_margin_threshold"
-    ssd_confidence_margin_threshold: float = 0.05
-    ssd_entropy_temperature: float = 1.0
-    ssd_entropy_threshold: float = 0.5
-    ssd_confidence_power: float = 1.0
-    ssd_confidence_margin_coef: float = 1.0
     target_block_size: int = 1
     min_tokens_per_step: int = 1
     ssd_partial_ar_span: int = 0
     ssd_threshold_draft_confidence: bool = False
     draft_confidence_threshold: float | None = None
     verify_confidence_threshold: float | None = None
-
-
-@dataclass
-class PipelinedResult:
-    """What a run produced; ``canvas`` is the prompt and every block that was opened."""
-
-    canvas: list[int]
-    prompt_length: int
-    drafts: int = 0
-    verifies: int = 0
-    decoding_order: list[list[Any]] = field(default_factory=list)
-
-    @property
-    def nfe(self) -> int:
-        return self.drafts + self.verifies
-
-    def new_tokens(self, stop_token_ids: Sequence[int], limit: int | None = None) -> list[int]:
-        """The new tokens before the first stop id, at most ``limit`` of them."""
-        new = self.canvas[self.prompt_length :][:limit]
-        return new[: next((i for i, token in enumerate(new) if token in stop_token_ids), len(new))]
 
 
 @dataclass
@@ -95,27 +48,28 @@ class Drafted:
     logits: Tensor
 
 
-class PipelinedOracle:
-    """``model`` is a plain causal language model in eval mode; ``shifted``: its row t-1 predicts position t."""
+class PipelinedOracle(Account[PipelinedOptions]):
+    """Blocks side by side; ``shifted``: the model's row t-1 predicts position t."""
 
     def __init__(self, model: Any, options: PipelinedOptions, draws: Draws, mask_id: int, shifted: bool) -> None:
-        self.model, self.options, self.draws = model, options, draws
-        self.mask_id, self.shifted = mask_id, shifted
-        self.size = options.block_length
+        super().__init__(model, options, draws, mask_id)
+        self.shifted = shifted
 
-    def run(self, prompt: Sequence[int]) -> PipelinedResult:
+    def overdue(self, tokens: Sequence[int]) -> bool:
+        return self.stalled
+
+    def run(self, prompt: Sequence[int]) -> Result:
         options = self.options
         self.tokens, self.prompt = list(prompt), len(prompt)
-        self.result = PipelinedResult(self.tokens, self.prompt)
-        self.router = Router(options)  # type: ignore[arg-type]  # reads the routing options only
+        self.result = Result(self.tokens, self.prompt)
         self.ready: set[int] = set()  # blocks that may be forced on
         self.stalled = False  # the mask was predicted where something had to be decided
-        limit = math.ceil(options.max_new_tokens / self.size)
+        limit = math.ceil(options.max_new_tokens / self.block)
         ended = False
         while True:
             opened = len(self.blocks())
             if opened < limit and not ended and self.share(opened - 1) >= options.block_add_threshold:
-                self.tokens += [self.mask_id] * self.size
+                self.tokens += [self.mask_id] * self.block
             for block in range(-1, len(self.blocks()) - 1):
                 if self.share(block) >= options.decoded_token_threshold:
                     self.ready.add(block + 1)
@@ -132,13 +86,13 @@ class PipelinedOracle:
     # where things stand
 
     def blocks(self) -> list[range]:
-        return [range(start, start + self.size) for start in range(self.prompt, len(self.tokens), self.size)]
+        return [range(start, start + self.block) for start in range(self.prompt, len(self.tokens), self.block)]
 
     def share(self, block: int) -> float:
         """Decided share of a block; the prompt, block -1, is decided."""
         if block < 0:
             return 1.0
-        return sum(self.tokens[i] != self.mask_id for i in self.blocks()[block]) / self.size
+        return sum(self.tokens[i] != self.mask_id for i in self.blocks()[block]) / self.block
 
     # one iteration
 
@@ -208,16 +162,9 @@ class PipelinedOracle:
 
     def verify(self, span: list[int], drafts: dict[int, Drafted], start: int) -> tuple[dict[int, int], list[Any]]:
         options = self.options
-        p, q = [self.law(drafts[i].logits) for i in span], self.verifier_laws(span, drafts, start)
+        draft_law, target = [self.law(drafts[i].logits) for i in span], self.verifier_laws(span, drafts, start)
         token = [drafts[i].token for i in span]
-        if options.acceptance == "greedy":
-            passes = [int(row.argmax()) == t for row, t in zip(q, token, strict=True)]
-        else:
-            ratio = [
-                (new[t] / drafts[i].probability.clamp_min(1e-12)).pow(options.ssd_ratio_tempering_factor).clamp_max(1.0)
-                for i, t, new in zip(span, token, q, strict=True)
-            ]
-            passes = [bool(u < r) for u, r in zip(self.draws.accept(span), ratio, strict=True)]
+        passes = self.passes(span, token, [drafts[i].probability for i in span], target)
         if options.ssd_threshold_draft_confidence:
             given = options.draft_confidence_threshold
             bar = options.confidence_threshold if given is None else given
@@ -228,13 +175,12 @@ class PipelinedOracle:
         if rejected == len(span):
             return decided, order
         place, bar = span[rejected], options.verify_confidence_threshold
-        if options.allow_resample and (bar is None or float(q[rejected][token[rejected]]) >= bar):
-            if options.acceptance == "greedy":
-                decided[place] = int(q[rejected].argmax())
-            else:
-                decided[place] = self.draws.resample(place, leftover(p[rejected], q[rejected]))
+        if options.allow_resample and (bar is None or float(target[rejected][token[rejected]]) >= bar):
+            replacement = self.replacement(place, draft_law[rejected], target[rejected])
+            assert replacement is not None
+            decided[place] = replacement
             order.append(place + 0.5)
-        if options.ssd_partial_ar_span and self.result.drafts > 1:
+        if options.ssd_partial_ar_span and self.result.forwards["draft"] > 1:
             run: list[int] = []
             for ok, i in [*zip(passes[rejected:], span[rejected:], strict=True), (False, -1)]:
                 if ok:
@@ -249,24 +195,22 @@ class PipelinedOracle:
     # forwards
 
     def draft_forward(self) -> Tensor:
-        self.result.drafts += 1
         group = torch.tensor(
-            [-1 if i < self.prompt else (i - self.prompt) // self.size for i in range(len(self.tokens))]
+            [-1 if i < self.prompt else (i - self.prompt) // self.block for i in range(len(self.tokens))]
         )
-        return self.forward(self.tokens, range(len(self.tokens)), group[:, None] >= group[None, :])
+        return self.forward("draft", self.tokens, range(len(self.tokens)), group[:, None] >= group[None, :])
 
     def verifier_laws(self, span: list[int], drafts: dict[int, Drafted], start: int) -> list[Tensor]:
         """The verifier's law at every place of the span, blocks of ``target_block_size`` counted from the prompt."""
-        self.result.verifies += 1
         filled = [drafts[i].token if i in drafts else token for i, token in enumerate(self.tokens)]
         n, target = len(filled), self.options.target_block_size
-        group = torch.tensor([-1 if i < self.prompt else (i - self.prompt) // self.size for i in range(n)])
+        group = torch.tensor([-1 if i < self.prompt else (i - self.prompt) // self.block for i in range(n)])
         visible = group[:, None] >= group[None, :]
         fine = torch.div(torch.arange(n) - self.prompt, target, rounding_mode="floor")
         visible[start:] = fine[start:, None] >= fine[None, :]
         visible[start:, : self.prompt] = True
         if self.shifted:
-            rows = self.forward(filled, range(n), visible)
+            rows = self.forward("verify", filled, range(n), visible)
             return [self.law(rows[i - 1]) for i in span]
         both = torch.zeros(2 * n - start, 2 * n - start, dtype=torch.bool)
         both[:n, :n] = visible
@@ -274,20 +218,8 @@ class PipelinedOracle:
         both[n:, : self.prompt] = True
         both[n:, n:] = fine[start:, None] == fine[None, start:]
         masks = [self.mask_id] * (n - start)
-        rows = self.forward(filled + masks, [*range(n), *range(start, n)], both)
+        rows = self.forward("verify", filled + masks, [*range(n), *range(start, n)], both)
         return [self.law(rows[n + i - start]) for i in span]
-
-    def forward(self, tokens: Sequence[int], positions: Sequence[int], visible: Tensor) -> Tensor:
-        where = torch.tensor([list(positions)])
-        with torch.no_grad():
-            answer = self.model(
-                input_ids=torch.tensor([list(tokens)]), position_ids=where, attention_mask=visible[None, None]
-            )
-        rows = answer.logits[0].clone()
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        if self.options.suppress_mask_token or self.stalled:
-            rows[:, self.mask_id] = -math.inf
-        return rows
 
     # probabilities
 
@@ -296,51 +228,18 @@ class PipelinedOracle:
         if not places:
             return {}
         logits = rows[[i - 1 if self.shifted else i for i in places]]
-        sampled = self.options.do_sample and self.options.temperature >= NEVER
-        if sampled:
-            law = self.law(logits)
-            tokens = self.draws.draft(places, law)
-        else:
-            law = self.law(logits) if self.options.filter_as_published else logits.softmax(-1)
-            tokens = logits.argmax(-1)
-        probability = law.gather(-1, tokens[:, None])[:, 0]
-        score = probability
+        tokens, probability = self.sample(logits, places)
+        law, score = drafted_from(logits, self.options)[0], probability
         if self.options.margin_confidence:
             top = law.topk(2, dim=-1).values
             score = top[:, 0] - top[:, 1]
         if self.options.neg_entropy:
             score = (law * (law + 1e-10).log()).sum(-1)
-        return {i: Drafted(int(tokens[n]), probability[n], score[n], logits[n]) for n, i in enumerate(places)}
-
-    def law(self, logits: Tensor) -> Tensor:
-        """Probabilities after temperature and filters."""
-        options = self.options
-        if options.temperature < NEVER:
-            if not options.filter_as_published:
-                return logits.softmax(-1)
-        else:
-            logits = logits / options.temperature
-        for cut in ("nucleus", "top") if options.filter_as_published else ("top", "nucleus"):
-            if cut == "top" and options.top_k > 0:
-                smallest = logits.topk(min(options.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-                logits = logits.masked_fill(logits < smallest, -math.inf)
-            if cut == "nucleus" and options.top_p < 1.0:
-                ordered, index = logits.sort(dim=-1, descending=True)
-                over = ordered.softmax(-1).cumsum(-1) > options.top_p
-                drop = torch.cat([torch.zeros_like(over[..., :1]), over[..., :-1]], -1)
-                logits = logits.masked_fill(torch.zeros_like(over).scatter(-1, index, drop), -math.inf)
-        return logits.softmax(-1)
-
-
-def leftover(p: Tensor, q: Tensor) -> Tensor:
-    """What is left of the verifier's law where it exceeds the drafter's, normalised."""
-    excess = (q - p).clamp_min(0.0)
-    mass = excess.sum()
-    return excess / mass if bool(torch.isfinite(mass)) and float(mass) > 1e-6 else q  # less is rounding
+        return {i: Drafted(tokens[n], probability[n], score[n], logits[n]) for n, i in enumerate(places)}
 
 
 def decode_pipelined(
     model: Any, prompt: Sequence[int], options: PipelinedOptions, draws: Draws, *, mask_id: int, shifted: bool
-) -> PipelinedResult:
+) -> Result:
     """Decode one prompt by full recompute."""
     return PipelinedOracle(model, options, draws, mask_id, shifted).run(prompt)

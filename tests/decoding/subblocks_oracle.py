@@ -1,9 +1,7 @@
-"""An independent account of Fast-dLLM v2 decoding: one sequence, no cache, every forward recomputes everything it sees.
+"""An independent account of Fast-dLLM v2 decoding: blocks in parts, by a model whose logits are shifted.
 
-The sub-block scheme written out in the plainest way, to test the engine against. The model's logits are shifted: the
-row of token t-1 predicts token t. A block is decoded sub-block by sub-block, its first token being the arg-max of the
-last row of what was committed before it (the "AR token"). Forwards and probabilities are those of the other oracle:
-full recompute under one explicit mask in which every committed row sees what it saw when it was committed.
+The row of token t-1 predicts token t. A block is decoded sub-block by sub-block, its first token being the arg-max of
+the last row of what was committed before it (the "AR token").
 """
 
 from __future__ import annotations
@@ -18,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .oracle_inputs import Draws, Options, Result
-from .oracle_maths import NEVER, Context, Router, block_causal, causal, residual, transformed, wide
+from .oracle_loop import Account, first_run
+from .oracle_maths import NEVER, Router, block_causal, causal
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,11 @@ def published_budget(prompt: int, max_new_tokens: int, block_length: int) -> int
     return max(0, max_new_tokens // block_length * block_length + 1 - prompt % block_length)
 
 
-class SubblockOracle:
-    """One call of ``run`` decodes one prompt. ``model`` is a plain causal language model in eval mode."""
+class SubblockOracle(Account[SubblockOptions]):
+    """Blocks that are decoded sub-block by sub-block."""
 
     def __init__(self, model: Any, options: SubblockOptions, draws: Draws, mask_id: int) -> None:
-        self.options, self.draws, self.mask_id = options, draws, mask_id
-        self.context = Context(model, mask_id)
+        super().__init__(model, options, draws, mask_id)
         size = options.small_block_size
         self.router = Router(dataclasses.replace(options, block_length=size))  # all its quantities are the sub-block's
         self.stale: list[int] | None = None  # the block as of its last whole forward, while its keys are still in use
@@ -60,11 +58,11 @@ class SubblockOracle:
         whole = len(canvas) // size * size
         if whole:
             mask = causal(whole) if options.cache_ver else block_causal(whole, size)
-            logits = self._forward("prefill", canvas[:whole], range(whole), mask, keep=True)
+            logits = self.forward("prefill", canvas[:whole], range(whole), mask, keep=True)
             if whole == len(canvas):
                 self._append(logits[-1])
         while len(canvas) < self.prompt + options.max_new_tokens and not self._stopped_in(canvas[self.prompt :]):
-            if not self._decode_block(canvas):
+            if not self._next_block(canvas):
                 break
         self.result.stopped = self._stopped_in(canvas[self.prompt :])
         return self.result
@@ -79,7 +77,7 @@ class SubblockOracle:
         """A token per forward, from the last token's own row."""
         canvas, kind = self.result.canvas, "prefill"
         while len(canvas) < self.prompt + self.options.max_new_tokens:
-            self._append(self._forward(kind, canvas, range(len(canvas)), causal(len(canvas)), keep=False)[-1])
+            self._append(self.forward(kind, canvas, range(len(canvas)), causal(len(canvas)))[-1])
             kind = "commit"
             if canvas[-1] in self.options.stop_token_ids:
                 self.result.stopped = True
@@ -88,7 +86,7 @@ class SubblockOracle:
 
     # one block
 
-    def _decode_block(self, canvas: list[int]) -> bool:
+    def _next_block(self, canvas: list[int]) -> bool:
         """Decode the block that the canvas ends in. False: a stop token struck, and the block is left as it is."""
         size, part = self.options.block_length, self.options.small_block_size
         start = len(self.context.tokens)
@@ -103,8 +101,7 @@ class SubblockOracle:
         canvas[start:] = block
         if self._stopped_in(block[begun:]):
             return False
-        mask = causal(size) if self.options.cache_ver else torch.ones(size, size, dtype=torch.bool)
-        logits = self._forward("commit", block, range(start, start + size), mask, keep=True)
+        logits = self.forward("commit", block, range(start, start + size), self.commit_mask(), keep=True)
         self._append(logits[-1])
         return True
 
@@ -113,9 +110,10 @@ class SubblockOracle:
         row, place = row.clone(), len(self.result.canvas)
         row[self.mask_id] = -math.inf
         token = int(row.argmax())
-        if self._sampled and (self.options.decoder == "ar" or self.options.sample_first_token):
+        sampled = self.options.do_sample and self.options.temperature >= NEVER
+        if sampled and (self.options.decoder == "ar" or self.options.sample_first_token):
             self.draws.step = 0
-            token = int(self.draws.draft([place], transformed(row[None], self.options))[0])
+            token = int(self.draws.draft([place], self.law(row[None]))[0])
         self.result.decoding_order.append([-place - 0.5])
         self.result.canvas.append(token)
 
@@ -130,20 +128,19 @@ class SubblockOracle:
         """Draft the sub-block that begins at ``first``, and decide some of its masks."""
         options, part = self.options, self.options.small_block_size
         logits = self._draft_logits(block, start, first)
-        drafted, law = self._sample(logits, start + first)
-        confidence = law.gather(-1, torch.tensor(drafted)[:, None])[:, 0]
+        drafted, confidence = self.sample(logits, range(start + first, start + first + part))
         here = block[first : first + part]
         masked = [i for i, token in enumerate(here) if token == self.mask_id]
         chosen: dict[int, int] = {}
         order: list[Any] = []
         verified = False
         if options.decoder == "s2d2":
-            span = [i for n, i in enumerate(masked) if i == masked[0] + n]
-            p = transformed(logits, options)
+            span = first_run(masked)
+            draft_law = self.law(logits)
             high = [i for i in masked if confidence[i] > options.confidence_threshold]
-            verified = self.router.decide(p, span, masked, high, part - len(masked), confidence)
+            verified = self.router.decide(draft_law, span, masked, high, part - len(masked), confidence)
             if verified:
-                self._verify(block, start, first, span, drafted, law, chosen, order)
+                self._verify(block, start, first, span, drafted, confidence, draft_law, chosen, order)
                 self.stale = None
         if not chosen:
             best = max(masked, key=lambda i: float(confidence[i]))
@@ -166,7 +163,7 @@ class SubblockOracle:
             if self.options.draft_ver:
                 decided = block.index(self.mask_id)
                 mask[:decided] = causal(size)[:decided]
-            logits = self._forward("draft", block, places, mask, keep=False)
+            logits = self.forward("draft", block, places, mask)
             self.stale = list(block)
             return torch.cat([logits[:1], logits[:-1]])[first : first + part]
         # Only the sub-block goes in; the rest of the block is seen as it was in the last whole forward.
@@ -175,22 +172,8 @@ class SubblockOracle:
         mask[size:, first : first + part] = False
         tokens = self.stale + block[first : first + part]
         positions = [*places, *places[first : first + part]]
-        logits = self._forward("draft", tokens, positions, mask, keep=False)[size:]
+        logits = self.forward("draft", tokens, positions, mask)[size:]
         return torch.cat([logits[:1], logits[:-1]])
-
-    @property
-    def _sampled(self) -> bool:
-        return self.options.do_sample and self.options.temperature >= NEVER
-
-    def _sample(self, logits: Tensor, start: int) -> tuple[list[int], Tensor]:
-        """A token for every place of the sub-block, and the distribution that it comes from."""
-        if self._sampled:
-            law = transformed(logits, self.options)
-            drafted = self.draws.draft(range(start, start + len(logits)), law)
-        else:
-            law = wide(logits).softmax(-1)
-            drafted = logits.argmax(-1)
-        return drafted.tolist(), law
 
     def _verify(
         self,
@@ -199,48 +182,26 @@ class SubblockOracle:
         first: int,
         span: list[int],
         drafted: list[int],
-        p: Tensor,
+        confidence: Tensor,
+        draft_law: Tensor,
         chosen: dict[int, int],
         order: list[Any],
     ) -> None:
         """Score the drafted span left to right; take its accepted prefix and what replaces the first rejection."""
-        options = self.options
-        end = first + options.small_block_size
+        end = first + self.options.small_block_size
         filled = list(block[:end])
         for i, token in enumerate(drafted):
             if filled[first + i] == self.mask_id:
                 filled[first + i] = token
-        logits = self._forward("verify", filled, range(start, start + end), causal(end), keep=False)
-        law = transformed(torch.cat([logits[:1], logits[:-1]])[first:], options)
-        if options.acceptance == "greedy":
-            accepted = [int(law[i].argmax()) == drafted[i] for i in span]
-        else:
-            ratio = [law[i, drafted[i]] / p[i, drafted[i]].clamp_min(1e-12) for i in span]
-            draws = self.draws.accept([start + first + i for i in span])
-            tempered = [r.pow(options.ssd_ratio_tempering_factor).clamp_max(1.0) for r in ratio]
-            accepted = [bool(u < r) for u, r in zip(draws, tempered, strict=True)]
-        reject = accepted.index(False) if False in accepted else len(span)
-        for i in span[:reject]:
+        logits = self.forward("verify", filled, range(start, start + end), causal(end))
+        target = self.law(torch.cat([logits[:1], logits[:-1]])[first:])
+        accepted, rejected, replacement = self.walk(start + first, span, drafted, confidence, draft_law, target)
+        for i in accepted:
             chosen[i] = drafted[i]
             order.append(start + first + i)
-        if reject == len(span):
-            return
-        i = span[reject]
-        if options.acceptance == "greedy":
-            chosen[i] = int(law[i].argmax())
-        elif options.allow_resample:
-            chosen[i] = self.draws.resample(start + first + i, residual(p[i], law[i]))
-        else:
-            return  # the rejected token stays a mask
-        order.append(start + first + i + 0.5)
+        if rejected is not None and replacement is not None:  # otherwise the rejected token stays a mask
+            chosen[rejected] = replacement
+            order.append(start + first + rejected + 0.5)
 
-    def _forward(
-        self, kind: str, tokens: Sequence[int], positions: Sequence[int], visible: Tensor, *, keep: bool
-    ) -> Tensor:
-        self.result.nfe += 1
-        self.result.forwards[kind] += 1
-        logits = self.context.forward(tokens, positions, visible, keep=keep)
-        if self.options.suppress_mask_token or self.draws.step >= self.options.small_block_size:
-            logits = logits.clone()  # with as many steps as masks, a model that predicts its mask would never end
-            logits[:, self.mask_id] = -math.inf
-        return logits
+    def overdue(self, tokens: Sequence[int]) -> bool:
+        return self.draws.step >= self.options.small_block_size

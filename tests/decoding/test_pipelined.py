@@ -15,9 +15,9 @@ from s2d2_lmeval.decoding import engine as engine_module
 from s2d2_lmeval.errors import ConfigError, NumericalError
 
 from .drawn import prompts
-from .oracle_inputs import Draws, FixedSource, TorchSource
+from .oracle_inputs import Draws, FixedSource, Result, TorchSource
 from .pipelined_cases import FAMILIES, MASK, POLICIES, Case, cases, engine, engine_options, options, tiny_model
-from .pipelined_oracle import PipelinedOptions, PipelinedResult, decode_pipelined
+from .pipelined_oracle import PipelinedOptions, decode_pipelined
 from .tiny import KeyedDraws
 
 TARGETS = [("pipelined", "mask_span_length"), *(("s2d2", policy) for policy in POLICIES)]
@@ -25,7 +25,7 @@ QUICK = {"deadline": None, "derandomize": True, "suppress_health_check": list(He
 LONG = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-def by_oracle(family: str, case: Case) -> PipelinedResult:
+def by_oracle(family: str, case: Case) -> Result:
     draws: Draws = KeyedDraws(case.seed, case.request)
     if case.random_source != "keyed":
         draws = Draws(TorchSource() if case.random_source == "torch" else FixedSource())
@@ -48,7 +48,7 @@ def check_case(family: str, case: Case) -> None:
     assert answer.token_ids == expected.new_tokens(case.options.stop_token_ids, case.options.max_new_tokens)
     assert answer.decoding_order == expected.decoding_order
     kinds = (answer.stats["draft_forwards"], answer.stats["verify_forwards"], answer.stats["nfe"])
-    assert kinds == (expected.drafts, expected.verifies, expected.nfe)
+    assert kinds == (expected.forwards["draft"], expected.forwards["verify"], expected.nfe)
     fused = by_engine(family, case, "fused")
     assert (fused.token_ids, fused.finish_reason) == (answer.token_ids, answer.finish_reason)
     assert fused.stats["nfe"] <= answer.stats["nfe"]
@@ -237,8 +237,8 @@ def test_logits_that_are_no_numbers_are_refused(family: str, decoder: str) -> No
 
 def resolved(config: DecodingConfig) -> PipelinedOptions:
     """The engine's options as the oracle's."""
-    values = {**vars(config), "filter_as_published": config.nucleus_first}
-    return PipelinedOptions(**{name: values[name] for name in vars(PipelinedOptions()) if name in values})
+    known = vars(config)
+    return PipelinedOptions(**{name: known[name] for name in vars(PipelinedOptions()) if name in known})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

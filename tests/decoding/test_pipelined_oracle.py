@@ -39,7 +39,7 @@ def test_recorded_run(family: str, run: dict[str, Any]) -> None:
         confidence_threshold=given["skip_threshold"],
         stop_token_ids=(given["eos_token_id"],),
         do_sample=given.get("temperature", 0.0) > 0,
-        filter_as_published=True,
+        nucleus_first=True,
         suppress_mask_token=False,
         **{name: value for name, value in given.items() if name not in NOT_DECODING},
     )
