@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import DatasetDict
 
-from s2d2_lmeval.harness.task_helpers import with_decoding_metrics
+from s2d2_lmeval.harness.filters import with_decoding_metrics
 from s2d2_lmeval.tasks.answers import answered_number, same_number
 from s2d2_lmeval.tasks.data import load_documents
 

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import DatasetDict
 
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.harness.task_helpers import with_decoding_metrics
+from s2d2_lmeval.harness.filters import with_decoding_metrics
 from s2d2_lmeval.tasks.data import load_documents
 
 # Google's only split is called train.

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from s2d2_lmeval.harness.task_helpers import decoding_metrics
+from s2d2_lmeval.harness.filters import decoding_metrics
 from s2d2_lmeval.tasks import sandbox
 from s2d2_lmeval.toy import Problem, held_out, score
 

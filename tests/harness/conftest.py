@@ -91,7 +91,7 @@ def write_checkpoint(folder: Path, seed: int = 0, prefer: str = "") -> Path:
 TASK_CODE = """
 from datasets import Dataset, DatasetDict
 
-from s2d2_lmeval.harness.task_helpers import with_decoding_metrics
+from s2d2_lmeval.harness.filters import with_decoding_metrics
 
 QUESTIONS = ["one and one?", "zwei?", "three plus 4 =", "name a colour", "five", "one and one?"]
 

@@ -12,9 +12,8 @@ import torch
 from lm_eval.api.registry import get_filter
 
 from s2d2_lmeval.harness import report
-from s2d2_lmeval.harness.filters import StatsFilter
+from s2d2_lmeval.harness.filters import METRICS, StatsFilter, decoding_metrics, with_decoding_metrics
 from s2d2_lmeval.harness.responses import TracedResponse
-from s2d2_lmeval.harness.task_helpers import METRICS, decoding_metrics, with_decoding_metrics
 
 STATS = {
     "nfe": 4,

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.task_sweeps import BENCHMARKS, files, read_task
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.harness.task_helpers import METRICS
+from s2d2_lmeval.harness.filters import METRICS
 from s2d2_lmeval.tasks.data import load_documents
 
 CONFIGS = Path(__file__).parents[2] / "task_configs"

@@ -73,7 +73,7 @@ def _sign(difference: float, p_value: float) -> int:
 
 def _paired(ran: Mapping[str, dict[str, Any]], task: str) -> tuple[list[list[list[float]]], str]:
     """The task's first metric of every document, per mode in the order of the documents, and the metric's name."""
-    from s2d2_lmeval.harness.task_helpers import METRICS
+    from s2d2_lmeval.harness.filters import METRICS
 
     modes, metric = [], ""
     for results in ran.values():
