@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.facts import AUTOREGRESSIVE, FAMILY_FIELD, Facts, Family
+from s2d2_lmeval.families.files import misfit
 from s2d2_lmeval.families.registry import FAMILIES, check_class, family_named, identify, mark
 
 _adopted: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
@@ -124,13 +125,11 @@ def _rebuild(hf_model: PreTrainedModel, family: Family, native: Any) -> PreTrain
         head = weights.pop("lm_head.weight", None)
         if head is not None and head.data_ptr() != weights["model.embed_tokens.weight"].data_ptr():
             raise CheckpointError("this model's configuration says that the head is the embedding, but it is not.")
-    given = {name: tensor.shape for name, tensor in weights.items()}
-    if given != expected:
-        name = min(name for name, _ in set(given.items()) ^ set(expected.items()))
-        has, needs = (list(shapes[name]) if name in shapes else "no such weight" for shapes in (given, expected))
+    wrong = misfit({name: tensor.shape for name, tensor in weights.items()}, expected)
+    if wrong:
         raise CheckpointError(
-            f"{type(hf_model).__name__} does not hold the weights of {family.native_class}: {name} has {has}, needs "
-            f"{needs}. Load it by its path instead."
+            f"{type(hf_model).__name__} does not hold the weights of {family.native_class}: {wrong}. Load it by its "
+            "path instead."
         )
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()

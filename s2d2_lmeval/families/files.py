@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from s2d2_lmeval.errors import CheckpointError, first_line
+
+ModelT = TypeVar("ModelT")
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHARD = re.compile(r"[\w.-]{1,200}")
@@ -219,3 +222,27 @@ def _shards(source: str, index: Path, hub: Mapping[str, Any]) -> list[Path]:
             f"{index} names {len(missing)} file(s) that are not there, such as {missing[0]}; fetch them."
         )
     return [index.parent / name for name in names]
+
+
+def skeleton(source: str, layers: int, stored: int, build: Callable[[], ModelT]) -> ModelT:
+    """The model that a config.json describes, without memory for its weights; it is built after a look at their number.
+
+    Raises:
+        CheckpointError: more layers than stored weights, or no model at all.
+    """
+    if layers > stored:
+        raise CheckpointError(f"{source}: config.json says {layers} layers, but there are {stored} weights.")
+    try:
+        with torch.device("meta"):
+            return build()
+    except Exception as error:
+        raise CheckpointError(f"{source}: config.json describes no model ({first_line(error)}).") from None
+
+
+def misfit(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> str:
+    """The first weight that has another shape than expected, and its shapes; empty where all fit."""
+    for name in sorted(found.keys() | expected.keys()):
+        has, needs = (list(shapes[name]) if name in shapes else "no such weight" for shapes in (found, expected))
+        if has != needs:
+            return f"{name} has {has}, needs {needs}"
+    return ""

@@ -27,6 +27,7 @@ from s2d2_lmeval.families.files import (
     read_config,
     read_json,
     resolve,
+    skeleton,
     stored_weights,
     weight_files,
 )
@@ -226,16 +227,9 @@ def _is_quantized(native: PreTrainedConfig) -> bool:
 def _check_size(source: str, family: Family, native: PreTrainedConfig, weights: Mapping[str, Stored]) -> None:
     """Refuse a configuration of another size than its weights, before anything of that size is built."""
     stored = sum(math.prod(weight.shape) for weight in weights.values())
-    if native.num_hidden_layers > len(weights):
-        raise CheckpointError(
-            f"{source}: config.json says {native.num_hidden_layers} layers, but there are {len(weights)} weights."
-        )
-    try:
-        with torch.device("meta"):
-            skeleton = getattr(transformers, family.native_class)._from_config(native)
-        described = sum(parameter.numel() for parameter in skeleton.parameters())
-    except Exception as error:
-        raise CheckpointError(f"{source}: config.json describes no model ({first_line(error)}).") from None
+    native_class = getattr(transformers, family.native_class)
+    model = skeleton(source, native.num_hidden_layers, len(weights), lambda: native_class._from_config(native))
+    described = sum(parameter.numel() for parameter in model.parameters())
     if described > _PACKED * stored:
         raise CheckpointError(
             f"{source}: config.json describes {described} parameters, but the weights are {stored} numbers."

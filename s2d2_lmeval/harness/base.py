@@ -63,20 +63,14 @@ class HarnessModel(HFLM):
         if accelerator is not None:
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-        own = self.tokenizer.get_added_vocab().get(self.think_end_token)
-        if own is not None and self.think_end_token not in self.tok_decode([own]):
-            raise ConfigError(
-                f"think_end_token={self.think_end_token} is a special token here, which leaves no trace in an answer's "
-                f"text: give its id, think_end_token={own}."
-            )
         self.engine = loaded.engine
+        self._check()
         self.custom: CustomFunction | None = arguments.custom
         self.truncates = arguments.harness.get("truncation") is not False
         self._mask_text = self._spell_mask()
         self.store: ResponseStore | None = None
         self.seed = upstream.seed()
         self.decoding = self.configuration({})
-        self._check_max_length()
         self.told: set[Any] = set()
         self._evaluations = upstream.Evaluations()
         self.reset_totals()
@@ -85,6 +79,18 @@ class HarnessModel(HFLM):
                 logger.warning("%s", upstream.ADVICE)
             name = self.custom.name if self.custom else None
             logger.info("%s", report.header(loaded.source, self.engine, self.decoding, name, rows))
+
+    def _check(self) -> None:
+        """Refuse what only the tokenizer and the model show to be wrong."""
+        own = self.tokenizer.get_added_vocab().get(self.think_end_token)
+        if own is not None and self.think_end_token not in self.tok_decode([own]):
+            raise ConfigError(
+                f"think_end_token={self.think_end_token} is a special token here, which leaves no trace in an answer's "
+                f"text: give its id, think_end_token={own}."
+            )
+        limit = self.engine.max_context if self.engine is not None else None
+        if self._max_length is not None and limit is not None and not 1 < self._max_length <= limit:
+            raise ConfigError(f"max_length={self._max_length}: this model takes 2 to {limit} positions.")
 
     def configuration(self, asked: Mapping[str, Any]) -> DecodingConfig | None:
         """The options ``asked`` for by a task, over those of ``--model_args``, over what is published for the model.
@@ -142,11 +148,6 @@ class HarnessModel(HFLM):
             )
         with templates.limited():
             return str(super().apply_chat_template(chat_history, add_generation_prompt))
-
-    def _check_max_length(self) -> None:
-        limit = self.engine.max_context if self.engine is not None else None
-        if self._max_length is not None and limit is not None and not 1 < self._max_length <= limit:
-            raise ConfigError(f"max_length={self._max_length}: this model takes 2 to {limit} positions.")
 
     @property
     def end_of_text_ids(self) -> tuple[int, ...]:

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, Qwen3Config
 
-from s2d2_lmeval.errors import CheckpointError, first_line
+from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.config_map import MOST_LAYERS, configured, is_number, is_whole
-from s2d2_lmeval.families.files import read_config, resolve, stored_weights, weight_files
+from s2d2_lmeval.families.files import misfit, read_config, resolve, skeleton, stored_weights, weight_files
 from s2d2_lmeval.runtime.drafter import DFlash, DrafterShape
 
 DEFAULT_BLOCK_LENGTH = 16
@@ -40,38 +40,20 @@ def load_drafter(source: str | Path, target: PreTrainedModel, **hub: Any) -> DFl
     shape = drafter_shape(read_config(source, **hub), source)
     check_fit(shape, target, source)
     files = weight_files(source, **hub)
-    expected = _expected(shape, len(stored_weights(files)), source)
-    weights: dict[str, torch.Tensor] = {}
-    for file in files:
-        weights |= load_file(file)
-    if any(".attention_conv." in name or name.startswith("candidate_selector.") for name in weights):
+    stored = stored_weights(files)
+    if any(".attention_conv." in name or name.startswith("candidate_selector.") for name in stored):
         raise _is_dflash2(source)
-    found = {name: list(tensor.shape) for name, tensor in weights.items()}
-    wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    if wrong:
-        has, needs = (shapes.get(wrong[0], "no such weight") for shapes in (found, expected))
-        raise CheckpointError(
-            f"{source} does not hold the weights of a DFlash drafter: {wrong[0]} has {has}, needs {needs}."
-        )
+    described = skeleton(source, shape.config.num_hidden_layers, len(stored), lambda: DFlash(shape)).state_dict()
+    shapes = [{name: one.shape for name, one in of.items()} for of in (stored, described)]
+    if wrong := misfit(*shapes):
+        raise CheckpointError(f"{source} does not hold the weights of a DFlash drafter: {wrong}.")
+    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
     # Whoever samples by the global generator gets the same draws whether the drafter was loaded before or not.
     with torch.random.fork_rng(devices=[]):
         drafter = DFlash(shape).to(target.dtype)
     drafter.load_state_dict(weights)
     head = target.get_output_embeddings().weight
     return drafter.to(head.device).eval().requires_grad_(False).attach(target)
-
-
-def _expected(shape: DrafterShape, stored: int, source: str) -> dict[str, list[int]]:
-    """Names and shapes of the weights that a drafter of that shape has."""
-    if shape.config.num_hidden_layers > stored:
-        raise CheckpointError(
-            f"{source}: config.json says {shape.config.num_hidden_layers} layers, but there are {stored} weights."
-        )
-    try:
-        with torch.device("meta"):
-            return {name: list(tensor.shape) for name, tensor in DFlash(shape).state_dict().items()}
-    except Exception as error:
-        raise CheckpointError(f"{source}: config.json describes no drafter ({first_line(error)}).") from None
 
 
 def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:

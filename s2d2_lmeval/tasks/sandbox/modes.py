@@ -17,16 +17,21 @@ _HERE = Path(__file__).parent
 _START = "import sys; sys.path.insert(0, {!r}); from jail import supervisor; del sys.path[0]; supervisor.{}"
 
 
+def _is_installed(path: str) -> bool:
+    return Path(path).name in ("site-packages", "dist-packages") and Path(path).is_dir()
+
+
 @dataclass(frozen=True)
 class Mode:
     """What surrounds the processes of a run.
 
     ``packages`` are the folders of installed packages that programs may use; None: those of the Python that is started.
+    Source trees on ``sys.path`` are left out: they may be anything.
     """
 
     name: str
     image: str = ""
-    packages: tuple[str, ...] | None = field(default_factory=lambda: installed_packages())
+    packages: tuple[str, ...] | None = field(default_factory=lambda: tuple(filter(_is_installed, sys.path)))
 
     @property
     def is_warm(self) -> bool:
@@ -34,13 +39,25 @@ class Mode:
         return self.name != "docker"
 
     def command(self, folder: str, channel: int, memory_bytes: int) -> list[str]:
-        """The command line of a starter on the socket ``channel``, for programs that work below ``folder``; of a
-        container with a supervisor, which may use ``memory_bytes``.
+        """The command line of a process that forks supervisors, on the socket ``channel``, for programs that work below
+        ``folder``; of a container with a supervisor, which may use ``memory_bytes``.
         """
         if self.name == "docker":
-            return [*_docker(memory_bytes), self.image, *_python("python3", "/sandbox", "main()")]
-        own = _python(sys.executable, str(_HERE), f"serve({channel})")
-        return [*_bwrap(folder), *own] if self.name == "bwrap" else own
+            memory = str(2 * memory_bytes + 2**28)  # the judge, the program, and two interpreters
+            return [
+                *("docker", "run", "--rm", "--interactive", "--init", "--network", "none", "--read-only"),
+                *("--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "256"),
+                *("--memory", memory, "--memory-swap", memory, "--tmpfs", "/tmp:rw,size=64m"),
+                *("--user", "65534:65534", "--volume", f"{_HERE}:/sandbox:ro", self.image),
+                *("python3", "-I", "-S", "-c", _START.format("/sandbox", "main()")),
+            ]
+        around = [
+            *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"),
+            *("--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/run"),
+            *("--bind", folder, folder, "--"),
+        ]
+        own = [sys.executable, "-I", "-S", "-c", _START.format(str(_HERE), f"serve({channel})")]
+        return [*around, *own] if self.name == "bwrap" else own
 
     def hint(self) -> str:
         """What to do when it does not start."""
@@ -74,28 +91,3 @@ def mode_of(text: str) -> Mode:
     if name != "process" and shutil.which(name) is None:
         raise ConfigError(f"the sandbox {name!r} needs the program {name}, which is not on the PATH: install it.")
     return Mode(name, image or IMAGE, None) if name == "docker" else Mode(name)
-
-
-def installed_packages() -> tuple[str, ...]:
-    """Folders of installed packages. Source trees on ``sys.path`` are left out: they may be anything."""
-    return tuple(p for p in sys.path if Path(p).name in ("site-packages", "dist-packages") and Path(p).is_dir())
-
-
-def _python(executable: str, home: str, call: str) -> list[str]:
-    return [executable, "-I", "-S", "-c", _START.format(home, call)]
-
-
-def _bwrap(folder: str) -> list[str]:
-    return [
-        *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"),
-        *("--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/run", "--bind", folder, folder, "--"),
-    ]
-
-
-def _docker(memory_bytes: int) -> list[str]:
-    memory = str(2 * memory_bytes + 2**28)  # the judge, the program, and two interpreters
-    return [
-        *("docker", "run", "--rm", "--interactive", "--init", "--network", "none", "--read-only", "--cap-drop", "ALL"),
-        *("--security-opt", "no-new-privileges", "--pids-limit", "256", "--memory", memory, "--memory-swap", memory),
-        *("--tmpfs", "/tmp:rw,size=64m", "--user", "65534:65534", "--volume", f"{_HERE}:/sandbox:ro"),
-    ]

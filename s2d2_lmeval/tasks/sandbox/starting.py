@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import atexit
 import contextlib
 import os
@@ -55,7 +54,7 @@ class Starter:
             messages = ({**job, "folder": folder if self.mode.is_warm else "/tmp"}, tests)
             text = b"".join(values.framed(message, _LARGEST) for message in messages)
             output, complaint = self._exchange(text, limits["wall_seconds"], limits["memory_bytes"])
-        return values.unframed(output) if output else {"sandbox": complaint}
+        return values.decode(output[values.HEADER :]) if output else {"sandbox": complaint}
 
     def _exchange(self, text: bytes, seconds: float, memory_bytes: int) -> tuple[bytes, str]:
         """Give ``text`` to a new supervisor; what it answers, and what is known where it does not."""
@@ -100,8 +99,7 @@ class Starter:
                 nothing = subprocess.DEVNULL
                 self._process = self._popen(command, stdin=nothing, stdout=nothing, pass_fds=(theirs.fileno(),))
         assert self._channel is not None
-        descriptors = array.array("i", (source, sink))
-        self._channel.sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
+        socket.send_fds(self._channel, [b"."], [source, sink])
 
     def _popen(self, command: list[str], **arguments: Any) -> subprocess.Popen[bytes]:
         kept = {name: os.environ[name] for name in _KEPT if name in os.environ}

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 DEEPEST = 200
+HEADER = 8
+"""Bytes ahead of a value that say its length."""
 
 
 class Malformed(Exception):
@@ -55,14 +57,9 @@ def framed(value: Any, limit: int) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def unframed(data: bytes) -> Any:
-    """The one value in ``data``."""
-    return decode(data[8:])
-
-
 def receive(descriptor: int, limit: int) -> Any:
     """Read one value; :class:`EOFError` where the other side has left."""
-    (size,) = struct.unpack("<Q", _read(descriptor, 8))
+    (size,) = struct.unpack("<Q", _read(descriptor, HEADER))
     if size > limit:
         raise Malformed(f"a value of more than {limit} bytes")
     return decode(_read(descriptor, size))
