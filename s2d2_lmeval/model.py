@@ -225,26 +225,26 @@ class BlockDiffusionModel:
         self._runner.release()
 
     def _check(self, index: int, prompt: list[int], budget: int) -> None:
-        if not prompt:
-            raise RequestError(
-                f"Prompt {index} is empty; a block-diffusion model needs at least one token to start from."
-            )
-        if self.facts.mask_token_id in prompt:
-            raise RequestError(
-                f"Prompt {index} contains the mask token (id {self.facts.mask_token_id}), which the model "
-                "would fill in. Remove it."
-            )
+        reason = undecodable(prompt, budget, self.max_context, self.facts.mask_token_id)
         outside = [token for token in prompt if not 0 <= token < self.facts.vocab_size]
-        if outside:
-            raise RequestError(
-                f"Prompt {index} holds token id {shown(outside[0])}, outside the vocabulary of {self.facts.vocab_size}."
-            )
-        if len(prompt) + budget > self.max_context:
-            raise RequestError(
-                f"Prompt {index} has {len(prompt)} tokens and asks for {shown(budget)} more, but the context holds "
-                f"{self.max_context}. Shorten it, lower max_new_tokens, or raise max_context up to what the checkpoint "
-                "allows."
-            )
+        if not reason and outside:
+            reason = f"holds token id {shown(outside[0])}, outside the vocabulary of {self.facts.vocab_size}."
+        if reason:
+            raise RequestError(f"Prompt {index} {reason}")
+
+
+def undecodable(prompt: Sequence[int], budget: int, context: int, mask_token_id: int | None) -> str:
+    """Why a prompt cannot be decoded with ``budget`` new tokens in ``context`` positions; empty where it can."""
+    if not prompt:
+        return "is empty; a block-diffusion model needs at least one token to start from."
+    if mask_token_id is not None and mask_token_id in prompt:
+        return f"contains the mask token (id {mask_token_id}), which the model would fill in. Remove it."
+    if len(prompt) + budget > context:
+        return (
+            f"has {len(prompt)} tokens and asks for {shown(budget)} more, but the context holds {context}. Shorten it, "
+            "ask for fewer new tokens, or raise max_context up to what the checkpoint allows."
+        )
+    return ""
 
 
 def _several(name: str, values: Any, what: str = "a list of one for each") -> list[Any]:

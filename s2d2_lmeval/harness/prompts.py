@@ -15,6 +15,7 @@ import numpy as np
 
 from s2d2_lmeval.errors import RequestError
 from s2d2_lmeval.harness.identity import of_plain, with_files
+from s2d2_lmeval.model import undecodable
 
 logger = logging.getLogger("lm_eval.s2d2")
 
@@ -111,25 +112,17 @@ def fitting(
     Raises:
         RequestError: they cannot.
     """
-    if not ids:
-        raise RequestError(
-            f"{where}: the prompt is empty; a block-diffusion model needs at least one token to start from."
-        )
-    if mask_token_id is not None and mask_token_id in ids:
-        raise RequestError(
-            f"{where}: the prompt contains the mask token (id {mask_token_id}), which the model would fill in. Remove "
-            "it, or leave special_tokens at parse, which reads its string as text."
-        )
-    room = context - budget
-    if len(ids) <= room:
-        return ids
-    if truncate and room > 0:
+    room, masked = context - budget, mask_token_id in ids
+    if truncate and 0 < room < len(ids) and not masked:
         return ids[-room:]
-    cut = ", or leave truncation=False out, so that the oldest prompt tokens are dropped" if room > 0 else ""
-    raise RequestError(
-        f"{where}: a prompt of {len(ids)} tokens and {budget} new ones do not fit the context of {context}. Lower "
-        f"max_gen_toks{cut}."
-    )
+    reason = undecodable(ids, budget, context, mask_token_id)
+    if not reason:
+        return ids
+    if masked:
+        reason += " special_tokens=parse reads its string as text."
+    elif ids and room > 0:
+        reason += " Without truncation=False its oldest tokens are left out."
+    raise RequestError(f"{where}: the prompt {reason}")
 
 
 def name_of(request: Any) -> str:

@@ -9,8 +9,9 @@ the device, at the same positions, so the caches of target and drafter always ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,10 +79,15 @@ class DFlash(nn.Module):
         """The target's."""
         return self._shared[0]
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The target's, with this drafter's scale and cap if it has any."""
-        head, shape = self._shared[1], self.shape
-        return head if shape.logit_scale == 1 and not shape.softcap else _ScaledHead(head, shape)
+    def get_output_embeddings(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The target's head, with this drafter's scale and cap (by a tanh) if it has any."""
+        head, scale, cap = self._shared[1], self.shape.logit_scale, self.shape.softcap
+
+        def scaled(hidden: torch.Tensor) -> torch.Tensor:
+            logits = head(hidden) * scale
+            return torch.tanh(logits / cap) * cap if cap else logits
+
+        return head if scale == 1 and not cap else scaled
 
     def get_decoder(self) -> DFlash:
         """What answers a pass with hidden states: this."""
@@ -135,19 +141,6 @@ class DFlash(nn.Module):
         return SimpleNamespace(last_hidden_state=self.norm(hidden))
 
 
-class _ScaledHead(nn.Module):
-    """A head whose logits are multiplied and capped by a tanh."""
-
-    def __init__(self, head: nn.Module, shape: DrafterShape) -> None:
-        super().__init__()
-        self._head, self.shape = [head], shape
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self._head[0](hidden) * self.shape.logit_scale
-        cap = self.shape.softcap
-        return torch.tanh(logits / cap) * cap if cap else logits
-
-
 def narrowed(context: AttentionContext, positions: torch.Tensor, window: int | None, causal: bool) -> AttentionContext:
     """``context`` for a layer that sees less: no further than ``window`` positions on either side, and if ``causal``
     nothing ahead. A key's position is its place in the slot; ``positions`` (N,) are those of the queries.
@@ -172,13 +165,10 @@ class FeatureTap:
         # Behind the last layer comes the norm: transformers' hidden states end with its output.
         modules = [backbone.norm if index == len(layers) - 1 else layers[index] for index in layer_ids]
         self._seen: dict[int, torch.Tensor] = {}
-        self._hooks = [module.register_forward_hook(self._keep(place)) for place, module in enumerate(modules)]
+        self._hooks = [module.register_forward_hook(partial(self._see, at)) for at, module in enumerate(modules)]
 
-    def _keep(self, place: int) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            self._seen[place] = output[0] if isinstance(output, tuple) else output
-
-        return hook
+    def _see(self, place: int, _: nn.Module, __: Any, output: Any) -> None:
+        self._seen[place] = output[0] if isinstance(output, tuple) else output
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Features (N, number of layers * hidden size) of the packed queries ``index`` (N,)."""

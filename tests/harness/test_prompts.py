@@ -39,7 +39,7 @@ def test_padding_between_processes_copies_the_repeats_in_turn(repeats: int) -> N
 def test_room() -> None:
     room: dict[str, Any] = {"context": 10, "mask_token_id": 9, "truncate": False}
     assert fitting([1] * 6, 4, "x", **room) == [1] * 6
-    with pytest.raises(RequestError, match=r"x: a prompt of 7 tokens and 4 new ones do not fit the context of 10"):
+    with pytest.raises(RequestError, match=r"x: the prompt has 7 tokens and asks for 4 more, but the context holds 10"):
         fitting([1] * 7, 4, "x", **room)
     with pytest.raises(RequestError, match="empty"):
         fitting([], 4, "x", **room)
@@ -47,7 +47,7 @@ def test_room() -> None:
         fitting([1, 9], 4, "x", **room)
     cutting = {**room, "truncate": True}
     assert fitting([1, 2, 3, 4, 5, 6, 7], 4, "x", **cutting) == [2, 3, 4, 5, 6, 7]
-    with pytest.raises(RequestError, match=r"context of 10. Lower max_gen_toks\.$"):
+    with pytest.raises(RequestError, match=r"the context holds 10\. .* checkpoint allows\.$"):
         fitting([1], 10, "x", **cutting)
 
 
