@@ -181,7 +181,7 @@ def test_thinking_is_cut_off(requests: Any, make: Callable[..., S2D2LM], monkeyp
             "x" * 250,
             {"max_gen_toks": 20},
             RequestError,
-            "task task, document 1: a prompt of 250 tokens and 20 new ones",
+            "task task, document 1: the prompt has 250 tokens and asks for 20 more",
         ),
         ("a<|MASK|>b", {"max_gen_toks": 4}, RequestError, r"document 1: the prompt contains the mask token \(id 259\)"),
         ("", {"max_gen_toks": 4}, RequestError, "document 1: the prompt is empty"),
@@ -218,7 +218,7 @@ def test_a_long_prompt_loses_its_oldest_tokens_and_is_counted(
     assert "1 of 2 prompts do not fit" in caplog.text
     task = model.get_model_info()["s2d2"]["tasks"]["task"]
     assert (task["truncated_prompts"], task["prompt_tokens_left_out"], task["requests"]) == (1, 240, 2)
-    with pytest.raises(RequestError, match="a prompt of 300 tokens"):
+    with pytest.raises(RequestError, match="the prompt has 300 tokens"):
         make(max_length=64, truncation=False).generate_until(requests([long], max_gen_toks=4), disable_tqdm=True)
 
 
