@@ -133,27 +133,20 @@ def task_prompts(names: str, limit: int) -> list[str]:
 
     :raises RequestError: when a task generates nothing.
     """
-    from lm_eval.tasks import TaskManager, get_task_dict
+    from s2d2_lmeval.studies.tasks import load_tasks, task_manager
 
-    from s2d2_lmeval.harness.upstream import include_path, register
-
-    register()
-    manager = TaskManager(include_path=str(include_path()))
-    tasks = _leaves(get_task_dict(names.split(","), manager))
+    named = names.split(",")
+    manager = task_manager(None, (), named)
+    tasks = {name: task for one in named for name, task in load_tasks(manager, one).items()}
     share = -(-limit // len(tasks))
     texts: list[str] = []
-    for task in tasks:
+    for name, task in tasks.items():
         task.build_all_requests(limit=None, rank=0, world_size=1)
         asked = [request.args[0] for request in task.instances if request.request_type == "generate_until"]
         if not asked:
-            raise RequestError(f"Task {task.config.task} generates nothing; calibrate on tasks that do.")
+            raise RequestError(f"Task {name} generates nothing; calibrate on tasks that do.")
         texts += random.Random(0).sample(asked, min(share, len(asked)))
     return texts[:limit]
-
-
-def _leaves(tree: dict[Any, Any]) -> list[Any]:
-    """The tasks of nested groups."""
-    return [leaf for value in tree.values() for leaf in (_leaves(value) if isinstance(value, dict) else [value])]
 
 
 def show(graph: DraftGraph) -> list[RenderableType]:

@@ -126,20 +126,16 @@ def evaluate(model: str, options: Mapping[str, Any], tasks: Sequence[str], *, li
     import logging
 
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    from s2d2_lmeval.harness.upstream import include_path, register
+    from s2d2_lmeval.studies.tasks import task_manager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("lm_eval.s2d2").setLevel(logging.WARNING)
-    register()
-    # Reading the harness's own tasks takes seconds.
-    defaults = not all(name.startswith("s2d2_") for name in tasks)
     results = simple_evaluate(
         model="s2d2",
         model_args={"pretrained": model, **options},
         tasks=list(tasks),
-        task_manager=TaskManager(include_path=str(include_path()), include_defaults=defaults),
+        task_manager=task_manager(None, (), tasks),
         batch_size=rows,
         limit=limit,
         bootstrap_iters=0,

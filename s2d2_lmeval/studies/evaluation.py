@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from s2d2_lmeval.errors import S2D2Error, StudyError
 from s2d2_lmeval.studies.planning import Job, quiet
@@ -17,13 +16,11 @@ if TYPE_CHECKING:
     from s2d2_lmeval.harness.model import S2D2LM
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a point ended: ``error`` is empty where it is complete. ``decoded`` samples were new in this run."""
 
     decoded: int
-    seconds: float
-    error: str = ""
+    error: str
 
 
 class Evaluator:
@@ -38,7 +35,7 @@ class Evaluator:
         :param on_sample: told of every sample that is added, and how many the point has now.
         :raises StorageError: when nothing can be recorded.
         """
-        started, decoded = time.perf_counter(), 0
+        decoded, error = 0, ""
 
         def tell(line: Line, done: int) -> None:
             nonlocal decoded
@@ -46,7 +43,6 @@ class Evaluator:
             if on_sample is not None:
                 on_sample(job, line, done)
 
-        error = ""
         try:
             with PointStore(job.path, tell) as store:
                 if not store.record.is_complete(job.settings):
@@ -56,7 +52,7 @@ class Evaluator:
             raise
         except StudyError as refused:  # another process has it, or it is another point's
             error = str(refused)
-        return Outcome(decoded, time.perf_counter() - started, error)
+        return Outcome(decoded, error)
 
     def _completed(self, job: Job, store: PointStore) -> str:
         """Complete a point; why it cannot be, or ""."""
@@ -65,8 +61,8 @@ class Evaluator:
         except StorageError:
             raise
         except Exception as failure:
-            text = str(failure).strip() or type(failure).__name__
-            error = text if isinstance(failure, S2D2Error) else f"{type(failure).__name__}: {text}"
+            error = str(failure).strip() or type(failure).__name__
+            error = error if isinstance(failure, S2D2Error) else f"{type(failure).__name__}: {error}"
             store.append("failure", error=error, traceback=traceback.format_exc()[-4000:])
             return error
         return ""
@@ -159,19 +155,22 @@ def _evaluate(lm: S2D2LM, job: Job) -> dict[str, Any]:
     return dict(results)
 
 
-def _scores(results: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """The task's metrics, and every document's, by ``metric,filter``."""
+def scores_of_documents(results: Mapping[str, Any], task: str) -> dict[str, list[list[Any]]]:
+    """``metric,filter`` -> [document, value] of every document."""
     documents: dict[str, list[list[Any]]] = {}
     for sample in results["samples"][task]:
         for metric in sample["metrics"]:
-            value = sample.get(metric)
-            if is_number(value):
+            if is_number(value := sample.get(metric)):
                 documents.setdefault(f"{metric},{sample['filter']}", []).append([sample["doc_id"], float(value)])
-    metrics = {name: float(value) for name, value in results["results"][task].items() if is_number(value)}
+    return documents
+
+
+def _scores(results: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """The task's metrics, and every document's, by ``metric,filter``."""
     config = results["configs"][task]
     return {
-        "metrics": metrics,
-        "documents": documents,
+        "metrics": {name: float(value) for name, value in results["results"][task].items() if is_number(value)},
+        "documents": scores_of_documents(results, task),
         "metric_list": [entry["metric"] for entry in config.get("metric_list", []) if isinstance(entry["metric"], str)],
         "filters": list(dict.fromkeys(sample["filter"] for sample in results["samples"][task])),
         "task_hash": results.get("task_hashes", {}).get(task),

@@ -19,8 +19,6 @@ from s2d2_lmeval.studies.report.results import accuracy_of
 from s2d2_lmeval.studies.store import PointRecord
 
 if TYPE_CHECKING:
-    import optuna
-
     from s2d2_lmeval.studies.planning import Job
     from s2d2_lmeval.studies.sweep import Sweep
 
@@ -51,13 +49,13 @@ def _search_model(sweep: Sweep, model: str, wanted: Search) -> None:
     import optuna
     from optuna.trial import TrialState
 
-    storage = f"sqlite:///{(sweep.plan.folder / STORAGE).resolve()}"
     study = optuna.create_study(
-        storage=storage,
+        storage=f"sqlite:///{(sweep.plan.folder / STORAGE).resolve()}",
         study_name=f"{model} {_what_is_searched(sweep, model, wanted)}",
         directions=["maximize"] * len(wanted.objectives),
         load_if_exists=True,
     )
+    space = {option: axis.distribution() for option, axis in wanted.space.items()}
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         # Its process is gone. The same options again: what it had finished is found by its name.
         study.tell(trial.number, state=TrialState.FAIL)
@@ -68,64 +66,34 @@ def _search_model(sweep: Sweep, model: str, wanted: Search) -> None:
     while (done := len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))) < wanted.trials:
         # The sampler has no memory of its own, so what it draws depends on how far the search is.
         study.sampler = optuna.samplers.TPESampler(seed=wanted.seed + done, multivariate=True, n_startup_trials=8)
-        count = min(wanted.parallel, wanted.trials - done)
-        failures = [_tell(study, *trial) for trial in _run_trials(sweep, model, wanted, study, count)]
-        if all(failures):
-            raise StudyError(f"search: every trial of a round failed, the last one with: {failures[-1]}")
-
-
-def _run_trials(
-    sweep: Sweep, model: str, wanted: Search, study: optuna.Study, count: int
-) -> list[tuple[optuna.Trial, list[float] | str]]:
-    """``count`` trials side by side: each with its objectives, or with why it has none."""
-    trials = [study.ask({option: axis.distribution() for option, axis in wanted.space.items()}) for _ in range(count)]
-    jobs = [_jobs(sweep, model, wanted, trial.number, trial.params) for trial in trials]
-    records = iter(sweep.evaluate([job for several in jobs for job in several]))
-    return [
-        (trial, _objectives(wanted, several, [next(records) for _ in several]))
-        for trial, several in zip(trials, jobs, strict=True)
-    ]
-
-
-def _tell(study: optuna.Study, trial: optuna.Trial, found: list[float] | str) -> str:
-    """Tell optuna how a trial ended; why it failed, or ""."""
-    from optuna.trial import TrialState
-
-    if isinstance(found, str):
-        study.tell(trial, state=TrialState.FAIL)
-        return found
-    study.tell(trial, found)
-    return ""
+        trials = [study.ask(space) for _ in range(min(wanted.parallel, wanted.trials - done))]
+        jobs = [_jobs(sweep, model, wanted, trial.number, trial.params) for trial in trials]
+        records = iter(sweep.evaluate([job for several in jobs for job in several]))
+        found = [_objectives(wanted, several, [next(records) for _ in several]) for several in jobs]
+        for trial, values in zip(trials, found, strict=True):
+            study.tell(trial, **({"state": TrialState.FAIL} if isinstance(values, str) else {"values": values}))
+        if all(isinstance(values, str) for values in found):
+            raise StudyError(f"search: every trial of a round failed, the last one with: {found[-1]}")
 
 
 def _jobs(sweep: Sweep, model: str, wanted: Search, number: int, chosen: Mapping[str, Any]) -> list[Job]:
-    study = sweep.plan.study
-    options = {**wanted.decoding, **chosen}
-    known = {job.path: job for job in (progress.job for progress in sweep.points.values())}
-    points = [
-        study.point(model, f"trial {number}", options, task, seed) for task in study.tasks for seed in study.seeds
-    ]
-    return [known.get(job.path, job) for job in sweep.plan.jobs(points)]
+    study, options = sweep.plan.study, {**wanted.decoding, **chosen}
+    known = {progress.job.path: progress.job for progress in sweep.points.values()}
+    each = [(task, seed) for task in study.tasks for seed in study.seeds]
+    jobs = sweep.plan.jobs(study.point(model, f"trial {number}", options, task, seed) for task, seed in each)
+    return [known.get(job.path, job) for job in jobs]
 
 
 def _objectives(wanted: Search, jobs: Sequence[Job], records: Sequence[PointRecord]) -> list[float] | str:
-    """Accuracy is the mean over tasks and seeds; speed is sum over sum."""
+    """Accuracy is the mean over tasks and seeds, speed is sum over sum; or why there is none of them."""
     for job, record in zip(jobs, records, strict=True):
         if not record.is_complete(job.settings):
             return record.failure["error"] if record.failure else f"{job.point.label} did not complete"
     records = [record.of_the_result() for record in records]
-    counts = {
-        **{name: sum(record.total(name) for record in records) for name in ("new_tokens", "nfe")},
-        "seconds": sum(record.decoding_seconds for record in records),
-    }
-    values = {
-        "tokens_per_second": 0.0,
-        "tokens_per_forward": 0.0,
-        **ratios(counts),
-        "accuracy": fmean(
-            accuracy_of(record, job.point.task.metric)[1] for job, record in zip(jobs, records, strict=True)
-        ),
-    }
+    counts = {name: sum(record.total(name) for record in records) for name in ("new_tokens", "nfe")}
+    rates = ratios({**counts, "seconds": sum(record.decoding_seconds for record in records)})
+    scores = [accuracy_of(record, job.point.task.metric)[1] for job, record in zip(jobs, records, strict=True)]
+    values = {"tokens_per_second": 0.0, "tokens_per_forward": 0.0, **rates, "accuracy": fmean(scores)}
     return [values[name] for name in wanted.objectives]
 
 
@@ -133,11 +101,8 @@ def _what_is_searched(sweep: Sweep, model: str, wanted: Search) -> str:
     """What makes trials comparable: another space, other weights, tasks or code are another search."""
     plan = sweep.plan
     asked = [(task.model_dump(), plan.settings[task.task]) for task in plan.study.tasks]
-    sought = [
-        {option: axis.given for option, axis in wanted.space.items()},
-        with_files(wanted.decoding),
-        wanted.objectives,
-    ]
+    space = {option: axis.given for option, axis in wanted.space.items()}
+    sought = [space, with_files(wanted.decoding), wanted.objectives]
     arguments = {key: value for key, value in plan.study.models[model].items() if key not in HUB_ONLY}
     run = [plan.identities[model], arguments, plan.code, plan.study.seeds, plan.study.batch_size]
     return of_plain(run, asked, sought)

@@ -28,37 +28,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.decoding.options.option import kind_of
 from s2d2_lmeval.errors import StudyError, shown
 from s2d2_lmeval.harness.arguments import nearest, sort_arguments
 from s2d2_lmeval.harness.identity import of_plain
-from s2d2_lmeval.studies import points
+from s2d2_lmeval.studies import points as parts
 from s2d2_lmeval.studies.files import read_yaml, refuse_exotic
-from s2d2_lmeval.studies.points import (
-    MOST_POINTS,
-    Axis,
-    Name,
-    Named,
-    Options,
-    Point,
-    Rows,
-    Search,
-    Task,
-    TaskSettings,
-    Text,
-)
+from s2d2_lmeval.studies.points import MOST_POINTS, Axis, Named, Options, Point, Search, Task, TaskSettings
 
 BASELINES = ("ar", "dynamic")
 
@@ -100,7 +79,7 @@ def _check_models(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
     return models
 
 
-def _tasks(raw: Any, info: ValidationInfo) -> Any:
+def _tasks(raw: Any, info: Any) -> Any:
     """A list of tasks, each with the settings of all in place of what it does not set itself."""
     common = {key: value for key, value in info.data.items() if key in TaskSettings.model_fields}
     listed = raw if isinstance(raw, list) else [raw]
@@ -122,7 +101,7 @@ def _without_grids(decodings: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
     for short, entry in decodings.items():
         for full_name, options in _spelled_out(short, entry):
             try:
-                points.check_options(options)
+                parts.check_options(options)
             except ValueError as error:
                 raise ValueError(f"{full_name}: {error}") from None
             if full_name in spelled:
@@ -137,7 +116,7 @@ def _without_grids(decodings: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
 
 def _spelled_out(short: str, entry: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     rest = {option: value for option, value in entry.items() if option != "grid"}
-    axes = points.named(entry.get("grid"))
+    axes = parts.named(entry.get("grid"))
     if axes is None:
         return [(short, rest)]
     if not isinstance(axes, dict) or not axes or not all(isinstance(one, list) and one for one in axes.values()):
@@ -169,7 +148,9 @@ def _different(seeds: list[int]) -> list[int]:
 class Study(TaskSettings):
     """What :func:`read_study` makes of a file: grids spelled out, and the settings of all tasks in each of them."""
 
-    name: Annotated[Name, AfterValidator(_folder_name)] = Field("study", description="the name of a folder under out/")
+    name: Annotated[parts.Name, AfterValidator(_folder_name)] = Field(
+        "study", description="the name of a folder under out/"
+    )
     models: Annotated[
         Named[Options],
         BeforeValidator(_models, json_schema_input_type=str | list[str] | dict[str, str | dict[str, Any]]),
@@ -184,13 +165,15 @@ class Study(TaskSettings):
     seeds: Annotated[list[int], AfterValidator(_different)] = Field(
         [0], description="a list of different whole numbers, such as [0, 1, 2]", min_length=1
     )
-    batch_size: Rows | Literal["auto"] = Field(8, description="auto, or a number of rows in flight from 1 to 65536")
+    batch_size: parts.Rows | Literal["auto"] = Field(
+        8, description="auto, or a number of rows in flight from 1 to 65536"
+    )
     baselines: Annotated[
-        dict[str, str], BeforeValidator(lambda given: points.check_keys(given, BASELINES, "baselines"))
+        dict[str, str], BeforeValidator(lambda given: parts.check_keys(given, BASELINES, "baselines"))
     ] = Field({}, description="ar: NAME and dynamic: NAME, of configurations")
-    data_dir: Text | None = Field(None, description="a folder of benchmark files")
+    data_dir: parts.Text | None = Field(None, description="a folder of benchmark files")
     include_path: Annotated[
-        list[Text],
+        list[parts.Text],
         BeforeValidator(lambda one: [one] if isinstance(one, str) else one, json_schema_input_type=str | list[str]),
     ] = Field([], description="a folder of tasks of your own, or a list of them")
     search: Search | None = Field(None, description="a mapping of trials, space and decoding")

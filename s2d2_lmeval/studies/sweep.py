@@ -256,4 +256,4 @@ def _died(job: Job, error: Exception) -> Outcome:
     with PointStore(job.path) as store:
         store.begin(job.definition, job.point.label)
         store.append("failure", error=text, traceback="")
-    return Outcome(0, 0.0, text)
+    return Outcome(0, text)

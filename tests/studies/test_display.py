@@ -43,7 +43,7 @@ def test_the_table_on_a_terminal(study: dict[str, Any], tmp_path: Path) -> None:
         sweep.started(first)
         sweep.sample(first, {"stats": {"new_tokens": 30, "nfe": 10}, "elapsed": 2.0}, 1)
         table = display._table()
-        sweep.ended(second, Outcome(0, 0.0, "logits are not finite"))
+        sweep.ended(second, Outcome(0, "logits are not finite"))
     last = Console(file=io.StringIO(), width=120)
     last.print(table)
     text = last.file.getvalue()  # type: ignore[attr-defined]
@@ -69,7 +69,7 @@ def test_elsewhere_a_line_per_point(study: dict[str, Any], tmp_path: Path) -> No
     job = next(iter(sweep.points.values())).job
     with Display(Console(file=shown, width=80), sweep):
         sweep.started(job)
-        sweep.ended(job, Outcome(0, 0.0, "logits are not finite"))
+        sweep.ended(job, Outcome(0, "logits are not finite"))
     assert shown.getvalue().startswith("1/2 failed: toy, s2d2_toy_arithmetic, d confidence_threshold=0.5: 0 samples")
     assert shown.getvalue().count("\n") == 1
 

@@ -7,15 +7,13 @@ in pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from s2d2_lmeval.cli.doctor.finding import NOTE, OK, Finding
 from s2d2_lmeval.errors import ConfigError
 
 NOT_BLOCKWISE = frozenset({"ar", "sliding", "s2d2", "spiffy"})
 """Decoders that are, or are measured by, another one."""
-SIGNIFICANT = 0.05
 _SECTION = "autoregressive mode"
 
 
@@ -28,7 +26,10 @@ def ar_quality(path: str | None, tasks: str | None, *, limit: int, rows: int) ->
     from s2d2_lmeval.cli import demo
     from s2d2_lmeval.cli.console import begin
     from s2d2_lmeval.families import checkpoint_facts
+    from s2d2_lmeval.harness.filters import METRICS
+    from s2d2_lmeval.studies.evaluation import scores_of_documents
     from s2d2_lmeval.studies.report.statistics import paired_p_value
+    from s2d2_lmeval.studies.report.tables import SIGNIFICANT
 
     begin()
     if path is None:
@@ -46,12 +47,14 @@ def ar_quality(path: str | None, tasks: str | None, *, limit: int, rows: int) ->
     }
     verdicts = []
     for name in names:
-        (ar, block), metric = _paired(ran, name)
+        scored = [scores_of_documents(results, name) for results in ran.values()]
+        metric = next(metric for metric in scored[0] if metric.partition(",")[0] not in METRICS)
+        ar, block = ([[value] for _, value in sorted(documents[metric])] for documents in scored)
         p_value = paired_p_value(ar, block)
         means = [sum(document[0] for document in mode) / len(mode) for mode in (ar, block)]
-        verdicts.append(_sign(means[0] - means[1], p_value))
+        verdicts.append(0 if p_value >= SIGNIFICANT else 1 if means[0] > means[1] else -1)
         value = (
-            f"{metric} {means[0]:.3f} by ar, {means[1]:.3f} by {blockwise[0]} on {len(ar)} documents "
+            f"{metric.partition(',')[0]} {means[0]:.3f} by ar, {means[1]:.3f} by {blockwise[0]} on {len(ar)} documents "
             f"(paired test: p = {p_value:.2g})"
         )
         yield Finding(_SECTION, name, value, NOTE if verdicts[-1] < 0 else OK)
@@ -63,23 +66,3 @@ _CONCLUSIONS = {
     0: "no difference was found: the autoregressive mode is as good a reference, as far as this many documents tell",
     1: "the autoregressive mode answers better than block decoding: sliding keeps that, and is faster than ar",
 }
-
-
-def _sign(difference: float, p_value: float) -> int:
-    if p_value >= SIGNIFICANT:
-        return 0
-    return 1 if difference > 0 else -1
-
-
-def _paired(ran: Mapping[str, dict[str, Any]], task: str) -> tuple[list[list[list[float]]], str]:
-    """The task's first metric of every document, per mode in the order of the documents, and the metric's name."""
-    from s2d2_lmeval.harness.filters import METRICS
-
-    modes, metric = [], ""
-    for results in ran.values():
-        samples = results["samples"][task]
-        metric = next(name for sample in samples for name in sample["metrics"] if name not in METRICS)
-        first = next(sample["filter"] for sample in samples if metric in sample["metrics"])
-        scored = {sample["doc_id"]: float(sample[metric]) for sample in samples if sample["filter"] == first}
-        modes.append([[scored[document]] for document in sorted(scored)])
-    return modes, metric
