@@ -152,6 +152,8 @@ def _show_speed(
 
 def _show_answers(args: argparse.Namespace, model: BlockDiffusionModel, console: Any) -> dict[str, Any]:
     """Accuracy and tokens per forward by corpus, a line per decoder; everything for the file."""
+    from rich.box import HEAVY_HEAD
+
     from s2d2_lmeval.cli.console import table
     from s2d2_lmeval.studies.bench.answers import answer
 
@@ -170,7 +172,7 @@ def _show_answers(args: argparse.Namespace, model: BlockDiffusionModel, console:
         lines.append([name, *cells, f"{queries:.1f}", f"{equal} of {len(expected)}"])
     header = ["decoder", *(one["corpus"] for one in first), "queries/forward", f"equal to {entries[0]}"]
     title = f"Accuracy / tokens per forward, batch {batch}, {args.prompts} problems each"
-    console.print(table(header, lines, title=title))
+    console.print(table(header, lines, title=title, box=HEAVY_HEAD))
     kept = [{"name": name, **one, "texts": None} for name, several in found.items() for one in several]
     return {"batch": batch, "answers": kept}
 

@@ -108,12 +108,12 @@ def run(args: argparse.Namespace) -> int:
     for progress in sweep.points.values():
         if progress.unreadable:
             console.print(
-                f"{progress.job.point.label}: {progress.unreadable} unreadable lines in {progress.job.path} were "
+                f"{progress.job.label}: {progress.unreadable} unreadable lines in {progress.job.path} were "
                 "skipped; what they held has been decoded again.",
                 markup=False,
             )
         if progress.state == FAILED:
-            console.print(Text.assemble(("failed ", "red"), f"{progress.job.point.label}: {progress.error}"))
+            console.print(Text.assemble(("failed ", "red"), f"{progress.job.label}: {progress.error}"))
     ended = ", ".join(f"{count} {state}" for state, count in counts.items())
     console.print(f"{ended}. Results in {folder}; s2d2-lmeval report {folder}", markup=False)
     return 0 if set(counts) <= {COMPLETE} else SOME_FAILED

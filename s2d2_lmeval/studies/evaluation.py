@@ -46,7 +46,7 @@ class Evaluator:
         try:
             with PointStore(job.path, tell) as store:
                 if not store.record.is_complete(job.settings):
-                    store.begin(job.definition, job.point.label)
+                    store.begin(job.definition, job.label)
                     error = self._completed(job, store)
         except StorageError:
             raise
@@ -73,13 +73,13 @@ class Evaluator:
         lm = self._model(job)
         engine = lm.engine
         assert engine is not None
-        lm.decode_with(job.point.decoding_options)
-        engine.max_batch = job.point.batch_size
+        lm.decode_with(job.decoding_options)
+        engine.max_batch = job.batch_size
         halvings = engine.trace.batch_halvings
         store.begin_segment(
             environment=environment(lm.device, engine.dtype, engine.attention),
             rows=engine.max_batch,
-            batch_size=job.point.batch_size,
+            batch_size=job.batch_size,
             decoding=lm.decoding.to_dict() if lm.decoding is not None else None,
             begun=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         )
@@ -94,18 +94,18 @@ class Evaluator:
                 count = engine.trace.batch_halvings - halvings
                 store.append("memory", halvings=count, rows=engine.max_batch)
             engine.trace.reset()
-        scores = _scores(results, job.point.task.task)
+        scores = _scores(results, job.task.task)
         store.append("result", settings=job.settings, samples=list(store.asked), **scores)
 
     def _model(self, job: Job) -> S2D2LM:
         """The point's model: the loaded one, or a new one in its place."""
-        wanted = (job.identity, tuple(sorted((key, str(value)) for key, value in job.point.model_args.items())))
+        wanted = (job.identity, tuple(sorted((key, str(value)) for key, value in job.model_args.items())))
         if self._loaded is None or self._loaded[0] != wanted:
             self.close()
             with quiet():
                 from s2d2_lmeval.harness.model import S2D2LM
 
-                self._loaded = (wanted, S2D2LM(**job.point.model_args, batch_size=job.point.batch_size))
+                self._loaded = (wanted, S2D2LM(**job.model_args, batch_size=job.batch_size))
         return self._loaded[1]
 
     def close(self) -> None:
@@ -138,7 +138,7 @@ def _evaluate(lm: S2D2LM, job: Job) -> dict[str, Any]:
     """
     from lm_eval.evaluator import evaluate
 
-    settings = job.point.task
+    settings = job.task
     with quiet():
         manager = task_manager(job.data_dir, job.include_path, [settings.task])
         task = load_tasks(manager, settings.task)[settings.task]

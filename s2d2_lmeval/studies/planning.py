@@ -8,48 +8,66 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.errors import CheckpointError, ConfigError, S2D2Error, StudyError
 from s2d2_lmeval.harness.arguments import GenerationArguments
-from s2d2_lmeval.harness.identity import HUB_ONLY, code_version
+from s2d2_lmeval.harness.identity import HUB_ONLY, code_version, of_plain, with_files
 from s2d2_lmeval.harness.upstream import redacted
 from s2d2_lmeval.studies.files import MANIFEST, read_manifest
-from s2d2_lmeval.studies.points import Axis, Point, Task, model_identity
+from s2d2_lmeval.studies.points import LOADED, Axis, Point, Task, model_identity
 from s2d2_lmeval.studies.store import write_whole
 from s2d2_lmeval.studies.study import Study
 from s2d2_lmeval.studies.tasks import check_metric, load_tasks, prepare, task_manager, what_is_asked
 
 
 @dataclass(frozen=True)
-class Job:
-    """A point to evaluate, and what it takes: its file, where tasks and data are.
+class Job(Point):
+    """A point to evaluate, and what it takes: the model's identity, the folder of results, where tasks and data are.
 
     ``settings`` are what a result must have been made with to be the wanted one, besides the definition
     (:func:`s2d2_lmeval.studies.tasks.what_is_asked`). Plain data: it can be sent to another process.
     """
 
-    point: Point
     identity: str
     code: str
-    path: Path
-    settings: Mapping[str, Any]
-    data_dir: str | None
-    include_path: Sequence[str]
-    unsafe_code: bool
+    folder: Path = Path()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    data_dir: str | None = None
+    include_path: Sequence[str] = ()
+    unsafe_code: bool = False
 
-    @property
-    def digest(self) -> str:
-        """The point's name."""
-        return self.path.stem
-
-    @property
+    @cached_property
     def definition(self) -> dict[str, Any]:
-        """What the results belong to."""
-        return self.point.definition(self.identity, self.code)
+        """Everything that an answer of the point depends on but the documents.
+
+        Those are looked at when it is evaluated: each sample is kept with the prompt that it answers.
+        """
+        unnamed = (*LOADED, *HUB_ONLY, "revision")  # the identity says it better
+        arguments = {key: value for key, value in self.model_args.items() if key not in unnamed}
+        options = {SYNONYMS.get(key, key): value for key, value in self.decoding_options.items()}
+        task = self.task.model_dump(exclude={"metric", "limit"})
+        return {
+            "model": {"identity": self.identity, "arguments": arguments},
+            "options": with_files(options),
+            "task": {**task, "gen_kwargs": with_files(self.task.gen_kwargs)},
+            "batch_size": self.batch_size,
+            "code": self.code,
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """The point's name, and that of its file."""
+        return of_plain(self.definition)
+
+    @property
+    def path(self) -> Path:
+        """The point's file."""
+        return self.folder / "points" / f"{self.digest}.jsonl"
 
     @property
     def samples(self) -> int:
@@ -80,7 +98,7 @@ class Plan:
         self.code = code_version()
         self.identities = {} if preview else {name: model_identity(given) for name, given in study.models.items()}
         self._check_folder(anew)
-        self.named: dict[str, Point] = {}
+        self.named: dict[str, Job] = {}
 
     def _expand(self, study: Study, preview: bool) -> list[Task]:
         """Single tasks in place of groups and tags, with what is asked in them."""
@@ -150,24 +168,22 @@ class Plan:
 
         :raises StudyError: when two of them are one and the same.
         """
-        jobs = []
+        study, jobs = self.study, []
         for point in points:
-            digest = point.digest(self.identities[point.model], self.code)
-            other = self.named.setdefault(digest, point)
-            if other is not point and other != point:
-                raise StudyError(f"{point.label} is the same point as {other.label}; remove one of them.")
-            jobs.append(
-                Job(
-                    point=point,
-                    identity=self.identities[point.model],
-                    code=self.code,
-                    path=self.folder / "points" / f"{digest}.jsonl",
-                    settings=self.settings[point.task.task],
-                    data_dir=self.study.data_dir,
-                    include_path=self.study.include_path,
-                    unsafe_code=self.unsafe_code,
-                )
+            job = Job(
+                **vars(point),
+                identity=self.identities[point.model],
+                code=self.code,
+                folder=self.folder,
+                settings=self.settings[point.task.task],
+                data_dir=study.data_dir,
+                include_path=study.include_path,
+                unsafe_code=self.unsafe_code,
             )
+            other = self.named.setdefault(job.digest, job)
+            if other != job:
+                raise StudyError(f"{job.label} is the same point as {other.label}; remove one of them.")
+            jobs.append(job)
         self.write_manifest()
         return jobs
 

@@ -1,4 +1,4 @@
-"""What a study is made of: tasks, searches, and points, each with everything that its answers depend on.
+"""What a study is made of: tasks, searches and points.
 
 What a field may hold is its description: error messages and the JSON schema for editors say the same.
 """
@@ -11,15 +11,15 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
+from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import shown
 from s2d2_lmeval.harness.arguments import nearest
-from s2d2_lmeval.harness.identity import HUB_ONLY, of_plain, of_source, with_files
+from s2d2_lmeval.harness.identity import of_source
 
 MOST_POINTS = 10_000
 MOST_ROWS = 1 << 16
 
-_LOADED = ("pretrained", "draft", "tokenizer", "peft")
+LOADED = ("pretrained", "draft", "tokenizer", "peft")
 """Model arguments that name a folder or a hub id."""
 
 
@@ -203,29 +203,8 @@ class Point:
         """All of the decoder's options, the seed among them."""
         return {**self.options, "seed": self.seed}
 
-    def definition(self, identity: str, code: str) -> dict[str, Any]:
-        """Everything that an answer of the point depends on but the documents.
-
-        Those are looked at when it is evaluated: each sample is kept with the prompt that it answers.
-        """
-        unnamed = (*_LOADED, *HUB_ONLY, "revision")  # the identity says it better
-        arguments = {key: value for key, value in self.model_args.items() if key not in unnamed}
-        options = {SYNONYMS.get(key, key): value for key, value in self.decoding_options.items()}
-        task = self.task.model_dump(exclude={"metric", "limit"})
-        return {
-            "model": {"identity": identity, "arguments": arguments},
-            "options": with_files(options),
-            "task": {**task, "gen_kwargs": with_files(self.task.gen_kwargs)},
-            "batch_size": self.batch_size,
-            "code": code,
-        }
-
-    def digest(self, identity: str, code: str) -> str:
-        """The name of the point's file."""
-        return of_plain(self.definition(identity, code))
-
 
 def model_identity(arguments: Mapping[str, Any]) -> str:
     """What model arguments load: the checkpoint, and every drafter, tokenizer and adapter that they name."""
-    loaded = [key for key in _LOADED if arguments.get(key) not in (None, "")]
+    loaded = [key for key in LOADED if arguments.get(key) not in (None, "")]
     return ", ".join(f"{key}={of_source(key, arguments)}" for key in loaded)

@@ -88,11 +88,11 @@ def _objectives(wanted: Search, jobs: Sequence[Job], records: Sequence[PointReco
     """Accuracy is the mean over tasks and seeds, speed is sum over sum; or why there is none of them."""
     for job, record in zip(jobs, records, strict=True):
         if not record.is_complete(job.settings):
-            return record.failure["error"] if record.failure else f"{job.point.label} did not complete"
+            return record.failure["error"] if record.failure else f"{job.label} did not complete"
     records = [record.of_the_result() for record in records]
     counts = {name: sum(record.total(name) for record in records) for name in ("new_tokens", "nfe")}
     rates = ratios({**counts, "seconds": sum(record.decoding_seconds for record in records)})
-    scores = [accuracy_of(record, job.point.task.metric)[1] for job, record in zip(jobs, records, strict=True)]
+    scores = [accuracy_of(record, job.task.metric)[1] for job, record in zip(jobs, records, strict=True)]
     values = {"tokens_per_second": 0.0, "tokens_per_forward": 0.0, **rates, "accuracy": fmean(scores)}
     return [values[name] for name in wanted.objectives]
 

@@ -254,6 +254,6 @@ def _died(job: Job, error: Exception) -> Outcome:
     """Record that a point takes its worker with it."""
     text = f"its Ray worker died {ATTEMPTS} times ({type(error).__name__}: {first_line(error)})"
     with PointStore(job.path) as store:
-        store.begin(job.definition, job.point.label)
+        store.begin(job.definition, job.label)
         store.append("failure", error=text, traceback="")
     return Outcome(0, text)

@@ -28,8 +28,8 @@ class _Plan:
 def sweep_of(count: int, study: dict[str, Any], folder: Path) -> Sweep:
     plan: Any = _Plan(count, study)
     sweep = Sweep(plan, backend=None)  # type: ignore[arg-type]
-    for place, point in enumerate(plan.study.points()):
-        job = Job(point, "m", "1", folder / f"{place:016x}.jsonl", {"samples": 6}, None, (), False)
+    for point in plan.study.points():
+        job = Job(**vars(point), identity="m", code="1", folder=folder, settings={"samples": 6})
         sweep.points[job.digest] = Progress.of(job)
     return sweep
 

@@ -15,7 +15,7 @@ from s2d2_lmeval.cli import main
 from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.harness import identity
 from s2d2_lmeval.model import BlockDiffusionModel
-from s2d2_lmeval.studies.planning import Plan
+from s2d2_lmeval.studies.planning import Job, Plan
 from s2d2_lmeval.studies.points import model_identity
 from s2d2_lmeval.studies.report.results import read_results
 from s2d2_lmeval.studies.store import PointStore, decode_line, encode_line, read_point
@@ -190,7 +190,7 @@ def test_results_that_are_deleted_while_it_runs(
 
         def __call__(self, progress: Any) -> None:
             self.at -= progress.state == "running" and progress.told > 0
-            last = progress.state == "complete" and progress.job.point.decoding == "s2d2"
+            last = progress.state == "complete" and progress.job.decoding == "s2d2"
             if self.at == 0 or (self.at < 0 and last):
                 shutil.rmtree(tmp_path / "out")
 
@@ -235,7 +235,8 @@ def test_a_draft_graph_counts_by_its_content(study: dict[str, Any], tmp_path: Pa
 
     def digest(path: Path) -> str:
         options = {"decoder": "spiffy", "base": "static", "draft_graph": str(path)}
-        return make_study({**study, "decoding": {"a": options}}).points()[0].digest("m", "1")
+        point = make_study({**study, "decoding": {"a": options}}).points()[0]
+        return Job(**vars(point), identity="m", code="1").digest
 
     before = digest(graph)
     assert digest(Path(shutil.copy(graph, tmp_path / "other.json"))) == before

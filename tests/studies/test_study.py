@@ -14,7 +14,7 @@ from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import S2D2Error, StudyError
 from s2d2_lmeval.families.facts import Facts
 from s2d2_lmeval.families.registry import family_named
-from s2d2_lmeval.studies.planning import Plan
+from s2d2_lmeval.studies.planning import Job, Plan
 from s2d2_lmeval.studies.study import make_study, read_study
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def test_a_task_may_have_settings_of_its_own(study: dict[str, Any]) -> None:
 
 def test_names_of_points_depend_on_everything_that_results_do(study: dict[str, Any]) -> None:
     def digest(code: str = "1", identity: str = "m", **changes: Any) -> str:
-        return make_study({**study, **changes}).points()[0].digest(identity, code)
+        return Job(**vars(make_study({**study, **changes}).points()[0]), identity=identity, code=code).digest
 
     same = digest()
     assert same == digest(limit=3)  # more documents of the same

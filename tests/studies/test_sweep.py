@@ -126,7 +126,7 @@ def test_a_failing_point_does_not_stop_the_others(
     with monkeypatch.context() as patch:
         patch.setattr(BlockDiffusionModel, "generate", failing)
         sweep = run_study(study, tmp_path)
-    states = {one.job.point.decoding: (one.state, one.error) for one in sweep.points.values()}
+    states = {one.job.decoding: (one.state, one.error) for one in sweep.points.values()}
     assert states == {"ar": ("failed", str(NumericalError())), "s2d2": ("complete", "")}
     failed = next(one.job.path for one in sweep.points.values() if one.state == "failed")
     failure = read_point(failed).failure

@@ -38,7 +38,7 @@ class Display:
             points = self.sweep.points.values()
             left = self.sweep.seconds_left
             self.console.print(
-                f"{sum(one.has_ended for one in points)}/{len(points)} {progress.state}: {progress.job.point.label}: "
+                f"{sum(one.has_ended for one in points)}/{len(points)} {progress.state}: {progress.job.label}: "
                 f"{progress.done} samples, {progress.tokens_per_second:.1f} tokens/s, "
                 f"{progress.tokens_per_forward:.2f} tokens/forward" + (f"; {duration(left)} left" if left else ""),
                 markup=False,
@@ -51,7 +51,7 @@ class Display:
         lines: list[list[str | Text]] = [
             [
                 Text(*_STATES[one.state]),
-                *(one.job.point.model, one.job.point.task.task, one.job.point.decoding, str(one.job.point.seed)),
+                *(one.job.model, one.job.task.task, one.job.decoding, str(one.job.seed)),
                 f"{one.done}/{one.job.samples}",
                 f"{one.tokens_per_second:.1f}" if one.seconds else "",
                 f"{one.tokens_per_forward:.2f}" if one.nfe else "",

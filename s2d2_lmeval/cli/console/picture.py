@@ -22,7 +22,7 @@ class State(Enum):
     ACCEPTED = ("accepted", "+", "black on green", "drafted and accepted by the verifier")
     RESAMPLED = ("resampled", "~", "black on yellow", "rejected; what the verifier says instead")
     KEPT = ("kept", "=", "black on magenta", "rejected, but the draft stands (allow_resample=false)")
-    RATIO = ("ratio", "%", "black on bright_cyan", "accepted behind a rejection, by ratio")
+    RATIO = ("ratio", "%", "black on bright_cyan", "accepted after a rejection, by ratio")
     CONFIDENT = ("high confidence", "!", "black on bright_blue", "decided for its confidence, besides the verifier")
     DENOISED = ("denoised", "*", "black on cyan", "decided by the remasking strategy, unverified")
     CAUSAL = ("autoregressive", "&", "black on bright_green", "predicted by the text before it")
