@@ -79,12 +79,7 @@ class _LoggingSubblocks(SubblockSpiffy, _Logging):
 
 class _LoggingEngine(Engine):
     def decoder_class(self) -> type[Decoder[Any]]:
-        logging: dict[str, type[Decoder[Any]]] = {
-            "block": _Logging,
-            "editing": _LoggingEdits,
-            "subblock": _LoggingSubblocks,
-        }
-        return logging[self.facts.scheme]
+        return {"block": _Logging, "editing": _LoggingEdits, "subblock": _LoggingSubblocks}[self.facts.scheme]
 
 
 class _LoggingModel(BlockDiffusionModel):
@@ -92,7 +87,7 @@ class _LoggingModel(BlockDiffusionModel):
 
 
 class TraceFile:
-    """Traces of prompts in a file, a line each, behind a line that says what they are of.
+    """Traces of prompts in a file, a line each, after a line that says what they are of.
 
     :raises ConfigError: for a file of another model, decoder or set of options.
     """
@@ -104,31 +99,23 @@ class TraceFile:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(heading + "\n")
-            return
-        text = path.read_text()
-        lines = text.splitlines()
-        if not lines or lines[0] != heading:
+        first, *lines = path.read_text().splitlines(keepends=True) or [""]
+        if first.strip() != heading:
             raise ConfigError(
                 f"{path} holds traces of another model or decoder. Give another --traces file, or remove this one."
             )
-        if not text.endswith("\n"):  # the run before was cut off while it wrote
+        if lines and not lines[-1].endswith("\n"):  # the run before was cut off while it wrote
             lines = lines[:-1]
-            path.write_text("".join(line + "\n" for line in lines))
-        for line in lines[1:]:
+            path.write_text("".join([first, *lines]))
+        for line in lines:
             entry = json.loads(line)
             self.traces[entry["prompt"]] = [RankedStep(**step) for step in entry["steps"]]
 
     def add(self, name: str, steps: Iterable[Step]) -> None:
         """Take the trace of the prompt ``name``."""
-        ranked = [step for step in steps if isinstance(step, RankedStep)]
-        self.traces[name] = ranked
+        self.traces[name] = [step for step in steps if isinstance(step, RankedStep)]
         with self.path.open("a") as file:
-            file.write(json.dumps({"prompt": name, "steps": [asdict(step) for step in ranked]}) + "\n")
-
-
-def name_of(prompt: Sequence[int]) -> str:
-    """The name of a prompt (token ids) in a trace file."""
-    return hashlib.blake2b(np.asarray(prompt, dtype="<i8").tobytes(), digest_size=12).hexdigest()
+            file.write(json.dumps({"prompt": name, "steps": [asdict(step) for step in self.traces[name]]}) + "\n")
 
 
 def trace(
@@ -136,7 +123,7 @@ def trace(
     config: DecodingConfig,
     prompts: Sequence[Sequence[int]],
     path: Path,
-    on_traced: Callable[[], None] | None = None,
+    on_traced: Callable[[], None] = lambda: None,
 ) -> list[list[RankedStep]]:
     """Traces of the base decoder on ``prompts``; those that ``path`` holds already are not run again.
 
@@ -149,32 +136,23 @@ def trace(
             f"{config.decoder} itself."
         )
     about, decoding = signature(config, model.facts)
-    length = config.block_length
-    subject = {**about, **decoding, "block_length": length, "seed": config.seed, "tokens": config.max_new_tokens}
-    file = TraceFile(path, subject)
-    names = [name_of(prompt) for prompt in prompts]
+    run = {"block_length": config.block_length, "seed": config.seed, "tokens": config.max_new_tokens}
+    file = TraceFile(path, {**about, **decoding, **run})
+    names = [hashlib.blake2b(np.asarray(ids, dtype="<i8").tobytes(), digest_size=12).hexdigest() for ids in prompts]
     missing = [n for n, name in enumerate(names) if name not in file.traces]
 
     def finished(index: int, answer: Generation) -> None:
         file.add(names[missing[index]], answer.steps)
-        if on_traced is not None:
-            on_traced()
+        on_traced()
 
-    for name in names:
-        if name in file.traces and on_traced is not None:
-            on_traced()
+    for _ in range(len(names) - len(missing)):
+        on_traced()
     if missing:
-        logging = _LoggingModel(
-            model.hf_model,
-            model.facts,
-            attention=model.attention,
-            max_batch=model.max_batch,
-            max_context=model.max_context,
-        )
+        rows, context, attention = model.max_batch, model.max_context, model.attention
+        logging = _LoggingModel(model.hf_model, model.facts, attention=attention, max_batch=rows, max_context=context)
         # Nothing is drafted, so nothing has to be known of what it costs.
-        logging.generate(
-            [prompts[n] for n in missing], config.replace(draft_nodes=0), seeds=missing, on_finished=finished
-        )
+        options = config.replace(draft_nodes=0)
+        logging.generate([prompts[n] for n in missing], options, seeds=missing, on_finished=finished)
     return [file.traces[name] for name in names]
 
 
@@ -276,7 +254,7 @@ def calibrate(
     traces: Path,
     source: str,
     score: str = "own",
-    on_traced: Callable[[], None] | None = None,
+    on_traced: Callable[[], None] = lambda: None,
 ) -> DraftGraph:
     """A draft graph of ``nodes`` nodes up to ``depth`` steps ahead, for ``config`` on ``model`` (called ``source``);
     ``score`` as in :func:`choose`.

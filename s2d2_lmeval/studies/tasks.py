@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from s2d2_lmeval.errors import S2D2Error, StudyError
+from s2d2_lmeval.errors import S2D2Error, StudyError, first_line
 from s2d2_lmeval.harness.arguments import nearest
 from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.studies.points import Task
@@ -46,18 +47,22 @@ def load_tasks(manager: Any, name: str) -> dict[str, Any]:
             f"tasks: the harness knows no {name}.{nearest(name, manager.all_tasks)} For tasks of your own give "
             "include_path."
         )
-    try:
+    advice = " Its documents come from the hub, or from a folder that you give as data_dir."
+    with _refused(f"{name} cannot be loaded", advice):
         if hasattr(manager, "load"):
             return dict(manager.load([name])["tasks"])
         return _flat(manager.load_task_or_group(name))  # lm_eval before 0.4.12
+
+
+@contextlib.contextmanager
+def _refused(what: str, advice: str = "") -> Iterator[None]:
+    """Say what a task cannot do, whatever it is that its code raises."""
+    try:
+        yield
     except S2D2Error:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        raise StudyError(
-            f"tasks: {name} cannot be loaded ({type(error).__name__}: {lines[0][:300]}). Its documents come from the "
-            "hub, or from a folder that you give as data_dir."
-        ) from error
+        raise StudyError(f"tasks: {what} ({type(error).__name__}: {first_line(error)}).{advice}") from error
 
 
 def _flat(loaded: Mapping[Any, Any]) -> dict[str, Any]:
@@ -99,14 +104,8 @@ def what_is_asked(task: Any, settings: Task) -> dict[str, Any]:
     """
     built = how_prompts_are_built(settings)
     template = {"chat_template": _as_it_is} if built["apply_chat_template"] else {}
-    try:
+    with _refused(f"{settings.task} cannot make its prompts"):
         task.build_all_requests(**{**built, "apply_chat_template": bool(template)}, **template)
-    except S2D2Error:
-        raise
-    except Exception as error:
-        raise StudyError(
-            f"tasks: {settings.task} cannot make its prompts ({type(error).__name__}: {str(error)[:300]})."
-        ) from error
     requests = [(one.doc_id, one.idx, one.repeats, one.doc, one.args) for one in task.instances]
     return {
         "documents": len({one.doc_id for one in task.instances}),
@@ -130,15 +129,11 @@ def _scoring(task: Any) -> str:
     return of_plain(config, [(file.name, code_of(file)) for file in sorted(written)], __version__)
 
 
-def _callables(value: Any) -> Iterator[Callable[..., Any]]:
+def _callables(value: Any) -> list[Callable[..., Any]]:
     if callable(value):
-        yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _callables(one)
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _callables(one)
+        return [value]
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [found for one in inside for found in _callables(one)]
 
 
 def _file_of(function: Any) -> str | None:
@@ -160,17 +155,12 @@ def code_of(path: Path) -> str:
     return ast.dump(tree)
 
 
-def metric_names(task: Any) -> tuple[list[str], list[str]]:
-    """The metrics of a task, and its filters."""
-    return [str(metric) for metric in task.aggregation()], [one.name for one in task._filters]
-
-
 def check_metric(task: Any, settings: Task) -> None:
     """Refuse a metric that the task has not, or a task without any where none is named.
 
     :raises StudyError: naming those that it has.
     """
-    metrics, filters = metric_names(task)
+    metrics, filters = [str(metric) for metric in task.aggregation()], [one.name for one in task._filters]
     listed = [entry["metric"] for entry in task.get_config("metric_list") or [] if isinstance(entry["metric"], str)]
     wanted = settings.metric or next(iter(listed), None)
     metric, _, chosen = (wanted or "").partition(",")
