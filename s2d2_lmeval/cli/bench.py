@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from s2d2_lmeval.model import BlockDiffusionModel
     from s2d2_lmeval.studies.bench.measuring import Measurement, Workload
-    from s2d2_lmeval.studies.bench.random_weights import Script
 
 WIDE = 130
 """Columns of a terminal that the whole table fits into."""
@@ -35,18 +34,10 @@ DECODERS = "ar,dynamic,s2d2,s2d2:reference,s2d2:lookahead,sliding"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "--model",
-        type=nonempty,
-        default="toy",
-        help="a checkpoint, or sdar-100m or sdar-8b: that shape, random weights (default: toy)",
-    )
-    parser.add_argument(
-        "--decoders",
-        default=DECODERS,
-        metavar="LIST",
-        help="comma-separated DECODER[:SCHEDULE][+OPTION=VALUE…] (default: %(default)s)",
-    )
+    model = "a checkpoint, or sdar-100m or sdar-8b: that shape, random weights (default: toy)"
+    parser.add_argument("--model", type=nonempty, default="toy", help=model)
+    decoders = "comma-separated DECODER[:SCHEDULE][+OPTION=VALUE…] (default: %(default)s)"
+    parser.add_argument("--decoders", default=DECODERS, metavar="LIST", help=decoders)
     parser.add_argument("--batch", default="1,8", metavar="LIST", help="rows in flight (default: %(default)s)")
     for name, default, what in (
         ("block_length", 16, "of block decoders"),
@@ -56,12 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("repeats", 3, "measured runs of each"),
     ):
         parser.add_argument(f"--{name}", type=whole(), default=default, help=f"{what} (default: %(default)s)")
-    parser.add_argument(
-        "--scripted_acceptance",
-        type=real(0, 1),
-        metavar="RATE",
-        help="replace logits by a script in which this share of drafted tokens is right; for random weights",
-    )
+    script = "replace logits by a script in which this share of drafted tokens is right; for random weights"
+    parser.add_argument("--scripted_acceptance", type=real(0, 1), metavar="RATE", help=script)
     parser.add_argument(
         "--answers",
         action="store_true",
@@ -72,12 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cuda, cpu, … (default: cuda if there is one)")
     parser.add_argument("--dtype", help="of the weights (default: bfloat16 on CUDA, else float32)")
     add_shared(parser, "--threads")
-    parser.add_argument(
-        "--clock",
-        choices=tuple(_CLOCKS),
-        default="wall",
-        help="cpu: processor time of this process, for a machine that others use too; with --threads 1 on a CPU",
-    )
+    cpu = "cpu: processor time of this process, for a machine that others use too; with --threads 1 on a CPU"
+    parser.add_argument("--clock", choices=tuple(_CLOCKS), default="wall", help=cpu)
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw tokens per second (needs matplotlib)")
 
@@ -116,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 def _show_speed(
     args: argparse.Namespace, plain: PreTrainedModel | None, model: BlockDiffusionModel, console: Any
 ) -> dict[str, Any]:
-    """Measure and print; everything for the file."""
+    """Measure everything that was asked for, baselines first, and print; what goes into the file."""
     from s2d2_lmeval.harness.report import environment
     from s2d2_lmeval.studies.bench import measuring
     from s2d2_lmeval.studies.bench.random_weights import Script, follow_script
@@ -126,8 +109,15 @@ def _show_speed(
     if args.scripted_acceptance is not None:
         script = Script(args.scripted_acceptance, model.facts.vocab_size)
         model = follow_script(model, script)
+    contenders, batches = [], _numbers(args.batch)
+    if not args.no_baselines and plain is not None:
+        for batch in batches:
+            contenders += [measuring.transformers_generate(plain, batch, kind, work) for kind in (None, "static")]
+        contenders.append(measuring.plain_loop(plain, model.facts.mask_token_id, args.block_length, script, work))
+    for entry in args.decoders.split(","):
+        contenders += [measuring.decoder(model, entry, _options(entry, args), batch, work) for batch in batches]
     with console.status("measuring") as status:
-        found = _measure(args, plain, model, script, work, status.update)
+        found = measuring.measure_all(contenders, args.repeats, model.device.type != "cuda", status.update)
     about = environment(model.device, model.dtype, model.attention)
     floor = measuring.floor_milliseconds(model.hf_model)
     console.print(_table(found, console.width))
@@ -175,28 +165,6 @@ def _show_answers(args: argparse.Namespace, model: BlockDiffusionModel, console:
     console.print(table(header, lines, title=title, box=HEAVY_HEAD))
     kept = [{"name": name, **one, "texts": None} for name, several in found.items() for one in several]
     return {"batch": batch, "answers": kept}
-
-
-def _measure(
-    args: argparse.Namespace,
-    plain: PreTrainedModel | None,
-    model: BlockDiffusionModel,
-    script: Script | None,
-    work: Workload,
-    tell: Callable[[str], None],
-) -> list[Measurement]:
-    """Everything that was asked for, baselines first."""
-    from s2d2_lmeval.studies.bench import measuring
-
-    contenders = []
-    batches = _numbers(args.batch)
-    if not args.no_baselines and plain is not None:
-        for batch in batches:
-            contenders += [measuring.transformers_generate(plain, batch, kind, work) for kind in (None, "static")]
-        contenders.append(measuring.plain_loop(plain, model.facts.mask_token_id, args.block_length, script, work))
-    for entry in args.decoders.split(","):
-        contenders += [measuring.decoder(model, entry, _options(entry, args), batch, work) for batch in batches]
-    return measuring.measure_all(contenders, args.repeats, model.device.type != "cuda", tell)
 
 
 def _models(name: str, device: Any, dtype: Any) -> tuple[PreTrainedModel | None, BlockDiffusionModel]:

@@ -34,18 +34,12 @@ _ORDINALS = ("best", "2nd", "3rd", "4th")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "--model_args",
-        type=nonempty,
-        required=True,
-        metavar="NAME=VALUE,…",
-        help="pretrained=… and the decoding options, as for eval; base=… names the decoder that is accelerated",
-    )
+    model_args = "pretrained=… and the decoding options, as for eval; base=… names the decoder that is accelerated"
+    parser.add_argument("--model_args", type=nonempty, required=True, metavar="NAME=VALUE,…", help=model_args)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--tasks", metavar="LIST", help="take prompts of these tasks of the harness, in equal parts")
-    prompts.add_argument(
-        "--prompts", type=Path, metavar="FILE", help='a text file with a prompt per line, or .jsonl with "prompt"'
-    )
+    file = 'a text file with a prompt per line, or .jsonl with "prompt"'
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help=file)
     for name, default, letter, what in (
         ("--limit", 48, "N", "prompts"), ("--nodes", 16, "D", "nodes of the graph"), ("--depth", 4, "N", "steps ahead")
     ):  # fmt: skip
@@ -58,9 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, default=Path("draft_graph.json"), help="default: %(default)s")
-    parser.add_argument(
-        "--traces", type=Path, metavar="FILE", help="keeps the traces, to go on from (default: OUTPUT.traces.jsonl)"
-    )
+    traces = "keeps the traces, to go on from (default: OUTPUT.traces.jsonl)"
+    parser.add_argument("--traces", type=Path, metavar="FILE", help=traces)
     add_shared(parser, "--chat")
 
 

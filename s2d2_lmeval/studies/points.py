@@ -50,7 +50,7 @@ def check_keys(given: Any, known: Iterable[str], what: str) -> Any:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse names that are no decoding option; everything else depends on the checkpoint.
+    """Refuse names that are not decoding options; everything else depends on the checkpoint.
 
     :raises ValueError: with the nearest option.
     """

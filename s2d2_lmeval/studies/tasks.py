@@ -156,9 +156,9 @@ def code_of(path: Path) -> str:
 
 
 def check_metric(task: Any, settings: Task) -> None:
-    """Refuse a metric that the task has not, or a task without any where none is named.
+    """Refuse a metric that the task does not have, and a task that names none first.
 
-    :raises StudyError: naming those that it has.
+    :raises StudyError: naming those it has.
     """
     metrics, filters = [str(metric) for metric in task.aggregation()], [one.name for one in task._filters]
     listed = [entry["metric"] for entry in task.get_config("metric_list") or [] if isinstance(entry["metric"], str)]

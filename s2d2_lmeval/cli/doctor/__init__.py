@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from s2d2_lmeval.cli.values import add_shared, parse_options
 
 if TYPE_CHECKING:
-    from s2d2_lmeval.cli.doctor.finding import Finding
+    from s2d2_lmeval.cli.doctor.installation import Finding
 
 SUMMARY = "check this installation, this machine and a checkpoint"
 

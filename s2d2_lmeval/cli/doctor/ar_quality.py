@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from s2d2_lmeval.cli.doctor.finding import NOTE, OK, Finding
+from s2d2_lmeval.cli.doctor.installation import NOTE, OK, Finding
 from s2d2_lmeval.errors import ConfigError
 
 NOT_BLOCKWISE = frozenset({"ar", "sliding", "s2d2", "spiffy"})

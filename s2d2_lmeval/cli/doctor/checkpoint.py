@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.cli.console import size
-from s2d2_lmeval.cli.doctor.finding import NOTE, OK, PROBLEM, Finding, looked_at
-from s2d2_lmeval.cli.doctor.installation import host_memory
+from s2d2_lmeval.cli.doctor.installation import NOTE, OK, PROBLEM, Finding, host_memory, looked_at
 from s2d2_lmeval.errors import ConfigError, S2D2Error
 
 if TYPE_CHECKING:

@@ -5,14 +5,34 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 
 from s2d2_lmeval.cli.console import size
-from s2d2_lmeval.cli.doctor.finding import NOTE, OK, PROBLEM, Finding, looked_at
+from s2d2_lmeval.errors import S2D2Error
 
+OK, NOTE, PROBLEM = "ok", "note", "problem"
 _PACKAGES = ("torch", "transformers", "lm_eval", "tokenizers", "safetensors", "accelerate", "datasets")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. ``state``: ``ok``; ``note``, worth knowing; ``problem``, something will not work."""
+
+    section: str
+    name: str
+    value: str
+    state: str = OK
+
+
+def looked_at(section: str, name: str, found: Iterator[Finding]) -> Iterator[Finding]:
+    """What is ``found``; where looking at it fails, why."""
+    try:
+        yield from found
+    except S2D2Error as error:
+        yield Finding(section, name, str(error), PROBLEM)
 
 
 def _version(name: str) -> str | None:
