@@ -29,7 +29,8 @@ def generate_block_single(arguments: dict[str, Any]) -> Any:
     Args:
         model: what :func:`s2d2_lmeval.load` returns, or a LLaDA or Dream model of transformers (its weights are
             shared) with the adapter merged.
-        max_length, max_new_tokens: positions of prompt and answer together, and new tokens, at most; whole blocks only.
+        max_length, max_new_tokens: at most so many positions of prompt and answer together, and new tokens; whole
+            blocks only.
         block_size, mask_token_id: as trained: 32, and 126336 (LLaDA) or 151666 (Dream).
         model_type: ``llada`` or ``dream``; must be what the model is.
         eos_token_id: token ids after which no further block opens; the answer ends before the first. None means none.

@@ -144,7 +144,7 @@ def _refuse_other_modes(
     if foreign:
         raise RequestError(
             f"{', '.join(type(item).__name__ for item in foreign)} looks at the tokens before, and a block's tokens "
-            "are decided together. Leave the option behind it out (min_new_tokens, repetition_penalty, …)."
+            "are decided together. Leave its option out (min_new_tokens, repetition_penalty, …)."
         )
 
 

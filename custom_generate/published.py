@@ -202,7 +202,7 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> li
     """The ids of every row of ``input_ids`` (R, P), without the padding that ``attention_mask`` (R, P) leaves out.
 
     Raises:
-        RequestError: ids that are no table.
+        RequestError: ids that are not a table.
     """
     if input_ids.dim() != 2:
         raise RequestError(f"input_ids must be 2-D (batch, prompt length), not of shape {tuple(input_ids.shape)}.")

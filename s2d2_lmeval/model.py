@@ -41,19 +41,23 @@ def load(
     """Load a block-diffusion checkpoint, or an autoregressive one as target of a drafter, onto native transformers
     classes.
 
-    :param source: a folder, a hub id, ``"toy"`` (the embedded model), or a loaded transformers model of a known family,
-        whose weights are then shared.
-    :param attention: ``auto`` or an attention back end.
-    :param max_batch: rows in flight at most; ``auto``: as many as free memory holds. Either way fewer if it runs out.
-    :param max_context: positions that prompt and answer may take together; what the checkpoint names if not given.
-        Under yarn more may be asked for; where layers see a sliding window it must be given, and lie inside.
-    :param draft: folder or hub id of a DFlash drafter made for this checkpoint, or ``"toy"``; for the decoders
-        ``dflash`` and ``ddtree``.
-    :param static_shapes: pad narrow forwards to a few shapes, captured as graphs on CUDA; where a single CUDA device
-        holds the model if not given.
-    :param options: ``dtype``, ``device``, ``revision``, ``device_map``, ``quantization_config``, ``family``, and what
-        else :func:`s2d2_lmeval.families.load_checkpoint` takes.
-    :raises CheckpointError: when the checkpoint is not what it says it is.
+    Args:
+        source: a folder, a hub id, ``"toy"`` (the embedded model), or a loaded transformers model of a known family,
+            whose weights are then shared.
+        attention: ``auto`` or an attention back end.
+        max_batch: at most so many rows in flight; ``auto``: as many as free memory holds. Either way fewer if it runs
+            out.
+        max_context: positions that prompt and answer may take together; what the checkpoint names if not given. Under
+            yarn more may be asked for; where layers see a sliding window it must be given, and lie inside.
+        draft: folder or hub id of a DFlash drafter made for this checkpoint, or ``"toy"``; for the decoders ``dflash``
+            and ``ddtree``.
+        static_shapes: pad narrow forwards to a few shapes, captured as graphs on CUDA; where a single CUDA device holds
+            the model if not given.
+        options: ``dtype``, ``device``, ``revision``, ``device_map``, ``quantization_config``, ``family``, and what else
+            :func:`s2d2_lmeval.families.load_checkpoint` takes.
+
+    Raises:
+        CheckpointError: when the checkpoint is not what it says it is.
     """
     if static_shapes is not None:
         static_shapes = converted("static_shapes", "bool", static_shapes)
@@ -106,7 +110,7 @@ class BlockDiffusionModel:
 
     @property
     def max_batch(self) -> int:
-        """Rows in flight at most; under ``auto`` memory may allow fewer. Can be set, to ``auto`` too."""
+        """At most so many rows are in flight; under ``auto`` memory may allow fewer. Can be set, to ``auto`` too."""
         return self.rows.most(self.device)
 
     @max_batch.setter
@@ -152,13 +156,16 @@ class BlockDiffusionModel:
     ) -> list[Generation]:
         """Continue every prompt (token ids). All are queued at once; ``max_batch`` rows are in flight.
 
-        :param max_new_tokens: for all or for each; the configuration's if not given.
-        :param seeds: names each request's randomness (int64); its index if not given. A request samples the same
-            whatever it is batched with.
-        :param stop: ``stop(i, new_token_ids)`` is asked after each finished block of request i and answers how many of
-            its new tokens to keep, or None to go on.
-        :param on_finished: told of each request as it completes.
-        :raises RequestError: for a prompt that cannot be decoded.
+        Args:
+            max_new_tokens: for all or for each; the configuration's if not given.
+            seeds: names each request's randomness (int64); its index if not given. A request samples the same whatever
+                it is batched with.
+            stop: ``stop(i, new_token_ids)`` is asked after each finished block of request i and answers how many of its
+                new tokens to keep, or None to go on.
+            on_finished: told of each request as it completes.
+
+        Raises:
+            RequestError: a prompt that cannot be decoded.
         """
         resolved = self.config(config)
         prompts = _several("prompts", prompts)
@@ -189,11 +196,14 @@ class BlockDiffusionModel:
         """log p(continuation | context) in the model's autoregressive mode, and whether greedy decoding would write the
         continuation. Requests with the same context share its forwards.
 
-        :param requests: (context, continuation) pairs of token ids; the context may be empty, unless the model's logits
-            are shifted by one token: then nothing predicts the first. Both together take at most
-            :attr:`max_score_length` tokens.
-        :param on_scored: told of each request as it is scored.
-        :raises RequestError: for a pair that does not fit the context, holds the mask token or cannot be predicted.
+        Args:
+            requests: (context, continuation) pairs of token ids; the context may be empty, unless the model's logits
+                are shifted by one token: then nothing predicts the first. Both together take at most
+                :attr:`max_score_length` tokens.
+            on_scored: told of each request as it is scored.
+
+        Raises:
+            RequestError: a pair that does not fit the context, holds the mask token or cannot be predicted.
         """
         pairs = []
         for index, request in enumerate(_several("requests", requests)):

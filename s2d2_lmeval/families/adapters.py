@@ -49,7 +49,7 @@ def merge_adapter(model: PreTrainedModel, family: Family, source: str | Path, **
     source = resolve(source)
     config = read_json(source, "adapter_config.json", **hub)
     if config is None:
-        raise CheckpointError(f"{source} holds no adapter_config.json, so it is no adapter.")
+        raise CheckpointError(f"{source} holds no adapter_config.json, so it is not an adapter.")
     _check_plain(source, config)
     changes = []
     file = adapter_file(source, **hub)
@@ -89,7 +89,7 @@ def _factors(source: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict
     for name, tensor in tensors.items():
         match = _FACTOR.fullmatch(name)
         if match is None or tensor.dim() != 2:
-            raise CheckpointError(f"the adapter {source} holds {name}, which is no factor of a LoRA.")
+            raise CheckpointError(f"the adapter {source} holds {name}, which is not a factor of a LoRA.")
         found.setdefault(match[1], {})[match[2]] = tensor
     halves = sorted(name for name, factors in found.items() if len(factors) < 2)
     if halves or not found:

@@ -20,7 +20,7 @@ ModelT = TypeVar("ModelT")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHARD = re.compile(r"[\w.-]{1,200}")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# Integers, truth values and complex numbers are no weights, but transformers casts them without a word.
+# Integers, truth values and complex numbers are not weights, but transformers casts them without a word.
 _NO_WEIGHTS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64")
 _LARGEST_TEXT = 64 << 20
 _PICKLED = (
@@ -41,7 +41,7 @@ def resolve(source: str | Path) -> str:
         path = Path(source).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{source!r} is no path of a folder ({first_line(error)}).") from None
+        raise CheckpointError(f"{source!r} is not the path of a folder ({first_line(error)}).") from None
     if is_folder:
         return str(path)
     if exists:
@@ -91,10 +91,10 @@ def read_text(path: Path) -> str:
 
     Raises:
         OSError: a file that cannot be read.
-        ValueError: what is no text file.
+        ValueError: what is not a text file.
     """
     if path.exists() and not path.is_file():
-        raise ValueError("it is no file")
+        raise ValueError("it is not a file")
     with path.open("rb") as stream:
         data = stream.read(_LARGEST_TEXT + 1)
     if len(data) > _LARGEST_TEXT:
@@ -163,7 +163,7 @@ def stored_weights(files: Iterable[Path], *, quantized: bool = False) -> dict[st
         odd = next((name for name, weight in here.items() if weight.dtype in _NO_WEIGHTS and not quantized), None)
         if odd is not None:
             raise CheckpointError(
-                f"{file} holds {odd} as {here[odd].dtype}, which is no floating point type. Quantized weights need "
+                f"{file} holds {odd} as {here[odd].dtype}, which is not a floating point type. Quantized weights need "
                 "the quantization_config that they were made with in config.json."
             )
         found |= here

@@ -170,7 +170,7 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
         if dtype in (known, str(known), str(known).removeprefix("torch.")):
             return known
     raise CheckpointError(
-        f"dtype {str(dtype)!r} is no type that models are computed in; try auto, float32, bfloat16 or float16."
+        f"dtype {str(dtype)!r} is not a type that models are computed in; try auto, float32, bfloat16 or float16."
     )
 
 

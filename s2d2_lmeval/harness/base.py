@@ -163,7 +163,7 @@ class HarnessModel(HFLM):
 
     @property
     def max_gen_toks(self) -> int:
-        """New tokens at most, for requests that do not say."""
+        """The maximum number of new tokens, for requests that do not say."""
         if self.decoding is not None:
             return self.decoding.max_new_tokens
         given = [self.arguments.decoding[name] for name in BUDGET_NAMES if name in self.arguments.decoding]

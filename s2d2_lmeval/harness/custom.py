@@ -51,7 +51,8 @@ class CustomFunction:
     def load(cls, spec: str | Callable[..., Any]) -> CustomFunction:
         """The function that ``spec`` names: ``path/to/file.py:function``, ``module:function``, or the function itself.
 
-        :raises ConfigError: when there is no such function, or it cannot be told how many tokens to write.
+        Raises:
+            ConfigError: when there is no such function, or it cannot be told how many tokens to write.
         """
         function = spec if callable(spec) else load_object(spec)
         name = spec if isinstance(spec, str) else f"{function.__module__}:{function.__qualname__}"
@@ -75,9 +76,8 @@ class CustomFunction:
         return self.any_name or name in self.parameters
 
     def options(self, given: Mapping[str, Any], stop_token_ids: Sequence[int], tokenizer: Any) -> dict[str, Any]:
-        """What to call the function with: ``given`` and what follows from the run.
-
-        :raises ConfigError: for an option that the function does not take.
+        """What to call the function with: ``given`` and what follows from the run; ConfigError for an option that it
+        does not take.
         """
         options = {name: value for name, value in given.items() if self.accepts(name) or name not in _HARMLESS}
         for name in options:
@@ -98,8 +98,11 @@ class CustomFunction:
     ) -> tuple[list[int], dict[str, Any]]:
         """Run the function on one prompt.
 
-        :returns: the new token ids (``budget`` at most) and the function's statistics, under our names.
-        :raises RequestError: when its answer does not follow the convention.
+        Returns:
+            the new token ids (at most ``budget``) and the function's statistics, under our names.
+
+        Raises:
+            RequestError: when its answer does not follow the convention.
         """
         budget_name = next((name for name in BUDGET_NAMES if name in self.parameters), "max_gen_toks")
         device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else model.device
@@ -143,7 +146,8 @@ def load_object(spec: str) -> Any:
     """``path/to/file.py:name`` or ``module:name``. The file's folder becomes importable, for what it imports from
     beside it.
 
-    :raises ConfigError: when there is no such file, module or name, or importing it fails.
+    Raises:
+        ConfigError: when there is no such file, module or name, or importing it fails.
     """
     source, _, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
     if not source or not name:

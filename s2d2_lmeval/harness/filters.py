@@ -37,9 +37,7 @@ def decoding_metrics(stats: Mapping[str, Any]) -> dict[str, float]:
     including the stop; ``tokens_per_forward`` is their ratio; ``acceptance`` the share of drafted tokens that the
     verifier accepted; ``seconds`` the time in which the document was in flight. A statistic that is not there (a
     response from the harness's cache has no ``seconds``, a custom decoding function may report only ``nfe``) gives no
-    metric.
-
-    :param stats: the dictionary that the filter ``s2d2_stats`` hands to ``process_results``; may be empty.
+    metric; ``stats`` may be empty.
     """
     return {name: float(stats[name]) for name in METRICS if name in stats}
 

@@ -59,8 +59,7 @@ def of_source(name: str, arguments: Mapping[str, Any]) -> str:
     """The folder or hub repository that the model argument ``name`` names: a digest of its files, or the commit.
 
     Where the hub cannot be reached and nothing is cached it is the name and revision as given.
-
-    :param arguments: those of the model; ``revision`` and how to reach the hub are read too.
+    Of the model's ``arguments``, ``revision`` and how to reach the hub are read too.
     """
     source = arguments[name]
     if source == "toy":

@@ -93,10 +93,7 @@ def _from_class(arguments: Arguments, source: str, loading: dict[str, Any]) -> A
 
 
 def load_tokenizer(arguments: Arguments, source: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer that ``--model_args`` name, by default that of the checkpoint.
-
-    :raises CheckpointError: when there is none.
-    """
+    """The tokenizer that ``--model_args`` name, by default that of the checkpoint; CheckpointError without any."""
     options = arguments.harness
     named = source if options.get("tokenizer") is None else options["tokenizer"]
     if isinstance(named, PreTrainedTokenizerBase):
@@ -141,10 +138,7 @@ def load_tokenizer(arguments: Arguments, source: str, revision: str | None) -> P
 
 
 def check_mask(tokenizer: Any, facts: Facts, given: int | None) -> None:
-    """Refuse a mask token that is not the tokenizer's, unless the user ``given`` it.
-
-    :raises CheckpointError: naming both.
-    """
+    """Refuse a mask token that is not the tokenizer's, unless the user ``given`` it; CheckpointError names both."""
     mask, added = facts.mask_token_id, tokenizer.get_added_vocab()
     masks = {token: text for text, token in added.items() if _MASK_NAME.fullmatch(text)}
     if tokenizer.mask_token_id is not None:
@@ -187,7 +181,8 @@ def join_processes() -> Any:
 def choose_device(device: Any, accelerator: Any) -> str:
     """Where a model that is not spread goes: this process's own device, the one asked for, or a GPU if there is one.
 
-    :raises ConfigError: for a device that this machine does not have.
+    Raises:
+        ConfigError: a device that this machine does not have.
     """
     if accelerator is not None:
         return str(accelerator.device)

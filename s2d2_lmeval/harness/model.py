@@ -46,7 +46,8 @@ class S2D2LM(HarnessModel):
     def decode_with(self, options: Mapping[str, Any]) -> None:
         """Take ``options`` in place of the decoding options of ``--model_args``, and start counting anew.
 
-        :raises ConfigError: for options that are wrong, or do not fit this checkpoint; nothing is changed then.
+        Raises:
+            ConfigError: options that are wrong, or do not fit this checkpoint; nothing is changed then.
         """
         before = self.arguments
         self.arguments = dataclasses.replace(before, decoding=dict(options))

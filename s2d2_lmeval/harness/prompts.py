@@ -149,8 +149,9 @@ class StopStrings:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], strings: Sequence[str]) -> None:
         """
-        :param decode: token ids to text, special tokens included.
-        :param strings: the stop strings; empty ones are ignored.
+        Args:
+            decode: token ids to text, special tokens included.
+            strings: the stop strings; empty ones are ignored.
         """
         self._decode = decode
         self._strings = tuple(dict.fromkeys(string for string in strings if string))

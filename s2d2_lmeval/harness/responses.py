@@ -90,7 +90,8 @@ def separate(hook: Any, run: str) -> ResponseCache | None:
     ``CachingLM`` computes its keys itself and shares only the store, so it is the store that learns to prefix them. It
     takes no answers under the harness's keys, so that every request for one reaches the model.
 
-    :raises ConfigError: if the cache store cannot be wrapped.
+    Raises:
+        ConfigError: if the cache store cannot be wrapped.
     """
     store = getattr(hook, "dbdict", None)
     if store is None:
@@ -139,10 +140,8 @@ def hits(hook: Any) -> int:
 
 
 def refuse_stale(requests: Iterable[Any]) -> None:
-    """Refuse requests that ``--cache_requests`` brought along from a run with other generation arguments.
-
-    :param requests: the harness's Instances.
-    :raises RequestError: when a request's arguments are not those of its task.
+    """Refuse requests (the harness's Instances) that ``--cache_requests`` brought along from a run with other
+    generation arguments than their task has here.
     """
     tasks = upstream.tasks_with_cached_requests()
     for request in requests:

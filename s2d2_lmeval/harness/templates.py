@@ -41,10 +41,7 @@ _workers: dict[int, subprocess.Popen[str]] = {}
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Inside, ``tokenizer.apply_chat_template`` renders under limits.
-
-    :raises CheckpointError: for whatever goes wrong with a template.
-    """
+    """Inside, ``tokenizer.apply_chat_template`` renders under limits; CheckpointError for whatever goes wrong."""
     own = tokenization_utils_base.render_jinja_template
     tokenization_utils_base.render_jinja_template = _render
     try:

@@ -42,7 +42,8 @@ def choose_backend(attention: str, device: torch.device | None = None, dtype: to
     """Resolve ``attention`` (``auto`` or a back end) to a back end for weights of ``dtype`` on ``device`` (a GPU if
     there is one).
 
-    :raises ConfigError: for a name that is not a back end, or one that these weights or this machine cannot have.
+    Raises:
+        ConfigError: a name that is not a back end, or one that these weights or this machine cannot have.
     """
     if not isinstance(attention, str) or attention not in ("auto", *BACKENDS):
         raise ConfigError(

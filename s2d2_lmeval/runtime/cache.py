@@ -1,7 +1,7 @@
 """The key-value cache: static slots, one prefix length per slot, nothing ever concatenated.
 
-A forward writes the keys and values of its queries behind the prefix of their slot. Whether they stay is decided by
-advancing the prefix length, or not. Slots of different lengths need no padding: what lies behind a prefix is never
+A forward writes the keys and values of its queries after the prefix of their slot. Whether they stay is decided by
+advancing the prefix length, or not. Slots of different lengths need no padding: what lies after a prefix is never
 visible.
 """
 
@@ -40,7 +40,7 @@ class SlotCache:
         return self.slots * self.capacity
 
     def destinations(self, layout: Layout) -> np.ndarray:
-        """Where the queries of ``layout`` go (N,): behind the prefix of their slots, in the flattened storage."""
+        """Where the queries of ``layout`` go (N,): after the prefix of their slots, in the flattened storage."""
         starts = layout.slots * self.capacity + self.lengths[layout.slots]
         return starts[layout.row_of] + layout.local
 
@@ -67,7 +67,7 @@ class SlotCache:
         return self._keys[layer], self._values[layer]
 
     def commit(self, slots: np.ndarray, keep: np.ndarray, paths: Mapping[int, np.ndarray] | None = None) -> None:
-        """Let queries of the last forward become prefix: the first ``keep`` (R,) behind it of each of ``slots`` (R,).
+        """Let queries of the last forward become prefix: the first ``keep`` (R,) after it of each of ``slots`` (R,).
 
         ``paths`` names other ones for some rows r, rising: the ``keep[r]`` queries at these distances from its end.
         """

@@ -67,7 +67,7 @@ class DFlash(nn.Module):
         self.layers = nn.ModuleList(Qwen3DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
-        # Of the target, in a list: they are no part of this model.
+        # Of the target, in a list: they are not part of this model.
         self._shared: list[Any] = []
 
     def attach(self, target: PreTrainedModel) -> DFlash:
@@ -100,9 +100,8 @@ class DFlash(nn.Module):
 
     @torch.inference_mode()
     def absorb(self, features: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> None:
-        """Write keys and values of text (1, N) that the target has decided, where ``cache`` was told to write.
-
-        :param features: (N, number of layers read * hidden size), of the target.
+        """Write keys and values of text that the target has decided, from its ``features`` (N, number of layers read *
+        hidden size) at ``positions`` (1, N), where ``cache`` was told to write.
         """
         context = self.hidden_norm(self.fc(features.to(self.fc.weight.device, self.dtype))).unsqueeze(0)
         cos, sin = self.rotary_emb(context, positions.to(context.device))

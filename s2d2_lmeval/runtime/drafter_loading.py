@@ -28,9 +28,12 @@ _SUCCESSORS = {
 def load_drafter(source: str | Path, target: PreTrainedModel, **hub: Any) -> DFlash:
     """Load a DFlash drafter beside its target, on the target's device and in its type.
 
-    :param source: folder, hub id, or ``"toy"`` (the drafter of the embedded model).
-    :param hub: as for a checkpoint (``token``, ``cache_dir``, ``local_files_only``, …).
-    :raises CheckpointError: no DFlash drafter there, another kind of drafter, or one for another target.
+    Args:
+        source: folder, hub id, or ``"toy"`` (the drafter of the embedded model).
+        hub: as for a checkpoint (``token``, ``cache_dir``, ``local_files_only``, …).
+
+    Raises:
+        CheckpointError: no DFlash drafter there, another kind of drafter, or one for another target.
     """
     if str(source) == "toy":
         from s2d2_lmeval.toy import drafter_path
@@ -57,10 +60,7 @@ def load_drafter(source: str | Path, target: PreTrainedModel, **hub: Any) -> DFl
 
 
 def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
-    """Read a published config.json.
-
-    :raises CheckpointError: for a configuration of no DFlash drafter, or of one that is more than that.
-    """
+    """Read a published config.json; CheckpointError where it is not a DFlash drafter's, or one of more than that."""
     own = config.get("dflash_config") or {}
     if not isinstance(own, Mapping):
         raise CheckpointError(f"{source}: config.json says dflash_config={own!r}; an object is needed.")
@@ -76,7 +76,7 @@ def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
     layers, mask = config.get("num_hidden_layers"), value("mask_token_id")
     if not is_whole(layers, 1, MOST_LAYERS) or not is_whole(mask, 0) or not _names_layers(config, value):
         raise CheckpointError(
-            f"{source} is no DFlash drafter: its config.json must name num_hidden_layers, mask_token_id and "
+            f"{source} is not a DFlash drafter: its config.json must name num_hidden_layers, mask_token_id and "
             "target_layer_ids or num_target_layers (in dflash_config)."
         )
     kinds = config.get("layer_types") or ["full_attention"] * layers
@@ -124,10 +124,7 @@ def default_layer_ids(drafter_layers: int, target_layers: int) -> list[int]:
 
 
 def check_fit(shape: DrafterShape, target: PreTrainedModel, source: str) -> None:
-    """Refuse a drafter that was made for another target.
-
-    :raises CheckpointError: naming what differs.
-    """
+    """Refuse a drafter that was made for another target; CheckpointError says what differs."""
     wants, has, layers = shape.config, target.config, target.config.num_hidden_layers
     made_for, mask = getattr(wants, "num_target_layers", None), shape.mask_token_id
     beyond = next((index for index in shape.layer_ids if not 0 <= index < layers), None)

@@ -1,9 +1,8 @@
 """The pass: what a decoder asks of the model in one forward.
 
 Each row of the batch brings some query tokens. Every query sees the row's whole committed prefix and those of its
-fellow queries that
-:attr:`Pass.visible` names; logits are wanted at some of the queries; afterwards the leading :attr:`Pass.keep` queries
-    become prefix.
+fellow queries that :attr:`Pass.visible` names; logits are wanted at some of the queries; afterwards the leading
+:attr:`Pass.keep` queries become prefix.
 
 Queries of all rows are packed one after the other (no padding), so a prefill chunk, a draft and a verifier of different
 widths share one forward and cost what their tokens cost.

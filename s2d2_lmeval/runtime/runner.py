@@ -22,8 +22,9 @@ class Runner:
 
     The model's config object is taken over (``_attn_implementation`` lives on it): give each runner a model of its own.
 
-    :param static_shapes: pad narrow passes to a few shapes, captured as graphs on CUDA
-        (:mod:`~s2d2_lmeval.runtime.static`); None: where a single CUDA device holds the model.
+    Args:
+        static_shapes: pad narrow passes to a few shapes, captured as graphs on CUDA
+            (:mod:`~s2d2_lmeval.runtime.static`); None: where a single CUDA device holds the model.
     """
 
     def __init__(self, model: PreTrainedModel, attention: str = "auto", static_shapes: bool | None = None) -> None:

@@ -21,9 +21,12 @@ Splits = Mapping[str, Sequence[str]]
 def load_documents(hub: tuple[str, ...], splits: Splits, folder: Any = None) -> DatasetDict:
     """The splits of a benchmark.
 
-    :param hub: arguments of ``datasets.load_dataset``: repository, and configuration if it has several.
-    :param folder: where the files of ``splits`` are (JSON lines, ``.gz`` or not); the hub if not given.
-    :raises ConfigError: when a file is missing or is no JSON lines.
+    Args:
+        hub: arguments of ``datasets.load_dataset``: repository, and configuration if it has several.
+        folder: where the files of ``splits`` are (JSON lines, ``.gz`` or not); the hub if not given.
+
+    Raises:
+        ConfigError: a file that is missing, or not JSON lines.
     """
     if folder in (None, ""):
         dataset = load_dataset(*hub)
@@ -54,7 +57,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
-                        raise ValueError(f"line {number} is no object")
+                        raise ValueError(f"line {number} is not an object")
                     rows.append(row)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON lines: {error}") from None

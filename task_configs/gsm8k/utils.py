@@ -20,5 +20,5 @@ def load(s2d2_data_dir: Any = None, **_: Any) -> DatasetDict:
 
 @with_decoding_metrics
 def process_results(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
-    """Whether the answer ends in the number behind the reference's ``####``."""
+    """Whether the answer ends in the number after the reference's ``####``."""
     return {"exact_match": float(same_number(answered_number(results[0]), answered_number(doc["answer"])))}

@@ -23,7 +23,8 @@ def load(s2d2_data_dir: Any = None, **_: Any) -> DatasetDict:
 def _checkers() -> Any:
     """The harness's module of checkers.
 
-    :raises ConfigError: when what they need is not installed: they would fail document by document, after decoding.
+    Raises:
+        ConfigError: when what they need is not installed: they would fail document by document, after decoding.
     """
     try:
         import langdetect

@@ -134,7 +134,7 @@ def test_ifeval_refuses_to_start_without_its_data(data: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "holds none of"), ("", "is empty"), ("{", "cannot be read"), ("[1]\n", "line 1 is no object")],
+    [(None, "holds none of"), ("", "is empty"), ("{", "cannot be read"), ("[1]\n", "line 1 is not an object")],
 )
 def test_unusable_files(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:

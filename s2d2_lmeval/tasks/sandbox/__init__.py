@@ -76,17 +76,13 @@ def call(program: str, name: str, arguments: list[list[Any]], limits: Limits | N
 
 
 def active_layers() -> list[str]:
-    """What surrounds programs here, outermost first.
-
-    :raises ConfigError: when no program can be run as S2D2_SANDBOX asks.
-    """
+    """What surrounds programs here, outermost first; ConfigError when none can be run as S2D2_SANDBOX asks."""
     return list(_probe()[1])
 
 
 def prepare() -> None:
-    """Find out whether programs can be run, before anything is decoded for them, and say so where little protects.
-
-    :raises ConfigError: as :func:`active_layers`.
+    """Find out whether programs can be run, before anything is decoded for them, and say so where little protects;
+    ConfigError as of :func:`active_layers`.
     """
     layers = active_layers()
     if "audit hook" in layers:
@@ -152,8 +148,7 @@ def _run(
     mode: modes.Mode, program: str, name: str, tests: dict[str, Any], limits: Limits, without: Collection[str] = ()
 ) -> dict[str, Any]:
     """What became of one run: ``results`` of tests that ran to their end, an ``error``, or what failed in ``sandbox``.
-
-    :param without: layers to leave out, for tests.
+    Layers ``without`` which it runs are for tests.
     """
     global _starter
     with _ONE_AT_A_TIME:

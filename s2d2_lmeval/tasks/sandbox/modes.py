@@ -72,9 +72,8 @@ class Mode:
 
 
 def choose(text: str | None) -> None:
-    """What ``--sandbox`` says, where it says anything: for this process and those that it starts.
-
-    :raises ConfigError: for a name that is no mode, and for a program that is not there.
+    """What ``--sandbox`` says, where it says anything: for this process and those that it starts; ConfigError for a
+    name that is not a mode, and for a program that is not there.
     """
     if text is not None:
         mode_of(text)
@@ -82,7 +81,7 @@ def choose(text: str | None) -> None:
 
 
 def mode_of(text: str) -> Mode:
-    """The mode that ``text`` names; ConfigError for a name that is no mode."""
+    """The mode that ``text`` names; ConfigError for a name that is not a mode."""
     name, _, image = text.partition(":")
     if name not in MODES or (image and name != "docker"):
         raise ConfigError(

@@ -45,10 +45,7 @@ class Starter:
             _remove(self._folder)
 
     def run(self, job: dict[str, Any], tests: dict[str, Any]) -> dict[str, Any]:
-        """The verdict on a job.
-
-        :raises OSError: where the machine has no room for it.
-        """
+        """The verdict on a job; OSError where the machine has no room for it."""
         limits = job["limits"]
         with self._program_folder() as folder, _closed_to_others():
             messages = ({**job, "folder": folder if self.mode.is_warm else "/tmp"}, tests)

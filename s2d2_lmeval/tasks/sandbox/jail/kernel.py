@@ -98,10 +98,8 @@ def _mount_memory(path: str, flags: int, options: str) -> bool:
 def lock(
     limits: Mapping[str, Any], readable: Sequence[str], writable: Sequence[str], without: Collection[str]
 ) -> list[str]:
-    """Give up for good what a program does not need.
-
-    :param limits: fields of ``Limits``.
-    :param without: layers to leave out, for tests.
+    """Give up for good what a program does not need: ``limits`` are the fields of ``Limits``, and layers ``without``
+    which it runs are for tests.
     """
     layers = []
     if LINUX:

@@ -22,7 +22,7 @@ HEADER = 8
 
 
 class Malformed(Exception):
-    """Bytes that are no value, or a value that is too large or too deep."""
+    """Bytes that are not a value, or a value that is too large or too deep."""
 
 
 class Foreign:
@@ -86,10 +86,7 @@ def encode(value: Any, limit: int) -> bytes:
 
 
 def decode(data: bytes) -> Any:
-    """The value of ``data``.
-
-    :raises Malformed: for bytes that :func:`encode` does not write.
-    """
+    """The value of ``data``; Malformed for bytes that :func:`encode` does not write."""
     try:
         value, end = _decode(data, 0, DEEPEST)
     except Malformed:
