@@ -30,7 +30,7 @@ def generate_cached(arguments: dict[str, Any]) -> Any:
         gen_length, max_gen_toks: maximum number of new tokens; ``max_gen_toks`` wins.
         temperature: zero is the arg-max, at temperature one's confidence; anything above it samples, after top-k and
             top-p (None: off).
-        threshold: every mask above this confidence is filled, and ``num_to_transfer`` at least.
+        threshold: every mask above this confidence is filled, and at least ``num_to_transfer``.
         eos_early_stop: end with the block that holds ``eos_id``; otherwise all of the length is decoded, then cut.
         record_decoding_order, return_stats: what is answered besides the ids; nothing without ``return_stats``.
 

@@ -38,7 +38,7 @@ def block_diffusion_generate_baseline(arguments: dict[str, Any]) -> Any:
 
     Args:
         model: what :func:`s2d2_lmeval.load` returns, or an SDAR model of transformers (its weights are shared).
-        gen_length, max_gen_toks: new tokens at least; the last block is filled up, so it may be up to
+        gen_length, max_gen_toks: at least so many new tokens; the last block is filled up, so it may be up to
             ``block_length - 1`` more. ``max_gen_toks`` wins.
         stopping_criteria_idx: token ids that end the answer once their block is finished; None means none.
 

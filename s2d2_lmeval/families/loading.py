@@ -34,7 +34,7 @@ from s2d2_lmeval.families.files import (
 from s2d2_lmeval.families.registry import identify, mark
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PACKED = 16  # parameters at most that quantized weights keep in one stored number
+_PACKED = 16  # quantized weights keep at most so many parameters in one stored number
 _SHOWN = 4  # weights that a message names
 _OF_THE_BASE = ("revision", "subfolder")  # hub options that mean nothing to an adapter
 

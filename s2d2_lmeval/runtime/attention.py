@@ -266,7 +266,7 @@ def among_fellows(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, scale: float
 ) -> Part:
     """Attention of ``queries`` (R, W, heads, dim) over ``keys`` and ``values`` (R, K, key-value heads, dim) where
-    ``visible`` (R, W, K); scores and sums in float32 at least.
+    ``visible`` (R, W, K); scores and sums at least in float32.
     """
     rows, widest, heads, dim = queries.shape
     grouped = queries.view(rows, widest, keys.shape[2], -1, dim)

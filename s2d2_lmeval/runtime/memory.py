@@ -50,7 +50,7 @@ class RowLimit:
         return self.bounded(bound if self.automatic else int(self.asked))
 
     def __str__(self) -> str:
-        bound = "" if self.at_most is None else f", {self.at_most} at most"
+        bound = "" if self.at_most is None else f", at most {self.at_most}"
         return f"{self.asked}{bound}"
 
 

@@ -41,7 +41,7 @@ WIDTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Queries per row that buckets come in."""
 
 SHORTEST_SPAN = 256
-"""Cache positions that a bucket reads at least; beyond, powers of two."""
+"""A bucket reads at least so many cache positions; beyond, powers of two."""
 
 FLAT = 256
 """Queries up to which a forward costs a GPU no more than reading its weights; beyond, padding is kept below half."""

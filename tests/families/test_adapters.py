@@ -109,7 +109,7 @@ def spoiled(tensors: dict[str, torch.Tensor], what: str) -> dict[str, torch.Tens
         ("shape", r"k_proj has factors \[16, 3\] and \[3, 31\] for a weight \[16, 32\]"),
         ("rank", "does not fit this model"),
         ("module", "layers.7.self_attn.k_proj, which this dream model does not have"),
-        ("bias", "no factor of a LoRA"),
+        ("bias", "not a factor of a LoRA"),
         ("empty", "no factor at all"),
     ],
 )
