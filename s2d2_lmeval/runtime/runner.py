@@ -63,7 +63,9 @@ class Runner:
             torch.cuda.empty_cache()
 
     def rows_that_fit(self, capacity: int, wanted: int) -> int:
-        """Sequences of ``capacity`` positions, each asking for ``wanted`` logits a step, that free memory holds; never 0."""
+        """How many sequences of ``capacity`` positions, each asking for ``wanted`` logits a step, free memory holds; at
+        least 1.
+        """
         devices = {parameter.device for parameter in self.model.parameters()}
         free = sum(free_bytes(device) for device in devices) + self.cache.bytes
         return max(1, int(SHARE * free) // bytes_per_row(self.model, capacity, wanted))
