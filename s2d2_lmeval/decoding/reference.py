@@ -146,6 +146,25 @@ def order_of_subblocks(steps: Sequence[Step]) -> list[PublishedStep]:
     return [positions_decided(step, True, [0] * len(step.marks)) for step in deciding]
 
 
+def order_of_pipelines(steps: Sequence[Step], block_length: int, verifies: bool) -> list[PublishedStep]:
+    """The decoding order of pipelined blocks, an entry per iteration: p confident or accepted, p + 0.5 resampled, -p
+    forced. Position by position; with a verifier what was topped up comes last, block by block and best first.
+    """
+    entries: list[PublishedStep] = []
+    for step, following in zip(steps, [*(later.kind for later in steps[1:]), ""], strict=True):
+        if following == "verify":  # the iteration goes on
+            continue
+        found = []
+        for place, mark in enumerate(step.marks):
+            topped_up, position = verifies and mark == DENOISED, step.start + place
+            shown = -position if mark == DENOISED else position + 0.5 if mark == RESAMPLED else position
+            if mark:
+                rank = (place // block_length, step.order[place]) if topped_up else (0, 0)
+                found.append((topped_up, *rank, place, shown))
+        entries.append([shown for *_, shown in sorted(found)])
+    return entries
+
+
 def order_of_edits(steps: Sequence[Step]) -> list[PublishedStep]:
     """The decoding order where tokens are edited: ``edit`` (position, old, new) and ``unmask`` of each step, in it p
     denoised, -p accepted, -p - 0.5 resampled.

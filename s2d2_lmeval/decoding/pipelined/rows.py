@@ -1,37 +1,35 @@
-"""The rows in flight of pipelined decoders: several blocks of a sequence in the making at once (D2F).
+"""The rows in flight of pipelined decoders: several blocks of a sequence are decoded at once (D2F).
 
-Blocks stand behind the prompt. Everything about them is counted from there: place 0 is the first generated token. The
-host holds a mirror of the generated tokens, so it knows which blocks are open, decided, or may be forced on, and lays
-out the next pass without asking the device.
+Blocks come after the prompt and are counted from there: place 0 is the first generated token. The host holds a mirror
+of the generated tokens, so it knows which blocks are open, decided, or may be forced on, and lays out the next pass
+without asking the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
+from s2d2_lmeval.decoding.decoder import Seating
 from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.state import DRAFT, Seats
 
 
 class PipelineRows(Seats):
-    """State of ``count`` sequences, each with room for any of ``requests``, in blocks of ``block_length`` (B).
+    """State of sequences with room for any of a run's requests, in blocks of ``block_length`` (B).
 
-    ``store`` (count, stride) on the device holds each row's canvas (prompt, generated tokens, masks), behind it the
+    ``store`` (count, stride) on the device holds each row's canvas (prompt, generated tokens, masks), after it the
     generated places with every mask drafted, and one mask token: all that a pass may want to feed, addressable by one
     index.
     """
 
-    def __init__(
-        self, count: int, requests: Sequence[Request], block_length: int, mask_token_id: int, device: torch.device
-    ) -> None:
-        super().__init__(count)
-        self.block_length = block_length
+    def __init__(self, seating: Seating) -> None:
+        super().__init__(seating.slots)
+        requests, count, mask_token_id = seating.requests, self.count, seating.facts.mask_token_id
+        self.block_length = block_length = seating.config.block_length
         self.mask_token_id = mask_token_id
-        self.device = device
+        self.device = device = seating.device
         rooms = [-(-request.max_new_tokens // block_length) * block_length for request in requests]
         self.places = max(rooms)
         """G, the most generated places of a row."""
@@ -41,9 +39,9 @@ class PipelineRows(Seats):
         self.generated = np.full((count, self.places), mask_token_id, dtype=np.int64)
         """(count, G) mirror of the generated tokens."""
         self.span = np.zeros((count, self.places), dtype=bool)
-        """(count, G) places that are before the verifier."""
+        """(count, G) places that the verifier looks at."""
         self.limit = np.zeros(count, dtype=np.int64)
-        """Blocks at most."""
+        """Maximum number of blocks."""
         self.opened = np.zeros(count, dtype=np.int64)
         """Blocks that take part."""
         self.base = np.zeros(count, dtype=np.int64)
@@ -60,7 +58,7 @@ class PipelineRows(Seats):
 
     @property
     def end(self) -> np.ndarray:
-        """(count,) place behind the last open block."""
+        """(count,) place after the last open block."""
         return self.opened * self.block_length
 
     def admit(self, slot: int, request: Request) -> None:
@@ -96,7 +94,14 @@ class PipelineRows(Seats):
         self.phase[slots] = DRAFT
         self.complete[slots] |= decided >= self.opened[slots]
 
-    def hand_over(self, slot: int, stop_token_ids: tuple[int, ...]) -> None:
+    def end_iteration(self, slot: int, fresh: np.ndarray, config: DecodingConfig) -> None:
+        """An iteration of ``slot`` has decided the tokens ``fresh``: note what they mean for the next."""
+        self.step[slot] += 1
+        self.stalled[slot] |= not (fresh != self.mask_token_id).any()
+        self.ended[slot] |= bool(np.isin(fresh, config.stop_token_ids).any())
+        self._hand_over(slot, config.stop_token_ids)
+
+    def _hand_over(self, slot: int, stop_token_ids: tuple[int, ...]) -> None:
         """Take over what cannot change any more and ask the stop rules: the decided blocks at the front, or everything
         up to a stop token that has no mask before it.
         """
@@ -109,3 +114,14 @@ class PipelineRows(Seats):
         until = done + int(stops[0]) + 1 if len(stops) else reached // self.block_length * self.block_length
         if until > done:
             self.extend(slot, self.generated[slot, done:until].tolist(), stop_token_ids)
+
+    def complete_if_over(self, slot: int, config: DecodingConfig) -> None:
+        """See whether ``slot`` has nothing left to run; its blocks are then its answer."""
+        kept = self.kept[slot]
+        # Published code finishes the open blocks after a stop token.
+        stopped = kept is not None and (kept[1] != "stop" or config.schedule != "reference")
+        self.complete[slot] |= stopped
+        if self.complete[slot]:
+            self.progress[slot].blocks = int(self.base[slot]) // self.block_length
+            if not stopped:
+                self.tokens[slot][int(self.prompt[slot]) :] = self.generated[slot, : self.end[slot]].tolist()

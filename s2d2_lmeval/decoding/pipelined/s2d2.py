@@ -15,16 +15,14 @@ from __future__ import annotations
 import torch
 
 from s2d2_lmeval.decoding.blocks.s2d2 import first_run
+from s2d2_lmeval.decoding.decoder import Seating
 from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, RESAMPLED
-from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.pipelined.denoising import PipelinedDenoiser
-from s2d2_lmeval.decoding.pipelined.planning import Window
-from s2d2_lmeval.decoding.pipelined.rows import PipelineRows
 from s2d2_lmeval.decoding.routing.estimators import acceptance_estimate
 from s2d2_lmeval.decoding.routing.policies import DraftView, policy_of
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.acceptance import Verdict, acceptance_ratio, judge, residual
-from s2d2_lmeval.decoding.sampling.filters import filtered
+from s2d2_lmeval.decoding.sampling.filters import filtered, probabilities
 from s2d2_lmeval.decoding.sampling.row_statistics import row_statistics
 from s2d2_lmeval.decoding.steps import Decisions
 from s2d2_lmeval.registry import DECODERS
@@ -36,9 +34,10 @@ class PipelinedS2D2(PipelinedDenoiser):
 
     verifies = True
 
-    def __init__(self, config: DecodingConfig, rows: PipelineRows, token_shift: bool, prefill_chunk: int) -> None:
-        super().__init__(config, rows, token_shift, prefill_chunk)
-        self.policy = policy_of(config, "pipelined", rows.count, rows.places, rows.device)
+    def __init__(self, seating: Seating) -> None:
+        super().__init__(seating)
+        rows = self.rows
+        self.policy = policy_of(self.config, "pipelined", rows.count, rows.places, rows.device)
         self.scores = "acceptance" in self.policy.reads
         # Draft logits wait here for the verification that follows at once; ``slot`` says which of them is of a place.
         self.draft_logits = torch.empty(0, device=rows.device)
@@ -46,58 +45,58 @@ class PipelinedS2D2(PipelinedDenoiser):
 
     @property
     def capacity(self) -> int:
-        # The verifier's masks lie behind the drafted window.
+        # The verifier's masks come after the drafted window.
         return self.rows.length + (1 if self.token_shift else self.rows.places)
 
     def admitted(self, slot: int) -> None:
         super().admitted(slot)
         self.policy.reset(slot)
 
-    def _decide(self, decisions: Decisions, window: Window, verify: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
-        span = first_run(decisions.masks)
+    def _decide(self, decisions: Decisions, verify: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+        span, sent = first_run(decisions.masks), self._plan.sent
         if len(verify):
-            self._verify(decisions, window, span & window.verifying.unsqueeze(1), verify)
+            self._verify(decisions, span & sent["verifying"].unsqueeze(1), verify)
         route = torch.zeros_like(span)
         if len(draft):
-            at = self._plan.draft.at
+            at = self._draft_at
             self.draft_logits = draft
             self.draft_slot = torch.zeros_like(self.draft_slot).index_put(
-                (at[0], window.column[at]), torch.arange(len(draft), device=draft.device)
+                (at[0], sent["column"][at]), torch.arange(len(draft), device=draft.device)
             )
-            route = self._route(decisions.masks, span, window, draft)
-        self._top_up(decisions, window, ~route.any(-1, keepdim=True))
+            route = self._route(decisions.masks, span, draft)
+        self._top_up(decisions, ~route.any(-1, keepdim=True))
         return route
 
-    def _route(self, masks: torch.Tensor, span: torch.Tensor, window: Window, draft: torch.Tensor) -> torch.Tensor:
+    def _route(self, masks: torch.Tensor, span: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
         """The span (count, W) of every drafting row that is to be verified; empty elsewhere."""
-        confidence, at = self._of(window, self.confidence), self._plan.draft.at
+        confidence, at, sent = self._of(self.confidence), self._draft_at, self._plan.sent
         estimate = torch.zeros_like(confidence)
         if self.scores:
             config = self.config
             law = filtered(draft, config)
             guess = acceptance_estimate(row_statistics(law), draft.shape[1], confidence[at], config)
             estimate = estimate.index_put(at, guess)
-        decided = (window.open & ~masks).sum(-1)
-        view = DraftView(window.drafting, masks, span, confidence, estimate, None, decided)
-        return span & (self.policy.decide(view) & window.drafting).unsqueeze(1)
+        decided = (sent["open"] & ~masks).sum(-1)
+        view = DraftView(sent["drafting"], masks, span, confidence, estimate, None, decided)
+        return span & (self.policy.decide(view) & sent["drafting"]).unsqueeze(1)
 
-    def _verify(self, decisions: Decisions, window: Window, span: torch.Tensor, logits: torch.Tensor) -> None:
+    def _verify(self, decisions: Decisions, span: torch.Tensor, logits: torch.Tensor) -> None:
         """Decide from the verifier's ``logits`` the accepted prefix of each ``span`` (count, W), a replacement for the
         first rejected token, and later runs.
         """
-        config, at = self.config, self._plan.verify.at
-        tokens, confidence = self._of(window, self.tokens), self._of(window, self.confidence)
-        verifier = self._law(logits)
-        q = verifier.gather(-1, tokens[at].unsqueeze(-1)).squeeze(-1)
-        self.sound = self.sound & ~q.isnan().any()
+        config, at = self.config, self._verify_at
+        tokens, confidence = self._of(self.tokens), self._of(self.confidence)
+        verifier = probabilities(logits, config)
+        p = verifier.gather(-1, tokens[at].unsqueeze(-1)).squeeze(-1)
+        self.sound = self.sound & ~p.isnan().any()
         greedy = config.acceptance == "greedy"
         if greedy:
             replacement = torch.full_like(tokens, -1).index_put(at, verifier.argmax(-1))
             passes = replacement == tokens
         else:
-            tempered = acceptance_ratio(q, confidence[at], config.ssd_ratio_tempering_factor)
+            tempered = acceptance_ratio(p, confidence[at], config.ssd_ratio_tempering_factor)
             ratio = torch.zeros_like(confidence).index_put(at, tempered)
-            passes = self.source.uniform(window.draws(random.ACCEPT), span).to(ratio.dtype) < ratio
+            passes = self.source.uniform(self._draws(random.ACCEPT), span).to(ratio.dtype) < ratio
         if config.ssd_threshold_draft_confidence:
             bar = config.draft_confidence_threshold
             passes = passes & (confidence > (config.confidence_threshold if bar is None else bar))
@@ -107,35 +106,32 @@ class PipelinedS2D2(PipelinedDenoiser):
         if config.allow_resample:
             rejected = span & (place == verdict.rejected.unsqueeze(1))
             if config.verify_confidence_threshold is not None:
-                believed = torch.zeros_like(confidence).index_put(at, q)
+                believed = torch.zeros_like(confidence).index_put(at, p)
                 rejected = rejected & (believed >= config.verify_confidence_threshold)
             if not greedy:
-                replacement = self._resample(verifier, verdict, rejected, window)
+                replacement = self._resample(verifier, verdict, rejected)
             decisions.decide(rejected, replacement, RESAMPLED)
         if config.ssd_partial_ar_span:
-            later = span & passes & (place > verdict.rejected.unsqueeze(1)) & (window.step > 0)
+            later = span & passes & (place > verdict.rejected.unsqueeze(1)) & (self._plan.sent["step"] > 0)
             decisions.decide(runs_of(later, config.ssd_partial_ar_span), tokens, ACCEPTED)
 
-    def _resample(
-        self, verifier: torch.Tensor, verdict: Verdict, rejected: torch.Tensor, window: Window
-    ) -> torch.Tensor:
+    def _resample(self, verifier: torch.Tensor, verdict: Verdict, rejected: torch.Tensor) -> torch.Tensor:
         """A token from the residual at the first rejected place of every verified row, in a table (count, W)."""
-        plan, width = self._plan, rejected.shape[1]
-        rows, tokens = plan.verify_slots, self._of(window, self.tokens)
+        rows, tokens = self._plan.sent["verify_slots"], self._of(self.tokens)
         rows = self.source.drawing(rows, rejected[rows].any(-1))
-        places = verdict.rejected[rows].clamp_max(width - 1)
+        places = verdict.rejected[rows].clamp_max(rejected.shape[1] - 1)
         index = torch.arange(len(verifier), device=verifier.device)
-        slot_of = torch.zeros_like(tokens).index_put(plan.verify.at, index)
-        draft = self._law(self.draft_logits[self._of(window, self.draft_slot)[rows, places]])
+        slot_of = torch.zeros_like(tokens).index_put(self._verify_at, index)
+        draft = probabilities(self.draft_logits[self._of(self.draft_slot)[rows, places]], self.config)
         leftover = residual(verifier[slot_of[rows, places]], draft)
-        drawn = self.source.categorical(leftover, window.draws(random.RESAMPLE).take((rows, places)))
+        drawn = self.source.categorical(leftover, self._draws(random.RESAMPLE).take((rows, places)))
         return tokens.index_put((rows, places), drawn)
 
-    def _top_up(self, decisions: Decisions, window: Window, among: torch.Tensor) -> None:
+    def _top_up(self, decisions: Decisions, among: torch.Tensor) -> None:
         """Give blocks that may be forced on their minimum of tokens, or all confident ones where these are enough."""
         least = max(self.config.min_tokens_per_step, 1)
-        score = self._of(window, self.score)
-        left = decisions.masks & window.forced & among
+        score = self._of(self.score)
+        left = decisions.masks & self._plan.sent["forced"] & among
         decided = self._per_block(decisions.masked_before & ~decisions.masks).sum(-1, keepdim=True)
         high = left & (score >= self.config.confidence_threshold)
         due = torch.minimum(least - decided, self._per_block(left).sum(-1, keepdim=True))
@@ -143,7 +139,7 @@ class PipelinedS2D2(PipelinedDenoiser):
         count = torch.where((due > 0) & (confident > due), confident, due)
         order = self._ranks(score, left)
         chosen = (self._per_block(order) < count).view(order.shape) & left
-        decisions.decide(chosen, self._of(window, self.tokens), DENOISED, order)
+        decisions.decide(chosen, self._of(self.tokens), DENOISED, order)
 
 
 def runs_of(places: torch.Tensor, least: int) -> torch.Tensor:
