@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,19 +73,14 @@ def run(args: argparse.Namespace) -> int:
     prompt = list(tokenizer("Question:")["input_ids"])
     for options in study.decoding.values():
         engine.generate([prompt] * engine.max_batch, {**options, "max_new_tokens": WARM_UP_TOKENS})
-    rows: list[Line] = []
-    speeds: list[Line] = []
     started = time.perf_counter()
-    for name, results, equal in evaluations(console, study.decoding, args):
-        about = results["config"]["s2d2"]
-        rows += [quality(name, task, results) for task in toy_tasks()]
-        speeds.append(speed(name, about["totals"], equal, speeds))
+    rows, speeds, environment = evaluations(console, study.decoding, args)
     by_task = [row for task in toy_tasks() for row in rows if row["task"] == task]
     tables = [
         ("What the decoders answer", QUALITY, by_task, 2),
         ("How fast, all tasks together", speed_columns(speeds[0]["configuration"]), speeds, 1),
     ]
-    content = {"configurations": study.decoding, "tasks": rows, "speed": speeds, "environment": about["environment"]}
+    content = {"configurations": study.decoding, "tasks": rows, "speed": speeds, "environment": environment}
     show_and_write(console, args, "Demo: the embedded toy model", tables, content, started)
     console.print()
     _trace(console, engine, tokenizer, study.decoding[_TRACED])
@@ -107,18 +102,23 @@ def toy_tasks() -> list[str]:
 
 def evaluations(
     console: Any, configurations: Mapping[str, Mapping[str, Any]], args: argparse.Namespace
-) -> Iterator[tuple[str, dict[str, Any], tuple[int, int]]]:
-    """Of every configuration its name, the harness's results on the toy's tasks, and how many answers are the very
-    texts of the first configuration, of how many.
-    """
+) -> tuple[list[Line], list[Line], dict[str, Any]]:
+    """A line per configuration and task, a line per configuration for all tasks together, and the environment."""
     tasks, expected = toy_tasks(), None
+    rows: list[Line] = []
+    lines: list[Line] = []
     for number, (name, options) in enumerate(configurations.items(), 1):
         given = ", ".join(f"{key}={value}" for key, value in options.items())
         console.print(f"[bold]{number}/{len(configurations)} {name}[/bold]  --model s2d2 --model_args {given}")
         results = evaluate(args.model, options, tasks, limit=args.limit, rows=args.rows)
+        rows += [of_task(name, task, results) for task in tasks]
         answers = [text for task in tasks for text in texts(results["samples"][task])]
         expected = expected or answers
-        yield name, results, (sum(map(str.__eq__, answers, expected)), len(expected))
+        equal = sum(map(str.__eq__, answers, expected))
+        line = together(name, results["config"]["s2d2"]["totals"], lines[0] if lines else None)
+        accuracy = sum(row["accuracy"] for row in rows[-len(tasks) :]) / len(tasks)
+        lines.append({**line, "accuracy": accuracy, "equal": equal, "documents": len(expected)})
+    return rows, lines, dict(results["config"]["s2d2"]["environment"])
 
 
 def evaluate(model: str, options: Mapping[str, Any], tasks: Sequence[str], *, limit: int, rows: int) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def texts(samples: Sequence[Mapping[str, Any]]) -> list[str]:
     return list({sample["doc_id"]: sample["resps"][0][0] for sample in samples}.values())
 
 
-def quality(name: str, task: str, results: Mapping[str, Any]) -> Line:
+def of_task(name: str, task: str, results: Mapping[str, Any]) -> Line:
     """A configuration on a task: means per document, tokens over forwards, and the share of drafted tokens that the
     verifier accepted (None without a verifier).
     """
@@ -168,17 +168,27 @@ def quality(name: str, task: str, results: Mapping[str, Any]) -> Line:
     }
 
 
-def speed(name: str, totals: Mapping[str, float], equal: tuple[int, int], before: Sequence[Line]) -> Line:
-    """A configuration on all tasks together, compared with the first of those ``before``."""
-    base = before[0]["tokens_per_second"] if before else totals["tokens_per_second"]
+def together(name: str, totals: Mapping[str, float], first: Line | None = None) -> Line:
+    """A configuration on all tasks, from a run's totals; ``speedup`` is over the line ``first``.
+
+    ``acceptance_length`` tokens per round with a draft, the target's own included (None without drafts, when every
+    forward is the target's); ``without_bonus`` the accepted drafts of them; milliseconds per forward, all rows in it
+    together.
+    """
+    rate, drafts = totals["tokens_per_second"], totals.get("drafter_forwards", 0)
+    targets, steps = totals.get("target_forwards", totals["nfe"]), totals.get("target_steps", totals["forwards"])
+    base = first["tokens_per_second"] if first else rate
     return {
         "configuration": name,
-        "tokens_per_second": totals["tokens_per_second"],
-        "speedup": totals["tokens_per_second"] / base if base else 0.0,
+        "tokens_per_second": rate,
+        "speedup": rate / base if base else 0.0,
         "tokens_per_forward": totals["tokens_per_forward"],
         "seconds": totals["seconds"],
-        "equal": equal[0],
-        "documents": equal[1],
+        "tokens_per_target_forward": totals["new_tokens"] / targets,
+        "acceptance_length": totals.get("acceptance_length"),
+        "without_bonus": totals.get("acceptance_length_without_bonus"),
+        "target_milliseconds": 1000 * totals.get("target_seconds", totals["seconds"]) / steps,
+        "drafter_milliseconds": 1000 * totals["drafter_seconds"] / totals["drafter_steps"] if drafts else None,
     }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,46 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate every configuration, then show and write the table."""
     from s2d2_lmeval.cli.console import begin
-    from s2d2_lmeval.cli.demo import evaluations, show_and_write, toy_tasks
+    from s2d2_lmeval.cli.demo import evaluations, show_and_write
 
     console = begin(args.threads)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {}
-    measured: list[dict[str, Any]] = []
     started = time.perf_counter()
     chosen = configurations(args.budgets, args.seed_chain)
     given = {name: {"draft": args.draft, **options, **sampling} for name, options in chosen.items()}
-    for name, results, equal in evaluations(console, given, args):
-        scores = [results["results"][task]["accuracy,none"] for task in toy_tasks()]
-        about = results["config"]["s2d2"]
-        measured.append(measure(name, sum(scores) / len(scores), about["totals"], *equal))
-    content = {"configurations": chosen, "measured": measured, "environment": about["environment"]}
+    _, measured, environment = evaluations(console, given, args)
     title, first = "Drafts for an autoregressive target, all tasks together", measured[0]["configuration"]
+    content = {"configurations": chosen, "measured": measured, "environment": environment}
     tables = [(title, columns(first), measured, 1)]
     show_and_write(console, args, "Demo: drafts for the toy model", tables, content, started)
     return 0
-
-
-def measure(name: str, accuracy: float, totals: Mapping[str, float], equal: int, documents: int) -> dict[str, Any]:
-    """One configuration on all tasks together, from a run's totals.
-
-    ``acceptance_length`` tokens per round with a draft, the target's own included (None without drafts, when every
-    forward is the target's); ``without_bonus`` the accepted drafts of them; milliseconds per forward, all rows in it
-    together.
-    """
-    drafts = totals.get("drafter_forwards", 0)
-    targets, steps = totals.get("target_forwards", totals["nfe"]), totals.get("target_steps", totals["forwards"])
-    return {
-        "configuration": name,
-        "accuracy": accuracy,
-        "tokens_per_target_forward": totals["new_tokens"] / targets,
-        "acceptance_length": totals.get("acceptance_length"),
-        "without_bonus": totals.get("acceptance_length_without_bonus"),
-        "target_milliseconds": 1000 * totals.get("target_seconds", totals["seconds"]) / steps,
-        "drafter_milliseconds": 1000 * totals["drafter_seconds"] / totals["drafter_steps"] if drafts else None,
-        "tokens_per_second": totals["tokens_per_second"],
-        "equal": equal,
-        "documents": documents,
-    }
 
 
 def columns(first: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from s2d2_lmeval.studies import points as parts
 from s2d2_lmeval.studies.files import read_yaml, refuse_exotic
 from s2d2_lmeval.studies.points import MOST_POINTS, Axis, Named, Options, Point, Search, Task, TaskSettings
 
-BASELINES = ("ar", "dynamic")
+Baseline = Literal["ar", "dynamic"]
 
 _NOT_HERE = ("custom_generate", "custom_model_class", "max_batch", "batch_size", "device")
 _OF_THE_MODEL = ("block_length", "block_size")
@@ -100,10 +100,7 @@ def _without_grids(decodings: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
     names: dict[str, str] = {}
     for short, entry in decodings.items():
         for full_name, options in _spelled_out(short, entry):
-            try:
-                parts.check_options(options)
-            except ValueError as error:
-                raise ValueError(f"{full_name}: {error}") from None
+            parts.check_options(options, f"{full_name}: ")
             if full_name in spelled:
                 raise ValueError(f"two configurations are called {full_name}.")
             content = of_plain({SYNONYMS.get(option, option): value for option, value in options.items()})
@@ -168,9 +165,7 @@ class Study(TaskSettings):
     batch_size: parts.Rows | Literal["auto"] = Field(
         8, description="auto, or a number of rows in flight from 1 to 65536"
     )
-    baselines: Annotated[
-        dict[str, str], BeforeValidator(lambda given: parts.check_keys(given, BASELINES, "baselines"))
-    ] = Field({}, description="ar: NAME and dynamic: NAME, of configurations")
+    baselines: dict[Baseline, str] = Field({}, description="ar: NAME and dynamic: NAME, of configurations")
     data_dir: parts.Text | None = Field(None, description="a folder of benchmark files")
     include_path: Annotated[
         list[parts.Text],
@@ -250,7 +245,8 @@ def make_study(raw: Mapping[str, Any]) -> Study:
         refuse_exotic(raw)
         study = Study.model_validate({key: value for key, value in raw.items() if value is not None})
     except ValidationError as error:
-        raise StudyError(_sentence(error.errors(include_url=False)[0])) from None
+        errors = error.errors(include_url=False)
+        raise StudyError(_sentence(next((e for e in errors if e["type"] in _KEYS), errors[0]))) from None
     except ValueError as error:
         raise StudyError(f"the study cannot be read: {error}.") from None
     study._raw.update(raw)
@@ -258,6 +254,7 @@ def make_study(raw: Mapping[str, Any]) -> Study:
 
 
 _INSIDE: dict[str, type[BaseModel]] = {"tasks": Task, "search": Search, "space": Axis}
+_KEYS = ("extra_forbidden", "invalid_key")
 _TAGS = ("bool", "str", "int", "float", "none", "constrained-int", "literal['auto']")
 """Where a place may hold one of several types, pydantic names the type that was tried."""
 
@@ -269,11 +266,17 @@ def _sentence(error: Mapping[str, Any]) -> str:
     expected = near = ""
     for part in error["loc"]:
         if part == "[key]":
-            expected = "a name of at most 200 characters"
+            where.pop()
+            expected = "ar or dynamic" if where == ["baselines"] else "a name of at most 200 characters"
         elif isinstance(part, str) and part not in _TAGS:
             if model is not None and part in model.model_fields:
                 expected, model = model.model_fields[part].description or "", _INSIDE.get(part)
             where.append(part)
+    if error["type"] in _KEYS and model is not None:
+        known, unknown = list(model.model_fields), error["loc"][-1]
+        near = f"{nearest(str(unknown)[:80], known)} Known: {', '.join(known)}"
+        where = where[:-1] if isinstance(unknown, str) else where
+        return ": ".join([*where, f"{shown(unknown)} is not a key of a {model.__name__.lower()}.{near}."])
     if error["type"] in ("missing", "too_short"):
         return f"{': '.join(where[:-1]) or 'the study'} has no {where[-1]}: it should be {expected}."
     if error["type"] == "value_error":
@@ -296,7 +299,6 @@ def schema() -> dict[str, Any]:
     inside["Decoding"] = {**inside["Options"], "properties": {**same, "grid": {"$ref": "#/$defs/Grid"}}}
     whole["properties"]["decoding"]["additionalProperties"] = {"$ref": "#/$defs/Decoding"}
     inside["Search"]["properties"]["decoding"] = {"$ref": "#/$defs/Options"}
-    whole["properties"]["baselines"]["propertyNames"] = {"enum": list(BASELINES)}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "title": "A study of s2d2-lmeval"}
 
 

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from s2d2_lmeval.cli import main
-from s2d2_lmeval.cli.demo import QUALITY, Line, packaged_study, speed, speed_columns, toy_tasks
+from s2d2_lmeval.cli.demo import QUALITY, packaged_study, speed_columns, together, toy_tasks
 from s2d2_lmeval.studies.report.tables import cells, in_markdown
 
 
 def test_speed_is_relative_to_the_first_configuration() -> None:
-    sums = {"tokens_per_forward": 1.0, "seconds": 2.0}
-    lines: list[Line] = []
-    lines.append(speed("ar", {"tokens_per_second": 50.0, **sums}, (3, 3), lines))
-    lines.append(speed("s2d2", {"tokens_per_second": 125.0, **sums}, (2, 3), lines))
+    sums = {"tokens_per_forward": 1.0, "seconds": 2.0, "new_tokens": 100, "nfe": 100, "forwards": 100}
+    first = together("ar", {"tokens_per_second": 50.0, **sums})
+    lines = [first, together("s2d2", {"tokens_per_second": 125.0, **sums}, first)]
     assert [line["speedup"] for line in lines] == [1.0, 2.5]
-    header, shown = cells(speed_columns("ar"), lines)
+    answered = [{**line, "equal": equal, "documents": 3} for line, equal in zip(lines, (3, 2), strict=True)]
+    header, shown = cells(speed_columns("ar"), answered)
     assert header == ["decoder", "tokens per forward", "tokens/s", "speed-up over ar", "seconds", "answers as ar"]
     assert shown[0][-1] == "3 of 3"
     assert shown[1] == ["s2d2", "1.00", "125", "2.50x", "2.0", "2 of 3"]

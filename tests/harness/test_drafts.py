@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from s2d2_lmeval.cli.demo import evaluate, texts
-from s2d2_lmeval.cli.demo_ddtree import columns, measure
+from s2d2_lmeval.cli.demo import evaluate, texts, together
+from s2d2_lmeval.cli.demo_ddtree import columns
 from s2d2_lmeval.studies.report.tables import cells
 
 TASK = "s2d2_toy_arithmetic"
@@ -38,7 +38,8 @@ def test_answers_are_those_of_ar_in_fewer_forwards(alone: dict[str, Any], option
         assert 0 <= counts["acceptance_length"] - counts["acceptance_length_without_bonus"] <= 1
     assert totals["target_seconds"] > 0
     assert totals["drafter_seconds"] > 0
-    measured = [measure("ar", 1.0, of_ar["totals"], 4, 4), measure("drafted", 1.0, totals, 4, 4)]
+    answered = {"accuracy": 1.0, "equal": 4, "documents": 4}
+    measured = [{**together("ar", of_ar["totals"]), **answered}, {**together("drafted", totals), **answered}]
     lines = cells(columns("ar"), measured)[1]
     assert lines[0][3:5] == ["", ""]
     assert float(lines[1][3]) == pytest.approx(totals["acceptance_length"], abs=0.01)

@@ -59,8 +59,10 @@ def test_names_of_points_depend_on_everything_that_results_do(study: dict[str, A
     assert len({same, *others}) == len(others) + 1
 
 
-MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+MISTAKES: dict[str, tuple[dict[Any, Any], str]] = {
     "key": ({"decodings": {}}, "'decodings' is not a key of a study. Did you mean decoding?"),
+    "key that is not text": ({5: 1}, "5 is not a key of a study. Known: "),
+    "key of a task that is not text": ({"tasks": [{"task": "a", 5: 1}]}, "tasks: 5 is not a key of a task."),
     "no models": ({"models": {}}, "the study has no models: it should be"),
     "no tasks": ({"tasks": []}, "the study has no tasks: it should be"),
     "no decoding": ({"decoding": {}}, "has no decoding"),
@@ -75,7 +77,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "seeds": ({"seeds": [1, 1]}, "different whole numbers"),
     "batch": ({"batch_size": 0}, "number of rows"),
     "baseline": ({"baselines": {"ar": "arr"}}, "Did you mean ar?"),
-    "baseline kind": ({"baselines": {"static": "ar"}}, "baselines: 'static' is not a key"),
+    "baseline kind": ({"baselines": {"static": "ar"}}, "baselines: 'static' should be ar or dynamic"),
     "model option": ({"models": {"m": {"pretrained": "toy", "decoder": "ar"}}}, "put it under decoding"),
     "model typo": ({"models": {"m": {"pretrained": "toy", "dtyp": "float32"}}}, "Did you mean dtype?"),
     "model names": ({"models": ["a/x", "b/x"]}, "the same name"),
