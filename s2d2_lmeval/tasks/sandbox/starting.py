@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from s2d2_lmeval.tasks.sandbox.jail import kernel, values
 from s2d2_lmeval.tasks.sandbox.modes import Mode
@@ -55,35 +55,22 @@ class Starter:
 
     def _exchange(self, text: bytes, seconds: float, memory_bytes: int) -> tuple[bytes, str]:
         """Give ``text`` to a new supervisor; what it answers, and what is known where it does not."""
-        source, into = os.pipe()
-        try:
-            out_of, sink = os.pipe()
-        except OSError:
-            os.close(source)
-            os.close(into)
-            raise
-        # What hangs is killed, and so ends the reading and writing here.
-        watch = threading.Timer(seconds + GRACE, self._kill)
-        watch.daemon = True
-        try:
+        with contextlib.ExitStack() as ends:
+            source, into, out_of, sink = (ends.enter_context(end) for _ in range(2) for end in _pipe())
+            # What hangs is killed, and so ends the reading and writing here.
+            watch = threading.Timer(seconds + GRACE, self._kill)
+            watch.daemon = True
+            ends.callback(watch.cancel)
             try:
-                self._start(source, sink, memory_bytes)
-                watch.start()
-            finally:
-                os.close(source)
-                os.close(sink)
-            with contextlib.suppress(BrokenPipeError):
-                values.write(into, text)
-            with open(out_of, "rb", closefd=False) as reader:
-                output = reader.read()
-            return output, self._finish()
-        except BaseException:  # also an interrupt: nothing of this run is left for the next
-            self._kill()
-            raise
-        finally:
-            watch.cancel()
-            os.close(into)
-            os.close(out_of)
+                with source, sink:
+                    self._start(source.fileno(), sink.fileno(), memory_bytes)
+                    watch.start()
+                with contextlib.suppress(BrokenPipeError):
+                    values.write(into.fileno(), text)
+                return out_of.read(), self._finish()
+            except BaseException:  # also an interrupt: nothing of this run is left for the next
+                self._kill()
+                raise
 
     def _start(self, source: int, sink: int, memory_bytes: int) -> None:
         if not self.mode.is_warm:
@@ -128,6 +115,11 @@ class Starter:
             yield folder
         finally:
             _remove(folder)
+
+
+def _pipe() -> tuple[IO[bytes], IO[bytes]]:
+    source, sink = os.pipe()
+    return open(source, "rb", buffering=0), open(sink, "wb", buffering=0)
 
 
 def _remove(folder: str) -> None:
