@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from s2d2_lmeval.errors import S2D2Error, StudyError
@@ -29,45 +30,33 @@ class Evaluator:
     def __init__(self) -> None:
         self._loaded: tuple[Any, S2D2LM] | None = None
 
-    def run(self, job: Job, on_sample: Callable[[Job, Line, int], None] | None = None) -> Outcome:
+    def complete(self, job: Job, on_sample: Callable[[Job, Line, int], None] | None = None) -> Outcome:
         """Complete a point, or record why it cannot be.
 
         :param on_sample: told of every sample that is added, and how many the point has now.
         :raises StorageError: when nothing can be recorded.
         """
-        decoded, error = 0, ""
-
-        def tell(line: Line, done: int) -> None:
-            nonlocal decoded
-            decoded += 1
-            if on_sample is not None:
-                on_sample(job, line, done)
-
         try:
-            with PointStore(job.path, tell) as store:
-                if not store.record.is_complete(job.settings):
-                    store.begin(job.definition, job.label)
-                    error = self._completed(job, store)
+            opened = PointStore(job.path, on_sample and partial(on_sample, job))
         except StorageError:
             raise
         except StudyError as refused:  # another process has it, or it is another point's
-            error = str(refused)
-        return Outcome(decoded, error)
+            return Outcome(0, str(refused))
+        with opened as store:
+            try:
+                if not store.record.is_complete(job.settings):
+                    store.begin(job.definition, job.label)
+                    self._run(job, store)
+            except StorageError:
+                raise
+            except Exception as failure:
+                error = str(failure).strip() or type(failure).__name__
+                error = error if isinstance(failure, S2D2Error) else f"{type(failure).__name__}: {error}"
+                store.append("failure", error=error, traceback=traceback.format_exc()[-4000:])
+                return Outcome(store.added, error)
+        return Outcome(store.added, "")
 
-    def _completed(self, job: Job, store: PointStore) -> str:
-        """Complete a point; why it cannot be, or ""."""
-        try:
-            self._complete(job, store)
-        except StorageError:
-            raise
-        except Exception as failure:
-            error = str(failure).strip() or type(failure).__name__
-            error = error if isinstance(failure, S2D2Error) else f"{type(failure).__name__}: {error}"
-            store.append("failure", error=error, traceback=traceback.format_exc()[-4000:])
-            return error
-        return ""
-
-    def _complete(self, job: Job, store: PointStore) -> None:
+    def _run(self, job: Job, store: PointStore) -> None:
         from s2d2_lmeval.harness.report import environment
 
         lm = self._model(job)

@@ -223,7 +223,7 @@ class PointStore:
         """
         self.path = path
         self._on_sample = on_sample
-        self._began, self._done = 0.0, 0
+        self._began, self._before, self.added = 0.0, 0, 0
         self.asked: dict[str, None] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -292,7 +292,7 @@ class PointStore:
 
     def decoding_begins(self) -> None:
         """Start the clock of this segment."""
-        self._done = sum(name in self.record.samples for name in self.asked)
+        self._before = sum(name in self.record.samples for name in self.asked) - self.added
         self._began = time.perf_counter()
 
     def add(self, prompt: Prompt, response: TracedResponse, steps: Sequence[Step]) -> None:
@@ -310,9 +310,9 @@ class PointStore:
             "elapsed": time.perf_counter() - self._began,
         }
         line = self.append("sample", **content)
+        self.added += 1
         if self._on_sample is not None:
-            self._done += 1
-            self._on_sample(line, self._done)
+            self._on_sample(line, self._before + self.added)
 
 
 def decoding_order(steps: Sequence[Step]) -> list[list[int]]:

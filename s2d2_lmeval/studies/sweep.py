@@ -150,11 +150,8 @@ class Sweep:
         self.watcher(progress)
 
 
-class LocalBackend:
+class LocalBackend(Evaluator):
     """One after the other in this process; each model is loaded once for all its points."""
-
-    def __init__(self) -> None:
-        self._evaluator = Evaluator()
 
     def run(self, jobs: Sequence[Job], sweep: Sweep) -> None:
         """Evaluate ``jobs``; a failed one does not stop the others.
@@ -163,11 +160,7 @@ class LocalBackend:
         """
         for job in jobs:
             sweep.started(job)
-            sweep.ended(job, self._evaluator.run(job, sweep.sample))
-
-    def close(self) -> None:
-        """Let go of the model."""
-        self._evaluator.close()
+            sweep.ended(job, self.complete(job, sweep.sample))
 
 
 class RayBackend:
@@ -247,7 +240,7 @@ def _work(job: Job, token: Path) -> Outcome:
             "package on all machines."
         )
     _of_this_worker = _of_this_worker or Evaluator()
-    return _of_this_worker.run(job)
+    return _of_this_worker.complete(job)
 
 
 def _died(job: Job, error: Exception) -> Outcome:

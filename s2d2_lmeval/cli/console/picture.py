@@ -13,7 +13,12 @@ from s2d2_lmeval.decoding.generation import ACCEPTED, MARK_NAMES, Step
 
 
 class State(Enum):
-    """What a cell is: (name, symbol without colour, style with colour, explanation)."""
+    """What a cell is: its name, the symbol before its token where there is no colour, its style where there is, and the
+    explanation.
+    """
+
+    def __init__(self, label: str, symbol: str, style: str, meaning: str) -> None:
+        self.label, self.symbol, self.style, self.meaning = label, symbol, style, meaning
 
     PROMPT = ("prompt", ":", "dim", "given")
     EARLIER = ("earlier", "", "", "decided in an earlier step")
@@ -29,18 +34,8 @@ class State(Enum):
     EDITED = ("edited", "/", "black on bright_magenta", "decided before, replaced by another token")
     OTHER = ("other", "#", "black on white", "decided in another way")
 
-    @property
-    def symbol(self) -> str:
-        """Stands before the token where there is no colour."""
-        return str(self.value[1])
 
-    @property
-    def style(self) -> str:
-        """Of the cell where there is colour."""
-        return str(self.value[2])
-
-
-_OF_MARK = {state.value[0]: state for state in State}
+_OF_MARK = {state.label: state for state in State}
 MASK, STOP = "·", "■"
 _VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 _WIDEST, _NARROWEST = 14, 4
@@ -90,9 +85,8 @@ def legend(states: set[State], color: bool, stopped: bool = False) -> list[Text]
     entries = []
     for state in State:
         if state in states:
-            name, symbol, style, meaning = state.value
-            sample = MASK if state is State.MASK else name if color else symbol + name
-            entries.append((sample, style if color else "", meaning))
+            sample = MASK if state is State.MASK else state.label if color else state.symbol + state.label
+            entries.append((sample, state.style if color else "", state.meaning))
     if stopped:
         entries.append((STOP, "", "a stop token"))
     return [
