@@ -6,6 +6,7 @@ Nothing else in decoding knows of it: decoders ask here once, when they are crea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,12 +82,25 @@ class SequentialSource:
         return rows[needed]
 
 
-def reads_whole_block(config: DecodingConfig) -> bool:
-    """Whether a draft reads the decided places of its block too: published code draws for all of them, and its
-    collapsed entropy sums over all.
+@dataclass(frozen=True)
+class Rules:
+    """What block denoising does only because published code does; all of it is off in the fast path."""
+
+    drafts_whole_block: bool
+    """A draft reads the decided places of its block too: all of them are drawn for, or an entropy sums over all."""
+    commits_apart: bool
+    """A finished block is committed by a forward of its own; nothing rides in a draft."""
+    commits_last_block: bool
+    """So is a block that no other follows."""
+    finishes_blocks: bool
+    """Sub-blocks go on after the last token that is asked for, to the end of the block."""
+
+
+def rules_of(config: DecodingConfig, edits: bool) -> Rules:
+    """What the options call for, in a scheme that ``edits`` decided tokens or does not.
 
     Raises:
-        ConfigError: where a schedule does not run all of them.
+        ConfigError: a draft is to read places that the schedule does not run.
     """
     collapsed = config.collapse_entropy and config.strategy == "entropy_bounded"
     if collapsed and config.schedule == "lookahead":
@@ -94,7 +108,13 @@ def reads_whole_block(config: DecodingConfig) -> bool:
             "collapse_entropy sums over every place of the block, and schedule=lookahead does not run the decided ones "
             "again; use schedule=fused, or collapse_entropy=false."
         )
-    return collapsed or (config.sampled and not config.keyed)
+    reference = config.schedule == "reference"
+    return Rules(
+        drafts_whole_block=collapsed or (config.sampled and not config.keyed),
+        commits_apart=reference,
+        commits_last_block=reference and not edits,
+        finishes_blocks=reference and config.decoder != "ar",  # which nobody published
+    )
 
 
 def within_collapsed_entropy(confidence: torch.Tensor, order: torch.Tensor, bound: float) -> torch.Tensor:
@@ -103,6 +123,13 @@ def within_collapsed_entropy(confidence: torch.Tensor, order: torch.Tensor, boun
     """
     entropy = -(confidence * confidence.clamp_min(1e-12).log()).sum(-1, keepdim=True)
     return (order + 1) * entropy < bound
+
+
+def verifies_short_span(masks: torch.Tensor, confident: torch.Tensor, shortest: int) -> torch.Tensor:
+    """``legacy_ssd_span_strategy``: a span shorter than ``shortest`` is verified (R,) all the same where too few
+    ``masks`` (R, L) are ``confident`` (R, L).
+    """
+    return confident.sum(-1) < masks.sum(-1).clamp_max(shortest)
 
 
 _NOTATION = (
@@ -140,7 +167,7 @@ def order_of_blocks(steps: Sequence[Step], verifies: bool) -> list[PublishedStep
     return entries
 
 
-def order_of_subblocks(steps: Sequence[Step]) -> list[PublishedStep]:
+def order_of_subblocks(steps: Sequence[Step], verifies: bool) -> list[PublishedStep]:
     """The decoding order of sub-blocks: it knows no blocks, no ranks, and a minus for everything denoised."""
     deciding = [step for step in steps if any(step.marks)]
     return [positions_decided(step, True, [0] * len(step.marks)) for step in deciding]
@@ -165,7 +192,7 @@ def order_of_pipelines(steps: Sequence[Step], block_length: int, verifies: bool)
     return entries
 
 
-def order_of_edits(steps: Sequence[Step]) -> list[PublishedStep]:
+def order_of_edits(steps: Sequence[Step], verifies: bool) -> list[PublishedStep]:
     """The decoding order where tokens are edited: ``edit`` (position, old, new) and ``unmask`` of each step, in it p
     denoised, -p accepted, -p - 0.5 resampled.
     """

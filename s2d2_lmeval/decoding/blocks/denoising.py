@@ -13,7 +13,7 @@ moves every row to its next phase.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +24,7 @@ from s2d2_lmeval.decoding.blocks.planning import plan_blocks
 from s2d2_lmeval.decoding.blocks.remasking import Undecided, choose
 from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
 from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decoder, Seating
-from s2d2_lmeval.decoding.generation import DENOISED, PublishedStep, Step
+from s2d2_lmeval.decoding.generation import DENOISED
 from s2d2_lmeval.decoding.options.blocks import (
     BlockOption,
     ConfidenceOption,
@@ -87,18 +87,20 @@ class BlockDenoiser(Decoder[Rows]):
 
     verifies = False
     """Whether a verifier may look at a draft before it is decided."""
-    commits_last_block = True
-    """Whether the reference schedule commits a block even if none follows, as most published code does."""
+    edits = False
+    """Whether decided tokens may be replaced."""
+    notation = staticmethod(reference.order_of_blocks)
+    """Makes the published decoding order."""
 
     def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
         self.config = config
         self.rows = rows
-        rows.published_order = self._published_order
+        rows.published_order = partial(self.notation, verifies=self.verifies)
         self.prefill_chunk = prefill_chunk
-        self.longest_ride = 0 if config.schedule == "reference" else max(prefill_chunk, config.block_length)
-        """Tokens without keys that may ride in a draft."""
         self.source = random.source_of(config.random_source, config.seed)
-        self.reads_whole_block = reference.reads_whole_block(config)
+        self.rules = reference.rules_of(config, self.edits)
+        self.longest_ride = 0 if self.rules.commits_apart else max(prefill_chunk, config.block_length)
+        """Tokens without keys that may ride in a draft."""
         self.verify_all_masks = False
         # The latest draft of every row: tokens, their probability, and the entropy (nats) of their distribution if the
         # strategy asks for it. ``sound`` is false once logits were not numbers.
@@ -304,9 +306,6 @@ class BlockDenoiser(Decoder[Rows]):
         rows.progress[slot].steps.append(as_step(step, slot, kind, int(rows.start[slot]), rows.span[slot]))
         rows.block[slot] = step.after[slot]
 
-    def _published_order(self, steps: Sequence[Step]) -> list[PublishedStep]:
-        return reference.order_of_blocks(steps, self.verifies)
-
     def _after_step(self, slot: int) -> None:
         """A denoising step of row ``slot`` is over: go on in the block, or with the next."""
         rows = self.rows
@@ -315,7 +314,8 @@ class BlockDenoiser(Decoder[Rows]):
             self._enter_draft(slot)
             return
         rows.end_block(slot, self.config.stop_token_ids, self.config.eos_early_stop)
-        if self.config.schedule == "reference" and (self.commits_last_block or not rows.ended[slot]):
+        commits = self.rules.commits_last_block if rows.ended[slot] else self.rules.commits_apart
+        if commits:
             rows.phase[slot] = COMMIT
         else:
             self._next_block(slot)
@@ -337,4 +337,4 @@ class BlockDenoiser(Decoder[Rows]):
         """Draft next, or first run what has to be in the cache and cannot ride along."""
         rows = self.rows
         rows.phase[slot] = DRAFT if rows.start[slot] - rows.cached[slot] <= self.longest_ride else PREFILL
-        rows.wanted[slot] = True if self.reads_whole_block else rows.masks[slot]
+        rows.wanted[slot] = True if self.rules.drafts_whole_block else rows.masks[slot]

@@ -13,8 +13,6 @@ verifier predicts, it fills masks only. A block that no other follows is not com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
@@ -22,7 +20,7 @@ from s2d2_lmeval.decoding import reference
 from s2d2_lmeval.decoding.blocks.denoising import DENOISING, BlockDenoiser
 from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
 from s2d2_lmeval.decoding.blocks.s2d2 import S2D2
-from s2d2_lmeval.decoding.generation import EDITED, PublishedStep, Step
+from s2d2_lmeval.decoding.generation import EDITED
 from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, EditingOptions
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.steps import Decisions, StepTables
@@ -40,7 +38,8 @@ from s2d2_lmeval.registry import DECODERS
 class EditingDenoiser(BlockDenoiser):
     """The decoder ``editing``."""
 
-    commits_last_block = False
+    edits = True
+    notation = staticmethod(reference.order_of_edits)
 
     def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
         super().__init__(config, rows, prefill_chunk)
@@ -67,9 +66,6 @@ class EditingDenoiser(BlockDenoiser):
         if kind == "draft":
             self.edited[slot] = (step.marks[slot] == EDITED).any()
 
-    def _published_order(self, steps: Sequence[Step]) -> list[PublishedStep]:
-        return reference.order_of_edits(steps)
-
     def _block_finished(self, slot: int) -> bool:
         """No masks, and no further step that may edit."""
         if self.rows.masks[slot].any():
@@ -84,7 +80,7 @@ class EditingDenoiser(BlockDenoiser):
     def _enter_draft(self, slot: int) -> None:
         super()._enter_draft(slot)
         rows = self.rows
-        if not self.reads_whole_block:
+        if not self.rules.drafts_whole_block:
             rows.wanted[slot] = rows.start[slot] + np.arange(rows.block_length) >= rows.prompt[slot]
 
 

@@ -18,7 +18,6 @@ Stop tokens end an answer at the step that leaves no mask before the first of th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from s2d2_lmeval.decoding.blocks.planning import plan_subblocks
 from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
 from s2d2_lmeval.decoding.blocks.s2d2 import S2D2
 from s2d2_lmeval.decoding.decoder import Seating
-from s2d2_lmeval.decoding.generation import AUTOREGRESSIVE, PublishedStep, Step
+from s2d2_lmeval.decoding.generation import AUTOREGRESSIVE
 from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, SubblockOptions
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.passes import Plan
@@ -46,6 +45,8 @@ from s2d2_lmeval.registry import DECODERS
 class SubblockDenoiser(BlockDenoiser):
     """The decoders ``dynamic`` and ``ar`` of shifted models. The rows' "block" is a sub-block here."""
 
+    notation = staticmethod(reference.order_of_subblocks)
+
     def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
         if config.schedule == "lookahead":
             raise ConfigError("schedule=lookahead is not available for sub-blocks; use schedule=fused.")
@@ -54,8 +55,6 @@ class SubblockDenoiser(BlockDenoiser):
         rows.prefix_grain = config.block_length
         self.longest_ride = self.longest_ride and max(prefill_chunk, config.block_length)
         self.whole = config
-        # Published code finishes and commits every block it begins. Nobody published ``ar``.
-        self.finishes_blocks = config.schedule == "reference" and config.decoder != "ar"
         self.samples_first = config.sampled and (config.decoder == "ar" or config.sample_first_token)
         self.limit = np.zeros(rows.count, dtype=np.int64)
         """Where the last token that is asked for ends."""
@@ -154,9 +153,6 @@ class SubblockDenoiser(BlockDenoiser):
         self._record(slot, read.drafted[0], KIND_OF_PHASE[self._plan.phases[row]])
         self._go_on(slot, begun=True)
 
-    def _published_order(self, steps: Sequence[Step]) -> list[PublishedStep]:
-        return reference.order_of_subblocks(steps)
-
     def _after_step(self, slot: int) -> None:
         self.rows.step[slot] += 1
         self._go_on(slot)
@@ -170,7 +166,7 @@ class SubblockDenoiser(BlockDenoiser):
         stop = next((place for place in range(given, decided) if tokens[place] in stops), None)
         if stop is not None:
             self._complete(slot, stop + 1)
-        elif start + decided >= self.limit[slot] and (begun or not self.finishes_blocks):
+        elif start + decided >= self.limit[slot] and (begun or not self.rules.finishes_blocks):
             self._complete(slot, decided)
         elif decided < part:
             self._enter_draft(slot)
@@ -197,7 +193,7 @@ class SubblockDenoiser(BlockDenoiser):
         rows.phase[slot] = DRAFT if start // block * block - rows.cached[slot] <= self.longest_ride else PREFILL
         if start % block == 0 and rows.block[slot, 0] == rows.mask_token_id:
             rows.phase[slot] = PREFILL if start == rows.prompt[slot] else COMMIT
-        rows.wanted[slot] = True if self.reads_whole_block else rows.masks[slot]
+        rows.wanted[slot] = True if self.rules.drafts_whole_block else rows.masks[slot]
 
 
 @DECODERS.register("s2d2", "subblock")
@@ -207,5 +203,5 @@ class SubblockS2D2(SubblockDenoiser, S2D2):
     keeps_rejected = False
 
     def _draft_law(self, logits: torch.Tensor) -> torch.Tensor:
-        """p is what the draft was taken from: for an arg-max the unfiltered softmax, whatever filters the verifier."""
+        """q is what the draft was taken from: for an arg-max the unfiltered softmax, whatever filters the verifier."""
         return super()._draft_law(logits) if self.config.sampled else logits

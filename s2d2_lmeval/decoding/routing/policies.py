@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.reference import verifies_short_span
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.registry import POLICIES
 from s2d2_lmeval.runtime.costs import MeasureCosts
@@ -128,8 +129,8 @@ class SpanLengthPolicy(RoutingPolicy):
         long = view.span.sum(-1) >= shortest
         if not self.config.legacy_ssd_span_strategy:
             return long
-        confident = (view.masks & (view.confidence > self.config.confidence_threshold)).sum(-1)
-        return long | (confident < view.masks.sum(-1).clamp_max(shortest))
+        confident = view.masks & (view.confidence > self.config.confidence_threshold)
+        return long | verifies_short_span(view.masks, confident, shortest)
 
 
 @POLICIES.register("score_threshold")

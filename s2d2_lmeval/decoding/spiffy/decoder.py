@@ -305,7 +305,7 @@ class SubblockSpiffy(SubblockDenoiser, Spiffy):
     def _may_finish(self) -> np.ndarray:
         """(rows,) where another sub-block of the same block follows and will be decoded."""
         end = self.rows.start + self.rows.block_length
-        return (end % self.whole.block_length != 0) & ((end < self.limit) | self.finishes_blocks)
+        return (end % self.whole.block_length != 0) & ((end < self.limit) | self.rules.finishes_blocks)
 
     def _keep_block(self, row: int, slot: int, state: int, outcome: Outcome) -> None:
         """The block is still open: no keys are kept."""
