@@ -20,7 +20,7 @@ class Seats:
     def __init__(self, count: int) -> None:
         self.count = count
         self.prefix_grain: int | None = None
-        """A prompt's keys and values up to any multiple of this depend on nothing behind it; None: on all of it."""
+        """A prompt's keys and values up to any multiple of this depend on nothing after it; None: on all of it."""
         self.phase = np.full(count, IDLE)
         self.cached = np.zeros(count, dtype=np.int64)
         """Positions that have keys and values."""
@@ -85,15 +85,15 @@ class Seats:
         assert request is not None
         start = len(tokens)
         tokens += fresh
-        struck = [
+        hits = [
             (start + place - prompt, "stop")
             for place, token in enumerate(fresh)
             if token in stop_token_ids and start + place >= prompt
         ][:1]
         kept = request.stop(tokens[prompt:]) if request.stop is not None else None
         if kept is not None:
-            struck.append((kept, "stop_string"))
-        if struck:
+            hits.append((kept, "stop_string"))
+        if hits:
             earlier = self.kept[slot]
-            self.kept[slot] = min(struck) if earlier is None else min(earlier, *struck)
-        return kept is not None or (ends and bool(struck))
+            self.kept[slot] = min(hits) if earlier is None else min(earlier, *hits)
+        return kept is not None or (ends and bool(hits))

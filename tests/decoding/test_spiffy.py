@@ -169,7 +169,7 @@ def test_packed_states_have_the_logits_of_states_run_alone(
     class Watching(Spiffy):
         def advance(self, logits: torch.Tensor) -> Any:
             plan = self._plan
-            if plan.offered.shape[1]:
+            if plan.sent["offered"].shape[1]:
                 compared.extend(_differences(self, plan, logits, model))
             return super().advance(logits)
 
@@ -190,11 +190,11 @@ def test_packed_states_have_the_logits_of_states_run_alone(
 def _differences(decoder: Spiffy, plan: Any, logits: torch.Tensor, model: BlockDiffusionModel) -> list[float]:
     """Largest difference of the logits of each inside draft state from those of a plain forward of prefix and state."""
     rows, found = decoder.rows, []
-    at_row, at_place = (part.tolist() for part in plan.draft_at)
+    at_row, at_place = plan.sent["slot"].tolist(), plan.sent["place"].tolist()
     plain = tiny_model(seed=0)
     for index, slot in enumerate(plan.request.layout.slots.tolist()):
         start = int(rows.start[slot])
-        for state in range(int(plan.inside[index])):
+        for state in range(int(plan.known["inside"][index])):
             block = decoder.states[slot, state].tolist()
             text = torch.tensor([rows.store[slot, :start].tolist() + block])
             visible = _visible(start, block, decoder.config)
@@ -202,7 +202,7 @@ def _differences(decoder: Spiffy, plan: Any, logits: torch.Tensor, model: BlockD
             alone = plain(input_ids=text, attention_mask=bias).logits[0]
             for entry, (row, place) in enumerate(zip(at_row, at_place, strict=True)):
                 if row == slot and rows.wanted[slot, place]:
-                    packed = logits[plan.lookup[entry, state + 1]]
+                    packed = logits[plan.sent["lookup"][entry, state + 1]]
                     found.append(float((packed - alone[start + place]).abs().max()))
     return found
 

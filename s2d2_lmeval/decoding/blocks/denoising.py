@@ -92,8 +92,11 @@ class BlockDenoiser(Decoder[Rows]):
     notation = staticmethod(reference.order_of_blocks)
     """Makes the published decoding order."""
 
+    shifted = False
+    """Whether the logits of a token predict the next one; then the rows' "block" is a sub-block."""
+
     def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
-        self.config = config
+        self.config = self.whole = config
         self.rows = rows
         rows.published_order = partial(self.notation, verifies=self.verifies)
         self.prefill_chunk = prefill_chunk
@@ -138,7 +141,8 @@ class BlockDenoiser(Decoder[Rows]):
         """Take the wanted logits (M, V) of the planned forward; move every row to its next phase. Reads the device
         once.
 
-        :raises NumericalError: when the logits are not numbers.
+        Raises:
+            NumericalError: the logits are not numbers.
         """
         sent = self._plan.sent
         block = self.rows.store.view(-1)[sent["block"]]

@@ -20,7 +20,7 @@ class Rows(Seats):
     """State of ``count`` sequences of up to ``length`` positions in blocks of ``block_length`` (B).
 
     ``store`` (count, length + B + 1 + D * B) on the device holds each row's canvas (prompt, decided tokens, masks),
-    behind it the current block with every mask drafted, one mask token, and D drafted states of the block: all that a
+    after it the current block with every mask drafted, one mask token, and D drafted states of the block: all that a
     pass may want to feed, addressable by one index.
     """
 
@@ -92,8 +92,8 @@ class Rows(Seats):
         ``ends`` as in :meth:`extend`.
         """
         self.progress[slot].blocks += 1
-        struck = self.extend(slot, self.block[slot].tolist(), stop_token_ids, ends)
-        self.ended[slot] = struck or self.start[slot] + self.block_length >= self.total[slot]
+        stop_hit = self.extend(slot, self.block[slot].tolist(), stop_token_ids, ends)
+        self.ended[slot] = stop_hit or self.start[slot] + self.block_length >= self.total[slot]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The logits of row t-1 predict token t. Hence three differences to block denoisin
 
 * A block's first token cannot be denoised: it comes (published: as the arg-max) from the last row of the text before
   it, whose forward must come first: the commit of the block before, or the prompt's prefill. So no commit rides in the
-  next draft, whatever the schedule. ``fused`` saves what nobody reads: the commit of the last block, steps behind the
+  next draft, whatever the schedule. ``fused`` saves what nobody reads: the commit of the last block, steps after the
   last token that is asked for, and the prefill of a prompt that ends inside a block (it rides in the first draft).
 * A draft forwards the whole block but decides in one sub-block only: every mask above the threshold, and the most
   confident one. For :class:`Rows` and for the routing policies the sub-block is the block.
@@ -45,6 +45,7 @@ from s2d2_lmeval.registry import DECODERS
 class SubblockDenoiser(BlockDenoiser):
     """The decoders ``dynamic`` and ``ar`` of shifted models. The rows' "block" is a sub-block here."""
 
+    shifted = True
     notation = staticmethod(reference.order_of_subblocks)
 
     def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
@@ -66,7 +67,7 @@ class SubblockDenoiser(BlockDenoiser):
     def rows_for(cls, seating: Seating, draft_states: int = 0) -> Rows:
         block = seating.config.block_length
         part = seating.config.small_block_size or block
-        # Room for whole blocks, and for the first token behind the last one.
+        # Room for whole blocks, and for the first token after the last one.
         length = -(-seating.longest // block) * block + part
         return Rows(seating.slots, length, part, seating.facts.mask_token_id, seating.device, draft_states)
 

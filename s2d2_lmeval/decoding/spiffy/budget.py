@@ -1,8 +1,8 @@
 """How many states to draft: as many as pay.
 
-A drafted state saves a forward as often as it comes true, and widens the forward in which it is run. The calibration
-counted how often each state of the graph comes true; what a width costs is measured. How many are drafted never changes
-what is decoded.
+A drafted state saves a forward whenever decoding reaches it, and widens the forward in which it is run. The calibration
+counted how often each state of the graph was reached; what a width costs is measured. How many are drafted never
+changes what is decoded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class DraftBudget:
     """States per row and forward: a given number, or, if ``nodes`` is ``auto``, the number with the most steps per
     second.
 
-    :raises ConfigError: for ``auto`` and a graph that does not say how often its states occur.
+    Raises:
+        ConfigError: ``auto``, and a graph that does not say how often its states occur.
     """
 
     def __init__(self, graph: DraftGraph, nodes: int | str) -> None:
@@ -69,5 +70,5 @@ class DraftBudget:
         return (PRIOR + self.hits) / (PRIOR + self.expected)
 
     def learn(self, accepted: int) -> None:
-        """So many drafted states have come true."""
+        """So many drafted states were reached."""
         self.hits += accepted

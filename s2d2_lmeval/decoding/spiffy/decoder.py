@@ -36,7 +36,7 @@ from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import ranked_tokens
 from s2d2_lmeval.decoding.spiffy.budget import DraftBudget
 from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, graph_for, states_at_most
-from s2d2_lmeval.decoding.spiffy.planning import plan_states, plan_subblock_states
+from s2d2_lmeval.decoding.spiffy.planning import plan_states
 from s2d2_lmeval.decoding.spiffy.states import Eligibility, RankTables, StateDrafter
 from s2d2_lmeval.decoding.state import DRAFT
 from s2d2_lmeval.decoding.steps import Decisions, Outcome, StepResult, StepTables
@@ -123,7 +123,10 @@ class Spiffy(BlockDenoiser):
             self.rows.progress[slot].count(name, 0)
 
     def plan(self) -> Plan:
-        self._plan = plan_states(self.rows, self.config, self.prefill_chunk, *self._offers(), self._write_states)
+        self._plan = plan_states(
+            *(self.rows, self.config, self.whole, self.shifted, self.prefill_chunk),
+            *(self._offers(), self._write_states),
+        )
         return self._plan
 
     def _offers(self) -> tuple[np.ndarray, np.ndarray]:
@@ -133,8 +136,8 @@ class Spiffy(BlockDenoiser):
         # Before a block's first step there is no distribution to draft from.
         masks = np.where(rows.step > 0, masks, 0)
         finishes = self._may_finish()
-        heads = np.where(rows.phase == DRAFT, rows.start + rows.block_length - rows.cached, 0)
-        most = self.budget.choose(self.eligibility, masks, finishes, heads.sum(), self.widths)
+        text = np.where(rows.phase == DRAFT, rows.start + rows.block_length - rows.cached, 0)
+        most = self.budget.choose(self.eligibility, masks, finishes, text.sum(), self.widths)
         inside, finishing = self.eligibility.drafts(masks, finishes, most)
         return inside.sum(1), finishing.sum(1)
 
@@ -239,7 +242,7 @@ class Spiffy(BlockDenoiser):
     # ---- host ----
 
     def _after_draft(self, row: int, slot: int, read: StepResult, outcome: Outcome) -> None:
-        """The steps of row ``slot`` that one forward gave: record each, and go on behind the last."""
+        """The steps of row ``slot`` that one forward gave: record each, and go on after the last."""
         rows, plan, made = self.rows, self._plan, 0
         progress, begun = rows.progress[slot], int(rows.start[slot])
         while made < read.made[slot] and not rows.complete[slot]:
@@ -292,15 +295,11 @@ class SubblockSpiffy(SubblockDenoiser, Spiffy):
     own in this scheme, so no state goes beyond it.
     """
 
+    plan = Spiffy.plan
+
     @property
     def widths(self) -> tuple[int, int]:
         return self.whole.block_length, self.whole.block_length
-
-    def plan(self) -> Plan:
-        self._plan = plan_subblock_states(
-            self.rows, self.config, self.whole, self.prefill_chunk, *self._offers(), self._write_states
-        )
-        return self._plan
 
     def _may_finish(self) -> np.ndarray:
         """(rows,) where another sub-block of the same block follows and will be decoded."""

@@ -146,7 +146,8 @@ def graph_for(config: DecodingConfig, facts: Facts) -> DraftGraph:
 def load_graph(source: str, base: str) -> DraftGraph:
     """The draft graph in the file ``source``; of ``default``, the one that comes with the package for decoder ``base``.
 
-    :raises ConfigError: when there is no such file, or it is not a draft graph.
+    Raises:
+        ConfigError: there is no such file, or it is not a draft graph.
     """
     if source == "default":
         # Decoders that decide by a threshold, of whatever kind, behave alike, and so do those of fixed steps.
@@ -169,7 +170,8 @@ def load_graph(source: str, base: str) -> DraftGraph:
 def parse_graph(text: str) -> DraftGraph:
     """The graph that ``text`` (JSON) describes.
 
-    :raises ConfigError: naming what is wrong with it.
+    Raises:
+        ConfigError: naming what is wrong with it.
     """
     try:
         plain = parse_json(text)
@@ -222,7 +224,8 @@ def _node(number: int, entry: Any) -> Node:
 def _check(graph: DraftGraph) -> None:
     """Refuse nodes that do not make a graph.
 
-    :raises ConfigError: naming the node.
+    Raises:
+        ConfigError: naming the node.
     """
     nodes, length = graph.nodes, graph.block_length
     seen: set[Pairs] = set()

@@ -95,93 +95,67 @@ class States:
 
 
 def plan_states(
-    rows: Rows, config: DecodingConfig, chunk: int, inside: np.ndarray, finishing: np.ndarray, write_states: WriteStates
-) -> Plan:
-    """Lay out the next forward of all active rows, which offer so many draft states ``inside`` and ``finishing``
-    (rows,).
-    """
-    slots, length = rows.active(), rows.block_length
-    cached, start, drafting = rows.cached[slots], rows.start[slots], rows.phase[slots] == DRAFT
-    end = text_end(rows, slots, chunk)
-    builder = PassBuilder(slots)
-    text = builder.span(cached, end - cached)
-    set_text(text, rows, slots, config)
-    states = States(builder, start, inside[slots], finishing[slots], (length, 2 * length))
-    next_block = states.local >= length
-    # The finished block is seen and kept as a commit would run it.
-    causal = states.finishes & ~next_block & config.token_causal
-    states.segment.set(
-        source=np.where(next_block, rows.states_at - 1, rows.states_at + states.state * length + states.local),
-        rank=states.position,
-        reach=np.where(causal, states.position, block_end(states.position, length)),
-        branch=2 + states.state,
-        open_state=np.where(states.finishes, -1, slots[states.segment.row] * rows.draft_states + states.state),
-        place=states.local,
-    )
-    builder.lay_out()
-    wanted = rows.wanted[slots] & drafting[:, None]
-    row, place = np.nonzero(wanted | (states.finishing > 0)[:, None])
-    current = (text.first + start - cached)[row] + place
-    found = states.read(builder, (row, place), wanted[row, place], (current, place, place + length))
-    keep = np.where(drafting, start, end) - cached
-    return state_plan(builder, rows, config, states, write_states, found, keep, text=end - cached)
-
-
-def plan_subblock_states(
     rows: Rows,
     config: DecodingConfig,
     whole: DecodingConfig,
+    shifted: bool,
     chunk: int,
-    inside: np.ndarray,
-    finishing: np.ndarray,
+    offers: tuple[np.ndarray, np.ndarray],
     write_states: WriteStates,
 ) -> Plan:
-    """As :func:`plan_states`, for sub-blocks; ``whole`` is the configuration of whole blocks."""
+    """Lay out the next forward of all active rows, which offer so many draft states, inside and finishing (rows,).
+
+    Where the model is ``shifted`` the rows' "block" is a sub-block; ``whole`` is the configuration of whole blocks.
+    """
     slots, part, length = rows.active(), rows.block_length, whole.block_length
     cached, start, drafting = rows.cached[slots], rows.start[slots], rows.phase[slots] == DRAFT
-    block, end = subblock_text(rows, slots, whole, chunk)
+    block, end = subblock_text(rows, slots, whole, chunk) if shifted else (start, text_end(rows, slots, chunk))
     builder = PassBuilder(slots)
     text = builder.span(cached, end - cached)
     set_text(text, rows, slots, whole)
-    states = States(builder, block, inside[slots], finishing[slots], (length, length))
-    # The state replaces the sub-block; the rest of its block is as it is.
-    place = states.position - start[states.segment.row]
-    replaced = (place >= 0) & (place < part)
+    inside, finishing = (count[slots] for count in offers)
+    states = States(builder, block, inside, finishing, (length, length if shifted else 2 * length))
+
+    row, place = states.segment.row, states.position - start[states.segment.row]
+    drafted = (place >= 0) & (place < part)
+    # Around a sub-block the block is as it is; after a finished one, which is run as a commit would run it, come masks.
+    around = states.position if shifted else rows.states_at - 1
+    committed = states.finishes & (not shifted)
+    causal = committed & drafted & config.token_causal
     states.segment.set(
-        source=np.where(replaced, rows.states_at + states.state * part + place, states.position),
+        source=np.where(drafted, rows.states_at + states.state * part + place, around),
         rank=states.position,
-        reach=block_end(states.position, length),
+        reach=np.where(causal, states.position, block_end(states.position, length)),
         branch=2 + states.state,
-        open_state=slots[states.segment.row] * rows.draft_states + states.state,
+        open_state=np.where(committed, -1, slots[row] * rows.draft_states + states.state),
         place=place,
     )
     builder.lay_out()
     wanted = rows.wanted[slots] & drafting[:, None]
-    row, at = np.nonzero(wanted | (states.finishing > 0)[:, None])
-    # The query before a token predicts it; in a state that finishes the sub-block, a token of the next one.
-    before = (start - block)[row] + at - 1
-    current = (text.first + block - cached)[row] + before.clip(0)
-    found = states.read(builder, (row, at), wanted[row, at], (current, before.clip(0), before + part))
-    first = read_first(builder, rows, end)
-    keep = np.where(drafting, block, end) - cached
-    return state_plan(
-        builder, rows, config, states, write_states, {**found, "given": np.zeros(rows.count)}, keep, first=first
-    )
+    at_row, at = np.nonzero(wanted | (finishing > 0)[:, None])
+    # A shifted model predicts a token before it; in a state that finishes, tokens of what comes next are predicted.
+    before = (start - block)[at_row] + at - shifted
+    query = before.clip(0)
+    current = (text.first + block - cached)[at_row] + query
+    facts = states.read(builder, (at_row, at), wanted[at_row, at], (current, query, before + part))
+    known = {"inside": inside, "finishing": finishing, "text": end - cached}
+    if shifted:
+        known["first"] = read_first(builder, rows, end)
+        facts["given"] = np.zeros(rows.count)
+    sent, visible = _send_states(builder, rows, config, offers, write_states, facts)
+    return block_plan(builder, sent, rows, visible, np.where(drafting, block, end) - cached, **known)
 
 
-def state_plan(
+def _send_states(
     builder: PassBuilder,
     rows: Rows,
     config: DecodingConfig,
-    states: States,
+    offers: tuple[np.ndarray, np.ndarray],
     write_states: WriteStates,
     facts: dict[str, np.ndarray],
-    keep: np.ndarray,
-    **known: np.ndarray,
-) -> Plan:
-    """Send the pass and ``facts`` to the device, fill in the draft states there, and make the plan of it."""
-    inside, finishing = np.zeros((2, rows.count), dtype=np.int64)
-    inside[builder.slots], finishing[builder.slots] = states.inside, states.finishing
+) -> tuple[Sent, torch.Tensor]:
+    """Send the pass and ``facts`` to the device and fill in the draft states there; also who sees whom (R, W, W)."""
+    inside, finishing = offers
     slot = np.arange(facts["lookup"].shape[1] - 1)
     sent = send_blocks(
         rows,
@@ -201,8 +175,7 @@ def state_plan(
         drafted = write_states(rows.store.view(-1)[sent["block"]], sent["inside"], sent["finishing"])
         if config.draft_ver:
             reach = _causal_up_to_first_mask(drafted == rows.mask_token_id, sent, reach)
-    visible = in_branches(by_reach(sent["rank"], reach), sent["branch"])
-    return block_plan(builder, sent, rows, visible, keep, inside=states.inside, finishing=states.finishing, **known)
+    return sent, in_branches(by_reach(sent["rank"], reach), sent["branch"])
 
 
 def _causal_up_to_first_mask(masks: torch.Tensor, sent: Sent, reach: torch.Tensor) -> torch.Tensor:

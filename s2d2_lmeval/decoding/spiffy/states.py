@@ -81,7 +81,7 @@ class StateDrafter:
         self.widest = widest
         self.vocabulary_ranks = int(token.max(initial=0)) + 1
         self.used = torch.from_numpy(used).to(device)
-        # Ranks behind the block name nothing; such nodes are never eligible.
+        # Ranks beyond the block name nothing; such nodes are never eligible.
         self.place = torch.from_numpy(place.clip(0, block_length - 1)).to(device)
         self.token = torch.from_numpy(token.clip(0)).to(device)
         self.size = self.used.sum(-1)
@@ -102,7 +102,7 @@ class StateDrafter:
         """States (rows, D, B) that may follow ``block`` (rows, B) with these ``masks`` (rows, B).
 
         First the best ``inside`` (rows,) that leave a mask, then the best ``finishing`` (rows,) that leave none; what
-        comes behind these means nothing.
+        comes after these means nothing.
         """
         rows, length = block.shape
         places = tables.places[:, self.place]  # (rows, D, P)
@@ -118,10 +118,10 @@ class StateDrafter:
             for which in (unfinished, ~unfinished)
         ]
         number = torch.arange(score.shape[1], device=block.device).expand_as(score)
-        behind = (number - inside.unsqueeze(1)).clamp_min(0)
-        node = torch.where(number < inside.unsqueeze(1), order[0], order[1].gather(1, behind))
+        after = (number - inside.unsqueeze(1)).clamp_min(0)
+        node = torch.where(number < inside.unsqueeze(1), order[0], order[1].gather(1, after))
         chosen = node.unsqueeze(-1).expand(-1, -1, places.shape[-1])
-        # Unused pairs write behind the block.
+        # Unused pairs write past the block.
         target = places.masked_fill(~self.used, length).gather(1, chosen)
         states = block.new_zeros(rows, score.shape[1], length + 1)
         states[..., :length] = block.unsqueeze(1)
