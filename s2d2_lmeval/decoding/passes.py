@@ -13,6 +13,8 @@ from s2d2_lmeval.runtime.passes import TARGET, Layout, Pass
 
 Sent = dict[str, torch.Tensor]
 
+_NOTHING = np.zeros(0, dtype=np.int64)
+
 
 @dataclass
 class Segment:
@@ -102,8 +104,10 @@ class PassBuilder:
         self.layout = Layout(self.slots, np.add.reduce([segment.count for segment in self._segments]))
         first = self.layout.offsets
         for segment in self._segments:
-            segment.first, segment.query = first, first[segment.row] + segment.local
-            first = first + segment.count
+            segment.first, segment.query = first, segment.row
+            if len(segment.row):
+                segment.query = first[segment.row] + segment.local
+                first = first + segment.count
         self._segments = [segment for segment in self._segments if len(segment.row)]
         return self.layout
 
@@ -112,7 +116,7 @@ class PassBuilder:
         values = np.full(self.layout.queries, default, dtype=np.int64)
         for segment in self._segments:
             if name in segment.columns:
-                values[segment.query] = segment.columns[name]
+                values[slice(None) if len(self._segments) == 1 else segment.query] = segment.columns[name]
         return values
 
     def padded(self, name: str, fill: int, default: int = 0) -> np.ndarray:
@@ -125,8 +129,7 @@ class PassBuilder:
 
     def send(self, device: torch.device, **facts: np.ndarray) -> Sent:
         """Bring positions, reads and ``facts`` to the device in one transfer."""
-        nothing = (np.zeros(0, dtype=np.int64),) * 3
-        groups = [group for group in self._reads.values() if len(group[0])] or [nothing]
+        groups = [group for group in self._reads.values() if len(group[0])] or [(_NOTHING,) * 3]
         rows, places, queries = map(np.concatenate, zip(*groups, strict=True))
         self._read_rows = rows
         return upload(
@@ -165,8 +168,10 @@ class PassBuilder:
 
 def ragged(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The row and the index within it of each of ``count`` (R,) things per row, row-major."""
+    if not count.any():
+        return _NOTHING, _NOTHING
     row = np.repeat(np.arange(len(count)), count)
-    return row, np.arange(len(row)) - (np.cumsum(count) - count)[row]
+    return row, np.arange(len(row)) - (count.cumsum() - count)[row]
 
 
 def upload(device: torch.device, **arrays: np.ndarray) -> Sent:

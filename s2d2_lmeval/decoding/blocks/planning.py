@@ -86,9 +86,7 @@ def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> Plan:
     builder.read("verify", copy_row, copy_place, copies.query)
     builder.read("draft", draft_row, draft_place, (text.first + start - cached)[draft_row] + draft_place)
     builder.read("ahead", ahead.row, ahead.local, ahead.query)
-    carrying = np.zeros(rows.count, dtype=bool)
-    carrying[slots] = carries
-    sent = send_blocks(rows, config, builder, carrying=carrying)
+    sent = send_blocks(rows, config, builder)
     # Under lookahead the decided prefix of the block is token-causal in the draft already: it stays.
     settled = np.where(lookahead, start + masks.argmax(1), start)
     keep = np.where(verifying, 0, np.where(drafting, settled, end) - cached)

@@ -96,7 +96,7 @@ class S2D2(BlockDenoiser):
             state = replace(state, block=decisions.block)
             if aheads:
                 as_drafted = (decisions.block == verified.draft).all(-1)
-                moved = plan.sent["carrying"].bool() & as_drafted & ~decisions.masks.any(-1)
+                moved = moved.index_fill(0, plan.at("ahead")[0], True) & as_drafted & ~decisions.masks.any(-1)
                 state = state.next_block(moved, mask, int(scheduled_count(0, self.config)))
         if plan.count("draft") or aheads:
             span, tables = self._draft(state, logits[verifies:], plan.sent["drafting"] | moved)
