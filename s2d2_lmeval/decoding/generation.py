@@ -105,15 +105,20 @@ def verifications(steps: Sequence[Step], end: int) -> Iterator[Verification]:
             )
 
 
+def positions_decided(steps: Sequence[Step]) -> list[PublishedStep]:
+    """Of each step, the positions that it decided."""
+    return [[step.start + place for place, mark in enumerate(step.marks) if mark] for step in steps]
+
+
 @dataclass
 class Progress:
     """A request on its way: counters and steps, filled in as forwards come back.
 
     ``drafts`` that a routing policy looked at, and ``routed_drafts`` of these that it sent to the verifier.
-    ``published_order`` makes the published decoding order of the steps; without one, decoders fill in ``order``.
+    ``published_order`` makes the published decoding order of the steps.
     """
 
-    published_order: Callable[[Sequence[Step]], list[PublishedStep]] | None = None
+    published_order: Callable[[Sequence[Step]], list[PublishedStep]] = positions_decided
 
     forwards: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORWARDS, 0))
     drafts: int = 0
@@ -123,12 +128,11 @@ class Progress:
     """What only some decoders count."""
     begun: float = field(default_factory=clock.now)
     steps: list[Step] = field(default_factory=list)
-    order: list[PublishedStep] = field(default_factory=list)
 
     @property
     def decoding_order(self) -> list[PublishedStep]:
         """The steps in the published notation."""
-        return self.order if self.published_order is None else self.published_order(self.steps)
+        return self.published_order(self.steps)
 
     def count(self, name: str, more: int) -> None:
         """Add ``more`` to a count of the decoder's own."""

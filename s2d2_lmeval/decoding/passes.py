@@ -183,18 +183,3 @@ def upload(device: torch.device, **arrays: np.ndarray) -> Sent:
         piece if part.ndim == 1 else piece.view(part.shape) for part, piece in zip(parts.values(), pieces, strict=True)
     ]
     return dict(zip(parts, shaped, strict=True))
-
-
-class Upload:
-    """Collects integer arrays and moves them to the device in one transfer."""
-
-    def __init__(self) -> None:
-        self._parts: dict[str, np.ndarray] = {}
-
-    def add(self, name: str, values: np.ndarray) -> None:
-        """Take ``values`` along under ``name``."""
-        self._parts[name] = values
-
-    def send(self, device: torch.device) -> Sent:
-        """The arrays as int64 tensors on ``device``, shapes kept."""
-        return upload(device, **self._parts)

@@ -139,7 +139,7 @@ _NOTATION = (
 """Sign and offset of a position by how it was decided, in the order in which these are listed."""
 
 
-def positions_decided(step: Step, verifies: bool, order: Sequence[int]) -> list[int | float | str]:
+def notation_of(step: Step, verifies: bool, order: Sequence[int]) -> list[int | float | str]:
     """Positions decided in a step in the published notation.
 
     p accepted or kept without resampling, p + 0.5 resampled, p + 0.2 by ratio, -p - 0.4 by high confidence, -p - 0.5
@@ -162,7 +162,7 @@ def order_of_blocks(steps: Sequence[Step], verifies: bool) -> list[PublishedStep
         if step.kind == "draft":
             start, number = step.start, number + 1 if step.start == start else 0
         if any(step.marks):
-            positions = positions_decided(step, verifies, step.order)
+            positions = notation_of(step, verifies, step.order)
             entries.append(["|", *positions] if number == 0 else positions)
     return entries
 
@@ -170,7 +170,7 @@ def order_of_blocks(steps: Sequence[Step], verifies: bool) -> list[PublishedStep
 def order_of_subblocks(steps: Sequence[Step], verifies: bool) -> list[PublishedStep]:
     """The decoding order of sub-blocks: it knows no blocks, no ranks, and a minus for everything denoised."""
     deciding = [step for step in steps if any(step.marks)]
-    return [positions_decided(step, True, [0] * len(step.marks)) for step in deciding]
+    return [notation_of(step, True, [0] * len(step.marks)) for step in deciding]
 
 
 def order_of_pipelines(steps: Sequence[Step], block_length: int, verifies: bool) -> list[PublishedStep]:

@@ -6,7 +6,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from s2d2_lmeval.decoding.generation import ACCEPTED, AUTOREGRESSIVE, Progress, PublishedStep, Request, Step
+from s2d2_lmeval.decoding.generation import (
+    ACCEPTED,
+    AUTOREGRESSIVE,
+    Progress,
+    PublishedStep,
+    Request,
+    Step,
+    positions_decided,
+)
 
 IDLE, PREFILL, DRAFT, VERIFY, COMMIT, PROPOSE = range(6)
 """Phases of a row: what its next forward does."""
@@ -33,8 +41,8 @@ class Seats:
         self.complete = np.zeros(count, dtype=bool)
         """Nothing left to run."""
         self.requests: list[Request | None] = [None] * count
-        self.published_order: Callable[[Sequence[Step]], list[PublishedStep]] | None = None
-        """Makes the published decoding order of steps; None: decoders fill it in."""
+        self.published_order: Callable[[Sequence[Step]], list[PublishedStep]] = positions_decided
+        """Makes the published decoding order of steps."""
         self.progress: list[Progress] = [Progress() for _ in range(count)]
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         """Prompt and decided tokens."""
@@ -73,7 +81,6 @@ class Seats:
         marks = [ACCEPTED] * (len(fresh) - 1) + [AUTOREGRESSIVE]
         drafted = (start - 1 + depths[depths > 0]).tolist()
         progress.steps.append(Step(kind, start, [mask_token_id] * len(fresh), fresh, fresh, marks, drafted))
-        progress.decoding_order.append(list(range(start, start + len(fresh))))
 
     def extend(self, slot: int, fresh: list[int], stop_token_ids: tuple[int, ...], ends: bool = True) -> bool:
         """Take decided tokens over and ask the stop rules; True if one ends the decoding.
