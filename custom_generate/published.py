@@ -22,7 +22,7 @@ from torch import nn
 
 from s2d2_lmeval.decoding.generation import Generation
 from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
-from s2d2_lmeval.decoding.options.sampling import GREEDY
+from s2d2_lmeval.decoding.options.general import GREEDY
 from s2d2_lmeval.errors import ConfigError, RequestError
 from s2d2_lmeval.families import adopt
 from s2d2_lmeval.model import BlockDiffusionModel, load

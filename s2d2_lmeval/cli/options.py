@@ -73,9 +73,8 @@ def describe() -> list[dict[str, Any]]:
     from s2d2_lmeval.decoding.options.option import kind_of
     from s2d2_lmeval.decoding.options.reading import owners
 
-    described, fields = [], DecodingConfig.fields()
-    takers = owners(fields)
-    for field in fields:
+    described = []
+    for field in DecodingConfig.fields():
         meta = field.metadata
         described.append(
             {
@@ -84,7 +83,7 @@ def describe() -> list[dict[str, Any]]:
                 "default": as_written(field.default),
                 "values": _values(kind_of(field), meta),
                 "meaning": meta["meaning"],
-                "decoders": takers[field.name],
+                "decoders": owners(field.name),
                 "schemes": meta["schemes"],
             }
         )

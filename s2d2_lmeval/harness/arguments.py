@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
+from s2d2_lmeval.decoding.options.general import GREEDY
 from s2d2_lmeval.decoding.options.names import changes_nothing, nearest
 from s2d2_lmeval.decoding.options.option import LARGEST, converted
 from s2d2_lmeval.decoding.options.rounds import DRAFT_SHAPES
-from s2d2_lmeval.decoding.options.sampling import GREEDY
 from s2d2_lmeval.errors import ConfigError, first_line, shown
 from s2d2_lmeval.harness.custom import BUDGET_NAMES, CustomFunction, load_object
 from s2d2_lmeval.runtime.memory import RowLimit

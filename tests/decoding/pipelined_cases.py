@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from s2d2_lmeval import BlockDiffusionModel, DecodingConfig, load
-from s2d2_lmeval.decoding.options.reading import owners
+from s2d2_lmeval.decoding.options.reading import names_of
 
 from .drawn import SCORE, prompts
 from .pipelined_oracle import PipelinedOptions
@@ -69,8 +69,7 @@ def engine_options(options: PipelinedOptions) -> dict[str, Any]:
     """The oracle's options as the engine's, without those of the other decoder."""
     values = dataclasses.asdict(options)
     fields = DecodingConfig.fields()
-    taken = {field.name for field in fields if "pipelined" in field.metadata["schemes"]}
-    taken &= {name for name, decoders in owners(fields).items() if options.decoder in decoders}
+    taken = {field.name for field in fields if "pipelined" in field.metadata["schemes"]} & {*names_of(options.decoder)}
     return {name: value for name, value in values.items() if name in taken}
 
 

@@ -7,35 +7,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from s2d2_lmeval.decoding.options.blocks import (
-    BlockOption,
-    ConfidenceOption,
-    EditingOptions,
-    EntropyOptions,
-    ScheduleOption,
-    StepOptions,
-    SubblockOptions,
-)
-from s2d2_lmeval.decoding.options.option import SYNONYMS, checked, option
-from s2d2_lmeval.decoding.options.pipelined import PipelinedOptions, PipelinedVerifierOptions
-from s2d2_lmeval.decoding.options.presets import PresetOption, preset_options, published_setting
+from s2d2_lmeval.decoding.options import blocks, general, pipelined, rounds, s2d2, spiffy
+from s2d2_lmeval.decoding.options.option import SYNONYMS, checked
+from s2d2_lmeval.decoding.options.presets import preset_options, published_setting
 from s2d2_lmeval.decoding.options.reading import (
     accelerated,
     classes_of,
-    fields_of,
-    in_force,
     layer,
     misfit,
     names_in,
+    names_of,
     normalised,
     own,
     refuse_foreign,
     refuse_other_schemes,
 )
-from s2d2_lmeval.decoding.options.rounds import DrafterOptions, SlidingOptions, TreeOptions
-from s2d2_lmeval.decoding.options.s2d2 import AcceptanceOption, RemaskingOption, RoutingOptions, VerifierOptions
-from s2d2_lmeval.decoding.options.sampling import GREEDY, SamplingOptions
-from s2d2_lmeval.decoding.options.spiffy import SpiffyOptions
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.registry import DECODERS
 
@@ -48,37 +34,26 @@ __all__ = ["SYNONYMS", "DecodingConfig"]
 
 
 @dataclass(frozen=True)
-class GeneralOptions:
-    """What is decoded, and up to where."""
-
-    decoder: str = option("s2d2", "which decoder", choices=DECODERS)
-    max_new_tokens: int = option(256, "maximum number of new tokens", low=0)
-    stop_token_ids: tuple[int, ...] = option((), "token ids that end the answer")
-    trim_stop_tokens: bool = option(True, "cut the answer before the first stop token")
-
-
-@dataclass(frozen=True)
 class DecodingConfig(
-    PresetOption,
-    EditingOptions,
-    PipelinedVerifierOptions,
-    PipelinedOptions,
-    RoutingOptions,
-    SlidingOptions,
-    SpiffyOptions,
-    TreeOptions,
-    DrafterOptions,
-    VerifierOptions,
-    RemaskingOption,
-    AcceptanceOption,
-    EntropyOptions,
-    ConfidenceOption,
-    SubblockOptions,
-    StepOptions,
-    BlockOption,
-    ScheduleOption,
-    SamplingOptions,
-    GeneralOptions,
+    blocks.EditingOptions,
+    pipelined.PipelinedVerifierOptions,
+    pipelined.PipelinedOptions,
+    s2d2.RoutingOptions,
+    rounds.SlidingOptions,
+    spiffy.SpiffyOptions,
+    rounds.TreeOptions,
+    rounds.DrafterOptions,
+    s2d2.VerifierOptions,
+    s2d2.RemaskingOption,
+    s2d2.AcceptanceOption,
+    blocks.EntropyOptions,
+    blocks.ConfidenceOption,
+    blocks.SubblockOptions,
+    blocks.StepOptions,
+    blocks.BlockOption,
+    blocks.ScheduleOption,
+    general.SamplingOptions,
+    general.GeneralOptions,
 ):
     """How to decode: the options of this package's decoders and of every one that is registered. Defaults are those of
     the published functions; :meth:`from_options` lays a family's paper setting under them.
@@ -131,12 +106,11 @@ class DecodingConfig(
 
     def _faults(self) -> Iterator[str]:
         """What is wrong between options."""
-        yield from SamplingOptions.faults(self)
         part = DECODERS[self.decoder]
         if part.acceptances and self.acceptance not in part.acceptances:
             kinds = " or ".join(part.acceptances)
             yield f"acceptance={self.acceptance} is not for decoder={self.decoder}, which takes {kinds}."
-        for options in in_force(self.decoder, self.base):
+        for options in classes_of(self.decoder, self.base):
             if hasattr(options, "faults"):
                 yield from options.faults(self)
 
@@ -205,10 +179,10 @@ class DecodingConfig(
         fields = cls.fields()
         given, beneath = layer(fields, options), layer(fields, of_run or {})
         base = given.get("base", beneath.get("base", _default_base(facts)))
-        given = {**(own(fields, given["decoder"], base, beneath) if "decoder" in given else beneath), **given}
+        given = {**(own(given["decoder"], base, beneath) if "decoder" in given else beneath), **given}
         decoder = given.get("decoder", next(iter(DECODERS)) if facts is None else facts.decoders[0])
         preset = given.pop("preset", None)
-        refuse_foreign(fields, decoder, base, given)
+        refuse_foreign(decoder, base, given)
         below: dict[str, Any] = {}
         if facts is not None:
             refuse_other_schemes(fields, given, facts)
@@ -217,11 +191,9 @@ class DecodingConfig(
             below = published_setting(facts, given.get("block_length"))
         if preset is not None:
             below |= preset_options(preset, facts)
-        if given.get("do_sample") and below.get("temperature", 1.0) < GREEDY:
+        if given.get("do_sample") and below.get("temperature", 1.0) < general.GREEDY:
             below.pop("temperature")  # asked for samples, not for the family's greedy setting
-        return _made_from(
-            preset, cls(**{**own(fields, decoder, base, {**below, "base": base}), "decoder": decoder, **given})
-        )
+        return _made_from(preset, cls(**{**own(decoder, base, {**below, "base": base}), "decoder": decoder, **given}))
 
     def replace(self, **options: Any) -> DecodingConfig:
         """The same configuration with ``options`` in place of its own, checked as in :meth:`from_options`."""
@@ -234,11 +206,11 @@ class DecodingConfig(
             )
         decoder = given.get("decoder", self.decoder)
         base = given.get("base", self.base)
-        refuse_foreign(fields, decoder, base, given)
+        refuse_foreign(decoder, base, given)
         held = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         if held["denoising_steps"] == held["block_length"]:
             held["denoising_steps"] = None
-        return _made_from(self.preset, type(self)(**{**own(fields, decoder, base, held), **given}))
+        return _made_from(self.preset, type(self)(**{**own(decoder, base, held), **given}))
 
     def check_fits(self, facts: Facts) -> None:
         """Refuse options that mean nothing to checkpoints of ``facts``, where they differ from their default.
@@ -271,8 +243,7 @@ class DecodingConfig(
         return {**values, "logit_bias": dict(self.logit_bias)}
 
     def _in_force(self) -> dict[str, Any]:
-        names = fields_of(dataclasses.fields(self), self.decoder, self.base)
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names_of(self.decoder, self.base)}
 
 
 def _default_base(facts: Facts | None) -> str:

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from s2d2_lmeval.decoding.options.option import option
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.families import FAMILIES, family_named
 
 if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
-
-
-@dataclass(frozen=True)
-class PresetOption:
-    """Where the values come from.
-
-    ``preset`` is read by ``from_options``, which alone knows what was given beside it. In a complete configuration it
-    says where the values come from.
-    """
-
-    preset: str | None = option(
-        None, "a published setting by its name (last section); options given beside it override it", init=False
-    )
 
 
 def published_setting(facts: Facts, block_length: Any) -> dict[str, Any]:
@@ -40,7 +25,8 @@ def published_setting(facts: Facts, block_length: Any) -> dict[str, Any]:
 def preset_options(name: Any, facts: Facts | None) -> dict[str, Any]:
     """The options of the preset ``name``, which must be one of ``facts``' family if that is known.
 
-    :raises ConfigError: for a name that is none, or one of another family; it says which fit.
+    Raises:
+        ConfigError: no such name, or one of another family; it says which fit.
     """
     owners = [family for family in FAMILIES.values() if isinstance(name, str) and name in family.presets]
     fitting = [family for family in owners if facts is None or family.name == facts.family]

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from s2d2_lmeval.decoding.options.general import EVERY_DECODER, GREEDY
 from s2d2_lmeval.decoding.options.names import changes_nothing, nearest
 from s2d2_lmeval.decoding.options.option import SYNONYMS, checked, takes_none
 from s2d2_lmeval.decoding.options.s2d2 import RemaskingOption, RoutingOptions
-from s2d2_lmeval.decoding.options.sampling import GREEDY
 from s2d2_lmeval.errors import ConfigError, shown
 from s2d2_lmeval.registry import DECODERS, ESTIMATORS, POLICIES, STRATEGIES
 
@@ -23,31 +23,17 @@ _CHOSEN = ((POLICIES, RoutingOptions), (ESTIMATORS, RoutingOptions), (STRATEGIES
 """Parts that an option chooses among, and the class of that option: who takes it takes their options too."""
 
 
-def classes_of(decoder: str) -> tuple[type, ...]:
-    """The classes of options that ``decoder`` takes besides those of every decoder."""
-    own = [options for part in DECODERS.all(decoder) for options in part.options]
-    chosen = [part.options for registry, owner in _CHOSEN if owner in own for part in registry.values()]
-    return tuple(dict.fromkeys([*own, *(options for several in chosen for options in several)]))
-
-
-def in_force(decoder: str, base: str) -> tuple[type, ...]:
+def classes_of(decoder: str, base: str = "") -> tuple[type, ...]:
     """The classes of options of ``decoder``, and those of ``base`` if that is accelerated."""
-    return classes_of(decoder) + (classes_of(base) if base != decoder and accelerated(decoder, base) == base else ())
+    own = [*EVERY_DECODER, *(options for part in DECODERS.all(decoder) for options in part.options)]
+    chosen = [part.options for registry, owner in _CHOSEN if owner in own for part in registry.values()]
+    also = classes_of(base) if accelerated(decoder, base) != decoder else ()
+    return tuple(dict.fromkeys([*own, *(options for several in chosen for options in several), *also]))
 
 
-def accelerated(decoder: str, base: str) -> str:
-    """The decoder whose steps are made: ``base`` if it is accelerated, else ``decoder`` itself."""
-    return base if any(part.accelerates for part in DECODERS.all(decoder)) else decoder
-
-
-def owners(known: Fields) -> dict[str, list[str]]:
-    """Option -> the decoders that take it."""
-    takers: dict[str, list[str]] = {field.name: [] for field in known}
-    for decoder in DECODERS:
-        for name in {name for options in classes_of(decoder) for name in names_in(options)} & takers.keys():
-            takers[name].append(decoder)
-    everyone = list(DECODERS)
-    return {name: decoders or everyone for name, decoders in takers.items()}
+def names_of(decoder: str, base: str = "") -> list[str]:
+    """The options of ``decoder``, and those of ``base`` if that is accelerated."""
+    return list(dict.fromkeys(name for options in classes_of(decoder, base) for name in names_in(options)))
 
 
 @cache
@@ -56,16 +42,19 @@ def names_in(options: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(options))
 
 
-def fields_of(known: Fields, decoder: str, base: str) -> list[str]:
-    """Options of ``decoder``, and those of ``base`` if it is accelerated."""
-    taken = {name for options in in_force(decoder, base) for name in names_in(options)}
-    whose = owners(known)
-    return [field.name for field in known if field.name in taken or len(whose[field.name]) == len(DECODERS)]
+def owners(name: str) -> list[str]:
+    """The decoders that take an option."""
+    return [decoder for decoder in DECODERS if name in names_of(decoder)]
 
 
-def own(known: Fields, decoder: str, base: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def accelerated(decoder: str, base: str) -> str:
+    """The decoder whose steps are made: ``base`` if it is accelerated, else ``decoder`` itself."""
+    return base if base and any(part.accelerates for part in DECODERS.all(decoder)) else decoder
+
+
+def own(decoder: str, base: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of ``options`` that ``decoder`` knows."""
-    names = set(fields_of(known, decoder, base)) if decoder in DECODERS else set()
+    names = set(names_of(decoder, base)) if decoder in DECODERS else set()
     return {name: value for name, value in options.items() if name in names}
 
 
@@ -104,16 +93,15 @@ def layer(known: Fields, options: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def refuse_foreign(known: Fields, decoder: str, base: str, given: Mapping[str, Any]) -> None:
+def refuse_foreign(decoder: str, base: str, given: Mapping[str, Any]) -> None:
     """Refuse options of another decoder."""
-    fitting, whose = fields_of(known, decoder, base), owners(known)
     also = f" with base={base}" if accelerated(decoder, base) != decoder else ""
-    for name in given:
-        if name not in fitting:
-            raise ConfigError(
-                f"{name} is an option of decoder {' or '.join(whose[name])}, and this run uses decoder={decoder}"
-                f"{also}; drop {name} or choose decoder={whose[name][0]}."
-            )
+    for name in given.keys() - set(names_of(decoder, base)):
+        whose = owners(name)
+        raise ConfigError(
+            f"{name} is an option of decoder {' or '.join(whose)}, and this run uses decoder={decoder}{also}; drop "
+            f"{name} or choose decoder={whose[0]}."
+        )
 
 
 def refuse_other_schemes(known: Fields, given: Mapping[str, Any], facts: Facts) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.decoding.options.sampling import GREEDY
+from s2d2_lmeval.decoding.options.general import GREEDY
 from s2d2_lmeval.decoding.sampling.random import Key, RandomSource
 from s2d2_lmeval.decoding.sampling.row_statistics import likeliest
 

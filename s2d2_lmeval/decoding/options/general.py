@@ -1,4 +1,4 @@
-"""The decoding options of what is drawn: randomness, temperature, filters, suppressed and favoured tokens."""
+"""The options of every decoder: which, how long, and what is drawn."""
 
 from __future__ import annotations
 
@@ -7,9 +7,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2d2_lmeval.decoding.options.option import option
+from s2d2_lmeval.registry import DECODERS
 
 GREEDY = 1e-6
 """Temperatures below are zero."""
+
+
+@dataclass(frozen=True)
+class GeneralOptions:
+    """What is decoded, and up to where.
+
+    ``preset`` is read by :meth:`~s2d2_lmeval.decoding.options.config.DecodingConfig.from_options`, which alone knows
+    what was given beside it. In a complete configuration it says where the values come from.
+    """
+
+    decoder: str = option("s2d2", "which decoder", choices=DECODERS)
+    preset: str | None = option(
+        None, "a published setting by its name (last section); options given beside it override it", init=False
+    )
+    max_new_tokens: int = option(256, "maximum number of new tokens", low=0)
+    stop_token_ids: tuple[int, ...] = option((), "token ids that end the answer")
+    trim_stop_tokens: bool = option(True, "cut the answer before the first stop token")
 
 
 @dataclass(frozen=True)
@@ -57,3 +75,7 @@ class SamplingOptions:
                 f"do_sample=true contradicts temperature={config.temperature:g}, which is greedy: raise the "
                 "temperature, or drop do_sample."
             )
+
+
+EVERY_DECODER = (GeneralOptions, SamplingOptions)
+"""Options that every decoder takes."""
