@@ -33,7 +33,9 @@ class Tries:
         return self.answered + self.refused + len(self.tracebacks) + len(self.hangs)
 
     def attempt(self, label: str, run: Callable[[], Any], seconds: float = 10.0) -> None:
-        """Run ``run``; more than ``seconds`` of wall time (generous: a busy machine is no hang) is a hang."""
+        """Run ``run``; more than ``seconds`` of processor time is a hang, or ten times as much of wall time: a busy
+        machine is not one.
+        """
         try:
             with time_limit(seconds):
                 run()
@@ -58,17 +60,22 @@ class Tries:
         assert self.refused >= refused_at_least, f"{summary}; only {self.refused} refused"
 
 
+TIMERS = ((signal.SIGPROF, signal.ITIMER_PROF, 1), (signal.SIGALRM, signal.ITIMER_REAL, 10))
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise :class:`OutOfTime` in this (main) thread after ``seconds``."""
+    """Raise :class:`OutOfTime` in this (main) thread after ``seconds`` of processor time."""
 
     def stop(*_: Any) -> None:
         raise OutOfTime
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = [signal.signal(name, stop) for name, _, _ in TIMERS]
+    for _, timer, factor in TIMERS:
+        signal.setitimer(timer, factor * seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (name, timer, _), handler in zip(TIMERS, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(name, handler)
