@@ -59,9 +59,14 @@ class Figures:
             return []
         from matplotlib import pyplot
 
+        kinds: dict[str, dict[str, Any]] = {
+            "png": {"dpi": 160},
+            "pdf": {"dpi": 160},
+            "svg": {"metadata": {"Date": None}},
+        }
         drawn = {}
-        for suffix, options in {"png": {}, "pdf": {}, "svg": {"metadata": {"Date": None}}}.items():
-            figure.savefig(file := io.BytesIO(), format=suffix, **({"dpi": 160} if suffix != "svg" else options))
+        for suffix, options in kinds.items():
+            figure.savefig(file := io.BytesIO(), format=suffix, **options)
             drawn[suffix] = file.getvalue()
         pyplot.close(figure)
         for suffix in ("png", "pdf"):
