@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("draft_graph.json"), help="default: %(default)s")
     traces = "keeps the traces, to go on from (default: OUTPUT.traces.jsonl)"
     parser.add_argument("--traces", type=Path, metavar="FILE", help=traces)
-    add_shared(parser, "--chat")
+    add_shared(parser, "--chat", help="put prompts into the chat template (default: if the tokenizer has one)")
 
 
 def run(args: argparse.Namespace) -> int:
