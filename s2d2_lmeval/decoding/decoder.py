@@ -5,18 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.blocks import ScheduleOption
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.decoding.state import Seats
+from s2d2_lmeval.decoding.passes import Plan
+from s2d2_lmeval.decoding.state import SequenceState
 from s2d2_lmeval.decoding.steps import Outcome
 from s2d2_lmeval.runtime.costs import MeasureCosts
-from s2d2_lmeval.runtime.passes import Pass
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,7 +37,7 @@ EXACT = " (tested in float32 and float64; in bfloat16 and float16 near-ties can 
 
 
 @dataclass(frozen=True)
-class Seating:
+class DecoderSetup:
     """What a run needs of its decoder: ``slots`` rows, each with room for any of ``requests``, which bring at most
     ``prefill_chunk`` tokens of a prompt to a forward.
     """
@@ -56,23 +55,7 @@ class Seating:
         return max(len(request.prompt) + request.max_new_tokens for request in self.requests)
 
 
-class Plan(Protocol):
-    """The next forward of all active rows (R,)."""
-
-    @property
-    def request(self) -> Pass:
-        """What to forward."""
-
-    @property
-    def phases(self) -> np.ndarray:
-        """(R,) what each row does in it (:data:`~s2d2_lmeval.decoding.state.KIND_OF_PHASE`)."""
-
-    @property
-    def wanted_counts(self) -> np.ndarray:
-        """(R,) logits that each row reads."""
-
-
-RowsT = TypeVar("RowsT", bound=Seats)
+RowsT = TypeVar("RowsT", bound=SequenceState)
 
 
 class Decoder(ABC, Generic[RowsT]):
@@ -102,14 +85,14 @@ class Decoder(ABC, Generic[RowsT]):
 
     @classmethod
     @abstractmethod
-    def seat(cls, seating: Seating) -> Self:
-        """A decoder with seats for a run."""
+    def create(cls, setup: DecoderSetup) -> Self:
+        """A decoder with its rows for a run."""
 
-    def weigh(self, measure_costs: MeasureCosts) -> None:
+    def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
         """Before the first request: a decoder with an option that is ``auto`` measures here what forwards cost."""
 
     def admitted(self, slot: int) -> None:
-        """A request has been seated in ``slot``."""
+        """A request has been admitted to ``slot``."""
 
     @abstractmethod
     def plan(self) -> Plan:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from s2d2_lmeval.decoding.decoder import Decoder, Seating
+from s2d2_lmeval.decoding.decoder import Decoder, DecoderSetup
 from s2d2_lmeval.decoding.generation import Generation, Progress, Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.reading import misfit
@@ -45,7 +45,7 @@ class Engine:
         self.config = config
         self.trace = trace
         self.limit = limit
-        self.seated: dict[int, int] = {}
+        self.in_flight: dict[int, int] = {}
         """Slot -> index of the request in it."""
 
     @torch.inference_mode()
@@ -73,23 +73,23 @@ class Engine:
         while waiting:
             if not self._decode(requests, waiting, finished):
                 # Here the exception is gone, and with it what it kept alive of the failed step.
-                waiting.extendleft(sorted(self.seated.values(), reverse=True))
-                self.seated = {}
+                waiting.extendleft(sorted(self.in_flight.values(), reverse=True))
+                self.in_flight = {}
                 self._back_off()
         return [answer for answer in answers if answer is not None]
 
     def _decode(
         self, requests: Sequence[Request], waiting: deque[int], finished: Callable[[int, Generation], None]
     ) -> bool:
-        """Answer all that are ``waiting``; False if memory ran out, with requests still seated."""
+        """Answer all that are ``waiting``; False if memory ran out, with requests still in flight."""
         self.slots = 0
         try:
             self._prepare([requests[index] for index in waiting])
-            while waiting or self.seated:
+            while waiting or self.in_flight:
                 self._admit(requests, waiting)
                 self._step()
-                for slot in [slot for slot in self.seated if self.rows.complete[slot]]:
-                    index, answer = self.seated.pop(slot), self._answer(slot)
+                for slot in [slot for slot in self.in_flight if self.rows.complete[slot]]:
+                    index, answer = self.in_flight.pop(slot), self._answer(slot)
                     self.rows.retire(slot)
                     finished(index, answer)
         except Exception as error:
@@ -128,43 +128,43 @@ class Engine:
         return decoder
 
     def _prepare(self, requests: Sequence[Request]) -> None:
-        """Seats for the run: rows, their decoder and room in the cache for the longest request."""
+        """Slots for the run: rows, their decoder and room in the cache for the longest request."""
         decoder = self.decoder_class()
         self.config.check_fits(self.facts)
         self.bias = bias_of(self.config, self.facts.vocab_size, self.runner.device)
         # Published code prefills a prompt in one forward.
         published = self.config.schedule == "reference"
-        seating = Seating(self.config, self.facts, requests, 1, self.runner.device, PREFILL_CHUNK)
+        setup = DecoderSetup(self.config, self.facts, requests, 1, self.runner.device, PREFILL_CHUNK)
         if published:
-            seating = replace(seating, prefill_chunk=seating.longest)
+            setup = replace(setup, prefill_chunk=setup.longest)
         # The published draw order of a sequential source exists for one row only.
         most = 1 if not self.config.keyed else min(self.limit.most(self.runner.device), len(requests))
         if self.limit.automatic and most > 1:
             wanted = max(2 * self.config.block_length, LOGITS_OF_A_ROW)
-            most = min(most, self.runner.rows_that_fit(decoder.seat(seating).capacity, wanted))
+            most = min(most, self.runner.rows_that_fit(decoder.create(setup).capacity, wanted))
         self.slots = most
-        self.decoder = decoder.seat(replace(seating, slots=most))
+        self.decoder = decoder.create(replace(setup, slots=most))
         self.rows = self.decoder.rows
         # Published code runs every prompt whole.
         self.prefixes = SharedPrefixes(self.rows, None if published else self.rows.prefix_grain)
         self.runner.reserve(most, self.decoder.capacity)
-        self.decoder.weigh(partial(self.runner.measure_costs, most))
+        self.decoder.calibrate_costs(partial(self.runner.measure_costs, most))
 
     def _admit(self, requests: Sequence[Request], waiting: deque[int]) -> None:
-        """Fill free seats with waiting requests."""
+        """Fill free slots with waiting requests."""
         for slot in self.rows.free().tolist():
             place = self.prefixes.next(waiting, requests) if waiting else None
             if place is None:
                 return
             index = waiting[place]
             del waiting[place]
-            request, self.seated[slot] = requests[index], index
-            source, shared = self.prefixes.seat(slot, request.prompt)
+            request, self.in_flight[slot] = requests[index], index
+            source, shared = self.prefixes.source_for(slot, request.prompt)
             self.runner.begin(slot, source, shared)
             self.rows.admit(slot, request)
             self.rows.cached[slot] = shared
             self.decoder.admitted(slot)
-            self.trace.seated(len(request.prompt), shared)
+            self.trace.admitted(len(request.prompt), shared)
 
     def _step(self) -> None:
         """One engine step: plan, forward, advance; and what the trace says of it."""
@@ -174,7 +174,7 @@ class Engine:
         if self.bias is not None:
             logits = logits + self.bias.to(logits.device)
         outcome = self.decoder.advance(logits)
-        self.runner.settle()
+        self.runner.synchronize()
         self.runner.commit(plan.request, outcome.kept, outcome.path)
         self.trace.forwarded(
             ForwardRecord(

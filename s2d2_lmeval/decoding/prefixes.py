@@ -1,8 +1,8 @@
 """Prompts that begin alike (few-shot examples, a system text) are run through the model once.
 
-The keys and values of a prompt stay in their slot until the slot is taken by another, so a request that is seated can
+The keys and values of a prompt stay in their slot until the slot is taken by another, so a request that is admitted can
 copy what it shares with any prompt that lies in the cache. Requests that share a long beginning with one that is still
-being run wait for it, which costs nothing: other requests take the free seats meanwhile.
+being run wait for it, which costs nothing: other requests take the free slots meanwhile.
 
 A position's keys and values depend on what it sees. Token-causally that is what lies before it, block-causally the rest
 of its block as well, so what is shared ends on a block boundary. Where a prompt sees all of itself nothing is shared.
@@ -17,13 +17,13 @@ from itertools import islice
 import numpy as np
 
 from s2d2_lmeval.decoding.generation import Request
-from s2d2_lmeval.decoding.state import Seats
+from s2d2_lmeval.decoding.state import SequenceState
 
 WORTH_WAITING = 64
 """Positions for which a request waits until another has run them."""
 
 LOOKAHEAD = 4
-"""Waiting requests per seat among which one that need not wait is looked for."""
+"""Waiting requests per slot among which one that need not wait is looked for."""
 
 
 class SharedPrefixes:
@@ -31,11 +31,11 @@ class SharedPrefixes:
     prefix is shared.
     """
 
-    def __init__(self, rows: Seats, grain: int | None) -> None:
+    def __init__(self, rows: SequenceState, grain: int | None) -> None:
         self.rows = rows
         self.grain = grain
         self.held = [np.empty(0, dtype=np.int64) for _ in range(rows.count)]
-        """The prompt that was last seated in each slot."""
+        """The prompt that was last admitted to each slot."""
 
     def next(self, waiting: deque[int], requests: Sequence[Request]) -> int | None:
         """The place in ``waiting`` of the first request that need not wait for another's prefix; None: all wait."""
@@ -46,8 +46,8 @@ class SharedPrefixes:
                 return place
         return None
 
-    def seat(self, slot: int, prompt: Sequence[int]) -> tuple[int, int]:
-        """``prompt`` is to be seated in ``slot``: the slot that holds most of its beginning, and how much (0: none).
+    def source_for(self, slot: int, prompt: Sequence[int]) -> tuple[int, int]:
+        """``prompt`` is to go to ``slot``: the slot that holds most of its beginning, and how much (0: none).
 
         To be asked before the rows know of the new request.
         """
@@ -62,7 +62,7 @@ class SharedPrefixes:
         return source, length
 
     def _ready(self, slot: int) -> int:
-        """Positions of its prompt that ``slot`` has keys of; a seat keeps its count until it is taken again."""
+        """Positions of its prompt that ``slot`` has keys of; a slot keeps its count until it is taken again."""
         return min(int(self.rows.cached[slot]), len(self.held[slot]))
 
     def _shared(self, prompt: np.ndarray, slot: int, ready: int) -> int:

@@ -193,7 +193,7 @@ class Scorer:
         chosen = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1).double()
         best = logits.argmax(-1) == targets
         values = torch.stack([chosen, best.double()]).cpu().numpy()
-        self.runner.settle()
+        self.runner.synchronize()
         read = [(row, pair) for row, one in zip(rows, brought, strict=True) for _, pair, _ in one.reads]
         for (row, pair), log_p, is_best in zip(read, *values.tolist(), strict=True):
             row.log_likelihood[pair] += log_p

@@ -22,8 +22,8 @@ IDLE, PREFILL, DRAFT, VERIFY, COMMIT, PROPOSE = range(6)
 KIND_OF_PHASE = ("idle", "prefill", "draft", "verify", "commit", "drafter")
 
 
-class Seats:
-    """``count`` seats for requests."""
+class SequenceState:
+    """What is known on the host of ``count`` sequences, one per slot."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -50,15 +50,15 @@ class Seats:
         """(tokens kept, rule) once a stop condition has fired."""
 
     def free(self) -> np.ndarray:
-        """Seats without a request."""
+        """Slots without a request."""
         return np.flatnonzero(self.phase == IDLE)
 
     def active(self) -> np.ndarray:
-        """Seats with a request."""
+        """Slots with a request."""
         return np.flatnonzero(self.phase != IDLE)
 
     def admit(self, slot: int, request: Request) -> None:
-        """Seat a request; it starts with nothing in the cache."""
+        """Take a request; it starts with nothing in the cache."""
         self.phase[slot] = PREFILL
         self.cached[slot] = 0
         self.prompt[slot] = len(request.prompt)
@@ -69,7 +69,7 @@ class Seats:
         self.kept[slot] = None
 
     def retire(self, slot: int) -> None:
-        """Free a seat."""
+        """Free a slot."""
         self.phase[slot] = IDLE
         self.requests[slot] = None
 

@@ -215,9 +215,9 @@ class DraftingRunner(Runner):
             return super().forward(request)
         return self.drafter.forward(request)
 
-    def settle(self) -> None:
-        super().settle()
-        self.drafter.settle()
+    def synchronize(self) -> None:
+        super().synchronize()
+        self.drafter.synchronize()
         self.model_seconds += self.drafter.model_seconds
         self.drafter.model_seconds = 0.0
 

@@ -37,7 +37,7 @@ class Runner:
         self.device = model.get_input_embeddings().weight.device
         self.cache = SlotCache(0, 0)
         self.model_seconds = 0.0
-        """Time inside the model; on CUDA as of the last :meth:`settle`."""
+        """Time inside the model; on CUDA as of the last :meth:`synchronize`."""
         self._costs: dict[tuple[int, int], CostCurve] = {}
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         on_cuda = self.device.type == "cuda" and len(devices) == 1
@@ -114,7 +114,7 @@ class Runner:
             self.forward(request).flatten()[0].item()  # the read waits for the device
             taken.append(clock.now() - started)
         self.cache.lengths[:] = 0
-        self.settle()
+        self.synchronize()
         return float(np.median(taken[1:]))
 
     @torch.inference_mode()
@@ -133,7 +133,7 @@ class Runner:
             self._marks.append((mark, end))
         return logits
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Count the device's time of forwards in :attr:`model_seconds`; to be called when the device is through."""
         for start, end in self._marks:
             end.synchronize()

@@ -43,7 +43,7 @@ class Trace:
     """Counts of everything that a model ran since :meth:`reset`.
 
     ``new_tokens`` counts tokens handed to the user: up to the stop, without what a block holds after it.
-    ``prompt_tokens`` counts those of seated prompts and ``reused_tokens`` the ones among them whose keys were there
+    ``prompt_tokens`` counts those of admitted prompts and ``reused_tokens`` the ones among them whose keys were there
     already; ``batch_halvings`` says how often memory ran out and fewer rows went on. ``records`` of single forwards are
     kept only where :meth:`reset` asked for it.
     """
@@ -66,7 +66,7 @@ class Trace:
         """Of all complete requests."""
         return self.counts["new_tokens"]
 
-    def seated(self, prompt: int, reused: int) -> None:
+    def admitted(self, prompt: int, reused: int) -> None:
         """Count a prompt of ``prompt`` tokens, ``reused`` of which need not be run."""
         self.prompt_tokens += prompt
         self.reused_tokens += reused

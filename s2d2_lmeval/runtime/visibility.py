@@ -38,7 +38,7 @@ def by_reach(rank: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
     return visible
 
 
-def with_mates(visible: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+def with_group(visible: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """``visible`` (R, W, W) where besides all queries of one positive ``group`` (R, W) see each other."""
     grouped = group.unsqueeze(2)
     return visible | ((grouped > 0) & (grouped == group.unsqueeze(1)))

@@ -1,4 +1,4 @@
-"""A request's answer does not depend on what it was batched with, on its seat, or on when it was seated."""
+"""A request's answer does not depend on what it was batched with, on its slot, or on when it was admitted."""
 
 from __future__ import annotations
 

@@ -84,12 +84,12 @@ def test_costs_come_from_the_measured_curve() -> None:
     """A verification of k masks is as wide as the block and k masks, shared by the rows in flight."""
     seconds = CostCurve(np.array([1.0, 100.0]), np.array([1.0, 100.0]))  # as many seconds as queries
     one = policy(rows=3)
-    one.weigh(lambda most: seconds, 0)
+    one.calibrate_costs(lambda most: seconds, 0)
     torch.testing.assert_close(one.costs[1], 1 + torch.arange(L + 1).double() / L)
     torch.testing.assert_close(one.costs[3], 1 + torch.arange(L + 1).double() / L)
     flat = CostCurve(np.array([1.0, 100.0]), np.array([2.0, 2.0]))  # bound by reading the weights
     ahead = policy(rows=3, schedule="lookahead", cache_ver=True, draft_ver=True)
-    ahead.weigh(lambda most: flat, L)
+    ahead.calibrate_costs(lambda most: flat, L)
     torch.testing.assert_close(ahead.costs[2], torch.ones(L + 1).double())
 
 

@@ -193,7 +193,7 @@ def test_the_price_for_the_rate_is_the_best_of_all_prices() -> None:
 def test_trees_grow_no_larger_than_can_pay(cost: Callable[[np.ndarray], np.ndarray], most: int) -> None:
     """Two rows, windows of 15 masks and two queries a node; before the first round 5 tokens are expected of one."""
     budget = tree_budget.QueryBudget(None, node=2, window=15, most=128, shared=True)
-    budget.weigh(cost(np.arange(2 * 128 + 1.0)), 2, torch.device("cpu"))
+    budget.calibrate_costs(cost(np.arange(2 * 128 + 1.0)), 2, torch.device("cpu"))
     assert budget.most == most
 
 
@@ -208,7 +208,7 @@ def test_auto_gives_up_drafting_where_it_does_not_pay_and_tries_again() -> None:
     """Two rows whose forwards cost 20 and one for every query; no draft ever stands."""
     budget = tree_budget.QueryBudget(None, node=2, window=15, most=64, shared=True)
     seconds = 20 + np.arange(2 * 64 + 1.0)
-    budget.weigh(seconds, 2, torch.device("cpu"))
+    budget.calibrate_costs(seconds, 2, torch.device("cpu"))
     undrafted = trees.empty(2, 20, torch.device("cpu"), torch.float32)
     drafted = trees.grow(*marginals(1, 2, 5, 4), 20)
     tried = []
@@ -244,7 +244,7 @@ def test_prompts_do_not_count_in_the_rate() -> None:
     with_prompt, without = (tree_budget.QueryBudget(None, 2, 15, 64, shared=True) for _ in range(2))
     seconds = 3.0 + np.arange(200.0)
     for budget in (with_prompt, without):
-        budget.weigh(seconds, 1, torch.device("cpu"))
+        budget.calibrate_costs(seconds, 1, torch.device("cpu"))
     with_prompt.step_took(float(seconds[80]), 80, 63)
     without.step_took(float(seconds[17]), 17, 0)
     tree = trees.grow(*marginals(3, 1, 5, 4), 20)

@@ -23,7 +23,7 @@ from s2d2_lmeval.decoding import reference
 from s2d2_lmeval.decoding.blocks.planning import plan_blocks
 from s2d2_lmeval.decoding.blocks.remasking import Undecided, choose
 from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
-from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decoder, Seating
+from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decoder, DecoderSetup
 from s2d2_lmeval.decoding.generation import DENOISED
 from s2d2_lmeval.decoding.options.blocks import (
     BlockOption,
@@ -113,15 +113,15 @@ class BlockDenoiser(Decoder[Rows]):
         self.sound = torch.ones((), dtype=torch.bool, device=rows.device)
 
     @classmethod
-    def seat(cls, seating: Seating) -> Self:
-        """A decoder with seats for a run."""
-        return cls(seating.config, cls.rows_for(seating), seating.prefill_chunk)
+    def create(cls, setup: DecoderSetup) -> Self:
+        """A decoder with its rows for a run."""
+        return cls(setup.config, cls.rows_for(setup), setup.prefill_chunk)
 
     @classmethod
-    def rows_for(cls, seating: Seating, draft_states: int = 0) -> Rows:
+    def rows_for(cls, setup: DecoderSetup, draft_states: int = 0) -> Rows:
         """Rows of the run, each with room for so many drafted states."""
-        length, mask = seating.config.block_length, seating.facts.mask_token_id
-        return Rows(seating.slots, seating.longest, length, mask, seating.device, draft_states)
+        length, mask = setup.config.block_length, setup.facts.mask_token_id
+        return Rows(setup.slots, setup.longest, length, mask, setup.device, draft_states)
 
     @property
     def capacity(self) -> int:
@@ -129,7 +129,7 @@ class BlockDenoiser(Decoder[Rows]):
         return self.rows.length + (1 + self.verifies) * self.rows.block_length
 
     def admitted(self, slot: int) -> None:
-        """A request has been seated in ``slot``."""
+        """A request has been admitted to ``slot``."""
         self._enter_draft(slot)
 
     def plan(self) -> Plan:
@@ -148,7 +148,7 @@ class BlockDenoiser(Decoder[Rows]):
         block = self.rows.store.view(-1)[sent["block"]]
         self._suppress_mask_token(logits, block)
         facts = (sent[name] for name in ("block", "position", "step", "count", "given", "key"))
-        return self._settle(self._decide(BlockState(block, *facts), logits))
+        return self._synchronize(self._decide(BlockState(block, *facts), logits))
 
     # ---- device ----
 
@@ -248,7 +248,7 @@ class BlockDenoiser(Decoder[Rows]):
 
     # ---- host ----
 
-    def _settle(self, read: StepResult) -> Outcome:
+    def _synchronize(self, read: StepResult) -> Outcome:
         """Bring the host's mirror up to date and move every active row to its next phase."""
         rows, slots = self.rows, self._plan.request.layout.slots
         if not read.sound:

@@ -13,10 +13,10 @@ import torch
 
 from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.sampling import random
-from s2d2_lmeval.decoding.state import Seats
+from s2d2_lmeval.decoding.state import SequenceState
 
 
-class Rows(Seats):
+class Rows(SequenceState):
     """State of ``count`` sequences of up to ``length`` positions in blocks of ``block_length`` (B).
 
     ``store`` (count, length + B + 1 + D * B) on the device holds each row's canvas (prompt, decided tokens, masks),
@@ -67,7 +67,7 @@ class Rows(Seats):
         return self.block == self.mask_token_id
 
     def admit(self, slot: int, request: Request) -> None:
-        """Seat a request; its first block begins at the last block boundary in the prompt."""
+        """Take a request; its first block begins at the last block boundary in the prompt."""
         super().admit(slot, request)
         prompt, block = len(request.prompt), self.block_length
         self.store[slot, : self.length] = self.mask_token_id

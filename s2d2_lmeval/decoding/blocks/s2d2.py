@@ -74,8 +74,8 @@ class S2D2(BlockDenoiser):
         self.draft_logits = torch.empty(0, device=rows.device)
         self.logit_of = torch.zeros_like(self.drafted)
 
-    def weigh(self, measure_costs: MeasureCosts) -> None:
-        self.policy.weigh(measure_costs, self.rows.block_length if self.config.schedule == "lookahead" else 0)
+    def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
+        self.policy.calibrate_costs(measure_costs, self.rows.block_length if self.config.schedule == "lookahead" else 0)
 
     def admitted(self, slot: int) -> None:
         super().admitted(slot)

@@ -27,7 +27,7 @@ from s2d2_lmeval.decoding.blocks.denoising import DENOISING, BlockDenoiser
 from s2d2_lmeval.decoding.blocks.planning import plan_subblocks
 from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
 from s2d2_lmeval.decoding.blocks.s2d2 import S2D2
-from s2d2_lmeval.decoding.decoder import Seating
+from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.generation import AUTOREGRESSIVE
 from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, SubblockOptions
 from s2d2_lmeval.decoding.options.config import DecodingConfig
@@ -64,12 +64,12 @@ class SubblockDenoiser(BlockDenoiser):
         prefix."""
 
     @classmethod
-    def rows_for(cls, seating: Seating, draft_states: int = 0) -> Rows:
-        block = seating.config.block_length
-        part = seating.config.small_block_size or block
+    def rows_for(cls, setup: DecoderSetup, draft_states: int = 0) -> Rows:
+        block = setup.config.block_length
+        part = setup.config.small_block_size or block
         # Room for whole blocks, and for the first token after the last one.
-        length = -(-seating.longest // block) * block + part
-        return Rows(seating.slots, length, part, seating.facts.mask_token_id, seating.device, draft_states)
+        length = -(-setup.longest // block) * block + part
+        return Rows(setup.slots, length, part, setup.facts.mask_token_id, setup.device, draft_states)
 
     def admitted(self, slot: int) -> None:
         request = self.rows.requests[slot]
@@ -130,10 +130,10 @@ class SubblockDenoiser(BlockDenoiser):
 
     # ---- host ----
 
-    def _settle(self, read: StepResult) -> Outcome:
+    def _synchronize(self, read: StepResult) -> Outcome:
         slots, rows = self._plan.request.layout.slots, self.rows
         start, narrow = rows.start[slots], self.narrow[slots]
-        outcome = super()._settle(read)
+        outcome = super()._synchronize(read)
         if self.config.use_block_cache:
             # Keys of the rest of the block stay after the prefix from one draft of a sub-block to its next, once the
             # sub-block's first token is there: no query inside it predicts that one.

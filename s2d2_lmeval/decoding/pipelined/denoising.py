@@ -20,7 +20,7 @@ import torch
 
 from s2d2_lmeval.decoding import reference
 from s2d2_lmeval.decoding.blocks.remasking import ranks
-from s2d2_lmeval.decoding.decoder import Decoder, Seating
+from s2d2_lmeval.decoding.decoder import Decoder, DecoderSetup
 from s2d2_lmeval.decoding.generation import DENOISED, HIGH_CONFIDENCE, NOTHING, PublishedStep, Step
 from s2d2_lmeval.decoding.options.blocks import BlockOption, ConfidenceOption, ScheduleOption
 from s2d2_lmeval.decoding.options.pipelined import PipelinedOptions
@@ -52,15 +52,15 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
     verifies = False
     """Whether a verifier may look at a draft before it is decided."""
 
-    def __init__(self, seating: Seating) -> None:
-        config, facts = seating.config, seating.facts
+    def __init__(self, setup: DecoderSetup) -> None:
+        config, facts = setup.config, setup.facts
         if config.schedule == "lookahead":
             raise ConfigError("schedule=lookahead commits token-causally, which pipelined blocks are not; use fused.")
         self.config = config
         self.token_shift = facts.token_shift
-        self.prefill_chunk = seating.prefill_chunk
+        self.prefill_chunk = setup.prefill_chunk
         self.source = random.source_of(config.random_source, config.seed)
-        self.rows = rows = PipelineRows(seating)
+        self.rows = rows = PipelineRows(setup)
         rows.published_order = self._published_order
         # The latest draft at every generated place; the last column takes what belongs nowhere.
         shape = (rows.count, rows.places + 1)
@@ -72,13 +72,13 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         self.kept_logits = torch.zeros(rows.count, facts.vocab_size * facts.token_shift, device=rows.device)
 
     @classmethod
-    def seat(cls, seating: Seating) -> Self:
-        """A decoder with seats for a run.
+    def create(cls, setup: DecoderSetup) -> Self:
+        """A decoder with its rows for a run.
 
         Raises:
             ConfigError: the schedule does not exist here.
         """
-        return cls(seating)
+        return cls(setup)
 
     @property
     def capacity(self) -> int:
@@ -124,7 +124,7 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         span = self._decide(decisions, verify, draft)
         self._write(decisions)
         tables = decisions.tables(self._of(self.tokens))
-        return self._settle(fetch([span, self.sound.expand_as(sent["key"]), *tables]))
+        return self._synchronize(fetch([span, self.sound.expand_as(sent["key"]), *tables]))
 
     def _with_kept(self, name: str, logits: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """This forward's logits after those that were kept from an earlier one; the (rows, places) of all."""
@@ -196,7 +196,7 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
 
     # ---- host ----
 
-    def _settle(self, read: list[np.ndarray]) -> Outcome:
+    def _synchronize(self, read: list[np.ndarray]) -> Outcome:
         """Bring the host's mirror up to date and move every row of the pass on."""
         rows, slots = self.rows, self._plan.request.layout.slots
         spans, sound, *tables = read

@@ -11,7 +11,7 @@ from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.passes import PassBuilder, Plan
 from s2d2_lmeval.decoding.pipelined.rows import PipelineRows
 from s2d2_lmeval.decoding.state import DRAFT, VERIFY
-from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, by_reach, with_mates
+from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, by_reach, with_group
 
 
 def plan_pipeline(rows: PipelineRows, config: DecodingConfig, shifted: bool, slots: np.ndarray) -> Plan:
@@ -44,7 +44,7 @@ def plan_pipeline(rows: PipelineRows, config: DecodingConfig, shifted: bool, slo
     text.set(source=source, rank=text.position, reach=before + block_end - 1)
     masks = builder.span(prompt + copied, copies)
     block = (masks.local + copied[masks.row]) // target
-    masks.set(source=rows.stride - 1, rank=NOBODY, reach=prompt[masks.row] + block * target - 1, mates=block + 1)
+    masks.set(source=rows.stride - 1, rank=NOBODY, reach=prompt[masks.row] + block * target - 1, group=block + 1)
     layout = builder.lay_out()
 
     row, place = np.nonzero(span)
@@ -66,11 +66,11 @@ def plan_pipeline(rows: PipelineRows, config: DecodingConfig, shifted: bool, slo
     }
     facts |= {"stalled": rows.stalled, "drafting": (rows.phase == DRAFT) & part, "verifying": verifies}
     facts |= {"source": slots[layout.row_of] * rows.stride + builder.column("source")}
-    facts |= {name: builder.padded(name, fill) for name, fill in (("rank", NOBODY), ("reach", NOTHING), ("mates", 0))}
+    facts |= {name: builder.padded(name, fill) for name, fill in (("rank", NOBODY), ("reach", NOTHING), ("group", 0))}
     sent = builder.send(rows.device, **window_tables(rows, config, part), **facts)
     sent |= {name: sent[name].bool() for name in ("open", "forced", "stalled", "drafting", "verifying")}
     visible = by_reach(sent["rank"], sent["reach"])
-    visible = with_mates(visible, sent["mates"]) if target > 1 else visible
+    visible = with_group(visible, sent["group"]) if target > 1 else visible
     return builder.plan(
         sent,
         rows.phase[slots],

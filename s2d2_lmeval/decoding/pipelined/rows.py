@@ -10,13 +10,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.decoder import Seating
+from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.decoding.state import DRAFT, Seats
+from s2d2_lmeval.decoding.state import DRAFT, SequenceState
 
 
-class PipelineRows(Seats):
+class PipelineRows(SequenceState):
     """State of sequences with room for any of a run's requests, in blocks of ``block_length`` (B).
 
     ``store`` (count, stride) on the device holds each row's canvas (prompt, generated tokens, masks), after it the
@@ -24,12 +24,12 @@ class PipelineRows(Seats):
     index.
     """
 
-    def __init__(self, seating: Seating) -> None:
-        super().__init__(seating.slots)
-        requests, count, mask_token_id = seating.requests, self.count, seating.facts.mask_token_id
-        self.block_length = block_length = seating.config.block_length
+    def __init__(self, setup: DecoderSetup) -> None:
+        super().__init__(setup.slots)
+        requests, count, mask_token_id = setup.requests, self.count, setup.facts.mask_token_id
+        self.block_length = block_length = setup.config.block_length
         self.mask_token_id = mask_token_id
-        self.device = device = seating.device
+        self.device = device = setup.device
         rooms = [-(-request.max_new_tokens // block_length) * block_length for request in requests]
         self.places = max(rooms)
         """G, the most generated places of a row."""
@@ -62,7 +62,7 @@ class PipelineRows(Seats):
         return self.opened * self.block_length
 
     def admit(self, slot: int, request: Request) -> None:
-        """Seat a request; none of its blocks is open yet."""
+        """Take a request; none of its blocks is open yet."""
         super().admit(slot, request)
         self.store[slot] = self.mask_token_id
         self.store[slot, : len(request.prompt)] = torch.tensor(request.prompt, dtype=torch.long)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from s2d2_lmeval.decoding.blocks.s2d2 import first_run
-from s2d2_lmeval.decoding.decoder import Seating
+from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, RESAMPLED
 from s2d2_lmeval.decoding.pipelined.denoising import PipelinedDenoiser
 from s2d2_lmeval.decoding.routing.estimators import acceptance_estimate
@@ -34,8 +34,8 @@ class PipelinedS2D2(PipelinedDenoiser):
 
     verifies = True
 
-    def __init__(self, seating: Seating) -> None:
-        super().__init__(seating)
+    def __init__(self, setup: DecoderSetup) -> None:
+        super().__init__(setup)
         rows = self.rows
         self.policy = policy_of(self.config, "pipelined", rows.count, rows.places, rows.device)
         self.scores = "acceptance" in self.policy.reads

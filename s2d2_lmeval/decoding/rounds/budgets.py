@@ -176,7 +176,7 @@ def at_price(tree: Tree, bids: Bids, price: torch.Tensor, terms: Terms) -> Purch
 class QueryBudget:
     """What every row runs next, and what this run has taught about its worth. Only speed depends on any of it.
 
-    :param queries: per row in flight; None: as many as pay, by :meth:`weigh`.
+    :param queries: per row in flight; None: as many as pay, by :meth:`calibrate_costs`.
     :param node: queries of a node, and of a row's token before its draft.
     :param window: masks of a draft window; 0: nothing is drafted.
     :param most: queries that one row may bring.
@@ -199,7 +199,7 @@ class QueryBudget:
         """Tokens that a draft is worth: what stood of it, less the price of its nodes."""
         return max((PRIOR_GAIN * PRIOR_WEIGHT + self._gained) / (PRIOR_WEIGHT + self._drafts), 0.0)
 
-    def weigh(self, seconds: np.ndarray, rows: int, device: torch.device) -> None:
+    def calibrate_costs(self, seconds: np.ndarray, rows: int, device: torch.device) -> None:
         """Take note of what forwards of 0, 1, ... queries cost, ``rows`` in flight.
 
         Lowers :attr:`most` to what can pay at all: a round is worth a bonus token and a path as long as the window, so

@@ -61,7 +61,7 @@ class DDTree(DFlash):
     def choices(self) -> int:
         return max(self.rows.depth.shape[1] - 1, 1)
 
-    def weigh(self, measure_costs: MeasureCosts) -> None:
+    def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
         """With ``tree_budget=auto``, learn what rounds cost at this batch."""
         if self.config.tree_budget == "auto":
             rows, widest = self.rows.count, self.node_queries * self.rows.depth.shape[1]

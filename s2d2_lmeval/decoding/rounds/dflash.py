@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.decoder import EXACT, Seating
+from s2d2_lmeval.decoding.decoder import EXACT, DecoderSetup
 from s2d2_lmeval.decoding.options.blocks import ScheduleOption
 from s2d2_lmeval.decoding.options.rounds import DrafterOptions
 from s2d2_lmeval.decoding.passes import PassBuilder, Plan
@@ -67,8 +67,8 @@ class DFlash(Target):
 
     feeds_drafter = True
 
-    def __init__(self, seating: Seating) -> None:
-        super().__init__(seating)
+    def __init__(self, setup: DecoderSetup) -> None:
+        super().__init__(setup)
         config = self.config
         # Only noise that is a function of the position can be known before it is drawn.
         coupled = config.sampled and config.couple_drafts and config.keyed

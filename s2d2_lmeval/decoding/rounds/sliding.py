@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.decoder import EXACT, Seating
+from s2d2_lmeval.decoding.decoder import EXACT, DecoderSetup
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.rounds import SlidingOptions
 from s2d2_lmeval.decoding.options.s2d2 import AcceptanceOption
@@ -71,8 +71,8 @@ class Sliding(Target):
             "(its tokens do not); share_budget=false keeps budgets apart"
         )
 
-    def __init__(self, seating: Seating) -> None:
-        super().__init__(seating)
+    def __init__(self, setup: DecoderSetup) -> None:
+        super().__init__(setup)
         config, rows = self.config, self.rows
         self.window = config.window - 1
         self.price = np.zeros(rows.count)
@@ -111,11 +111,13 @@ class Sliding(Target):
     def capacity(self) -> int:
         return self.rows.length + self.budget.most + 1
 
-    def weigh(self, measure_costs: MeasureCosts) -> None:
+    def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
         """With ``row_budget=auto``, learn what forwards cost at this batch."""
         if self.budget.queries is None:
             rows, budget = self.rows, self.budget
-            budget.weigh(measure_costs(budget.most)(np.arange(rows.count * budget.most + 1)), rows.count, rows.device)
+            budget.calibrate_costs(
+                measure_costs(budget.most)(np.arange(rows.count * budget.most + 1)), rows.count, rows.device
+            )
             # Trees grow no larger than pays: growing them takes time too.
             rows.resize(self._nodes_within(budget.most, self.config, self.facts))
 
@@ -153,14 +155,14 @@ class Sliding(Target):
 
     # ---- host ----
 
-    def _settle(self, read: list[np.ndarray] | None) -> Outcome:
+    def _synchronize(self, read: list[np.ndarray] | None) -> Outcome:
         rows, plan = self.rows, self._plan
         layout, keep = plan.request.layout, plan.request.keep
         if plan.count("verify"):
             self.budget.step_took(clock.now() - self._began, layout.queries, int((keep - 1).clip(0).sum()))
         for slot, width in zip(layout.slots.tolist(), layout.widths.tolist(), strict=True):
             rows.progress[slot].count("queries", width)
-        return super()._settle(read)
+        return super()._synchronize(read)
 
     def _after_round(self, slot: int, accepted: int, proposed: list[np.ndarray]) -> None:
         rows, progress = self.rows, self.rows.progress[slot]

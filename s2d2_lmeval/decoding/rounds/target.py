@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decoder, Seating
+from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decoder, DecoderSetup
 from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent, ragged
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Acceptance, Keyed, Verdict
 from s2d2_lmeval.decoding.sampling import random
-from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, Seats
+from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, SequenceState
 from s2d2_lmeval.decoding.steps import Outcome, fetch
 from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.families.facts import NO_MASK
@@ -43,16 +43,16 @@ if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
 
 
-class RoundRows(Seats):
+class RoundRows(SequenceState):
     """Sequences in flight, and on the device the tree that each is about to run: ``token``, ``parent`` and ``depth``
     (-1: no node) (count, N + 1), the root at index 0, and ``holder``, the nodes with a draft window, in rising order.
     """
 
-    def __init__(self, seating: Seating, nodes: int) -> None:
-        super().__init__(seating.slots)
+    def __init__(self, setup: DecoderSetup, nodes: int) -> None:
+        super().__init__(setup.slots)
         self.prefix_grain = 1
-        self.length = seating.longest
-        self.device = seating.device
+        self.length = setup.longest
+        self.device = setup.device
         self.limit = np.zeros(self.count, dtype=np.int64)
         """Length at which the sequence is full."""
         self.round = np.zeros(self.count, dtype=np.int64)
@@ -67,7 +67,7 @@ class RoundRows(Seats):
         self.token, self.parent, self.depth, self.holder = torch.zeros(shape, dtype=torch.long, device=self.device)
 
     def admit(self, slot: int, request: Request) -> None:
-        """Seat a request: its first round has no draft, but a window at the root."""
+        """Take a request: its first round has no draft, but a window at the root."""
         super().admit(slot, request)
         self.tokens[slot] = list(request.prompt)
         self.limit[slot] = len(request.prompt) + request.max_new_tokens
@@ -163,20 +163,20 @@ class Target(Decoder[RoundRows]):
     window = 0
     """Masks of a draft window."""
 
-    def __init__(self, seating: Seating) -> None:
-        config, facts = seating.config, seating.facts
+    def __init__(self, setup: DecoderSetup) -> None:
+        config, facts = setup.config, setup.facts
         self.config = config
         self.facts = facts
-        self.prefill_chunk = seating.prefill_chunk
+        self.prefill_chunk = setup.prefill_chunk
         self.source = random.source_of(config.random_source, config.seed)
         self.depths = self.most_depths(config, facts)
-        self.rows = RoundRows(seating, self.most_nodes(config, facts, seating.slots))
+        self.rows = RoundRows(setup, self.most_nodes(config, facts, setup.slots))
         self.acceptance: Acceptance = Keyed(config, self.source, self.depths)
 
     @classmethod
-    def seat(cls, seating: Seating) -> Self:
-        """A decoder with seats for a run."""
-        return cls(seating)
+    def create(cls, setup: DecoderSetup) -> Self:
+        """A decoder with its rows for a run."""
+        return cls(setup)
 
     @classmethod
     def most_nodes(cls, config: DecodingConfig, facts: Facts, slots: int) -> int:
@@ -199,7 +199,7 @@ class Target(Decoder[RoundRows]):
         return self.rows.length + max(self.rows.depth.shape[1] * self.node_queries, self.depths) + self.depths + 1
 
     def admitted(self, slot: int) -> None:
-        """A request has been seated in ``slot``."""
+        """A request has been admitted to ``slot``."""
         self._enter_round(slot)
 
     def plan(self) -> Plan:
@@ -218,7 +218,7 @@ class Target(Decoder[RoundRows]):
         """
         plan = self._plan
         if not len(logits):  # prefill chunks only
-            return self._settle(None)
+            return self._synchronize(None)
         if self.facts.mask_token_id != NO_MASK:
             logits[:, self.facts.mask_token_id] = -torch.inf
         verify, window = logits.split([plan.count("verify"), plan.count("window")])
@@ -227,7 +227,7 @@ class Target(Decoder[RoundRows]):
         depth = plan.sent["depth"][:, : plan.sent["above"].shape[1]]
         proposed = self._propose(window, verdict)
         sound = self._sound(verify).expand_as(verdict.bonus)
-        return self._settle(fetch([sound, verdict.path, tokens, depth, *proposed]))
+        return self._synchronize(fetch([sound, verdict.path, tokens, depth, *proposed]))
 
     def _propose(self, logits: torch.Tensor, verdict: Verdict) -> list[torch.Tensor]:
         """Draft the next round from the window ``logits``; columns (count, any) for :meth:`_after_round`."""
@@ -239,7 +239,7 @@ class Target(Decoder[RoundRows]):
 
     # ---- host ----
 
-    def _settle(self, read: list[np.ndarray] | None) -> Outcome:
+    def _synchronize(self, read: list[np.ndarray] | None) -> Outcome:
         """Take accepted paths over; move every row to its next round."""
         rows, slots = self.rows, self._plan.request.layout.slots
         outcome = Outcome.zeros(len(slots))

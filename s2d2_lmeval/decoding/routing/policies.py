@@ -63,7 +63,7 @@ class RoutingPolicy(ABC):
     def decide(self, view: DraftView) -> torch.Tensor:
         """Which rows (R,) go on to the verifier."""
 
-    def weigh(self, measure_costs: MeasureCosts, ahead: int) -> None:  # noqa: B027
+    def calibrate_costs(self, measure_costs: MeasureCosts, ahead: int) -> None:  # noqa: B027
         """Before the first request: a policy that wants to know what forwards cost measures it here. A verification
         brings ``ahead`` queries of the next block.
         """
@@ -302,7 +302,7 @@ class ThroughputPolicy(RoutingPolicy):
         self.index = torch.zeros(rows, length, dtype=torch.long, device=device)
         self.price = torch.zeros(rows, dtype=number, device=device)
 
-    def weigh(self, measure_costs: MeasureCosts, ahead: int) -> None:
+    def calibrate_costs(self, measure_costs: MeasureCosts, ahead: int) -> None:
         """Unless it is given, learn what a verification costs beside a draft, at this batch."""
         if self.pooled:
             # A row drafts with a block of queries; it verifies k masks with k more.

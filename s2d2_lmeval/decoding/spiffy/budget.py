@@ -15,7 +15,7 @@ from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.runtime.costs import CostCurve
 
 PRIOR = 16.0
-"""Expected hits after which this run's own hits weigh as much as the calibration's counts."""
+"""Expected hits after which this run's own hits count as much as the calibration's counts."""
 
 
 class DraftBudget:

@@ -26,7 +26,7 @@ from s2d2_lmeval.decoding.blocks.editing import EditingDenoiser
 from s2d2_lmeval.decoding.blocks.planning import scheduled_count
 from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
 from s2d2_lmeval.decoding.blocks.subblocks import SubblockDenoiser
-from s2d2_lmeval.decoding.decoder import EXACT, Seating
+from s2d2_lmeval.decoding.decoder import EXACT, DecoderSetup
 from s2d2_lmeval.decoding.generation import EDITED
 from s2d2_lmeval.decoding.options.blocks import ScheduleOption
 from s2d2_lmeval.decoding.options.config import DecodingConfig
@@ -92,10 +92,10 @@ class Spiffy(BlockDenoiser):
         self.tables = RankTables.empty(rows.count, length, max(self.ranks, 1), device)
 
     @classmethod
-    def seat(cls, seating: Seating) -> Self:
-        graph = cls.graph_of(seating.config, seating.facts)
-        rows = cls.rows_for(seating, states_at_most(graph, seating.config.draft_nodes))
-        decoder = cls(seating.config, rows, seating.prefill_chunk)
+    def create(cls, setup: DecoderSetup) -> Self:
+        graph = cls.graph_of(setup.config, setup.facts)
+        rows = cls.rows_for(setup, states_at_most(graph, setup.config.draft_nodes))
+        decoder = cls(setup.config, rows, setup.prefill_chunk)
         decoder.draft_from(graph)
         return decoder
 
@@ -113,7 +113,7 @@ class Spiffy(BlockDenoiser):
         """Queries of a draft state that leaves a mask, and of one that does not."""
         return self.rows.block_length, 2 * self.rows.block_length
 
-    def weigh(self, measure_costs: MeasureCosts) -> None:
+    def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
         if self.budget.automatic:
             self.budget.costs = measure_costs(self.rows.block_length + self.rows.draft_states * self.widths[0])
 
