@@ -88,7 +88,7 @@ def offers(tree: trees.Tree, row: int, terms: tree_budget.Terms) -> list[tuple[i
         ends = list(reach)
         for place in range(count):
             ends[int(tree.parent[row, place])] -= reach[place + 1]
-        for size in range(count + 2 if terms.window else 1):
+        for size in range(count + 2):
             for windows in itertools.combinations(range(count + 1), size):
                 tokens = sum(reach[1:]) + terms.draft_value * sum(ends[node] for node in windows)
                 found.append((count, windows, terms.node * count + terms.window * size, tokens))
@@ -101,16 +101,16 @@ def offers(tree: trees.Tree, row: int, terms: tree_budget.Terms) -> list[tuple[i
     nodes=st.integers(1, 5),
     budgets=st.lists(st.integers(0, 22), min_size=3, max_size=3),
     terms=st.builds(
-        tree_budget.Terms, st.integers(1, 2), st.integers(0, 5), st.sampled_from([0.0, 0.7, 4.0]), st.just(99)
+        tree_budget.Terms, st.integers(1, 2), st.integers(1, 5), st.sampled_from([0.0, 0.7, 4.0]), st.just(99)
     ),
 )
 def test_a_budget_of_its_own_is_spent_best(seed: int, nodes: int, budgets: list[int], terms: tree_budget.Terms) -> None:
     """Against every number of nodes and every choice of windows that fits."""
     tree = trees.grow(*marginals(seed, 3, 3, 2), nodes)
-    chosen = tree_budget.fit(tree, torch.tensor(budgets), terms)
+    nodes_run, has_window = tree_budget.fit(tree, torch.tensor(budgets), terms)
     for row, budget in enumerate(budgets):
         every = {(count, windows): (cost, tokens) for count, windows, cost, tokens in offers(tree, row, terms)}
-        count, windows = int(chosen.nodes[row]), tuple(chosen.windows[row].nonzero().flatten().tolist())
+        count, windows = int(nodes_run[row]), tuple(has_window[row].nonzero().flatten().tolist())
         cost, tokens = every[count, windows]
         assert cost <= budget
         assert tokens == pytest.approx(max(tokens for cost, tokens in every.values() if cost <= budget))
@@ -123,7 +123,7 @@ def test_a_budget_of_its_own_is_spent_best(seed: int, nodes: int, budgets: list[
     terms=st.builds(
         tree_budget.Terms,
         st.integers(1, 2),
-        st.integers(0, 5),
+        st.integers(1, 5),
         st.sampled_from([0.0, 0.7, 4.0]),
         st.sampled_from([7, 99]),
     ),
@@ -142,8 +142,8 @@ def test_at_every_price_rows_buy_what_brings_more_than_it_costs(
             assert gain <= max(tokens - price * cost for *_, cost, tokens in every) + 1e-5
             if terms.most == 99:
                 assert gain == pytest.approx(max(tokens - price * cost for *_, cost, tokens in every), abs=1e-5)
-            bought = tree_budget.at_price(tree, bids, torch.tensor([place]), terms)
-            count, windows = int(bought.nodes[row]), tuple(bought.windows[row].nonzero().flatten().tolist())
+            nodes_run, has_window = tree_budget.at_price(tree, bids, torch.tensor([place]), terms)
+            count, windows = int(nodes_run[row]), tuple(has_window[row].nonzero().flatten().tolist())
             costs, tokens = {offer[:2]: offer[2:] for offer in every}[count, windows]
             assert costs == int(bids.queries[row, place])
             assert tokens == pytest.approx(float(bids.tokens[row, place]), abs=1e-5)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -39,18 +39,6 @@ class Verdict:
     bonus: torch.Tensor
 
 
-class Acceptance(Protocol):
-    """Both sides of speculation: judging drafts and drawing them."""
-
-    def judge(self, logits: torch.Tensor, plan: Plan) -> Verdict:
-        """The verdict on every row's tree from the target's ``logits`` (M, V) after root and nodes."""
-
-    def candidates(self, logits: torch.Tensor, position: torch.Tensor, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-values and tokens (R, S, K), best first, for S future positions (R, S) from draft ``logits`` (R * S, V);
-        ``key`` and ``round`` (R,) of ``sent`` name the rows' draws.
-        """
-
-
 class Keyed:
     """Accepts a drafted token if it is the target's own choice; drafts the ``choices`` likeliest tokens, if ``coupled``
     with the noise of that choice. Trees are at most ``depths`` deep.
@@ -66,6 +54,7 @@ class Keyed:
         self.coupled = coupled
 
     def judge(self, logits: torch.Tensor, plan: Plan) -> Verdict:
+        """The verdict on every row's tree from the target's ``logits`` (M, V) after root and nodes."""
         at, sent = plan.at("verify"), plan.sent
         if self.config.sampled:
             position = sent["length"][at[0]] + sent["depth"][at]
@@ -79,12 +68,14 @@ class Keyed:
         return Verdict(path, end, chosen.gather(1, end))
 
     def candidates(self, logits: torch.Tensor, position: torch.Tensor, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-values and tokens (R, S, K), best first, for S future positions (R, S) from draft ``logits`` (R * S, V);
+        ``key`` and ``round`` (R,) of ``sent`` name the rows' draws.
+        """
         log_p = logits.log_softmax(-1)
         if self.coupled:
             p, where = probabilities(logits, self.config), position.flatten()
-            key = random.Key(
-                random.DRAFT, sent["key"].repeat_interleave(position.shape[1]), where, torch.zeros_like(where)
-            )
+            owner = sent["key"].repeat_interleave(position.shape[1])
+            key = random.Key(random.DRAFT, owner, where, torch.zeros_like(where))
             log_p = (p.log() + self.source.gumbel(p, key)).log_softmax(-1)
         best, token = log_p.topk(min(self.choices, log_p.shape[-1]), dim=-1)
         return best.view(*position.shape, -1), token.view(*position.shape, -1)
@@ -98,6 +89,8 @@ def walk(chosen: torch.Tensor, sent: Sent, depths: int) -> torch.Tensor:
     """
     above = sent["above"]
     nodes = above.shape[1]
+    if nodes == 1:
+        return torch.zeros_like(chosen[:, :1])
     token, parent, depth = (sent[name][:, :nodes] for name in ("token", "parent", "depth"))
     chosen_after_parent = (token == chosen.gather(1, parent)) & (depth > 0) | (depth == 0)
     accepted = (above <= chosen_after_parent.unsqueeze(1)).all(2)
@@ -105,12 +98,11 @@ def walk(chosen: torch.Tensor, sent: Sent, depths: int) -> torch.Tensor:
     return path.scatter(1, depth * accepted, torch.arange(nodes, device=depth.device) * accepted)
 
 
-class Rejection:
+class Rejection(Keyed):
     """Speculative sampling of chains. Draws are named by position and round: drafted again, a place is drawn anew."""
 
-    def __init__(self, config: DecodingConfig, source: random.RandomSource, law: torch.Tensor) -> None:
-        self.config = config
-        self.source = source
+    def __init__(self, config: DecodingConfig, source: random.RandomSource, depths: int, law: torch.Tensor) -> None:
+        super().__init__(config, source, depths)
         self.law = law
         """(count, S, V) what the present drafts were drawn from."""
 

@@ -34,8 +34,8 @@ not, so a run that has given up drafting tries again now and then.
 
 @dataclass(frozen=True)
 class Terms:
-    """What things cost and bring: queries of a node, masks of a window, tokens that a draft is worth, queries that one
-    row may buy at most.
+    """What things cost and bring: queries of a node, masks of a window, tokens that a draft is worth, and the most
+    queries that one row may buy.
     """
 
     node: int
@@ -45,7 +45,7 @@ class Terms:
 
     def prices(self, device: torch.device) -> torch.Tensor:
         """(P,) rising; at the last nobody buys anything."""
-        highest = max(1 / self.node, self.draft_value / self.window if self.window else 0.0)
+        highest = max(1 / self.node, self.draft_value / self.window)
         return torch.logspace(0, 1, PRICES, 1 / CHEAPEST, device=device) * (CHEAPEST * highest * 1.01)
 
 
@@ -59,17 +59,9 @@ class Bids:
     tokens: torch.Tensor
 
     def of(self, rows: torch.Tensor) -> Bids:
-        """Those of ``rows`` (R,) alone; the others buy nothing."""
+        """The bids of ``rows`` (R,) alone; the others buy nothing."""
         among = rows.unsqueeze(1)
         return Bids(self.prices, self.nodes * among, self.queries * among, self.tokens * among)
-
-
-@dataclass(frozen=True)
-class Purchase:
-    """What of a tree is run: ``nodes`` (R,) its first so many, and ``windows`` (R, N + 1) bool, root first."""
-
-    nodes: torch.Tensor
-    windows: torch.Tensor
 
 
 def bid(tree: Tree, terms: Terms) -> Bids:
@@ -80,31 +72,32 @@ def bid(tree: Tree, terms: Terms) -> Bids:
     """
     value = tree.value.float()
     prices = terms.prices(value.device)
-    node = torch.arange(value.shape[1], device=value.device)
-    elder = (tree.parent.unsqueeze(2) == tree.parent.unsqueeze(1)) & (node.unsqueeze(1) > node)
+    node = torch.arange(value.shape[1] + 1, device=value.device)
+    elder = (tree.parent.unsqueeze(2) == tree.parent.unsqueeze(1)) & (node[1:].unsqueeze(1) > node[1:])
     taken = torch.where(elder, value.unsqueeze(1), 0).sum(2)
-    one = torch.ones_like(value[:, :1])
-    before = torch.cat([one, value], dim=1).gather(1, tree.parent) - taken
+    before = _with_root(value).gather(1, tree.parent) - taken
 
     def windows(chance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        surplus = (terms.draft_value * (terms.window > 0)) * chance.unsqueeze(-1) - terms.window * prices
+        surplus = terms.draft_value * chance.unsqueeze(-1) - terms.window * prices
         return surplus.clamp_min(0), (surplus > 0).to(value.dtype)
 
-    root, own, was, becomes = windows(one), windows(value), windows(before), windows(before - value)
+    one = torch.ones_like(value[:, :1])
+    root, own, was, becomes = map(windows, (one, value, before, before - value))
     surplus = (value.unsqueeze(-1) - terms.node * prices) + own[0] + becomes[0] - was[0]
     count = own[1] + becomes[1] - was[1]
     surplus = torch.cat([root[0], surplus], dim=1).cumsum(1)
-    queries = terms.window * torch.cat([root[1], count], dim=1).cumsum(1)
-    queries += (terms.node * torch.arange(value.shape[1] + 1, device=value.device)).view(-1, 1)
-    real = torch.cat([one > 0, tree.value > 0], dim=1).unsqueeze(-1)
+    queries = terms.window * torch.cat([root[1], count], dim=1).cumsum(1) + (terms.node * node).view(-1, 1)
     # The last price is always within reach of a row that runs no node.
-    surplus = surplus.masked_fill((queries > terms.most + 0.5) | ~real, -torch.inf)
-    best = surplus.argmax(1, keepdim=True)
-    bought = queries.gather(1, best).squeeze(1)
-    gain = surplus.gather(1, best).squeeze(1)
-    within = gain.isfinite()
+    out_of_reach = (queries > terms.most + 0.5) | (_with_root(tree.value) <= 0).unsqueeze(-1)
+    gain, best = surplus.masked_fill(out_of_reach, -torch.inf).max(1)
+    bought, within = queries.gather(1, best.unsqueeze(1)).squeeze(1), gain.isfinite()
     bought, gain = bought.where(within, 0), gain.where(within, 0)
-    return Bids(prices, best.squeeze(1), bought.round().long(), gain + prices * bought)
+    return Bids(prices, best, bought.round().long(), gain + prices * bought)
+
+
+def _with_root(value: torch.Tensor) -> torch.Tensor:
+    """(R, N + 1) from those of the nodes (R, N); the walk always comes to the root."""
+    return torch.nn.functional.pad(value, (1, 0), value=1.0)
 
 
 def price_within(bids: Bids, budget: torch.Tensor) -> torch.Tensor:
@@ -132,63 +125,56 @@ def price_paid(
     return rate * longer / bought.clamp_min(1)
 
 
-def fit(tree: Tree, budget: torch.Tensor, terms: Terms) -> Purchase:
-    """The best that each row can run with ``budget`` (R,) queries of its own: every number of nodes is tried, each with
-    as many windows as are left, where the walk most likely ends.
+def fit(tree: Tree, budget: torch.Tensor, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best that each row can run with ``budget`` (R,) queries of its own: the first so many nodes (R, 1), and which
+    of them, root first, have a window (R, N + 1). Every number of nodes is tried, each with as many windows as are
+    left, where the walk most likely ends.
     """
     rows, most = tree.value.shape
-    value = torch.cat([torch.ones_like(tree.value[:, :1]), tree.value], dim=1)
+    value = _with_root(tree.value)
     # children[r, m, i]: summed value of the children of i among the first m nodes
     born = torch.zeros(rows, most, most + 1, dtype=value.dtype, device=value.device)
     born.scatter_(2, tree.parent.unsqueeze(2), tree.value.unsqueeze(2))
-    children = torch.cat([torch.zeros_like(born[:, :1]), born.cumsum(1)], dim=1)
+    children = torch.nn.functional.pad(born.cumsum(1), (0, 0, 1, 0))
     index = torch.arange(most + 1, device=value.device)
     ends = (value.unsqueeze(1) - children).clamp_min(0).masked_fill(index > index.unsqueeze(1), -1.0)
-    likeliest, order = ends.topk(min(terms.most // terms.window, most + 1) if terms.window else 0, dim=2)
+    likeliest, order = ends.topk(min(terms.most // terms.window, most + 1), dim=2)
     left = budget.unsqueeze(1) - terms.node * index
-    windows = left.clamp_min(0) // terms.window if terms.window else torch.zeros_like(left)
-    windows = torch.minimum(windows, index + 1)
-    won = torch.cat([torch.zeros_like(ends[:, :, :1]), likeliest.clamp_min(0).cumsum(2)], dim=2)
+    windows = torch.minimum(left.clamp_min(0) // terms.window, index + 1)
+    won = torch.nn.functional.pad(likeliest.clamp_min(0).cumsum(2), (1, 0))
     worth = value.cumsum(1) + terms.draft_value * won.gather(2, windows.unsqueeze(2)).squeeze(2)
-    real = torch.cat([torch.ones_like(tree.value[:, :1], dtype=torch.bool), tree.value > 0], dim=1)
-    nodes = worth.masked_fill((left < 0) | ~real, -torch.inf).argmax(1, keepdim=True)
+    nodes = worth.masked_fill((left < 0) | (value <= 0), -torch.inf).argmax(1, keepdim=True)
     best = order.gather(1, nodes.unsqueeze(2).expand(rows, 1, order.shape[2])).squeeze(1)
     among = torch.arange(best.shape[1], device=value.device) < windows.gather(1, nodes)
-    return Purchase(nodes.squeeze(1), torch.zeros_like(value, dtype=torch.bool).scatter(1, best, among))
+    return nodes, torch.zeros_like(value, dtype=torch.bool).scatter(1, best, among)
 
 
-def at_price(tree: Tree, bids: Bids, price: torch.Tensor, terms: Terms) -> Purchase:
-    """What every row buys at the price with the index ``price`` (1,): the purchase behind its bid, to the query.
-
-    The bid says how many windows; they go where the walk most likely ends.
+def at_price(tree: Tree, bids: Bids, price: torch.Tensor, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
+    """What every row buys at the price with the index ``price`` (1,), as of :func:`fit`: the purchase of its bid, to
+    the query. The bid says how many windows; they go where the walk most likely ends.
     """
     nodes = bids.nodes.index_select(1, price)
-    value = torch.cat([torch.ones_like(tree.value[:, :1]), tree.value], dim=1)
+    value = _with_root(tree.value)
     index = torch.arange(value.shape[1], device=value.device)
-    if not terms.window:
-        return Purchase(nodes.squeeze(1), torch.zeros_like(value, dtype=torch.bool))
     ends = value.scatter_add(1, tree.parent, -tree.value * (index[1:] <= nodes)).masked_fill(index > nodes, -1.0)
     windows = (bids.queries.index_select(1, price) - terms.node * nodes) // terms.window
     rank = ends.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return Purchase(nodes.squeeze(1), rank < windows)
+    return nodes, rank < windows
 
 
 class QueryBudget:
     """What every row runs next, and what this run has taught about its worth. Only speed depends on any of it.
 
-    :param queries: per row in flight; None: as many as pay, by :meth:`calibrate_costs`.
-    :param node: queries of a node, and of a row's token before its draft.
-    :param window: masks of a draft window; 0: nothing is drafted.
-    :param most: queries that one row may bring.
-    :param shared: whether rows may take from each other's share, and learn from each other.
+    Args:
+        queries: per row in flight; None: as many as pay, by :meth:`calibrate_costs`.
+        node: queries of a node, and of a row's token before its draft.
+        window: masks of a draft window.
+        most: queries that one row may bring.
+        shared: whether rows may take from each other's share, and learn from each other.
     """
 
     def __init__(self, queries: int | None, node: int, window: int, most: int, shared: bool) -> None:
-        self.queries = queries
-        self.node = node
-        self.window = window
-        self.most = most
-        self.shared = shared
+        self.queries, self.node, self.window, self.most, self.shared = queries, node, window, most, shared
         self._gained, self._drafts = 0.0, 0.0
         self._tokens, self._seconds = 0.0, 0.0
         self._known = np.zeros(0)
@@ -196,15 +182,15 @@ class QueryBudget:
 
     @property
     def draft_value(self) -> float:
-        """Tokens that a draft is worth: what stood of it, less the price of its nodes."""
+        """Tokens that a draft is worth: what was accepted of it, less the price of its nodes."""
         return max((PRIOR_GAIN * PRIOR_WEIGHT + self._gained) / (PRIOR_WEIGHT + self._drafts), 0.0)
 
     def calibrate_costs(self, seconds: np.ndarray, rows: int, device: torch.device) -> None:
         """Take note of what forwards of 0, 1, ... queries cost, ``rows`` in flight.
 
         Lowers :attr:`most` to what can pay at all: a round is worth a bonus token and a path as long as the window, so
-        beside rounds with a window alone, which bring what a draft is expected to, none may take longer than this many
-        times as long.
+        compared with rounds of a window alone, which bring what a draft is expected to, none may take longer than this
+        many times as long.
         """
         self._known = seconds
         self._seconds_of = torch.from_numpy(seconds).to(device, torch.float32)
@@ -229,28 +215,28 @@ class QueryBudget:
             bids = bid(tree, terms).of(running)
             fixed, rate = running.sum(0, keepdim=True) * self.node, self._tokens / self._seconds
             at = price_for_rate(bids, self._seconds_of, fixed, rate)
-            bought = at_price(tree, bids, at, terms)
-            return bought.nodes.unsqueeze(1), bought.windows, price_paid(bids, self._seconds_of, fixed, rate, at)
-        with_draft, without = running & drafted.squeeze(1), running & ~drafted.squeeze(1)
-        bids = bid(tree, terms).of(with_draft)
-        price, spent = self._share_out(bids, with_draft.sum(), without.sum())
-        bought = fit(tree, spent.clamp(0, terms.most), terms)
-        first = (torch.arange(bought.windows.shape[1], device=drafted.device) == 0) & (self.window > 0)
-        return bought.nodes.unsqueeze(1) * drafted, torch.where(drafted, bought.windows, first), price
-
-    def _share_out(self, bids: Bids, drafting: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The price of a query (1,) and what each row may spend (count,) of a budget in queries."""
-        assert self.queries is not None
+            return *at_price(tree, bids, at, terms), price_paid(bids, self._seconds_of, fixed, rate, at)
         share = self.queries - self.node
-        if not self.shared:
-            return torch.zeros_like(bids.prices[:1]), torch.full_like(bids.queries[:, 0], share)
-        budget = (drafting + others) * share - others * self.window
+        if self.shared:
+            price, spent = self._share_out(tree, terms, share, drafted.squeeze(1), running)
+        else:
+            price, spent = tree.value.new_zeros(1), torch.full_like(tree.parent[:, 0], share)
+        nodes, windows = fit(tree, spent.clamp(0, terms.most), terms)
+        first = torch.arange(windows.shape[1], device=drafted.device) == 0
+        return nodes * drafted, torch.where(drafted, windows, first), price
+
+    def _share_out(
+        self, tree: Tree, terms: Terms, share: int, drafted: torch.Tensor, running: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The price of a query (1,) and what each row may spend (count,), together ``share`` queries per row."""
+        bids, drafting = bid(tree, terms).of(running & drafted), (running & drafted).sum()
+        budget = running.sum() * share - (running & ~drafted).sum() * self.window
         price = price_within(bids, budget)
         spent = bids.queries.index_select(1, price).squeeze(1)
         return bids.prices[price], spent + (budget - spent.sum()) // drafting.clamp_min(1)
 
     def step_took(self, seconds: float, queries: int, prompts: int) -> None:
-        """So long was a step, with all that is not the model, in which ``prompts`` of the ``queries`` were prompts'.
+        """A step took ``seconds``, with all that is not the model; ``prompts`` of its ``queries`` were prompts'.
 
         What prompts cost is no one's choice and does not belong to the rate at which time turns into tokens.
         """
@@ -261,7 +247,7 @@ class QueryBudget:
             self._tokens *= PATIENCE
 
     def round_ran(self, nodes: int, accepted: int, price: float) -> None:
-        """A draft of so many nodes, each at ``price`` a query, stood for ``accepted`` tokens."""
+        """Of a draft of so many nodes, each at ``price`` a query, so many tokens were ``accepted``."""
         self._tokens += accepted + 1
         if self.shared:
             self._gained, self._drafts = PATIENCE * self._gained, PATIENCE * self._drafts

@@ -82,7 +82,7 @@ class Sliding(Target):
         self.budget = QueryBudget(queries, self.node_queries, self.window, most, config.shares_budget)
         if config.acceptance == "rejection" and config.sampled:
             law = torch.zeros(rows.count, self.window, self.facts.vocab_size, device=rows.device)
-            self.acceptance = Rejection(config, self.source, law)
+            self.acceptance = Rejection(config, self.source, self.depths, law)
         else:
             choices = 1 if config.draft_shape == "chain" else CHOICES
             self.acceptance = Keyed(config, self.source, self.depths, choices, coupled=config.sampled)
@@ -96,11 +96,7 @@ class Sliding(Target):
 
     @classmethod
     def most_nodes(cls, config: DecodingConfig, facts: Facts, slots: int) -> int:
-        return cls._nodes_within(cls.most_queries(config, slots), config, facts)
-
-    @staticmethod
-    def _nodes_within(most: int, config: DecodingConfig, facts: Facts) -> int:
-        nodes = max((most - 1) // (1 if facts.token_shift else 2), 1)
+        nodes = max((cls.most_queries(config, slots) - 1) // (1 if facts.token_shift else 2), 1)
         return min(nodes, config.window - 1) if config.draft_shape == "chain" else nodes
 
     @staticmethod
@@ -119,7 +115,7 @@ class Sliding(Target):
                 measure_costs(budget.most)(np.arange(rows.count * budget.most + 1)), rows.count, rows.device
             )
             # Trees grow no larger than pays: growing them takes time too.
-            rows.resize(self._nodes_within(budget.most, self.config, self.facts))
+            rows.resize(min(rows.token.shape[1] - 1, max((budget.most - 1) // self.node_queries, 1)))
 
     def plan(self) -> Plan:
         self._began = clock.now()

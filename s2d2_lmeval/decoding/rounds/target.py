@@ -29,7 +29,7 @@ from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent, ragged
 from s2d2_lmeval.decoding.rounds import trees
-from s2d2_lmeval.decoding.rounds.acceptance import Acceptance, Keyed, Verdict
+from s2d2_lmeval.decoding.rounds.acceptance import Keyed, Verdict
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, SequenceState
 from s2d2_lmeval.decoding.steps import Outcome, fetch
@@ -171,7 +171,7 @@ class Target(Decoder[RoundRows]):
         self.source = random.source_of(config.random_source, config.seed)
         self.depths = self.most_depths(config, facts)
         self.rows = RoundRows(setup, self.most_nodes(config, facts, setup.slots))
-        self.acceptance: Acceptance = Keyed(config, self.source, self.depths)
+        self.acceptance = Keyed(config, self.source, self.depths)
 
     @classmethod
     def create(cls, setup: DecoderSetup) -> Self:

@@ -113,8 +113,9 @@ def tree_visibility(
     of_query, of_key = kind.unsqueeze(2), kind.unsqueeze(1)
     place = torch.arange(kind.shape[1], device=kind.device)
     text = (of_key == TEXT) & ((of_query != TEXT) | (place.unsqueeze(1) >= place))
-    path = (of_key == NODE) & (of_query != TEXT) & above[row.view(-1, 1, 1), query, key]
     window = (of_key >= VERIFIER) & (of_key < NOBODY) & (of_query == WINDOW) & (query == key)
-    visible = text | path | window
+    visible = text | window
+    if above.shape[1] > 1:
+        visible |= (of_key == NODE) & (of_query != TEXT) & above[row.view(-1, 1, 1), query, key]
     visible.diagonal(dim1=1, dim2=2).fill_(True)
     return visible
