@@ -40,7 +40,8 @@ def test_a_plan_reads_its_groups_in_order_and_counts_them_per_row():
     assert plan.request.wanted.tolist() == [6, 7, 0]
     assert [table.tolist() for table in plan.at("copy")] == [[9, 9], [0, 2]]
     assert [table.tolist() for table in plan.at("none", "first")] == [[4], [3]]
-    assert (plan.count("copy"), plan.count("none"), plan.count("first")) == (2, 0, 1)
+    assert (plan.count("copy"), plan.count("none"), plan.count("first"), plan.count("absent")) == (2, 0, 1, 0)
+    assert [table.tolist() for table in plan.at("first", "absent")] == [[4], [3]]
     assert plan.wanted_counts.tolist() == [1, 2]
     assert plan.sent["extra"].tolist() == [[1, 2]]
     assert plan.known["text"].tolist() == [2, 3]

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from s2d2_lmeval import Generation
+from s2d2_lmeval import DecodingConfig, Generation
+from s2d2_lmeval.errors import ConfigError
 
 from .drawn import Case, cases
 from .test_engine_against_oracle import TARGETS, by_engine
@@ -106,3 +107,24 @@ def test_prompts_longer_than_a_chunk_decode_the_same(decoder: str, length: int) 
     assert fused.canvas == reference.canvas
     assert fused.decoding_order == reference.decoding_order
     assert fused.stats["nfe"] < reference.stats["nfe"] - reference.stats["blocks"] + 1
+
+
+PROMPTS = [[11, 2, 14, 21, 9], [18, 0, 14, 0, 3, 16, 16, 1, 18, 17], [5, 14], [7, 4, 2, 6, 14, 3, 8, 8, 1]]
+AHEAD = {"decoder": "s2d2", "schedule": "lookahead", "cache_ver": True, "draft_ver": True, "block_length": 7}
+
+
+def test_lookahead_reads_no_decided_places_for_an_entropy_that_nobody_sums() -> None:
+    options = {**AHEAD, "denoising_steps": 2, "remasking_strategy": "low_confidence_static", "max_new_tokens": 17}
+    options |= {"do_verify_policy": "score_threshold", "do_verify_score_threshold": 0.5}
+    plain, collapsed = (
+        engine(max_batch=3, seed=2).generate(PROMPTS, DecodingConfig(**options, collapse_entropy=collapse))
+        for collapse in (False, True)
+    )
+    assert [answer.steps for answer in collapsed] == [answer.steps for answer in plain]
+
+
+def test_lookahead_cannot_sum_over_places_that_it_does_not_run() -> None:
+    options = {**AHEAD, "remasking_strategy": "entropy_bounded", "eb_threshold": 0.5, "collapse_entropy": True}
+    options["max_new_tokens"] = 9
+    with pytest.raises(ConfigError, match="collapse_entropy sums over every place"):
+        engine(max_batch=3).generate(PROMPTS, DecodingConfig(**options))

@@ -13,8 +13,9 @@ moves every row to its next phase.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -49,39 +50,23 @@ DENOISING = (ScheduleOption, BlockOption, StepOptions)
 """Options of every decoder of whole blocks."""
 
 
+def _remasking(name: str, strategy: str, what: str, *options: type) -> Callable[[Any], Any]:
+    """Registers the decoder ``name``, which is nothing but a remasking ``strategy``."""
+    return DECODERS.register(
+        name,
+        "block",
+        promise=f"the definition of {what}",
+        options=(*DENOISING, *options),
+        strategy=strategy,
+        accelerable=True,
+    )
+
+
 @DECODERS.register("ar", "block", "editing", **AUTOREGRESSIVE)
-@DECODERS.register(
-    "entropy_bounded",
-    "block",
-    promise="the definition of entropy-bounded remasking",
-    options=(*DENOISING, EntropyOptions),
-    strategy="entropy_bounded",
-    accelerable=True,
-)
-@DECODERS.register(
-    "sequential",
-    "block",
-    promise="the definition of sequential block denoising",
-    options=DENOISING,
-    strategy="sequential",
-    accelerable=True,
-)
-@DECODERS.register(
-    "static",
-    "block",
-    promise="the definition of static low-confidence remasking",
-    options=DENOISING,
-    strategy="low_confidence_static",
-    accelerable=True,
-)
-@DECODERS.register(
-    "dynamic",
-    "block",
-    promise="the definition of dynamic (confidence-threshold) remasking",
-    options=(*DENOISING, ConfidenceOption),
-    strategy="low_confidence_dynamic",
-    accelerable=True,
-)
+@_remasking("entropy_bounded", "entropy_bounded", "entropy-bounded remasking", EntropyOptions)
+@_remasking("sequential", "sequential", "sequential block denoising")
+@_remasking("static", "low_confidence_static", "static low-confidence remasking")
+@_remasking("dynamic", "low_confidence_dynamic", "dynamic (confidence-threshold) remasking", ConfidenceOption)
 class BlockDenoiser(Decoder[Rows]):
     """The decoders ``sequential``, ``static``, ``dynamic``, ``entropy_bounded`` and, at block length one, ``ar``."""
 
