@@ -18,8 +18,6 @@ from s2d2_lmeval.decoding.steps import Outcome
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from s2d2_lmeval.families import Facts
 
 
@@ -68,6 +66,10 @@ class Decoder(ABC, Generic[RowsT]):
     rows: RowsT
     """The requests in flight."""
 
+    @abstractmethod
+    def __init__(self, setup: DecoderSetup) -> None:
+        """A decoder with its rows for a run."""
+
     @staticmethod
     def layout(config: DecodingConfig) -> str:
         """How much is decoded at a time, and in which schedule, in a few words."""
@@ -82,11 +84,6 @@ class Decoder(ABC, Generic[RowsT]):
     @abstractmethod
     def capacity(self) -> int:
         """Positions that a row may write to in the cache."""
-
-    @classmethod
-    @abstractmethod
-    def create(cls, setup: DecoderSetup) -> Self:
-        """A decoder with its rows for a run."""
 
     def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
         """Before the first request: a decoder with an option that is ``auto`` measures here what forwards cost."""

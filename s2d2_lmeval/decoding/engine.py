@@ -141,9 +141,9 @@ class Engine:
         most = 1 if not self.config.keyed else min(self.limit.most(self.runner.device), len(requests))
         if self.limit.automatic and most > 1:
             wanted = max(2 * self.config.block_length, LOGITS_OF_A_ROW)
-            most = min(most, self.runner.rows_that_fit(decoder.create(setup).capacity, wanted))
+            most = min(most, self.runner.rows_that_fit(decoder(setup).capacity, wanted))
         self.slots = most
-        self.decoder = decoder.create(replace(setup, slots=most))
+        self.decoder = decoder(replace(setup, slots=most))
         self.rows = self.decoder.rows
         # Published code runs every prompt whole.
         self.prefixes = SharedPrefixes(self.rows, None if published else self.rows.prefix_grain)

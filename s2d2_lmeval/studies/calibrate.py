@@ -51,8 +51,7 @@ class RankedStep(Step):
 class _Logging(Spiffy):
     """Drafts nothing, so every step is a forward of the base decoder; logs ranks with each."""
 
-    def draft_from(self, graph: DraftGraph, ranks: int = 0) -> None:
-        super().draft_from(graph, VOCABULARY_RANKS)
+    least_ranks = VOCABULARY_RANKS
 
     @classmethod
     def graph_of(cls, config: DecodingConfig, facts: Facts) -> DraftGraph:

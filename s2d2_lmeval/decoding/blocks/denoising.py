@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,10 +41,6 @@ from s2d2_lmeval.decoding.state import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VE
 from s2d2_lmeval.decoding.steps import Decisions, Outcome, StepResult, StepTables, as_step, read_back
 from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.registry import DECODERS
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 DENOISING = (ScheduleOption, BlockOption, StepOptions)
 """Options of every decoder of whole blocks."""
@@ -80,14 +76,19 @@ class BlockDenoiser(Decoder[Rows]):
     shifted = False
     """Whether the logits of a token predict the next one; then the rows' "block" is a sub-block."""
 
-    def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
-        self.config = self.whole = config
-        self.rows = rows
+    def __init__(self, setup: DecoderSetup, part: DecodingConfig | None = None) -> None:
+        """``part`` is the configuration of sub-blocks, where blocks are denoised in parts."""
+        self.whole, self.config = setup.config, part or setup.config
+        config, block = self.config, self.whole.block_length
+        # Of shifted models, room for the first token after the last block too.
+        length = -(-setup.longest // block) * block + self.shifted * config.block_length
+        self.rows = rows = Rows(setup.slots, length, config.block_length, setup.facts.mask_token_id, setup.device)
+        rows.prefix_grain = block
         rows.published_order = partial(self.notation, verifies=self.verifies)
-        self.prefill_chunk = prefill_chunk
+        self.prefill_chunk = setup.prefill_chunk
         self.source = random.source_of(config.random_source, config.seed)
         self.rules = reference.rules_of(config, self.edits)
-        self.longest_ride = 0 if self.rules.commits_apart else max(prefill_chunk, config.block_length)
+        self.longest_ride = 0 if self.rules.commits_apart else max(setup.prefill_chunk, block)
         """Tokens without keys that may ride in a draft."""
         self.verify_all_masks = False
         # The latest draft of every row: tokens, their probability, and the entropy (nats) of their distribution if the
@@ -96,17 +97,6 @@ class BlockDenoiser(Decoder[Rows]):
         self.drafted = torch.zeros(shape, dtype=torch.long, device=rows.device)
         self.confidence = self.entropy = torch.zeros(shape, device=rows.device)
         self.sound = torch.ones((), dtype=torch.bool, device=rows.device)
-
-    @classmethod
-    def create(cls, setup: DecoderSetup) -> Self:
-        """A decoder with its rows for a run."""
-        return cls(setup.config, cls.rows_for(setup), setup.prefill_chunk)
-
-    @classmethod
-    def rows_for(cls, setup: DecoderSetup, draft_states: int = 0) -> Rows:
-        """Rows of the run, each with room for so many drafted states."""
-        length, mask = setup.config.block_length, setup.facts.mask_token_id
-        return Rows(setup.slots, setup.longest, length, mask, setup.device, draft_states)
 
     @property
     def capacity(self) -> int:

@@ -18,8 +18,9 @@ import torch
 
 from s2d2_lmeval.decoding import reference
 from s2d2_lmeval.decoding.blocks.denoising import DENOISING, BlockDenoiser
-from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
+from s2d2_lmeval.decoding.blocks.rows import BlockState
 from s2d2_lmeval.decoding.blocks.s2d2 import S2D2
+from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.generation import EDITED
 from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, EditingOptions
 from s2d2_lmeval.decoding.options.config import DecodingConfig
@@ -41,11 +42,11 @@ class EditingDenoiser(BlockDenoiser):
     edits = True
     notation = staticmethod(reference.order_of_edits)
 
-    def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
-        super().__init__(config, rows, prefill_chunk)
-        self.post_steps = np.zeros(rows.count, dtype=np.int64)
+    def __init__(self, setup: DecoderSetup, part: DecodingConfig | None = None) -> None:
+        super().__init__(setup, part)
+        self.post_steps = np.zeros(setup.slots, dtype=np.int64)
         """Steps of the current block that began without a mask."""
-        self.edited = np.zeros(rows.count, dtype=bool)
+        self.edited = np.zeros(setup.slots, dtype=bool)
         """Whether the current step edited anything."""
 
     def _revise(self, decisions: Decisions, state: BlockState, drafting: torch.Tensor) -> None:

@@ -31,18 +31,15 @@ class Rows(SequenceState):
         block_length: int,
         mask_token_id: int,
         device: torch.device,
-        draft_states: int = 0,
     ) -> None:
         super().__init__(count)
         self.length = -(-length // block_length) * block_length
         self.block_length = self.prefix_grain = block_length
         self.mask_token_id = mask_token_id
         self.device = device
-        self.draft_states = draft_states
         self.states_at = self.length + block_length + 1
         """Where the drafted states begin in the store."""
-        stride = self.states_at + draft_states * block_length
-        self.store = torch.full((count, stride), mask_token_id, dtype=torch.long, device=device)
+        self.hold_states(0)
         self.start = np.zeros(count, dtype=np.int64)
         """First position of the current block."""
         self.total = np.zeros(count, dtype=np.int64)
@@ -55,6 +52,12 @@ class Rows(SequenceState):
         """Places of the block whose logits the next forward must give."""
         self.span = np.zeros((count, block_length), dtype=bool)
         """Places of the block that are before the verifier."""
+
+    def hold_states(self, count: int) -> None:
+        """Make room for so many drafted states of each row, before the first request."""
+        self.draft_states = count
+        shape = (self.count, self.states_at + count * self.block_length)
+        self.store = torch.full(shape, self.mask_token_id, dtype=torch.long, device=self.device)
 
     @property
     def stride(self) -> int:

@@ -22,7 +22,8 @@ import torch
 from s2d2_lmeval.decoding.blocks.denoising import DENOISING, BlockDenoiser
 from s2d2_lmeval.decoding.blocks.planning import scheduled_count
 from s2d2_lmeval.decoding.blocks.remasking import ranks
-from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
+from s2d2_lmeval.decoding.blocks.rows import BlockState
+from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.generation import ACCEPTED, HIGH_CONFIDENCE, KEPT, RATIO, RESAMPLED
 from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, EditingOptions, EntropyOptions, SubblockOptions
 from s2d2_lmeval.decoding.options.config import DecodingConfig
@@ -59,8 +60,9 @@ class S2D2(BlockDenoiser):
     keeps_rejected = True
     """Whether a rejected token that is not resampled is decided all the same."""
 
-    def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
-        super().__init__(config, rows, prefill_chunk)
+    def __init__(self, setup: DecoderSetup, part: DecodingConfig | None = None) -> None:
+        super().__init__(setup, part)
+        config, rows = self.config, self.rows
         self.policy = policy_of(config, "block", rows.count, rows.block_length, rows.device)
         self.verify_all_masks = config.ssd_threshold_all_spans and config.ssd_ratio_threshold >= 0
         self.resamples = config.allow_resample or config.acceptance == "greedy"

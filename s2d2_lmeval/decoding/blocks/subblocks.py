@@ -25,7 +25,7 @@ import torch
 from s2d2_lmeval.decoding import reference
 from s2d2_lmeval.decoding.blocks.denoising import DENOISING, BlockDenoiser
 from s2d2_lmeval.decoding.blocks.planning import plan_subblocks
-from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
+from s2d2_lmeval.decoding.blocks.rows import BlockState
 from s2d2_lmeval.decoding.blocks.s2d2 import S2D2
 from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.generation import AUTOREGRESSIVE
@@ -48,28 +48,19 @@ class SubblockDenoiser(BlockDenoiser):
     shifted = True
     notation = staticmethod(reference.order_of_subblocks)
 
-    def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
+    def __init__(self, setup: DecoderSetup, part: DecodingConfig | None = None) -> None:
+        config = setup.config
         if config.schedule == "lookahead":
             raise ConfigError("schedule=lookahead is not available for sub-blocks; use schedule=fused.")
-        part = dataclasses.replace(config, block_length=rows.block_length, denoising_steps=None, small_block_size=None)
-        super().__init__(part, rows, prefill_chunk)
-        rows.prefix_grain = config.block_length
-        self.longest_ride = self.longest_ride and max(prefill_chunk, config.block_length)
-        self.whole = config
+        length = config.small_block_size or config.block_length
+        part = dataclasses.replace(config, block_length=length, denoising_steps=None, small_block_size=None)
+        super().__init__(setup, part)
         self.samples_first = config.sampled and (config.decoder == "ar" or config.sample_first_token)
-        self.limit = np.zeros(rows.count, dtype=np.int64)
+        self.limit = np.zeros(setup.slots, dtype=np.int64)
         """Where the last token that is asked for ends."""
-        self.narrow = np.zeros(rows.count, dtype=bool)
+        self.narrow = np.zeros(setup.slots, dtype=bool)
         """Rows whose next draft forwards its sub-block only, against keys of the rest of the block that lie after the
         prefix."""
-
-    @classmethod
-    def rows_for(cls, setup: DecoderSetup, draft_states: int = 0) -> Rows:
-        block = setup.config.block_length
-        part = setup.config.small_block_size or block
-        # Room for whole blocks, and for the first token after the last one.
-        length = -(-setup.longest // block) * block + part
-        return Rows(setup.slots, length, part, setup.facts.mask_token_id, setup.device, draft_states)
 
     def admitted(self, slot: int) -> None:
         request = self.rows.requests[slot]

@@ -35,7 +35,7 @@ from s2d2_lmeval.errors import ConfigError, NumericalError
 from s2d2_lmeval.registry import DECODERS
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 
 @DECODERS.register(
@@ -70,15 +70,6 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         self.sound = torch.ones((), dtype=torch.bool, device=rows.device)
         # Token shift: logits of the place after the keys, which the last forward that committed has given.
         self.kept_logits = torch.zeros(rows.count, facts.vocab_size * facts.token_shift, device=rows.device)
-
-    @classmethod
-    def create(cls, setup: DecoderSetup) -> Self:
-        """A decoder with its rows for a run.
-
-        Raises:
-            ConfigError: the schedule does not exist here.
-        """
-        return cls(setup)
 
     @property
     def capacity(self) -> int:

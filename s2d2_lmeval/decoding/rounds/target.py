@@ -38,8 +38,6 @@ from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.registry import DECODERS
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from s2d2_lmeval.families import Facts
 
 
@@ -172,11 +170,6 @@ class Target(Decoder[RoundRows]):
         self.depths = self.most_depths(config, facts)
         self.rows = RoundRows(setup, self.most_nodes(config, facts, setup.slots))
         self.acceptance = Keyed(config, self.source, self.depths)
-
-    @classmethod
-    def create(cls, setup: DecoderSetup) -> Self:
-        """A decoder with its rows for a run."""
-        return cls(setup)
 
     @classmethod
     def most_nodes(cls, config: DecodingConfig, facts: Facts, slots: int) -> int:

@@ -24,7 +24,7 @@ import torch
 from s2d2_lmeval.decoding.blocks.denoising import BlockDenoiser
 from s2d2_lmeval.decoding.blocks.editing import EditingDenoiser
 from s2d2_lmeval.decoding.blocks.planning import scheduled_count
-from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
+from s2d2_lmeval.decoding.blocks.rows import BlockState
 from s2d2_lmeval.decoding.blocks.subblocks import SubblockDenoiser
 from s2d2_lmeval.decoding.decoder import EXACT, DecoderSetup
 from s2d2_lmeval.decoding.generation import EDITED
@@ -44,8 +44,6 @@ from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from s2d2_lmeval.families import Facts
 
 
@@ -71,33 +69,26 @@ class Spiffy(BlockDenoiser):
     def layout(config: DecodingConfig) -> str:
         return f"{config.base}, {BlockDenoiser.layout(config)}"
 
-    revises = False
-    """Whether a block without masks may need further steps."""
+    @property
+    def revises(self) -> bool:
+        """Whether a block without masks may need further steps."""
+        return self.edits and self.config.max_post_steps > 0
 
-    def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
-        super().__init__(config, rows, prefill_chunk)
-        steps = np.arange(self.config.steps + 1)
-        self.counts = torch.from_numpy(scheduled_count(steps, self.config)).to(rows.device)
-        self.states = torch.zeros(rows.count, 0, rows.block_length, dtype=torch.long, device=rows.device)
+    least_ranks = 0
+    """Tokens of each place that are ranked after a step, if the graph needs fewer."""
 
-    def draft_from(self, graph: DraftGraph, ranks: int = 0) -> None:
-        """Draft the states that ``graph`` names; rank ``ranks`` tokens of each place after a step, or as many as it
-        needs.
-        """
-        rows, length, device = self.rows, self.rows.block_length, self.rows.device
+    def __init__(self, setup: DecoderSetup, part: DecodingConfig | None = None) -> None:
+        super().__init__(setup, part)
+        rows, config, length, device = self.rows, self.config, self.rows.block_length, self.rows.device
+        graph = self.graph_of(setup.config, setup.facts)
+        rows.hold_states(states_at_most(graph, config.draft_nodes))
         self.drafter = StateDrafter(graph, length, self.revises, device)
         self.eligibility = Eligibility(graph, length, self.revises)
-        self.budget = DraftBudget(graph, self.config.draft_nodes)
-        self.ranks = ranks or (self.drafter.vocabulary_ranks if graph.nodes else 0)
+        self.budget = DraftBudget(graph, config.draft_nodes)
+        self.ranks = max(self.least_ranks, self.drafter.vocabulary_ranks if graph.nodes else 0)
         self.tables = RankTables.empty(rows.count, length, max(self.ranks, 1), device)
-
-    @classmethod
-    def create(cls, setup: DecoderSetup) -> Self:
-        graph = cls.graph_of(setup.config, setup.facts)
-        rows = cls.rows_for(setup, states_at_most(graph, setup.config.draft_nodes))
-        decoder = cls(setup.config, rows, setup.prefill_chunk)
-        decoder.draft_from(graph)
-        return decoder
+        self.counts = torch.from_numpy(scheduled_count(np.arange(config.steps + 1), config)).to(device)
+        self.states = torch.zeros(rows.count, 0, length, dtype=torch.long, device=device)
 
     @classmethod
     def graph_of(cls, config: DecodingConfig, facts: Facts) -> DraftGraph:
@@ -270,10 +261,6 @@ class Spiffy(BlockDenoiser):
 @DECODERS.register("spiffy", "editing")
 class EditingSpiffy(Spiffy, EditingDenoiser):
     """The decoder ``spiffy`` where decided tokens may be edited: the state is the whole block."""
-
-    def __init__(self, config: DecodingConfig, rows: Rows, prefill_chunk: int) -> None:
-        super().__init__(config, rows, prefill_chunk)
-        self.revises = config.max_post_steps > 0
 
     def _decide(self, state: BlockState, logits: torch.Tensor) -> StepResult:
         self._posted = torch.from_numpy(self.post_steps).to(state.block.device)
