@@ -120,7 +120,7 @@ class Plan:
                 self.settings[name] = what_is_asked(one, expanded[-1])
         for name, count in Counter(task.task for task in expanded).items():
             if count > 1:
-                raise StudyError(f"tasks: {name} comes in twice.")
+                raise StudyError(f"tasks: {name} is there twice; make two studies of it.")
         return expanded
 
     def _check_task(self, study: Study, task: Any, settings: Task) -> None:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -87,13 +86,6 @@ def _tasks(raw: Any, info: Any) -> Any:
     return [{**common, **one} if isinstance(one, Mapping) else one for one in given]
 
 
-def _once(tasks: list[Task]) -> list[Task]:
-    for task, count in Counter(task.task for task in tasks).items():
-        if count > 1:
-            raise ValueError(f"{task} is there twice; make two studies of it.")
-    return tasks
-
-
 def _without_grids(decodings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Grids spelled out; every configuration checked as far as it can be without a model."""
     spelled: dict[str, dict[str, Any]] = {}
@@ -153,9 +145,9 @@ class Study(TaskSettings):
         BeforeValidator(_models, json_schema_input_type=str | list[str] | dict[str, str | dict[str, Any]]),
         AfterValidator(_check_models),
     ] = Field(description="a mapping, NAME: {pretrained: FOLDER or hub id} for each model", min_length=1)
-    tasks: Annotated[
-        list[Task], BeforeValidator(_tasks, json_schema_input_type=str | Task | list[str | Task]), AfterValidator(_once)
-    ] = Field(description="names of tasks, or {task: NAME, limit: 100}", min_length=1)
+    tasks: Annotated[list[Task], BeforeValidator(_tasks, json_schema_input_type=str | Task | list[str | Task])] = Field(
+        description="names of tasks, or {task: NAME, limit: 100}", min_length=1
+    )
     decoding: Annotated[Named[Options], AfterValidator(_without_grids)] = Field(
         {}, description="a mapping, NAME: {decoder: …, OPTION: …} for each configuration"
     )

@@ -82,7 +82,7 @@ MISTAKES: dict[str, tuple[dict[Any, Any], str]] = {
     "model typo": ({"models": {"m": {"pretrained": "toy", "dtyp": "float32"}}}, "Did you mean dtype?"),
     "model names": ({"models": ["a/x", "b/x"]}, "the same name"),
     "limit": ({"limit": 0.5}, "number of documents"),
-    "task twice": ({"tasks": ["a", "a"]}, "there twice"),
+    "task twice": ({"tasks": ["s2d2_toy_arithmetic"] * 2}, "there twice"),
     "task key": ({"tasks": [{"task": "a", "limits": 3}]}, "Did you mean limit?"),
     "unknown task": ({"tasks": ["s2d2_toy_arithmetics"]}, "Did you mean s2d2_toy_arithmetic?"),
     "unsafe task": ({"tasks": ["s2d2_toy_programs"]}, "--confirm_run_unsafe_code"),
