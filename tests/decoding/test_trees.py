@@ -256,7 +256,7 @@ def test_who_sees_whom() -> None:
     parent = torch.tensor([[0, 0, 0, 1]])
     kind = torch.tensor([[TEXT, TEXT, NODE, NODE, NODE, *[VERIFIER] * 4, *[WINDOW] * 4, NOBODY]])
     owner = torch.tensor([[0, 0, 1, 2, 3, 0, 1, 2, 3, 0, 0, 3, 3, 0]])
-    visible = tree_visibility(kind, owner, ancestors(parent, 2))[0]
+    visible = tree_visibility(kind, owner, ancestors(parent, 2), torch.tensor([0]))[0]
     seen = [set(row.nonzero().flatten().tolist()) for row in visible]
     assert seen == [
         {0},

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,17 +27,6 @@ PRIOR_ACCEPTANCE = 0.8
 """Probability of acceptance that a token drafted by chance is given, when nodes are weighed against windows."""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What is accepted: ``path`` (count, 1 + D) the nodes on the way down, the root first and 0 after the last; ``end``
-    (count, 1) the last of them; ``bonus`` (count, 1) the target's token after it.
-    """
-
-    path: torch.Tensor
-    end: torch.Tensor
-    bonus: torch.Tensor
-
-
 class Keyed:
     """Accepts a drafted token if it is the target's own choice; drafts the ``choices`` likeliest tokens, if ``coupled``
     with the noise of that choice. Trees are at most ``depths`` deep.
@@ -53,8 +41,13 @@ class Keyed:
         self.choices = choices
         self.coupled = coupled
 
-    def judge(self, logits: torch.Tensor, plan: Plan) -> Verdict:
-        """The verdict on every row's tree from the target's ``logits`` (M, V) after root and nodes."""
+    def judge(self, logits: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Judge every row's tree by the target's ``logits`` (M, V) after root and nodes.
+
+        Returns:
+            ``path`` (count, 1 + D), the accepted nodes from the root down, 0 after the last, and ``bonus`` (count, 1),
+            the target's token after it.
+        """
         at, sent = plan.at("verify"), plan.sent
         if self.config.sampled:
             position = sent["length"][at[0]] + sent["depth"][at]
@@ -64,8 +57,7 @@ class Keyed:
             tokens = logits.argmax(-1)
         chosen = torch.full_like(sent["token"], -1).index_put(at, tokens)
         path = walk(chosen, sent, self.depths)
-        end = path.max(1, keepdim=True).values
-        return Verdict(path, end, chosen.gather(1, end))
+        return path, chosen.gather(1, path.amax(1, keepdim=True))
 
     def candidates(self, logits: torch.Tensor, position: torch.Tensor, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-values and tokens (R, S, K), best first, for S future positions (R, S) from draft ``logits`` (R * S, V);
@@ -106,7 +98,7 @@ class Rejection(Keyed):
         self.law = law
         """(count, S, V) what the present drafts were drawn from."""
 
-    def judge(self, logits: torch.Tensor, plan: Plan) -> Verdict:
+    def judge(self, logits: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         sent, p = plan.sent, probabilities(logits, self.config)
         order = torch.arange(len(p), device=p.device)
         row_of = torch.zeros_like(sent["token"]).index_put(plan.at("verify"), order)
@@ -120,14 +112,14 @@ class Rejection(Keyed):
         ratio = acceptance_ratio(of_target, of_draft, 1.0)
         path = ((self.source.uniform(key, drafted) < ratio) & drafted).long().cumprod(1) * (place + 1)
         path = torch.cat([torch.zeros_like(path[:, :1]), path], dim=1)
-        end = path.max(1, keepdim=True).values
+        end = path.amax(1, keepdim=True)
         # 2. Draw the next one from (p - q)+ where a token was rejected, from p after the last.
         after = p[row_of.gather(1, end).squeeze(1)]
         rejected = torch.nn.functional.pad(drafted, (0, 1)).gather(1, end)
         at = end.clamp_max(self.law.shape[1] - 1).unsqueeze(2).expand(-1, -1, self.law.shape[2])
         after = torch.where(rejected, residual(after, self.law.gather(1, at).squeeze(1)), after)
         key = random.Key(random.RESAMPLE, sent["key"], sent["length"] + end.squeeze(1), sent["round"])
-        return Verdict(path, end, self.source.categorical(after, key).unsqueeze(1))
+        return path, self.source.categorical(after, key).unsqueeze(1)
 
     def candidates(self, logits: torch.Tensor, position: torch.Tensor, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
         law = probabilities(logits, self.config)

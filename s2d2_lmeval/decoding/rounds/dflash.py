@@ -73,7 +73,6 @@ class DFlash(Target):
         # Only noise that is a function of the position can be known before it is drawn.
         coupled = config.sampled and config.couple_drafts and config.keyed
         self.acceptance = Keyed(config, self.source, self.depths, self.choices, coupled)
-        self._drafts_sound = torch.tensor(True, device=self.rows.device)
 
     @property
     def choices(self) -> int:
@@ -98,12 +97,11 @@ class DFlash(Target):
         return self._plan
 
     def advance(self, logits: torch.Tensor) -> Outcome:
-        return self._after_draft(logits) if self._plan.request.model == DRAFTER else super().advance(logits)
-
-    def _after_draft(self, logits: torch.Tensor) -> Outcome:
-        """Plant what was drafted; ``logits`` (R * depths, V). The device is not read."""
+        """After the drafter's forward plant its draft, without a read of the device; after the target's judge it."""
+        if self._plan.request.model != DRAFTER:
+            return super().advance(logits)
         rows, sent, slots = self.rows, self._plan.sent, self._plan.request.layout.slots
-        self._drafts_sound = self._drafts_sound & logits.isnan().any().logical_not()
+        self.sound = self.sound & ~logits.isnan().any()
         position = sent["length"].unsqueeze(1) + torch.arange(self.depths, device=logits.device)
         tree = self._grow(*self.acceptance.candidates(logits, position, sent))
         rows.plant(sent["slots"], tree)
@@ -120,9 +118,6 @@ class DFlash(Target):
     def _nodes_to_run(self, tree: trees.Tree) -> np.ndarray | int:
         """How many nodes of each row's tree are run."""
         return self.depths
-
-    def _sound(self, logits: torch.Tensor) -> torch.Tensor:
-        return super()._sound(logits) & self._drafts_sound
 
     def _enter_round(self, slot: int) -> None:
         """Draft next, unless prompt is left to run or no draft can be of use."""

@@ -27,7 +27,7 @@ from s2d2_lmeval.decoding.options.rounds import SlidingOptions
 from s2d2_lmeval.decoding.options.s2d2 import AcceptanceOption
 from s2d2_lmeval.decoding.passes import Plan
 from s2d2_lmeval.decoding.rounds import trees
-from s2d2_lmeval.decoding.rounds.acceptance import Keyed, Rejection, Verdict
+from s2d2_lmeval.decoding.rounds.acceptance import Keyed, Rejection
 from s2d2_lmeval.decoding.rounds.budgets import QueryBudget
 from s2d2_lmeval.decoding.rounds.target import Target
 from s2d2_lmeval.decoding.steps import Outcome
@@ -123,12 +123,12 @@ class Sliding(Target):
 
     # ---- device ----
 
-    def _propose(self, logits: torch.Tensor, verdict: Verdict) -> list[torch.Tensor]:
+    def _propose(self, logits: torch.Tensor, end: torch.Tensor) -> list[torch.Tensor]:
         sent, rows = self._plan.sent, self.rows
         index = torch.arange(rows.token.shape[1], device=rows.device)
-        at_end = (sent["holder"] == verdict.end) & (index < sent["windows"])
+        at_end = (sent["holder"] == end) & (index < sent["windows"])
         met = at_end.any(1, keepdim=True)
-        tree = self._draft(logits, met, sent["base"] + at_end.long().argmax(1, keepdim=True) * self.window, verdict.end)
+        tree = self._draft(logits, met, sent["base"] + at_end.long().argmax(1, keepdim=True) * self.window, end)
         nodes, windows, price = self.budget.buy(tree, met, sent["running"].squeeze(1).bool())
         rows.plant(slice(None), tree)
         rows.holder.copy_(windows.long().argsort(dim=1, descending=True, stable=True))

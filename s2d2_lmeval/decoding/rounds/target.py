@@ -29,7 +29,7 @@ from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent, ragged
 from s2d2_lmeval.decoding.rounds import trees
-from s2d2_lmeval.decoding.rounds.acceptance import Keyed, Verdict
+from s2d2_lmeval.decoding.rounds.acceptance import Keyed
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, SequenceState
 from s2d2_lmeval.decoding.steps import Outcome, fetch
@@ -170,6 +170,8 @@ class Target(Decoder[RoundRows]):
         self.depths = self.most_depths(config, facts)
         self.rows = RoundRows(setup, self.most_nodes(config, facts, setup.slots))
         self.acceptance = Keyed(config, self.source, self.depths)
+        self.sound = torch.tensor(True, device=self.rows.device)
+        """Whether all logits were numbers."""
 
     @classmethod
     def most_nodes(cls, config: DecodingConfig, facts: Facts, slots: int) -> int:
@@ -215,20 +217,18 @@ class Target(Decoder[RoundRows]):
         if self.facts.mask_token_id != NO_MASK:
             logits[:, self.facts.mask_token_id] = -torch.inf
         verify, window = logits.split([plan.count("verify"), plan.count("window")])
-        verdict = self.acceptance.judge(verify, plan)
-        tokens = torch.cat([plan.sent["token"].gather(1, verdict.path), verdict.bonus], dim=1)
+        path, bonus = self.acceptance.judge(verify, plan)
+        tokens = torch.cat([plan.sent["token"].gather(1, path), bonus], dim=1)
         depth = plan.sent["depth"][:, : plan.sent["above"].shape[1]]
-        proposed = self._propose(window, verdict)
-        sound = self._sound(verify).expand_as(verdict.bonus)
-        return self._synchronize(fetch([sound, verdict.path, tokens, depth, *proposed]))
+        proposed = self._propose(window, path.amax(1, keepdim=True))
+        self.sound = self.sound & ~verify.isnan().any()
+        return self._synchronize(fetch([self.sound.expand_as(bonus), path, tokens, depth, *proposed]))
 
-    def _propose(self, logits: torch.Tensor, verdict: Verdict) -> list[torch.Tensor]:
-        """Draft the next round from the window ``logits``; columns (count, any) for :meth:`_after_round`."""
+    def _propose(self, logits: torch.Tensor, end: torch.Tensor) -> list[torch.Tensor]:
+        """Draft the next round from the window ``logits``, where the walks' ``end`` (count, 1) is known; gives columns
+        (count, any) for :meth:`_after_round`.
+        """
         return []
-
-    def _sound(self, logits: torch.Tensor) -> torch.Tensor:
-        """Whether all was numbers, on the device."""
-        return logits.isnan().any().logical_not()
 
     # ---- host ----
 

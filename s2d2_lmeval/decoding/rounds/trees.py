@@ -100,15 +100,12 @@ def ancestors(parent: torch.Tensor, depths: int) -> torch.Tensor:
     return above
 
 
-def tree_visibility(
-    kind: torch.Tensor, owner: torch.Tensor, above: torch.Tensor, slots: torch.Tensor | None = None
-) -> torch.Tensor:
+def tree_visibility(kind: torch.Tensor, owner: torch.Tensor, above: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Who sees whom in a round, (R, W, W), from what each query is and which node it belongs to, (R, W).
 
     Text is token-causal and seen by all. A node is seen by what belongs to itself or to a node below it. A verifier is
-    seen by itself and by its node's window, a window by itself. ``above`` is that of the rows, or of ``slots`` (R,).
+    seen by itself and by its node's window, a window by itself. Row r's tree is that of ``above[slots[r]]``.
     """
-    row = torch.arange(len(kind), device=kind.device) if slots is None else slots
     query, key = owner.unsqueeze(2), owner.unsqueeze(1)
     of_query, of_key = kind.unsqueeze(2), kind.unsqueeze(1)
     place = torch.arange(kind.shape[1], device=kind.device)
@@ -116,6 +113,6 @@ def tree_visibility(
     window = (of_key >= VERIFIER) & (of_key < NOBODY) & (of_query == WINDOW) & (query == key)
     visible = text | window
     if above.shape[1] > 1:
-        visible |= (of_key == NODE) & (of_query != TEXT) & above[row.view(-1, 1, 1), query, key]
+        visible |= (of_key == NODE) & (of_query != TEXT) & above[slots.view(-1, 1, 1), query, key]
     visible.diagonal(dim1=1, dim2=2).fill_(True)
     return visible
