@@ -50,7 +50,8 @@ class DecoderEntry(Entry):
         strategy: the remasking strategy, where there is no choice.
         needs_drafter: whether it needs a drafter beside the model.
         accelerates: whether it makes the steps of another decoder, ``base``.
-        accelerable: whether it can be that other decoder.
+        plain: whether it denoises without speculation, by a definition of its own: others are compared with it, and may
+            make its steps.
         unfit: scheme -> why it does not fit, where one might expect that it does.
     """
 
@@ -60,7 +61,7 @@ class DecoderEntry(Entry):
     strategy: str | None = None
     needs_drafter: bool = False
     accelerates: bool = False
-    accelerable: bool = False
+    plain: bool = False
     unfit: Mapping[str, str] = field(default_factory=dict)
 
 

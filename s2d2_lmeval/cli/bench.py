@@ -29,7 +29,7 @@ SUMMARY = "measure decoders, schedules and batches on this machine"
 
 _CLOCKS = {"wall": "wall clock", "cpu": "processor time"}
 
-DECODERS = "ar,dynamic,s2d2,s2d2:reference,s2d2:lookahead,sliding"
+COMPARED = "ar,dynamic,s2d2,s2d2:reference,s2d2:lookahead,sliding"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = "a checkpoint, or sdar-100m or sdar-8b: that shape, random weights (default: toy)"
     parser.add_argument("--model", type=nonempty, default="toy", help=model)
     decoders = "comma-separated DECODER[:SCHEDULE][+OPTION=VALUE…] (default: %(default)s)"
-    parser.add_argument("--decoders", default=DECODERS, metavar="LIST", help=decoders)
+    parser.add_argument("--decoders", default=COMPARED, metavar="LIST", help=decoders)
     parser.add_argument("--batch", default="1,8", metavar="LIST", help="rows in flight (default: %(default)s)")
     for name, default, what in (
         ("block_length", 16, "of block decoders"),
@@ -211,12 +211,14 @@ def _numbers(text: str) -> list[int]:
 
 def _options(entry: str, args: argparse.Namespace) -> dict[str, Any]:
     """``s2d2:lookahead+acceptance=greedy`` as decoding options."""
+    from s2d2_lmeval.decoding.options.reading import names_of
+
     head, *given = entry.split("+")
     decoder, _, schedule = head.partition(":")
     options: dict[str, Any] = {"decoder": decoder}
     if schedule:
         options["schedule"] = schedule
-    if decoder not in ("ar", "sliding", "dflash", "ddtree"):
+    if "block_length" in names_of(decoder, base="dynamic"):
         options["block_length"] = args.block_length
     return {**options, **parse_options(given)}
 

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from s2d2_lmeval.cli.doctor.installation import NOTE, OK, Finding
 from s2d2_lmeval.errors import ConfigError
 
-NOT_BLOCKWISE = frozenset({"ar", "sliding", "s2d2", "spiffy"})
-"""Decoders that are, or are measured by, another one."""
 _SECTION = "autoregressive mode"
 
 
@@ -27,6 +25,7 @@ def ar_quality(path: str | None, tasks: str | None, *, limit: int, rows: int) ->
     from s2d2_lmeval.cli.console import begin
     from s2d2_lmeval.families import checkpoint_facts
     from s2d2_lmeval.harness.filters import METRICS
+    from s2d2_lmeval.registry import DECODERS
     from s2d2_lmeval.studies.evaluation import scores_of_documents
     from s2d2_lmeval.studies.report.statistics import paired_p_value
     from s2d2_lmeval.studies.report.tables import SIGNIFICANT
@@ -38,7 +37,7 @@ def ar_quality(path: str | None, tasks: str | None, *, limit: int, rows: int) ->
     if not names:
         raise ConfigError("--ar_quality needs a task at hand: name one or more, as in --tasks s2d2_gsm8k.")
     facts = checkpoint_facts(path)
-    blockwise = [decoder for decoder in facts.decoders if decoder not in NOT_BLOCKWISE]
+    blockwise = [decoder for decoder in facts.decoders if DECODERS[decoder].plain]
     if not blockwise or "ar" not in facts.decoders:
         raise ConfigError(f"{facts.family} checkpoints have no two modes to compare: {', '.join(facts.decoders)}.")
     ran = {

@@ -54,7 +54,7 @@ def _remasking(name: str, strategy: str, what: str, *options: type) -> Callable[
         promise=f"the definition of {what}",
         options=(*DENOISING, *options),
         strategy=strategy,
-        accelerable=True,
+        plain=True,
     )
 
 

@@ -34,7 +34,7 @@ from s2d2_lmeval.registry import DECODERS
     promise="the definition of block denoising with token editing (LLaDA2)",
     options=(*DENOISING, ConfidenceOption, EditingOptions),
     strategy="low_confidence_dynamic",
-    accelerable=True,
+    plain=True,
 )
 class EditingDenoiser(BlockDenoiser):
     """The decoder ``editing``."""

@@ -248,7 +248,8 @@ class DecodingConfig(
 
 def _default_base(facts: Facts | None) -> str:
     """What is accelerated on checkpoints of ``facts`` if nothing is said."""
-    return next((name for name in (facts.decoders if facts else ()) if DECODERS[name].accelerable), "dynamic")
+    bases = set(spiffy.BASES)
+    return next((name for name in (facts.decoders if facts else ()) if name in bases), "dynamic")
 
 
 def _made_from(preset: str | None, config: DecodingConfig) -> DecodingConfig:

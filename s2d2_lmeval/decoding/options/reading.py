@@ -11,6 +11,7 @@ from s2d2_lmeval.decoding.options.general import EVERY_DECODER, GREEDY
 from s2d2_lmeval.decoding.options.names import changes_nothing, nearest
 from s2d2_lmeval.decoding.options.option import SYNONYMS, checked, takes_none
 from s2d2_lmeval.decoding.options.s2d2 import RemaskingOption, RoutingOptions
+from s2d2_lmeval.decoding.options.spiffy import BASES
 from s2d2_lmeval.errors import ConfigError, shown
 from s2d2_lmeval.registry import DECODERS, ESTIMATORS, POLICIES, STRATEGIES
 
@@ -120,5 +121,5 @@ def misfit(decoder: str, facts: Facts, option: str = "decoder") -> str:
     reason = next((f" ({part.unfit[facts.scheme]})" for part in parts if facts.scheme in part.unfit), "")
     if any(part.needs_drafter for part in parts):
         reason = " without a drafter (give its path or hub id as draft=…)"
-    fitting = [name for name in facts.decoders if option == "decoder" or DECODERS[name].accelerable]
+    fitting = [name for name in facts.decoders if option == "decoder" or name in set(BASES)]
     return f"{option}={decoder} does not fit {facts.family} checkpoints{reason}; use one of: {', '.join(fitting)}."

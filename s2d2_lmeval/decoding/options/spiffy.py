@@ -14,7 +14,11 @@ class _Bases(Iterable[str]):
     """The decoders whose steps can be skipped."""
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in DECODERS if DECODERS[name].accelerable)
+        fitting = {scheme for part in DECODERS.known() if part.accelerates for scheme in part.schemes}
+        return (name for name in DECODERS if DECODERS[name].plain and fitting.intersection(DECODERS[name].schemes))
+
+
+BASES = _Bases()
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class SpiffyOptions:
     base: str = option(
         "dynamic",
         "the decoder that is accelerated; its options apply",
-        choices=_Bases(),
+        choices=BASES,
         reasons={
             "s2d2": "its step is two forwards, and which of them runs depends on the first",
             "sliding": "it has no denoising steps to skip",

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     "pipelined",
     promise="the definition of pipelined block denoising (D2F)",
     options=(ScheduleOption, BlockOption, ConfidenceOption, PipelinedOptions),
+    plain=True,
 )
 class PipelinedDenoiser(Decoder[PipelineRows]):
     """The decoder ``pipelined``. The window of a row is what is undecided of it, tables (count, W)

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from s2d2_lmeval.errors import StudyError
+from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.statistics import ratios
 from s2d2_lmeval.studies.files import read_manifest
 from s2d2_lmeval.studies.report.statistics import holm, interval, paired_p_value, pareto
 from s2d2_lmeval.studies.store import Line, PointRecord, read_point
 
 KINDS = ("prefill", "draft", "verify", "commit")
-PLAIN_DECODERS = ("static", "dynamic", "sequential", "entropy_bounded", "editing", "pipelined")
-"""Decoders that may be the tuned baseline: denoising without verification."""
 
 
 @dataclass
@@ -199,7 +198,7 @@ def _compare(group: Sequence[Row], baselines: Mapping[str, str]) -> None:
     """Give the rows of a model on a task their speed-ups, paired tests and front."""
     named = {row.decoding: row for row in group}
     # The baseline at its best: of the configurations without verification the most accurate, then the fastest.
-    plain = [row for row in group if row.decoder in PLAIN_DECODERS]
+    plain = [row for row in group if row.decoder in DECODERS and DECODERS[row.decoder].plain]
     tuned = max(plain, key=lambda row: (row.accuracy, row.tokens_per_second), default=None)
     tuned = named.get(baselines.get("dynamic", ""), tuned)
     ar = named.get(baselines.get("ar", ""), next((row for row in group if row.decoder == "ar"), None))
