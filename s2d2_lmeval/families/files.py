@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from s2d2_lmeval.errors import CheckpointError, first_line
+from s2d2_lmeval.toy import embedded
 
 ModelT = TypeVar("ModelT")
 
@@ -33,10 +34,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 
 def resolve(source: str | Path) -> str:
     """A path that exists or a hub id; ``"toy"`` is the embedded checkpoint."""
-    if str(source) == "toy":
-        from s2d2_lmeval.toy import checkpoint_path
-
-        return str(checkpoint_path())
+    source = embedded(source)
     try:
         path = Path(source).expanduser()
         is_folder, exists = path.is_dir(), path.exists()

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from s2d2_lmeval.toy import embedded
+
 ANSWERS = 1
 """Counts the changes of this package by which the same request gets another answer or another score. Comments, speed
 and messages are no such changes; a test compares the answers of each number with recorded ones."""
@@ -61,11 +63,7 @@ def of_source(name: str, arguments: Mapping[str, Any]) -> str:
     Where the hub cannot be reached and nothing is cached it is the name and revision as given.
     Of the model's ``arguments``, ``revision`` and how to reach the hub are read too.
     """
-    source = arguments[name]
-    if source == "toy":
-        from s2d2_lmeval.toy import checkpoint_path, drafter_path
-
-        source = drafter_path() if name == "draft" else checkpoint_path()
+    source = embedded(arguments[name], drafter=name == "draft")
     place = os.path.expanduser(str(source))
     if os.path.exists(place):  # of any text; a pathlib.Path raises for one that is too long
         return f"sha256:{of_path(Path(place))}"

@@ -20,10 +20,10 @@ from s2d2_lmeval.families.loading import usable_device
 from s2d2_lmeval.harness.arguments import Arguments
 from s2d2_lmeval.model import BlockDiffusionModel, load
 from s2d2_lmeval.runtime.memory import RowLimit
+from s2d2_lmeval.toy import embedded
 
 logger = logging.getLogger("lm_eval.s2d2")
 
-TOY = "toy"
 _FACTS = ("family", "mask_token_id", "block_length")
 # Names of mask tokens in published tokenizers: <|MASK|>, |<MASK>|, <|mdm_mask|>, [MASK], <[MASK_TOKEN]>, …
 _MASK_NAME = re.compile(r"[^a-z]*(mdm_?)?mask(_?token)?[^a-z]*", re.IGNORECASE)
@@ -159,10 +159,7 @@ def check_mask(tokenizer: Any, facts: Facts, given: int | None) -> None:
 
 def resolve(source: Any) -> Any:
     """An absolute path for a folder and for ``toy``; a hub id or a model as it is."""
-    if source == TOY:
-        from s2d2_lmeval.toy import checkpoint_path
-
-        return str(checkpoint_path())
+    source = embedded(source)
     if isinstance(source, (str, Path)) and os.path.isdir(place := os.path.expanduser(source)):
         return str(Path(place).resolve())
     return str(source) if isinstance(source, Path) else source

@@ -14,6 +14,7 @@ from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.config_map import MOST_LAYERS, configured, is_number, is_whole
 from s2d2_lmeval.families.files import misfit, read_config, resolve, skeleton, stored_weights, weight_files
 from s2d2_lmeval.runtime.drafter import DFlash, DrafterShape
+from s2d2_lmeval.toy import embedded
 
 DEFAULT_BLOCK_LENGTH = 16
 _DFLASH2 = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
@@ -35,11 +36,7 @@ def load_drafter(source: str | Path, target: PreTrainedModel, **hub: Any) -> DFl
     Raises:
         CheckpointError: no DFlash drafter there, another kind of drafter, or one for another target.
     """
-    if str(source) == "toy":
-        from s2d2_lmeval.toy import drafter_path
-
-        source = drafter_path()
-    source = resolve(source)
+    source = resolve(embedded(source, drafter=True))
     shape = drafter_shape(read_config(source, **hub), source)
     check_fit(shape, target, source)
     files = weight_files(source, **hub)

@@ -62,3 +62,10 @@ def checkpoint_path() -> Path:
 def drafter_path() -> Path:
     """Folder of the DFlash drafter for that checkpoint's autoregressive mode."""
     return Path(__file__).parent / "drafter_checkpoint"
+
+
+def embedded(source: Any, drafter: bool = False) -> Any:
+    """``source``, but the folder of the embedded checkpoint (or its drafter) where it is ``"toy"``."""
+    if not isinstance(source, (str, Path)) or str(source) != "toy":
+        return source
+    return drafter_path() if drafter else checkpoint_path()
