@@ -152,7 +152,7 @@ def _at_least(least: int, name: str, value: Any, meaning: str) -> int:
         number = int(converted(name, "int", value))
     except ConfigError:
         number = least - 1
-    if number < least:
+    if not least <= number <= LARGEST:
         said = shown(value).strip("'")
         raise ConfigError(f"{name}={said} is not {meaning}.")
     return number
@@ -223,9 +223,9 @@ def _check_harness(harness: Mapping[str, Any]) -> None:
     """What the harness's class would find out only after the weights are loaded, or not at all."""
     for name, known, why in (
         ("backend", ("default", "causal"), "is not available with --model s2d2: models are causal"),
-        ("special_tokens", SPECIAL_TOKENS, f"is not one of: {', '.join(SPECIAL_TOKENS)}"),
+        ("special_tokens", (None, *SPECIAL_TOKENS), f"is not one of: {', '.join(SPECIAL_TOKENS)}"),
     ):
-        if harness.get(name) not in (None, *known):
+        if harness.get(name, known[0]) not in known:
             raise ConfigError(f"{name}={shown(harness[name])} {why}.")
     if not isinstance(harness.get("chat_template_args") or {}, Mapping):
         raise ConfigError(f"chat_template_args={shown(harness['chat_template_args'])} is not a mapping.")

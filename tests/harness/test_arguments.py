@@ -71,6 +71,12 @@ def test_unknown_names_are_refused_with_the_nearest(name: str, hint: str) -> Non
         sort_arguments("x", {name: 1})
 
 
+@pytest.mark.parametrize("backend", [None, "seq2seq", 1])
+def test_models_are_causal(backend: Any) -> None:
+    with pytest.raises(ConfigError, match="models are causal"):
+        sort_arguments("x", {"backend": backend})
+
+
 def test_missing_checkpoint() -> None:
     with pytest.raises(ConfigError, match="no pretrained="):
         sort_arguments(None, {})
@@ -128,7 +134,7 @@ def test_rows_in_flight() -> None:
     assert rows_in_flight("auto", None) == RowLimit("auto")
     assert rows_in_flight("auto:4", 4) == RowLimit("auto", 4)
     assert sort_arguments("x", {"max_batch": "auto"}).rows == RowLimit("auto")
-    for wrong in (0, -1, "many", 1.5):
+    for wrong in (0, -1, "many", 1.5, 10**5000):
         with pytest.raises(ConfigError, match="number of requests to decode side by side"):
             rows_in_flight(wrong, None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_batch=0"):
