@@ -25,8 +25,7 @@ def plan_pipeline(rows: PipelineRows, config: DecodingConfig, shifted: bool, slo
     Reads ``verify`` and ``draft``, at places of the window (:func:`window_tables`). Where the row before predicts a
     token (``shifted``), the first place after the keys has no row here: its logits were kept when the row before was
     committed. ``verify_kept`` and ``draft_kept`` are the rows that read those, at place 0 and before all others;
-    ``save`` (2, K) says which rows' logits of place 0 to keep now, and where they are among the draft's. ``stalled``,
-    ``drafting`` and ``verifying`` (count,) are told of every row, ``verify_slots`` are the rows that verify. Knows
+    ``save`` (2, K) says which rows' logits of place 0 to keep now, and where they are among the draft's. Knows
     ``groups``, how many draft logits each block has (of all rows, in order).
     """
     target = config.target_block_size
@@ -55,19 +54,11 @@ def plan_pipeline(rows: PipelineRows, config: DecodingConfig, shifted: bool, slo
     query = (prompt - cached)[row] + place - shifted
     draft_kept = _read(builder, "draft", row, place - base[row], query)
     first = np.flatnonzero((place == base[row])[query >= 0] & shifted)
-    part = np.isin(np.arange(rows.count), slots)
-    verifies = (rows.phase == VERIFY) & part
     save = np.stack([slots[row[query >= 0][first]], first])
-    facts = {
-        "verify_slots": np.flatnonzero(verifies),
-        "verify_kept": verify_kept,
-        "draft_kept": draft_kept,
-        "save": save,
-    }
-    facts |= {"stalled": rows.stalled, "drafting": (rows.phase == DRAFT) & part, "verifying": verifies}
+    facts = {"verify_kept": verify_kept, "draft_kept": draft_kept, "save": save}
     facts |= {"source": slots[layout.row_of] * rows.stride + builder.column("source")}
     facts |= {name: builder.padded(name, fill) for name, fill in (("rank", NOBODY), ("reach", NOTHING), ("group", 0))}
-    sent = builder.send(rows.device, **window_tables(rows, config, part), **facts)
+    sent = builder.send(rows.device, **window_tables(rows, config, slots), **facts)
     sent |= {name: sent[name].bool() for name in ("open", "forced", "stalled", "drafting", "verifying")}
     visible = by_reach(sent["rank"], sent["reach"])
     visible = with_group(visible, sent["group"]) if target > 1 else visible
@@ -103,13 +94,16 @@ def _read(builder: PassBuilder, name: str, row: np.ndarray, place: np.ndarray, q
     return builder.slots[row[~fresh]]
 
 
-def window_tables(rows: PipelineRows, config: DecodingConfig, part: np.ndarray) -> dict[str, np.ndarray]:
-    """What is undecided of the rows that take ``part`` (count,): W places from their first undecided block on.
+def window_tables(rows: PipelineRows, config: DecodingConfig, slots: np.ndarray) -> dict[str, np.ndarray]:
+    """What is undecided of the rows ``slots`` (R,): W places from their first undecided block on.
 
     Tables (count, W): ``open`` where a row has a place; ``cell`` index of its token in the flattened store, ``drafted``
     of the same place with masks drafted; ``column`` place among the generated ones (G where there is none);
     ``position``; ``forced`` places of blocks that may be forced on. ``step`` and ``key`` (count, 1) name draws.
+    Rows (count,): ``stalled``, ``drafting`` and ``verifying``; ``verify_slots`` (K,) are the rows that verify.
     """
+    part = np.isin(np.arange(rows.count), slots)
+    verifying = (rows.phase == VERIFY) & part
     widths = np.where(part, rows.end - rows.base, 0)
     offset = np.arange(int(widths.max()))
     is_open = offset < widths[:, None]
@@ -126,4 +120,8 @@ def window_tables(rows: PipelineRows, config: DecodingConfig, part: np.ndarray) 
         "forced": np.take_along_axis(np.pad(rows.forced(config), ((0, 0), (0, 1))), column, axis=1),
         "step": rows.step[:, None],
         "key": rows.key[:, None],
+        "stalled": rows.stalled,
+        "drafting": (rows.phase == DRAFT) & part,
+        "verifying": verifying,
+        "verify_slots": np.flatnonzero(verifying),
     }
