@@ -65,8 +65,8 @@ class Plan:
 
     def at(self, first: str, last: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(slots, places) of the logits of a group, or of the groups from ``first`` to ``last``, where there is one."""
-        begin = self.reads[first]
-        which = slice(begin.start, self.reads.get(last or first, begin).stop)
+        groups = [self.reads[name] for name in (first, last or first) if name in self.reads] or [slice(0, 0)]
+        which = slice(groups[0].start, groups[-1].stop)
         return self.sent["read_slot"][which], self.sent["read_place"][which]
 
     def count(self, name: str) -> int:

@@ -101,16 +101,18 @@ def read_back(
 ) -> StepResult:
     """Fetch everything in one transfer. This is where the host waits for the device."""
     steps = [*drafted, *([] if verified is None else [verified])]
-    flags = torch.stack([moved.long(), moved.long() if made is None else made, sound.long().expand(len(moved))], dim=1)
-    spans, facts, *tables = fetch([span, flags, *(table for step in steps for table in step)])
-    host = [StepTables(*tables[first : first + 5]) for first in range(0, len(tables), 5)]
+    columns = [span, *(fact.unsqueeze(1) for fact in (moved, sound.expand_as(moved)))]
+    if made is not None:
+        columns.append(made.unsqueeze(1))
+    read = fetch([*columns, *(table for step in steps for table in step)])
+    host = [StepTables(*read[first : first + 5]) for first in range(len(columns), len(read), 5)]
     return StepResult(
         verified=None if verified is None else host.pop(),
         drafted=host,
-        span=spans.astype(bool),
-        moved=facts[:, 0],
-        made=facts[:, 1] if made is not None else np.ones_like(facts[:, 1]),
-        sound=bool(facts[:, 2].all()),
+        span=read[0].astype(bool),
+        moved=read[1][:, 0],
+        made=np.ones(len(span), dtype=np.int64) if made is None else read[3][:, 0],
+        sound=bool(read[2].all()),
     )
 
 

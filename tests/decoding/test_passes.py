@@ -42,6 +42,7 @@ def test_a_plan_reads_its_groups_in_order_and_counts_them_per_row():
     assert [table.tolist() for table in plan.at("none", "first")] == [[4], [3]]
     assert (plan.count("copy"), plan.count("none"), plan.count("first"), plan.count("absent")) == (2, 0, 1, 0)
     assert [table.tolist() for table in plan.at("first", "absent")] == [[4], [3]]
+    assert [table.tolist() for table in plan.at("absent")] == [[], []]
     assert plan.wanted_counts.tolist() == [1, 2]
     assert plan.sent["extra"].tolist() == [[1, 2]]
     assert plan.known["text"].tolist() == [2, 3]

@@ -74,18 +74,21 @@ def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> Plan:
     builder = PassBuilder(slots)
     text = builder.span(cached, end - cached)
     set_text(text, rows, slots, config)
-    mask = rows.length + length
-    copy_row, copy_place = np.nonzero(wanted & verifying[:, None])
-    copies = builder.each(copy_row, start[copy_row] + copy_place)
-    copies.set(source=mask, rank=NOBODY, reach=copies.position - 1)
-    ahead = builder.span(start + length, carries * length)
-    ahead.set(source=mask, rank=ahead.position, reach=block_end(ahead.position, length))
+    mask, verifies = rows.length + length, verifying.any()
+    if verifies:
+        copy_row, copy_place = np.nonzero(wanted & verifying[:, None])
+        copies = builder.each(copy_row, start[copy_row] + copy_place)
+        copies.set(source=mask, rank=NOBODY, reach=copies.position - 1)
+        ahead = builder.span(start + length, carries * length)
+        ahead.set(source=mask, rank=ahead.position, reach=block_end(ahead.position, length))
 
     builder.lay_out()
+    if verifies:
+        builder.read("verify", copy_row, copy_place, copies.query)
     draft_row, draft_place = np.nonzero(wanted & drafting[:, None])
-    builder.read("verify", copy_row, copy_place, copies.query)
     builder.read("draft", draft_row, draft_place, (text.first + start - cached)[draft_row] + draft_place)
-    builder.read("ahead", ahead.row, ahead.local, ahead.query)
+    if verifies:
+        builder.read("ahead", ahead.row, ahead.local, ahead.query)
     sent = send_blocks(rows, config, builder)
     # Under lookahead the decided prefix of the block is token-causal in the draft already: it stays.
     settled = np.where(lookahead, start + masks.argmax(1), start)
