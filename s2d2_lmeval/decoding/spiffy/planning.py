@@ -135,7 +135,7 @@ def plan_states(
     at_row, at = np.nonzero(wanted | (finishing > 0)[:, None])
     # A shifted model predicts a token before it; in a state that finishes, tokens of what comes next are predicted.
     before = (start - block)[at_row] + at - shifted
-    query = before.clip(0)
+    query = np.maximum(before, 0)
     current = (text.first + block - cached)[at_row] + query
     facts = states.read(builder, (at_row, at), wanted[at_row, at], (current, query, before + part))
     known = {"inside": inside, "finishing": finishing, "text": end - cached}
