@@ -83,7 +83,13 @@ class Case:
             options = {name: options[name] for name in (*known, "suppress_mask_token")}
         if self.options.decoder == "dynamic":
             foreign = set(SCORE).union(*POLICIES.values())
-            foreign |= {"acceptance", "allow_resample", "ssd_ratio_tempering_factor", "do_verify_policy"}
+            foreign |= {
+                "acceptance",
+                "allow_resample",
+                "ssd_ratio_tempering_factor",
+                "do_verify_policy",
+                "nucleus_first",
+            }
             options = {name: value for name, value in options.items() if name not in foreign}
         source = {"random_source": self.random_source, "seed": self.seed}
         return {**options, **source, "trim_stop_tokens": False, **others}
