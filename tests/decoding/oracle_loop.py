@@ -15,7 +15,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .oracle_inputs import Draws, Options, Result
+from s2d2_lmeval import Generation
+
+from .oracle_inputs import Draws, FixedSource, Options, Result, TorchSource
 from .oracle_maths import Context, Router, block_causal, causal, drafts, residual, transformed
 
 OptionsT = TypeVar("OptionsT", bound=Options)
@@ -136,3 +138,24 @@ class Account(Generic[OptionsT]):
 def first_run(masked: Sequence[int]) -> list[int]:
     """The first run of neighbours among ``masked`` places."""
     return [i for n, i in enumerate(masked) if i == masked[0] + n]
+
+
+def assert_agrees(answer: Generation, expected: Result, options: Options, mask_id: int) -> None:
+    """The engine's answer is the account's: canvas, tokens, forwards of every kind, decoding order."""
+    assert answer.canvas == expected.canvas[: len(answer.canvas)]
+    assert set(expected.canvas[len(answer.canvas) :]) <= {mask_id}
+    assert answer.token_ids == expected.new_tokens(options.stop_token_ids, options.max_new_tokens)
+    assert_same_course(answer, expected)
+
+
+def assert_same_course(answer: Generation, expected: Result) -> None:
+    """As many forwards of every kind, and the same decoding order."""
+    assert answer.stats["nfe"] == expected.nfe
+    for kind in ("prefill", "draft", "verify", "commit"):
+        assert answer.stats[f"{kind}_forwards"] == expected.forwards[kind]
+    assert answer.decoding_order == expected.decoding_order
+
+
+def draws_of(random_source: str, keyed: Draws) -> Draws:
+    """What the options name; ``keyed`` draws come from the caller."""
+    return keyed if random_source == "keyed" else Draws({"torch": TorchSource, "fixed": FixedSource}[random_source]())

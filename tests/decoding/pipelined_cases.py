@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -13,11 +12,11 @@ import torch
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from s2d2_lmeval import BlockDiffusionModel, DecodingConfig, load
-from s2d2_lmeval.decoding.options.reading import names_of
+from s2d2_lmeval import BlockDiffusionModel, load
 
 from .drawn import SCORE, prompts
 from .pipelined_oracle import PipelinedOptions
+from .tiny import engine_options
 
 FAMILIES = ("llada", "dream")
 VOCABULARY = 23
@@ -65,14 +64,6 @@ def engine(family: str, max_batch: int = 8, seed: int = 0) -> BlockDiffusionMode
     return load(tiny_model(family, seed), family=family, max_batch=max_batch, mask_token_id=MASK, block_length=4)
 
 
-def engine_options(options: PipelinedOptions) -> dict[str, Any]:
-    """The oracle's options as the engine's, without those of the other decoder."""
-    values = dataclasses.asdict(options)
-    fields = DecodingConfig.fields()
-    taken = {field.name for field in fields if "pipelined" in field.metadata["schemes"]} & {*names_of(options.decoder)}
-    return {name: value for name, value in values.items() if name in taken}
-
-
 @dataclass(frozen=True)
 class Case:
     """A request and how to decode it."""
@@ -87,7 +78,7 @@ class Case:
     @property
     def config(self) -> dict[str, Any]:
         """For the engine."""
-        return {**engine_options(self.options), "random_source": self.random_source, "seed": self.seed}
+        return {**engine_options(self.options, "pipelined"), "random_source": self.random_source, "seed": self.seed}
 
 
 VERIFICATION = {

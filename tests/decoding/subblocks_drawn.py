@@ -13,23 +13,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from s2d2_lmeval import BlockDiffusionModel, Generation, load
 
 from .drawn import POLICIES, SCORE
-from .oracle_inputs import Draws, FixedSource, Result, TorchSource
+from .oracle_inputs import Result
+from .oracle_loop import draws_of
 from .subblocks_oracle import SubblockOptions, SubblockOracle
-from .tiny import KeyedDraws
+from .tiny import KeyedDraws, engine_options
 
 VOCABULARY = 23
 MASK = VOCABULARY - 1
-
-NOT_OPTIONS = {  # of SubblockOptions, but of no engine decoding sub-blocks
-    "denoising_steps",
-    "remasking_strategy",
-    "eb_threshold",
-    "collapse_entropy",
-    "ssd_ratio_threshold",
-    "ssd_threshold_all_spans",
-    "always_check_high_confidence",
-    "stale_rows",
-}
 
 
 @cache
@@ -77,28 +67,13 @@ class Case:
 
     def engine_options(self, **others: Any) -> dict[str, Any]:
         """The options as the engine's, without those of other decoders."""
-        options = {name: value for name, value in vars(self.options).items() if name not in NOT_OPTIONS}
-        if self.options.decoder == "ar":
-            known = ("temperature", "top_k", "top_p", "do_sample", "stop_token_ids", "max_new_tokens", "decoder")
-            options = {name: options[name] for name in (*known, "suppress_mask_token")}
-        if self.options.decoder == "dynamic":
-            foreign = set(SCORE).union(*POLICIES.values())
-            foreign |= {
-                "acceptance",
-                "allow_resample",
-                "ssd_ratio_tempering_factor",
-                "do_verify_policy",
-                "nucleus_first",
-            }
-            options = {name: value for name, value in options.items() if name not in foreign}
+        options = engine_options(self.options, "subblock")
         source = {"random_source": self.random_source, "seed": self.seed}
         return {**options, **source, "trim_stop_tokens": False, **others}
 
     def by_oracle(self) -> tuple[Result, list[int]]:
         """What the definition says: the run, and the answer."""
-        draws: Draws = KeyedDraws(self.seed, self.request)
-        if self.random_source != "keyed":
-            draws = Draws(TorchSource() if self.random_source == "torch" else FixedSource())
+        draws = draws_of(self.random_source, KeyedDraws(self.seed, self.request))
         model = shifted_model(self.model_seed)  # its random initialisation draws
         torch.manual_seed(self.seed)
         oracle = SubblockOracle(model, self.options, draws, MASK)

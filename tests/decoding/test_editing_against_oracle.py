@@ -19,6 +19,7 @@ from .drawn import MASK
 from .editing_oracle import EditingOptions, decode, published_tokens
 from .editing_tiny import TARGETS, Case, cases, engine, engine_config, tiny_model
 from .oracle_inputs import Draws, FixedSource, Result, TorchSource
+from .oracle_loop import assert_agrees, draws_of
 from .tiny import DATA, KeyedDraws
 
 CHECKPOINT = Path(__file__).parents[1] / "families" / "data" / "llada2" / "checkpoint"
@@ -57,9 +58,7 @@ def test_the_definition_gives_the_recorded_runs(run: dict[str, Any]) -> None:
 
 
 def by_oracle(case: Case) -> Result:
-    draws: Draws = KeyedDraws(case.seed, case.request)
-    if case.random_source != "keyed":
-        draws = Draws(SOURCES[case.random_source]())
+    draws = draws_of(case.random_source, KeyedDraws(case.seed, case.request))
     model = tiny_model(case.model_seed)
     torch.manual_seed(case.seed)
     return decode(model, case.prompt, case.options, draws, mask_id=MASK)
@@ -73,15 +72,7 @@ def by_engine(case: Case, schedule: str = "reference") -> Generation:
 
 
 def check_same(case: Case) -> None:
-    expected, answer = by_oracle(case), by_engine(case)
-    stops, limit = case.options.stop_token_ids, case.options.max_new_tokens
-    assert answer.canvas == expected.canvas[: len(answer.canvas)]
-    assert set(expected.canvas[len(answer.canvas) :]) <= {MASK}
-    assert answer.token_ids == expected.new_tokens(stops, limit)
-    assert answer.decoding_order == expected.decoding_order
-    assert answer.stats["nfe"] == expected.nfe
-    for kind in ("prefill", "draft", "verify", "commit"):
-        assert answer.stats[f"{kind}_forwards"] == expected.forwards[kind]
+    assert_agrees(by_engine(case), by_oracle(case), case.options, MASK)
 
 
 def check_fused(case: Case) -> None:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from s2d2_lmeval import Generation
 
 from .drawn import MASK, POLICIES, Case, cases
-from .oracle import Draws, FixedSource, Result, TorchSource, decode
+from .oracle import Result, decode
+from .oracle_loop import assert_agrees, draws_of
 from .tiny import KeyedDraws, engine, engine_config, tiny_model
 
 DENOISERS = ("ar", "sequential", "static", "dynamic", "entropy_bounded")
@@ -19,9 +20,7 @@ TARGETS = [(decoder, None) for decoder in DENOISERS] + list(ROUTED)
 
 
 def by_oracle(case: Case) -> Result:
-    draws: Draws = KeyedDraws(case.seed, case.request)
-    if case.random_source != "keyed":
-        draws = Draws(TorchSource() if case.random_source == "torch" else FixedSource())
+    draws = draws_of(case.random_source, KeyedDraws(case.seed, case.request))
     model = tiny_model(seed=case.model_seed)
     torch.manual_seed(case.seed)
     return decode(model, case.prompt, case.options, draws, mask_id=MASK)
@@ -35,15 +34,7 @@ def by_engine(case: Case, schedule: str = "reference") -> Generation:
 
 
 def check_same(case: Case) -> None:
-    expected, answer = by_oracle(case), by_engine(case)
-    stops, limit = case.options.stop_token_ids, case.options.max_new_tokens
-    assert answer.canvas == expected.canvas[: len(answer.canvas)]
-    assert set(expected.canvas[len(answer.canvas) :]) <= {MASK}
-    assert answer.token_ids == expected.new_tokens(stops, limit)
-    assert answer.stats["nfe"] == expected.nfe
-    for kind in ("prefill", "draft", "verify", "commit"):
-        assert answer.stats[f"{kind}_forwards"] == expected.forwards[kind]
-    assert answer.decoding_order == expected.decoding_order
+    assert_agrees(by_engine(case), by_oracle(case), case.options, MASK)
 
 
 @pytest.mark.parametrize(("decoder", "policy"), TARGETS)

@@ -15,7 +15,8 @@ from s2d2_lmeval.decoding import engine as engine_module
 from s2d2_lmeval.errors import ConfigError, NumericalError
 
 from .drawn import prompts
-from .oracle_inputs import Draws, FixedSource, Result, TorchSource
+from .oracle_inputs import Result
+from .oracle_loop import draws_of
 from .pipelined_cases import FAMILIES, MASK, POLICIES, Case, cases, engine, engine_options, options, tiny_model
 from .pipelined_oracle import PipelinedOptions, decode_pipelined
 from .tiny import KeyedDraws
@@ -26,9 +27,7 @@ LONG = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 def by_oracle(family: str, case: Case) -> Result:
-    draws: Draws = KeyedDraws(case.seed, case.request)
-    if case.random_source != "keyed":
-        draws = Draws(TorchSource() if case.random_source == "torch" else FixedSource())
+    draws = draws_of(case.random_source, KeyedDraws(case.seed, case.request))
     model = tiny_model(family, case.model_seed)  # made before seeding: it draws, the first time
     torch.manual_seed(case.seed)
     return decode_pipelined(model, case.prompt, case.options, draws, mask_id=MASK, shifted=family == "dream")
@@ -83,7 +82,7 @@ def told(generation: Generation) -> dict[str, Any]:
 
 def check_batches(family: str, data: st.DataObject, decoder: str, policy: str, schedules: list[str]) -> None:
     config = {
-        **engine_options(data.draw(options(decoder, policy))),
+        **engine_options(data.draw(options(decoder, policy)), "pipelined"),
         "random_source": data.draw(st.sampled_from(["keyed", "keyed", "fixed"])),
         "schedule": data.draw(st.sampled_from(schedules)),
         "seed": data.draw(st.integers(0, 99)),

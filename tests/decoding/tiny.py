@@ -12,6 +12,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from s2d2_lmeval import BlockDiffusionModel, DecodingConfig, load
+from s2d2_lmeval.decoding.options.reading import names_of
 from s2d2_lmeval.decoding.sampling import random as keyed
 
 from .oracle import Draws, Options
@@ -90,6 +91,13 @@ def engine_config(options: Options, **more: Any) -> DecodingConfig:
     if options.decoder == "ar":
         values["block_length"] = values["denoising_steps"] = 1
     return DecodingConfig(**{**values, **more})
+
+
+def engine_options(options: Options, scheme: str) -> dict[str, Any]:
+    """The oracle's options as the engine's, without those of other decoders and schemes."""
+    own = {field.name for field in DecodingConfig.fields() if scheme in field.metadata["schemes"]}
+    own &= {*names_of(options.decoder)}
+    return {name: value for name, value in vars(options).items() if name in own}
 
 
 def oracle_options(config: DecodingConfig) -> Options:
