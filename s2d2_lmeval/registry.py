@@ -77,7 +77,6 @@ class Registry(Mapping[str, PartT], Generic[PartT]):
         self.kind = kind
         self.modules = modules
         self._parts: dict[tuple[str, str], PartT] = {}
-        self._order: list[str] = []
         self._filled = False
 
     def add(self, name: str, part: PartT, schemes: tuple[str, ...] = ("",)) -> None:
@@ -94,13 +93,15 @@ class Registry(Mapping[str, PartT], Generic[PartT]):
             other = self._parts.get((name, scheme))
             if other is not None and _defined_in(other) != _defined_in(part):
                 raise ConfigError(f"{name} is the name of one of the {self.kind} already; choose another.")
-        self._parts |= dict.fromkeys([(name, scheme) for scheme in schemes], part)
-        self._order = []
+        parts = self._parts | dict.fromkeys([(name, scheme) for scheme in schemes], part)
+        # Whatever was imported first, parts are in the order of the modules, and within one as they are written.
+        places = {module: place for place, module in enumerate(self.modules)}
+        order = sorted(parts, key=lambda key: places.get(_defined_in(parts[key])[0], len(places)))
+        self._parts = {key: parts[key] for key in order}
 
     def remove(self, name: str) -> None:
         """Forget the parts of that name."""
         self._parts = {key: part for key, part in self._parts.items() if key[0] != name}
-        self._order = []
 
     def known(self) -> list[PartT]:
         """The parts that are here by now, with nothing imported to look for more."""
@@ -125,15 +126,7 @@ class Registry(Mapping[str, PartT], Generic[PartT]):
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
-        parts = self._filled_parts()
-        if not self._order:
-            modules = {module: place for place, module in enumerate(self.modules)}
-            places: dict[str, int] = {}
-            for (name, _), part in parts.items():
-                place = modules.get(_defined_in(part)[0], len(modules))
-                places[name] = min(place, places.get(name, place))
-            self._order = sorted(places, key=places.__getitem__)
-        return iter(self._order)
+        return iter(dict.fromkeys(name for name, _ in self._filled_parts()))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -163,3 +163,17 @@ def test_installed_it_is_a_decoder_of_lm_eval(installed: dict[str, str], tmp_pat
         [sys.executable, "-m", "s2d2_lmeval", "options", "longest_echo"], env=installed, capture_output=True, text=True
     )
     assert "how often a token may be written in a row" in listed.stdout
+
+
+@pytest.mark.parametrize("first", ["rounds.target", "pipelined.s2d2", "blocks.subblocks", "blocks.editing"])
+def test_the_order_of_parts_does_not_depend_on_what_is_imported_first(first: str) -> None:
+    code = (
+        f"import s2d2_lmeval.decoding.{first}\n"
+        "from s2d2_lmeval.registry import DECODERS\n"
+        "print([(name, [part.implementation.__name__ for part in DECODERS.all(name)]) for name in DECODERS])\n"
+        "print([name for name in DECODERS if len({part.promise for part in DECODERS.all(name)} - {''}) != 1])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    order, unlike = shown.splitlines()
+    assert order == str([(name, [part.implementation.__name__ for part in DECODERS.all(name)]) for name in DECODERS])
+    assert unlike == "[]"
