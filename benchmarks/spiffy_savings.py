@@ -155,7 +155,8 @@ def with_graph(
 def check_same(base: Line, lines: Iterable[Line]) -> None:
     """Every line must have written what the base decoder did.
 
-    :raises AssertionError: naming the line that did not.
+    Raises:
+        AssertionError: naming the line that did not.
     """
     for line in lines:
         if line.outputs != base.outputs:

@@ -102,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
 def read_prompts(path: Path, limit: int) -> list[str]:
     """Up to ``limit`` prompts of a file.
 
-    :raises RequestError: when there is none.
+    Raises:
+        RequestError: if there is none.
     """
     from s2d2_lmeval.families.files import parse_json, read_text
 
@@ -124,7 +125,8 @@ def read_prompts(path: Path, limit: int) -> list[str]:
 def task_prompts(names: str, limit: int) -> list[str]:
     """Up to ``limit`` prompts of the harness's tasks ``names``, as many of each; the same ones every time.
 
-    :raises RequestError: when a task generates nothing.
+    Raises:
+        RequestError: if a task generates nothing.
     """
     from s2d2_lmeval.studies.tasks import load_tasks, task_manager
 

@@ -24,8 +24,11 @@ def open_model(
 ) -> tuple[BlockDiffusionModel, Any, dict[str, Any]]:
     """Load ``source``; ``options`` are named as in the harness's ``--model_args``.
 
-    :returns: the model, its tokenizer, and those of ``options`` that are the decoder's.
-    :raises S2D2Error: for an option or a checkpoint that cannot be used.
+    Returns:
+        The model, its tokenizer, and those of ``options`` that are the decoder's.
+
+    Raises:
+        S2D2Error: for an option or a checkpoint that cannot be used.
     """
     arguments = sort_arguments(source, options)
     if arguments.custom is not None or arguments.model_class is not None:
@@ -64,8 +67,11 @@ def with_stops(config: DecodingConfig, options: Mapping[str, Any], tokenizer: An
 def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None, system: str | None = None) -> list[int]:
     """Token ids of ``prompt``, as a user's message in the chat template or as it is.
 
-    :param chat: None means: if the tokenizer has a template.
-    :raises RequestError: when a template is asked for and there is none.
+    Args:
+        chat: None means: if the tokenizer has a template.
+
+    Raises:
+        RequestError: if a template is asked for and there is none.
     """
     templated = bool(tokenizer.chat_template) if chat is None else chat
     if not templated:

@@ -95,7 +95,8 @@ def parse_value(text: str) -> Any:
 def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
     """A dictionary of ``name=value`` texts.
 
-    :raises ConfigError: for a text that is not such a pair, or a name that is given twice.
+    Raises:
+        ConfigError: for a text that is not such a pair, or a name that is given twice.
     """
     options: dict[str, Any] = {}
     for pair in pairs:

@@ -57,7 +57,8 @@ class Engine:
         Where memory runs out, the requests in flight begin again with half as many rows; randomness is keyed, so their
         answers are the same.
 
-        :raises CapacityError: when memory does not hold a single row.
+        Raises:
+            CapacityError: if memory does not hold a single row.
         """
         answers: list[Generation | None] = [None] * len(requests)
         waiting = deque(index for index, request in enumerate(requests) if request.max_new_tokens > 0)

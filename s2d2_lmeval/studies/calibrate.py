@@ -88,7 +88,8 @@ class _LoggingModel(BlockDiffusionModel):
 class TraceFile:
     """Traces of prompts in a file, a line each, after a line that says what they are of.
 
-    :raises ConfigError: for a file of another model, decoder or set of options.
+    Raises:
+        ConfigError: for a file of another model, decoder or set of options.
     """
 
     def __init__(self, path: Path, subject: Mapping[str, Any]) -> None:
@@ -126,8 +127,9 @@ def trace(
 ) -> list[list[RankedStep]]:
     """Traces of the base decoder on ``prompts``; those that ``path`` holds already are not run again.
 
-    :param config: of the decoder ``spiffy``; what it accelerates is traced.
-    :param on_traced: told of each prompt as it is done.
+    Args:
+        config: of the decoder ``spiffy``; what it accelerates is traced.
+        on_traced: told of each prompt as it is done.
     """
     if config.decoder != "spiffy":
         raise ConfigError(

@@ -33,8 +33,11 @@ class Evaluator:
     def complete(self, job: Job, on_sample: Callable[[Job, Line, int], None] | None = None) -> Outcome:
         """Complete a point, or record why it cannot be.
 
-        :param on_sample: told of every sample that is added, and how many the point has now.
-        :raises StorageError: when nothing can be recorded.
+        Args:
+            on_sample: told of every sample that is added, and how many the point has now.
+
+        Raises:
+            StorageError: if nothing can be recorded.
         """
         try:
             opened = PointStore(job.path, on_sample and partial(on_sample, job))

@@ -27,7 +27,8 @@ _UNREADABLE = (OSError, ValueError, RecursionError, OverflowError, MemoryError, 
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file; a key that is given twice is refused, and so is anything but plain data.
 
-    :raises StudyError: saying what cannot be read.
+    Raises:
+        StudyError: saying what cannot be read.
     """
     try:
         loader = yaml.SafeLoader(_text(path, LARGEST_STUDY))
@@ -84,7 +85,8 @@ def _refuse_twice(node: yaml.MappingNode) -> None:
 def refuse_exotic(content: Any) -> None:
     """Refuse everything but text, numbers of a usual size, true and false, lists and mappings.
 
-    :raises ValueError: naming what is none of them.
+    Raises:
+        ValueError: naming what is none of them.
     """
     left = [(content, 0)]
     while left:
@@ -129,7 +131,8 @@ class _Manifest(_Checked):
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What ``study.json`` says a folder of results is of; None for a folder without.
 
-    :raises StudyError: when it cannot be read.
+    Raises:
+        StudyError: if it cannot be read.
     """
     path = folder / MANIFEST
     if not path.exists():

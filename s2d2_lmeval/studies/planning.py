@@ -82,11 +82,14 @@ class Plan:
         self, study: Study, folder: Path, *, unsafe_code: bool = False, anew: bool = False, preview: bool = False
     ) -> None:
         """
-        :param unsafe_code: tasks that run what a model wrote may be evaluated.
-        :param anew: go on in a folder whose results are of other code or other weights; those stay, but do not count.
-        :param preview: only to be looked at: what is not on this machine (documents, a model's configuration) is
-            ``unknown`` rather than refused.
-        :raises StudyError: for anything that would make a point fail or mix results.
+        Args:
+            unsafe_code: tasks that run what a model wrote may be evaluated.
+            anew: go on in a folder whose results are of other code or other weights; those stay, but do not count.
+            preview: only to be looked at: what is not on this machine (documents, a model's configuration) is
+                ``unknown`` rather than refused.
+
+        Raises:
+            StudyError: for anything that would make a point fail or mix results.
         """
         self.folder = folder
         self.unsafe_code = unsafe_code
@@ -166,7 +169,8 @@ class Plan:
     def jobs(self, points: Iterable[Point]) -> list[Job]:
         """``points`` with their files; they become part of the study from here on.
 
-        :raises StudyError: when two of them are one and the same.
+        Raises:
+            StudyError: if two of them are one and the same.
         """
         study, jobs = self.study, []
         for point in points:
@@ -190,7 +194,8 @@ class Plan:
     def write_manifest(self) -> None:
         """Say in the folder what it is of.
 
-        :raises StorageError: when that cannot be written.
+        Raises:
+            StorageError: if that cannot be written.
         """
         named = ("model", "decoding", "options", "seed")
         content = {
@@ -224,7 +229,8 @@ _OF_FACTS = ("revision", "mask_token_id", "block_length", "family", *HUB_ONLY)
 def _check_decodings(study: Study) -> list[str]:
     """Refuse decoding options that a model's family does not take; from its config.json, before weights are loaded.
 
-    :returns: a sentence for each model of which that cannot be said now.
+    Returns:
+        A sentence for each model of which that cannot be said now.
     """
     unknown = []
     for model, arguments in study.models.items():

@@ -39,7 +39,8 @@ def named(value: Any) -> Any:
 def check_options(options: Mapping[str, Any], where: str = "") -> None:
     """Refuse names that are not decoding options; everything else depends on the checkpoint.
 
-    :raises ValueError: with the nearest option.
+    Raises:
+        ValueError: with the nearest option.
     """
     names = DecodingConfig.option_names()
     for option in options:
@@ -111,7 +112,8 @@ class Axis(Keys):
     def distribution(self) -> Any:
         """The axis as optuna has it.
 
-        :raises ValueError: when optuna is missing, or would not take it.
+        Raises:
+            ValueError: if optuna is missing, or would not take it.
         """
         try:
             import optuna.distributions as of

@@ -28,7 +28,8 @@ STORAGE = "search.db"
 def search(sweep: Sweep) -> None:
     """Run the trials of the study's search that are not done yet, for every model; ``sweep`` evaluates them.
 
-    :raises StudyError: when every trial of a round fails, or optuna's record cannot be read or written.
+    Raises:
+        StudyError: if every trial of a round fails, or optuna's record cannot be read or written.
     """
     from optuna.exceptions import OptunaError
     from sqlalchemy.exc import SQLAlchemyError

@@ -190,7 +190,8 @@ class PointRecord:
 def read_point(path: Path) -> PointRecord:
     """The record in ``path``; an empty one if there is no such file, a failure alone if it is another point's.
 
-    :raises StudyError: when it cannot be read at all.
+    Raises:
+        StudyError: if it cannot be read at all.
     """
     record = PointRecord()
     try:
@@ -217,9 +218,12 @@ class PointStore:
 
     def __init__(self, path: Path, on_sample: OnSample | None = None) -> None:
         """
-        :param on_sample: told of every sample that is added, and how many the point has now.
-        :raises StudyError: when another process has the file open, or it is another point's.
-        :raises StorageError: when it cannot be written.
+        Args:
+            on_sample: told of every sample that is added, and how many the point has now.
+
+        Raises:
+            StudyError: if another process has the file open, or it is another point's.
+            StorageError: if it cannot be written.
         """
         self.path = path
         self._on_sample = on_sample
@@ -256,7 +260,8 @@ class PointStore:
     def append(self, kind: str, **content: Any) -> Line:
         """Add a line, and wait until the disk has it.
 
-        :raises StorageError: when it has not.
+        Raises:
+            StorageError: if it has not.
         """
         line: Line = {"kind": kind, **(redacted(content) if kind in ("result", "failure") else content)}
         self._write(encode_line(line))
@@ -328,7 +333,8 @@ def decoding_order(steps: Sequence[Step]) -> list[list[int]]:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Replace ``path`` by ``content``, at once or not at all.
 
-    :raises StorageError: when it cannot be written.
+    Raises:
+        StorageError: if it cannot be written.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

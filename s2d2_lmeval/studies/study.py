@@ -202,7 +202,8 @@ class Study(TaskSettings):
     def part(self, tasks: Sequence[str] | None, decoder: str | None) -> Study:
         """The study of some of its tasks, and of the configurations of one decoder and of ar.
 
-        :raises StudyError: for a task or decoder that is not one of the study's.
+        Raises:
+            StudyError: for a task or decoder that is not one of the study's.
         """
         names = [task.task for task in self.tasks]
         decoders = list(dict.fromkeys(str(options.get("decoder")) for options in self.decoding.values()))
@@ -223,7 +224,8 @@ class Study(TaskSettings):
 def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
     """The study in ``path``; ``overrides`` take the place of keys of the file.
 
-    :raises StudyError: for a file that cannot be read, an unknown key, or values that do not make a study.
+    Raises:
+        StudyError: for a file that cannot be read, an unknown key, or values that do not make a study.
     """
     raw = read_yaml(path)
     if not isinstance(raw, dict):

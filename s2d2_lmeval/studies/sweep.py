@@ -88,7 +88,8 @@ class Sweep:
     def run(self) -> Counter[str]:
         """Run what is left of the study; how many points ended how.
 
-        :raises StorageError: when results cannot be written.
+        Raises:
+            StorageError: if results cannot be written.
         """
         self._begun = perf_counter()
         self.evaluate(self.plan.jobs(self.plan.study.points()))
@@ -156,7 +157,8 @@ class LocalBackend(Evaluator):
     def run(self, jobs: Sequence[Job], sweep: Sweep) -> None:
         """Evaluate ``jobs``; a failed one does not stop the others.
 
-        :raises StorageError: when results cannot be written.
+        Raises:
+            StorageError: if results cannot be written.
         """
         for job in jobs:
             sweep.started(job)

@@ -40,7 +40,8 @@ def task_manager(data_dir: str | None, include_path: Iterable[str], names: Itera
 def load_tasks(manager: Any, name: str) -> dict[str, Any]:
     """Name -> task object, for a task, a group or a tag.
 
-    :raises StudyError: for a name that the harness does not know, and a task that it cannot load.
+    Raises:
+        StudyError: for a name that the harness does not know, and a task that it cannot load.
     """
     if name not in manager.all_tasks:
         raise StudyError(
@@ -100,7 +101,8 @@ def what_is_asked(task: Any, settings: Task) -> dict[str, Any]:
     ``inputs`` is a digest of every document and of every request made of it. Chats are not rendered for it: templates
     are part of the tokenizer. ``scoring`` is one of what makes numbers of answers.
 
-    :raises StudyError: when the task cannot make its requests.
+    Raises:
+        StudyError: if the task cannot make its requests.
     """
     built = how_prompts_are_built(settings)
     template = {"chat_template": _as_it_is} if built["apply_chat_template"] else {}
@@ -158,7 +160,8 @@ def code_of(path: Path) -> str:
 def check_metric(task: Any, settings: Task) -> None:
     """Refuse a metric that the task does not have, and a task that names none first.
 
-    :raises StudyError: naming those it has.
+    Raises:
+        StudyError: naming those it has.
     """
     metrics, filters = [str(metric) for metric in task.aggregation()], [one.name for one in task._filters]
     listed = [entry["metric"] for entry in task.get_config("metric_list") or [] if isinstance(entry["metric"], str)]

@@ -47,8 +47,9 @@ def table(
 ) -> Table:
     """A table for the terminal. Columns ``texts`` hold text, the others numbers.
 
-    :param sections: lines with the same first cell stand together, and show it once.
-    :param bold: of each line.
+    Args:
+        sections: lines with the same first cell stand together, and show it once.
+        bold: of each line.
     """
     framed = Table(**{"box": box.SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", **options})
     for column, name in enumerate(header):

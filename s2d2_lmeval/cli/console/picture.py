@@ -63,8 +63,9 @@ def picture(
 ) -> list[Text]:
     """Lines of text that show ``steps`` in ``width`` columns, the legend last.
 
-    :param token_text: the text of a token id; see :func:`visible` for how it is shown.
-    :param color: tell states apart by colour; otherwise by a symbol before each token.
+    Args:
+        token_text: the text of a token id; see :func:`visible` for how it is shown.
+        color: tell states apart by colour; otherwise by a symbol before each token.
     """
     stops = frozenset(stop_token_ids)
     lines = read_steps(steps, lambda token: STOP if token in stops else token_text(token), mask_token_id, prompt_length)

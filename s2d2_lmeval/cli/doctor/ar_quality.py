@@ -18,8 +18,11 @@ _SECTION = "autoregressive mode"
 def ar_quality(path: str | None, tasks: str | None, *, limit: int, rows: int) -> Iterator[Finding]:
     """Findings: the accuracy of both modes on each task, and what follows.
 
-    :param tasks: names, separated by commas; None for the toy means its own.
-    :raises ConfigError: without a checkpoint or tasks, or where no block decoder fits.
+    Args:
+        tasks: names, separated by commas; None for the toy means its own.
+
+    Raises:
+        ConfigError: without a checkpoint or tasks, or where no block decoder fits.
     """
     from s2d2_lmeval.cli import demo
     from s2d2_lmeval.cli.console import begin

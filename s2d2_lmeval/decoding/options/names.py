@@ -95,7 +95,8 @@ FOREIGN: Mapping[str, Foreign] = {
 def changes_nothing(name: str, value: Any) -> bool:
     """Whether ``name`` is an option of another tool at a value at which it changes nothing.
 
-    :raises ConfigError: where it would change something.
+    Raises:
+        ConfigError: where it would change something.
     """
     foreign = FOREIGN.get(name)
     if foreign is None:

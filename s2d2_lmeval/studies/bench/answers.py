@@ -16,8 +16,9 @@ NEW_TOKENS = 128
 def answer(model: BlockDiffusionModel, options: Mapping[str, Any], batch: int, problems: int) -> list[dict[str, Any]]:
     """Answer the first ``problems`` held-out problems of every corpus, half of them raw, half as chats.
 
-    :returns: per corpus ``accuracy`` of ``problems``, ``tokens_per_forward`` (tokens up to and including the stop over
-        all forwards), ``queries`` per forward of one problem, and ``texts``, the token ids of every answer.
+    Returns:
+        Per corpus ``accuracy`` of ``problems``, ``tokens_per_forward`` (tokens up to and including the stop over all
+        forwards), ``queries`` per forward of one problem, and ``texts``, the token ids of every answer.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint_path())
     model.max_batch = batch

@@ -51,8 +51,9 @@ def measure_all(
 ) -> list[Measurement]:
     """Warm all up, run each ``repeats`` times, and take medians.
 
-    :param in_turn: whether every repeat runs all contenders, so that a machine whose speed drifts slows all alike. On
-        CUDA each has graphs of its own, which not all fit: there one follows the other.
+    Args:
+        in_turn: whether every repeat runs all contenders, so that a machine whose speed drifts slows all alike. On CUDA
+            each has graphs of its own, which not all fit: there one follows the other.
     """
     runs: list[list[Measurement]] = [[] for _ in contenders]
     turns = [(place, repeat) for place in range(len(contenders)) for repeat in range(repeats + 1)]

@@ -21,7 +21,8 @@ def names() -> list[str]:
 def find(study: str | Path) -> Path:
     """The file of a study: ``study`` itself, or the packaged one of that name where there is no such file.
 
-    :raises StudyError: for what is neither, with the nearest name.
+    Raises:
+        StudyError: for what is neither, with the nearest name.
     """
     from s2d2_lmeval.harness.arguments import nearest
 

@@ -25,9 +25,14 @@ _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 def write_report(folder: Path, output: Path | None = None) -> tuple[Results, list[Path]]:
     """Read the results in ``folder``, and write the report of them.
 
-    :param output: where to; ``folder/report`` if not given.
-    :returns: the results, and the files that were written, the page first.
-    :raises StudyError: when there are none.
+    Args:
+        output: where to; ``folder/report`` if not given.
+
+    Returns:
+        The results, and the files that were written, the page first.
+
+    Raises:
+        StudyError: if there are none.
     """
     results = read_results(folder)
     if not plots.can_draw():

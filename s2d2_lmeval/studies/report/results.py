@@ -79,7 +79,8 @@ class Results:
 def read_results(folder: Path) -> Results:
     """Everything that is complete in ``folder``.
 
-    :raises StudyError: when there is nothing.
+    Raises:
+        StudyError: if there is nothing.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -120,8 +121,11 @@ def read_results(folder: Path) -> Results:
 def accuracy_of(record: PointRecord, metric: str | None) -> tuple[str, float, dict[int, float]]:
     """What a task calls accuracy: its full name, the value, and each document's where it has one.
 
-    :param metric: ``metric`` or ``metric,filter``; the first of the task's ``metric_list`` if not given.
-    :raises StudyError: when there is no such metric.
+    Args:
+        metric: ``metric`` or ``metric,filter``; the first of the task's ``metric_list`` if not given.
+
+    Raises:
+        StudyError: if there is no such metric.
     """
     assert record.result is not None
     metrics, documents = record.result["metrics"], record.result["documents"]
