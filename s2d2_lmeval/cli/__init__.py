@@ -1,8 +1,7 @@
 """The command ``s2d2-lmeval``.
 
 A subcommand is a module with ``SUMMARY``, ``add_arguments(parser)`` and ``run(args) -> exit code``, named in
-:data:`COMMANDS`. At its top it imports only what is light: everything else waits for ``run``, so that ``--help``
-answers at once.
+:data:`COMMANDS`. Heavy imports are inside ``run``, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ COMMANDS = {
 """Subcommand -> its module."""
 
 REFUSED = 2
-"""Exit code of a run that was refused with a message, as that of a wrong command line."""
+"""Exit code of a run that was refused with a message, the same as for a wrong command line."""
 
 _EPILOG = """\
 examples:
@@ -45,8 +44,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (``sys.argv`` if not given); returns the exit code.
 
-    An :class:`~s2d2_lmeval.errors.S2D2Error` becomes its one message and exit code 2. Anything else is nobody's
-    intention and keeps its traceback.
+    An :class:`~s2d2_lmeval.errors.S2D2Error` becomes one message and exit code 2. Anything else is a bug and
+    keeps its traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

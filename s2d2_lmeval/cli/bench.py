@@ -1,7 +1,7 @@
 """Measure decoders on this machine: tokens per second, tokens per forward, and where the time goes.
 
 Everything compared runs in one process on the same weights. Each line is the median over repeats after a warm-up; on a
-CPU the repeats of all are run in turn, so that a machine whose speed drifts slows all alike.
+CPU the repeats are interleaved, so that drift in the machine's speed affects all alike.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from s2d2_lmeval.studies.bench.measuring import Measurement, Workload
 
 WIDE = 130
-"""Columns of a terminal that the whole table fits into."""
+"""Terminal width in columns that fits the whole table."""
 
 SUMMARY = "measure decoders, schedules and batches on this machine"
 
@@ -34,7 +34,7 @@ COMPARED = "ar,dynamic,s2d2,s2d2:reference,s2d2:lookahead,sliding"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    model = "a checkpoint, or sdar-100m or sdar-8b: that shape, random weights (default: toy)"
+    model = "a checkpoint, or sdar-100m or sdar-8b for random weights of that shape (default: toy)"
     parser.add_argument("--model", type=nonempty, default="toy", help=model)
     decoders = "comma-separated DECODER[:SCHEDULE][+OPTION=VALUE…] (default: %(default)s)"
     parser.add_argument("--decoders", default=COMPARED, metavar="LIST", help=decoders)
@@ -47,19 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("repeats", 3, "measured runs of each"),
     ):
         parser.add_argument(f"--{name}", type=whole(), default=default, help=f"{what} (default: %(default)s)")
-    script = "replace logits by a script in which this share of drafted tokens is right; for random weights"
+    script = "replace logits by a script in which this share of drafted tokens is correct; for random weights"
     parser.add_argument("--scripted_acceptance", type=real(0, 1), metavar="RATE", help=script)
     parser.add_argument(
         "--answers",
         action="store_true",
-        help="of the toy: answer --prompts held-out problems of each corpus and show accuracy, tokens per forward, and "
+        help="for the toy: answer --prompts held-out problems of each corpus, and show accuracy, tokens/forward and "
         "how many answers equal the first decoder's, instead of times",
     )
-    parser.add_argument("--no_baselines", action="store_true", help="leave out the loops of transformers alone")
+    parser.add_argument("--no_baselines", action="store_true", help="leave out the plain transformers loops")
     parser.add_argument("--device", help="cuda, cpu, … (default: cuda if there is one)")
-    parser.add_argument("--dtype", help="of the weights (default: bfloat16 on CUDA, else float32)")
+    parser.add_argument("--dtype", help="dtype of the weights (default: bfloat16 on CUDA, else float32)")
     add_shared(parser, "--threads")
-    cpu = "cpu: processor time of this process, for a machine that others use too; with --threads 1 on a CPU"
+    cpu = "cpu: CPU time of this process, for a shared machine; use with --threads 1 on a CPU"
     parser.add_argument("--clock", choices=tuple(_CLOCKS), default="wall", help=cpu)
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw tokens per second (needs matplotlib)")
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 def _show_speed(
     args: argparse.Namespace, plain: PreTrainedModel | None, model: BlockDiffusionModel, console: Any
 ) -> dict[str, Any]:
-    """Measure everything that was asked for, baselines first, and print; what goes into the file."""
+    """Measure what was requested, baselines first, and print it; returns the content of the file."""
     from s2d2_lmeval.harness.report import environment
     from s2d2_lmeval.studies.bench import measuring
     from s2d2_lmeval.studies.bench.random_weights import Script, follow_script
@@ -128,8 +128,8 @@ def _show_speed(
     )
     if script is not None:
         console.print(
-            f"[bold]Scripted:[/bold] the model runs in full, then its logits are replaced so that "
-            f"{args.scripted_acceptance:.0%} of drafted tokens are right. Tokens mean nothing here; timings do."
+            f"[bold]Scripted:[/bold] the full model runs, then its logits are replaced so that "
+            f"{args.scripted_acceptance:.0%} of drafted tokens are correct. Only timings are meaningful, not tokens."
         )
     return {
         "settings": {name: str(value) for name, value in vars(args).items() if name != "run"},
@@ -141,7 +141,7 @@ def _show_speed(
 
 
 def _show_answers(args: argparse.Namespace, model: BlockDiffusionModel, console: Any) -> dict[str, Any]:
-    """Accuracy and tokens per forward by corpus, a line per decoder; everything for the file."""
+    """Accuracy and tokens per forward by corpus, one line per decoder; returns the content of the file."""
     from rich.box import HEAVY_HEAD
 
     from s2d2_lmeval.cli.console import table
@@ -168,7 +168,7 @@ def _show_answers(args: argparse.Namespace, model: BlockDiffusionModel, console:
 
 
 def _models(name: str, device: Any, dtype: Any) -> tuple[PreTrainedModel | None, BlockDiffusionModel]:
-    """The plain transformers model, where there is one, and the package's on the same weights."""
+    """The plain transformers model, if there is one, and the package's on the same weights."""
     from s2d2_lmeval.model import load
     from s2d2_lmeval.studies.bench.random_weights import SHAPES, random_model
 
@@ -224,7 +224,7 @@ def _options(entry: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _table(found: Sequence[Measurement], width: int) -> Any:
-    """The measurements; on a narrow terminal without the columns that only the file then has."""
+    """The measurements; a narrow terminal leaves out some columns, which the file keeps."""
     from s2d2_lmeval.cli.console import table
     from s2d2_lmeval.studies.report.tables import shown
 

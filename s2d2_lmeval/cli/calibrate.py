@@ -1,7 +1,7 @@
 """Calibrate a draft graph for the decoder `spiffy`: trace its base decoder on some prompts, count, choose.
 
-20 to 50 prompts are enough, from any text that looks like the task. The graph is for one model and one way of decoding:
-give the options that you will decode with.
+20 to 50 prompts are enough, from any text similar to the task. The graph is for one model and one decoding setting:
+pass the options that you will decode with.
 
 examples:
   s2d2-lmeval calibrate --model_args pretrained=toy,base=static,block_length=8 --tasks s2d2_toy_arithmetic \\
@@ -34,11 +34,11 @@ _ORDINALS = ("best", "2nd", "3rd", "4th")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    model_args = "pretrained=… and the decoding options, as for eval; base=… names the decoder that is accelerated"
+    model_args = "pretrained=… and the decoding options, as for eval; base=… names the decoder to accelerate"
     parser.add_argument("--model_args", type=nonempty, required=True, metavar="NAME=VALUE,…", help=model_args)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--tasks", metavar="LIST", help="take prompts of these tasks of the harness, in equal parts")
-    file = 'a text file with a prompt per line, or .jsonl with "prompt"'
+    file = 'a text file with one prompt per line, or .jsonl with "prompt"'
     prompts.add_argument("--prompts", type=Path, metavar="FILE", help=file)
     for name, default, letter, what in (
         ("--limit", 48, "N", "prompts"), ("--nodes", 16, "D", "nodes of the graph"), ("--depth", 4, "N", "steps ahead")
@@ -48,11 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--score",
         choices=("own", "parents"),
         default="own",
-        help="what makes a state worth drafting: its own count, or that and its direct parents' as published "
+        help="how to rank states: by their own count, or by that plus their direct parents', as published "
         "(default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, default=Path("draft_graph.json"), help="default: %(default)s")
-    traces = "keeps the traces, to go on from (default: OUTPUT.traces.jsonl)"
+    traces = "keeps the traces, to resume from (default: OUTPUT.traces.jsonl)"
     parser.add_argument("--traces", type=Path, metavar="FILE", help=traces)
     add_shared(parser, "--chat", help="put prompts into the chat template (default: if the tokenizer has one)")
 
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             on_traced=lambda: progress.advance(bar),
         )
     if not graph.nodes:
-        raise ConfigError("Every block came out in one step, so there are no states to draft. Nothing was written.")
+        raise ConfigError("Every block was finished in one step, so there are no states to draft. Nothing was written.")
     graph.save(args.output)
     for part in show(graph):
         console.print(part)
@@ -123,7 +123,7 @@ def read_prompts(path: Path, limit: int) -> list[str]:
 
 
 def task_prompts(names: str, limit: int) -> list[str]:
-    """Up to ``limit`` prompts of the harness's tasks ``names``, as many of each; the same ones every time.
+    """Up to ``limit`` prompts of the harness's tasks ``names``, in equal parts; the same ones every time.
 
     Raises:
         RequestError: if a task generates nothing.
@@ -162,9 +162,7 @@ def show(graph: DraftGraph) -> list[RenderableType]:
 
 
 def picture(graph: DraftGraph) -> Tree:
-    """The graph as a tree: every node below the parent that it most often follows, with a bar for how often it comes
-    true.
-    """
+    """The graph as a tree: every node below the parent that it most often follows, with a bar for its hit rate."""
     from rich.tree import Tree
 
     root = Tree("[bold]now[/]")
@@ -183,7 +181,7 @@ def picture(graph: DraftGraph) -> Tree:
 
 
 def _name(pairs: tuple[tuple[int, int], ...]) -> str:
-    """Places by rank of certainty from 1; the rank of the token where it is not the best."""
+    """Positions by rank of confidence from 1, with the rank of the token if it is not the best."""
     return " ".join(
         f"{place + 1}" + (f"({_ORDINALS[token] if token < 4 else f'{token + 1}th'})" if token else "")
         for place, token in pairs

@@ -50,7 +50,7 @@ def open_model(
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """The text of one token; the tokenizer's own spelling where the token is only part of a character."""
+    """The text of one token; the tokenizer's own spelling if the token is only part of a character."""
     text = tokenizer.decode([token], skip_special_tokens=False)
     if text and "\ufffd" not in text:
         return str(text)
@@ -68,15 +68,15 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None, system: str
     """Token ids of ``prompt``, as a user's message in the chat template or as it is.
 
     Args:
-        chat: None means: if the tokenizer has a template.
+        chat: None uses the template if the tokenizer has one.
 
     Raises:
-        RequestError: if a template is asked for and there is none.
+        RequestError: if a template is requested and there is none.
     """
     templated = bool(tokenizer.chat_template) if chat is None else chat
     if not templated:
         if system is not None:
-            raise RequestError("--system needs the chat template; leave out --no-chat, or put it into the prompt.")
+            raise RequestError("--system needs the chat template; remove --no-chat, or put the text into the prompt.")
         return list(tokenizer(prompt)["input_ids"])
     if not tokenizer.chat_template:
         raise RequestError("This tokenizer has no chat template; use --no-chat.")

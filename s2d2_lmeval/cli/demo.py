@@ -1,8 +1,8 @@
 """The embedded toy model on its three tasks under lm-evaluation-harness, decoders side by side.
 
-Everything runs through the harness as a real evaluation does, on any machine and without the network. The last thing
-shown is the decoding order of one problem. `s2d2-lmeval sweep demo` evaluates the same configurations task by task, and
-writes every answer to disk at once; here all tasks are decoded together, and the time is that of decoding alone.
+Everything runs through the harness like a real evaluation, on any machine and without the network. At the end it shows
+the decoding order of one problem. `s2d2-lmeval sweep demo` evaluates the same configurations task by task, and
+writes every answer to disk immediately; here all tasks are decoded together, and only decoding is timed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ QUALITY: Columns = {
 
 
 def speed_columns(first: str) -> Columns:
-    """Of a table in which everything is compared with the configuration ``first``."""
+    """Columns of a table that compares everything with the configuration ``first``."""
     return {
         "decoder": lambda row: row["configuration"],
         "tokens per forward": lambda row: f"{row['tokens_per_forward']:.2f}",
@@ -53,10 +53,10 @@ def speed_columns(first: str) -> Columns:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "--model", type=nonempty, default="toy", metavar="PATH", help="another checkpoint than the embedded one"
+        "--model", type=nonempty, default="toy", metavar="PATH", help="checkpoint to use instead of the embedded one"
     )
     add_shared(parser, "--limit", "--rows")
-    few = "torch's threads on a CPU (default: %(default)s; a model this small gains nothing from more)"
+    few = "torch's threads on a CPU (default: %(default)s; more do not help a model this small)"
     add_shared(parser, "--threads", default=1, help=few)
     parser.add_argument("--output", type=Path, default=Path("out/demo"), help="folder for the tables as files")
 
@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     rows, speeds, environment = evaluations(console, study.decoding, args)
     by_task = [row for task in toy_tasks() for row in rows if row["task"] == task]
     tables = [
-        ("What the decoders answer", QUALITY, by_task, 2),
-        ("How fast, all tasks together", speed_columns(speeds[0]["configuration"]), speeds, 1),
+        ("Answers of each decoder", QUALITY, by_task, 2),
+        ("Speed, all tasks together", speed_columns(speeds[0]["configuration"]), speeds, 1),
     ]
     content = {"configurations": study.decoding, "tasks": rows, "speed": speeds, "environment": environment}
     show_and_write(console, args, "Demo: the embedded toy model", tables, content, started)
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def packaged_study(name: str) -> Study:
-    """A study that comes with the package."""
+    """A packaged study."""
     from s2d2_lmeval.studies import packaged
     from s2d2_lmeval.studies.study import read_study
 
@@ -103,7 +103,7 @@ def toy_tasks() -> list[str]:
 def evaluations(
     console: Any, configurations: Mapping[str, Mapping[str, Any]], args: argparse.Namespace
 ) -> tuple[list[Line], list[Line], dict[str, Any]]:
-    """A line per configuration and task, a line per configuration for all tasks together, and the environment."""
+    """One line per configuration and task, one per configuration over all tasks, and the environment."""
     tasks, expected = toy_tasks(), None
     rows: list[Line] = []
     lines: list[Line] = []
@@ -147,14 +147,12 @@ def evaluate(model: str, options: Mapping[str, Any], tasks: Sequence[str], *, li
 
 
 def texts(samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What was answered to each document; the harness lists a document once per filter."""
+    """The answer to each document; the harness lists a document once per filter."""
     return list({sample["doc_id"]: sample["resps"][0][0] for sample in samples}.values())
 
 
 def of_task(name: str, task: str, results: Mapping[str, Any]) -> Line:
-    """A configuration on a task: means per document, tokens over forwards, and the share of drafted tokens that the
-    verifier accepted (None without a verifier).
-    """
+    """A configuration on a task: means per document, tokens over forwards, and acceptance (None without a verifier)."""
     stats = results["config"]["s2d2"]["tasks"][task]
     requests = int(stats["requests"])
     return {
@@ -171,9 +169,8 @@ def of_task(name: str, task: str, results: Mapping[str, Any]) -> Line:
 def together(name: str, totals: Mapping[str, float], first: Line | None = None) -> Line:
     """A configuration on all tasks, from a run's totals; ``speedup`` is over the line ``first``.
 
-    ``acceptance_length`` tokens per round with a draft, the target's own included (None without drafts, when every
-    forward is the target's); ``without_bonus`` the accepted drafts of them; milliseconds per forward, all rows in it
-    together.
+    ``acceptance_length``: tokens per round with a draft, including the target's own (None without drafts, when every
+    forward is the target's); ``without_bonus``: only the accepted drafts; milliseconds are per forward of all rows.
     """
     rate, drafts = totals["tokens_per_second"], totals.get("drafter_forwards", 0)
     targets, steps = totals.get("target_forwards", totals["nfe"]), totals.get("target_steps", totals["forwards"])
@@ -200,9 +197,7 @@ def show_and_write(
     content: Mapping[str, Any],
     begun: float,
 ) -> None:
-    """Show tables (title, columns, lines, how many columns hold text), and leave results.md and results.json in the
-    folder of results.
-    """
+    """Show tables (title, columns, lines, number of text columns), and write results.md and results.json."""
     from s2d2_lmeval.cli.console import table
     from s2d2_lmeval.studies.report.tables import cells, in_markdown
 
@@ -223,7 +218,7 @@ def show_and_write(
 
 
 def _trace(console: Any, engine: BlockDiffusionModel, tokenizer: Any, options: Mapping[str, Any]) -> None:
-    """Decode one problem once more, and draw it."""
+    """Decode one problem again, and draw it."""
     from s2d2_lmeval.cli.console import printable
     from s2d2_lmeval.cli.generate import Answer
     from s2d2_lmeval.toy import held_out
@@ -235,6 +230,6 @@ def _trace(console: Any, engine: BlockDiffusionModel, tokenizer: Any, options: M
     console.print(prompt, markup=False, style="dim")
     console.print(printable(answer.text.strip("\n")), markup=False)
     new, forwards = (int(answer.generation.stats[name]) for name in ("new_tokens", "nfe"))
-    console.print(f"[dim]{new} tokens in {forwards} forwards; a line per forward, a cell per token")
+    console.print(f"[dim]{new} tokens in {forwards} forwards; one line per forward, one cell per token")
     console.print()
     answer.draw(console)

@@ -1,6 +1,6 @@
 """The embedded toy model in its autoregressive mode with its drafter: ar, dflash, and ddtree at several budgets.
 
-All of them answer alike; what differs is how many forwards of the target that takes.
+All give the same answers; they differ in the number of target forwards.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BUDGETS = ("16", "32", "64")
 
 
 def configurations(budgets: Sequence[str], seed_chain: bool) -> dict[str, dict[str, Any]]:
-    """Name in the table -> ``--model_args``. The first one is what answers are compared with."""
+    """Name in the table -> ``--model_args``. Answers are compared with those of the first."""
     seeded = {"tree_seed_chain": True} if seed_chain else {}
     trees = {
         f"ddtree {budget}": {"decoder": "ddtree", "tree_budget": budget if budget == "auto" else int(budget), **seeded}
@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budgets", nargs="+", default=BUDGETS, metavar="N", help="nodes of trees, or auto (default: 16 32 64)"
     )
-    parser.add_argument("--seed_chain", action="store_true", help="trees hold the arg-max chain whatever it is worth")
+    parser.add_argument("--seed_chain", action="store_true", help="always include the argmax chain in the tree")
     parser.add_argument(
-        "--temperature", type=real(0, 1000), default=0.0, help="sample at this temperature (default: arg-max)"
+        "--temperature", type=real(0, 1000), default=0.0, help="sample at this temperature (default: argmax)"
     )
     add_shared(parser, "--threads", default=1, help="torch's threads on a CPU (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/demo-ddtree"), help="folder for the table as files")
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def columns(first: str) -> dict[str, Any]:
-    """Of the table, in which answers are compared with those of the configuration ``first``."""
+    """Columns of the table, which compares answers with those of the configuration ``first``."""
     from s2d2_lmeval.studies.report.tables import shown
 
     return {

@@ -1,10 +1,10 @@
 """Evaluate under lm-evaluation-harness: every argument of `lm_eval` is passed on.
 
-Different from calling `lm_eval`:
-  - the model s2d2 is registered directly, in every environment, and is what --model means if you leave it out;
-  - the packaged tasks are found, beside those of an --include_path of your own (which wins where names collide);
-  - --sandbox process|bwrap|docker|docker:IMAGE says where what the model wrote runs (docs/sandbox.md);
-  - what s2d2 refuses is one message and exit code 2, and so are results that could not be written.
+Differences from `lm_eval`:
+  - the model s2d2 is registered directly, in every environment, and is the default of --model;
+  - the packaged tasks are found, in addition to those of your own --include_path (which wins if names collide);
+  - --sandbox process|bwrap|docker|docker:IMAGE says where model-written code runs (docs/sandbox.md);
+  - errors of s2d2, and results that cannot be written, are one message and exit code 2.
 
 `ls` and `validate` work too: s2d2-lmeval eval ls tasks
 """
@@ -22,7 +22,7 @@ SUMMARY = "evaluate under lm-evaluation-harness; takes the arguments of lm_eval"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """For the list of commands only: the arguments are parsed by the harness."""
+    """Only for the list of commands: the harness parses the arguments."""
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="as for lm_eval")
 
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_harness(arguments: Sequence[str]) -> int:
-    """Run the harness's command line with ``arguments``; its own errors pass through untouched."""
+    """Run the harness's command line with ``arguments``; its own errors pass through unchanged."""
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
@@ -66,7 +66,7 @@ def run_harness(arguments: Sequence[str]) -> int:
 
 
 def _take_token(namespace: argparse.Namespace) -> None:
-    """A hub token goes where the libraries look for it, and no further: the harness prints and records arguments."""
+    """Move a hub token to where the libraries look for it, because the harness prints and records its arguments."""
     from s2d2_lmeval.harness.upstream import ADVICE, holds_token
 
     given = getattr(namespace, "model_args", None)
@@ -76,7 +76,7 @@ def _take_token(namespace: argparse.Namespace) -> None:
 
 
 def _parse(harness: Any, arguments: Sequence[str]) -> argparse.Namespace:
-    """The harness reads ``sys.argv`` and nothing else."""
+    """The harness only reads ``sys.argv``."""
     before = sys.argv
     sys.argv = ["lm_eval", *arguments]
     try:
@@ -86,7 +86,7 @@ def _parse(harness: Any, arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _settings(config: str | None) -> Mapping[str, Any]:
-    """What a ``--config`` file says. A file that cannot be read is the harness's to complain about."""
+    """The content of a ``--config`` file. The harness itself reports a file that cannot be read."""
     if config is None:
         return {}
     import yaml
@@ -99,7 +99,7 @@ def _settings(config: str | None) -> Mapping[str, Any]:
 
 
 def folders(given: str | Sequence[str] | None, without: Path) -> list[str]:
-    """The folders of an ``include_path``: one, a list, or several joined by colons as the harness's help has it."""
+    """The folders of an ``include_path``: one, a list, or several joined by colons as in the harness's help."""
     if not given:
         return []
     several = [given] if isinstance(given, (str, Path)) else list(given)

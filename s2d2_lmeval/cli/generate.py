@@ -1,4 +1,4 @@
-"""Continue one prompt and show what it cost; with --trace, the order in which its tokens were decided."""
+"""Complete one prompt and show its cost; with --trace, also the order in which tokens were decided."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from s2d2_lmeval.decoding.options.config import DecodingConfig
     from s2d2_lmeval.model import BlockDiffusionModel
 
-SUMMARY = "continue one prompt; --trace draws the decoding order"
+SUMMARY = "complete one prompt; --trace draws the decoding order"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto")
     add_shared(parser, "--revision")
     parser.add_argument("--trace", action="store_true", help="draw the decoding order")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--json", action="store_true", help="print only one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """What --option and the arguments of their own say; a contradiction is refused."""
+    """Options from --option and from dedicated arguments; contradictions are refused."""
     options = parse_options(args.option)
     for option in ("decoder", "max_new_tokens", "seed"):
         value = getattr(args, option)
@@ -80,7 +80,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass
 class Answer:
-    """What a model makes of one prompt, and what can be shown of that."""
+    """A model's completion of one prompt, and how to show it."""
 
     model: BlockDiffusionModel
     tokenizer: Any
@@ -95,7 +95,7 @@ class Answer:
         self.dtype = str(self.model.dtype).removeprefix("torch.")
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the steps, as plain values."""
+        """Everything except the steps, as plain values."""
         generation, model = self.generation, self.model
         return {
             "text": self.text,
@@ -113,7 +113,7 @@ class Answer:
         }
 
     def statistics(self) -> dict[str, str]:
-        """What it cost, in words."""
+        """The cost, in words."""
         stats, seconds = self.generation.stats, self.seconds
         counts = {kind: int(stats.get(f"{kind}_forwards", 0)) for kind in ("prefill", "draft", "verify", "commit")}
         forwards = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
@@ -125,7 +125,7 @@ class Answer:
         if "tokens_per_forward" in stats:
             rows["tokens per forward"] = f"{stats['tokens_per_forward']:.2f}"
             if stats["prefill_forwards"] and "tokens_per_decode_forward" in stats:
-                without = f", {stats['tokens_per_decode_forward']:.2f} without forwards that only run the prompt"
+                without = f", {stats['tokens_per_decode_forward']:.2f} without prompt-only forwards"
                 rows["tokens per forward"] += without
         if "acceptance" in stats:
             counted = f"{int(stats['accepted'])} of {int(stats['drafted'])} drafted tokens"

@@ -1,4 +1,4 @@
-"""List every decoding option with its meaning, default and range, for all decoders or for one."""
+"""List the decoding options with meaning, default and range, for all decoders or for one."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ The names are those of the published functions; `decoder`, `schedule`, `acceptan
 - as `--option name=value` of `s2d2-lmeval generate`;
 - in Python, `model.generate(prompts, {"decoder": "s2d2", "block_length": 16})`.
 
-`preset=NAME` names one of the published settings of the last section. It lies under every other option, wherever that
-is given: with `--model_args pretrained=…,temperature=0.5` and a task's `preset: sdar-b` the temperature is 0.5.
+`preset=NAME` chooses one of the [published settings](#published-settings). All other options override it, wherever they
+are given: with `--model_args pretrained=…,temperature=0.5` and a task's `preset: sdar-b`, the temperature is 0.5.
 
 `do_sample=true` without a temperature samples at temperature 1; a temperature without `do_sample` decides by itself
-whether to sample; both at odds (`do_sample=true,temperature=0`) are refused. Filters (`top_k` to `typical_p`) work as
-in transformers and in that order. `suppress_tokens` and `logit_bias` count for the arg-max too, in drafts as in
-verifications; `bad_words_ids` and `sequence_bias` are taken as far as they name single tokens.
+whether to sample; contradictions (`do_sample=true,temperature=0`) are refused. Filters (`top_k` to `typical_p`) work as
+in transformers, in that order. `suppress_tokens` and `logit_bias` also apply to the argmax, in drafts and in
+verification; `bad_words_ids` and `sequence_bias` are accepted if they name single tokens.
 
-Under the options you give lie the published settings of the checkpoint's family (last section; `s2d2-lmeval doctor
-PATH` shows those of a checkpoint), and under these the defaults below. A name that is unknown, or belongs to another
-decoder or family, is refused; `spiffy` takes the options of the decoder that it accelerates (`base`) as well. What
-`--model_args` may hold besides is in [model-args.md](model-args.md)."""
+Options that you do not set have the published setting of the checkpoint's family (`s2d2-lmeval doctor PATH` shows it),
+or else the defaults below. Unknown options, and those of another decoder or family, are refused; `spiffy` also takes
+the options of the decoder that it accelerates (`base`). [Other model arguments](model-args.md) lists what else
+`--model_args` accepts."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("name", nargs="*", metavar="NAME", help="only these options; synonyms are understood")
-    parser.add_argument("--decoder", "-d", metavar="NAME", help="only the options of this decoder")
-    parser.add_argument("--markdown", action="store_true", help="as the tables of docs/options.md")
+    parser.add_argument("name", nargs="*", metavar="NAME", help="show only these options; synonyms work too")
+    parser.add_argument("--decoder", "-d", metavar="NAME", help="show only the options of this decoder")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of docs/options.md")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = {SYNONYMS.get(name, name) for name in args.name}
     known = {option["name"] for option in describe()}
     if wanted - known:
-        raise ConfigError(f"{sorted(wanted - known)[0]} is not a decoding option; leave out the name to see them all.")
+        raise ConfigError(f"{sorted(wanted - known)[0]} is not a decoding option; omit the name to list all of them.")
     chosen = [
         option
         for option in describe()
@@ -91,9 +91,7 @@ def describe() -> list[dict[str, Any]]:
 
 
 def markdown(options: Iterable[dict[str, Any]]) -> str:
-    """The page docs/options.md: tables of options, one for each set of decoders that share options, and the published
-    settings of the families.
-    """
+    """The page docs/options.md: a table per set of decoders that share options, and the published settings."""
     parts = [_INTRODUCTION]
     for heading, members in _groups(options).items():
         lines = [f"## {heading}", "", "| option | default | values | meaning |", "| :-- | :-- | :-- | :-- |"]
@@ -105,7 +103,7 @@ def markdown(options: Iterable[dict[str, Any]]) -> str:
 
 
 def _groups(options: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Options by heading, those of most decoders first."""
+    """Options by heading; those of the most decoders come first."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for option in sorted(options, key=lambda one: -len(one["decoders"]) * len(one["schemes"])):
         groups.setdefault(_heading(option), []).append(option)
@@ -113,7 +111,7 @@ def _groups(options: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
 
 
 def _published_settings() -> str:
-    """A list per family: its default in full, its other settings by what is different."""
+    """One list per family: its default in full, its other settings as differences."""
     from s2d2_lmeval.families import FAMILIES
 
     families: dict[str, list[str]] = {}
@@ -141,7 +139,7 @@ def _written(options: Mapping[str, Any]) -> str:
 
 
 def _heading(option: dict[str, Any]) -> str:
-    """Which decoders, and of which families, an option belongs to."""
+    """The decoders and families that an option belongs to."""
     from s2d2_lmeval.decoding.options.option import SCHEMES
     from s2d2_lmeval.registry import DECODERS
 

@@ -1,4 +1,4 @@
-"""The report of a study: tables, figures, and one HTML page that needs nothing else."""
+"""The report of a study: tables, figures, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SUMMARY = "tables, figures and a page from the results of a sweep"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="the results of `s2d2-lmeval sweep`")
-    parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="where to (default: DIR/report)")
+    parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="output folder (default: DIR/report)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> int:
     for (model, task), rows in results.groups().items():
         header, lines = tables.cells(tables.COLUMNS, rows)
         console.print(table(header, lines, title=f"{model}, {task}", bold=[row.on_front for row in rows]))
-        console.print(Text(f"{tables.about(rows)}. Bold: on the front of accuracy and speed.", "dim"))
+        console.print(Text(f"{tables.about(rows)}. Bold: on the Pareto front of accuracy and speed.", "dim"))
     for problem in results.problems:
         console.print(Text(problem, "yellow"))
-    console.print(f"Written to {written[0]} and beside it.", markup=False, soft_wrap=True)
+    console.print(f"Written to {written[0]} and its folder.", markup=False, soft_wrap=True)
     return 0

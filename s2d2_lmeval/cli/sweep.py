@@ -1,7 +1,7 @@
 """Run a study: decoding configurations on tasks, models and seeds, unattended.
 
-Every finished sample is on disk at once. Interrupted or killed, the same command goes on where it was. What comes out
-is read by `s2d2-lmeval report`. Some studies come with the package: give their name in place of a file.
+Every finished sample is written to disk immediately, and the same command resumes an interrupted run.
+`s2d2-lmeval report` reads the results. For a packaged study, give its name instead of a file.
 """
 
 from __future__ import annotations
@@ -37,25 +37,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", "-o", type=Path, metavar="DIR", help="results (default: out/NAME)")
     named: dict[str, Any] = {"type": nonempty, "metavar": "NAME"}
     count: dict[str, Any] = {"type": whole(), "metavar": "N"}
-    parser.add_argument("--model", **named, help="one model, in place of those of the study")
+    parser.add_argument("--model", **named, help="one model, instead of the study's")
     parser.add_argument("--task", **named, action="append", help="only this task of the study; may be repeated")
     parser.add_argument("--decoder", **named, help="only configurations of this decoder, and of ar")
     parser.add_argument("--limit", **count, help="documents per task")
     parser.add_argument("--batch_size", **count, help="requests in flight")
-    files = "benchmark files, for machines without a connection"
+    files = "folder with the benchmark files, for machines without a connection"
     parser.add_argument("--data_dir", type=nonempty, metavar="DIR", help=files)
-    allow = "allow tasks that run what the model wrote"
+    allow = "allow tasks that run model-written code"
     parser.add_argument("--confirm_run_unsafe_code", action="store_true", help=allow)
-    where = "where that runs: process, bwrap, docker, docker:IMAGE (docs/sandbox.md)"
+    where = "where such code runs: process, bwrap, docker, docker:IMAGE (docs/sandbox.md)"
     parser.add_argument("--sandbox", metavar="MODE", help=where)
-    parser.add_argument("--anew", action="store_true", help="in a folder of another code version: start again in it")
-    plan = "check what can be checked without a connection, show the points, and stop"
+    parser.add_argument(
+        "--anew", action="store_true", help="start over in a folder with results of another code version"
+    )
+    plan = "check what can be checked offline, show the points, and stop"
     parser.add_argument("--plan", "--dry_run", action="store_true", help=plan)
     add_shared(parser, "--threads")
     parser.add_argument("--backend", choices=("local", "ray"), default="local", help="where points run")
-    parser.add_argument("--ray_address", metavar="ADDRESS", help="of a running cluster (default: a new local one)")
+    parser.add_argument(
+        "--ray_address", metavar="ADDRESS", help="address of a running cluster (default: a new local one)"
+    )
     for name, default in (("--num_gpus", 0), ("--num_cpus", 1)):
-        what = "of a point, with Ray (default: %(default)s)"
+        what = "GPUs per point, with Ray (default: %(default)s)"
         parser.add_argument(name, type=real(0, 1_000_000), default=default, help=what)
 
 
@@ -66,7 +70,7 @@ def _schema() -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan, run, and say what came of it."""
+    """Plan, run, and report the outcome."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars; there is a table
     if args.plan:  # a plan is made of what is on this machine; these are read when the libraries are imported
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
@@ -90,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if any(map(holds_token, study.models.values())):
         console.print(ADVICE, soft_wrap=True)
     folder = args.output or Path("out") / study.name
-    # What the embedded model writes is run without asking, as everywhere.
+    # Code that the embedded model writes runs without confirmation, as everywhere.
     unsafe_code = args.confirm_run_unsafe_code or (packaged.is_packaged(path) and args.model is None)
     with console.status("reading tasks"):
         plan = Plan(study, folder, unsafe_code=unsafe_code, anew=args.anew, preview=args.plan)
@@ -109,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         if progress.unreadable:
             console.print(
                 f"{progress.job.label}: {progress.unreadable} unreadable lines in {progress.job.path} were "
-                "skipped; what they held has been decoded again.",
+                "skipped, and their samples decoded again.",
                 markup=False,
             )
         if progress.state == FAILED:

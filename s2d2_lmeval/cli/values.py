@@ -1,4 +1,4 @@
-"""What command lines are made of: spellings, numbers in their range, and ``name=value``."""
+"""Argument types of command lines: spellings, numbers within a range, and ``name=value``."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def real(low: float, high: float) -> Callable[[str], float]:
 
 
 def nonempty(text: str) -> str:
-    """The type of an argument that must say something."""
+    """The type of an argument that must not be empty."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty; name something, or leave the option out")
+        raise argparse.ArgumentTypeError("it is empty; give a value or omit the option")
     return text
 
 
@@ -96,7 +96,7 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
     """A dictionary of ``name=value`` texts.
 
     Raises:
-        ConfigError: for a text that is not such a pair, or a name that is given twice.
+        ConfigError: if a text is not such a pair, or a name occurs twice.
     """
     options: dict[str, Any] = {}
     for pair in pairs:
@@ -128,7 +128,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "decoding or loading options by the names of --model_args (docs/options.md)",
     },
 }
-"""Options that several commands declare alike."""
+"""Options that several commands share."""
 
 
 def add_shared(parser: argparse._ActionsContainer, *names: str, **changes: Any) -> None:

@@ -31,9 +31,9 @@ def results(scores: Sequence[float]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("ar", "dynamic", "said"),
     [
-        ([1.0] * 20, [1.0] * 8 + [0.0] * 12, "the autoregressive mode answers better"),
-        ([1.0] * 8 + [0.0] * 12, [1.0] * 20, "block decoding answers better"),
-        ([1.0] * 20, [1.0] * 18 + [0.0] * 2, "no difference was found"),
+        ([1.0] * 20, [1.0] * 8 + [0.0] * 12, "the autoregressive mode is more accurate"),
+        ([1.0] * 8 + [0.0] * 12, [1.0] * 20, "block decoding is more accurate"),
+        ([1.0] * 20, [1.0] * 18 + [0.0] * 2, "no difference found"),
     ],
 )
 def test_what_it_concludes(monkeypatch: pytest.MonkeyPatch, ar: list[float], dynamic: list[float], said: str) -> None:
@@ -48,7 +48,7 @@ def test_what_it_concludes(monkeypatch: pytest.MonkeyPatch, ar: list[float], dyn
     assert asked == [("toy", "ar", ["some_task"]), ("toy", "dynamic", ["some_task"])]
     assert f"exact_match {sum(ar) / 20:.3f} by ar, {sum(dynamic) / 20:.3f} by dynamic on 20 documents" in task.value
     assert said in so.value
-    assert so.state == ("note" if "block decoding answers better" in said else "ok")
+    assert so.state == ("note" if "block decoding is more accurate" in said else "ok")
 
 
 def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,7 @@ def test_people_see_sections_and_a_verdict(checkpoint: Path, capsys: pytest.Capt
     assert main(["doctor", str(checkpoint)]) == 0
     shown = capsys.readouterr().out
     assert "decoders\n" in shown
-    assert "Everything that was looked at works." in shown
+    assert "Everything that was checked works." in shown
 
 
 def test_an_unknown_family_does_not_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

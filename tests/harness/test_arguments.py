@@ -177,7 +177,7 @@ def test_until() -> None:
     ("given", "message"),
     [
         ({"num_beams": 4}, "num_beams=4 is not available .*: blocks are not decoded by beam search"),
-        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 .* depends on the tokens before"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 .* depends on previous tokens"),
         ({"stop": ["x"]}, "stop=.*: stop strings are `until`"),
         ({"max_length": 10}, "give max_new_tokens"),
         ({"max_gen_toks": -1}, "is not a number of tokens"),

@@ -77,7 +77,7 @@ def test_scripted_acceptance_is_said_and_followed(tmp_path: Path, capsys: pytest
     for rate in ("0.0", "1.0"):
         report = run(tmp_path, "--decoders", entries, "--batch", "2", "--scripted-acceptance", rate)
         assert report["scripted"]
-        assert f"{float(rate):.0%} of drafted tokens are right" in " ".join(capsys.readouterr().out.split())
+        assert f"{float(rate):.0%} of drafted tokens are correct" in " ".join(capsys.readouterr().out.split())
         found[rate] = report["measurements"][-1]["tokens_per_forward"]
     assert found["1.0"] > 1.2 * found["0.0"]
 

@@ -1,4 +1,4 @@
-"""What the subcommands share in talking to a terminal."""
+"""Terminal output shared by the subcommands."""
 
 from __future__ import annotations
 
@@ -15,18 +15,14 @@ from rich.text import Text
 
 
 def make_console(file: IO[str] | None = None) -> Console:
-    """A console on stdout, as wide as the terminal; where there is none, wide enough for the tables and the pictures
-    of a trace.
-    """
+    """A console on stdout, as wide as the terminal; without one, wide enough for tables and trace pictures."""
     terminal = (file or sys.stdout).isatty()
     columns = shutil.get_terminal_size().columns if terminal or "COLUMNS" in os.environ else 140
     return Console(file=file, width=max(columns, 60), highlight=False)
 
 
 def begin(threads: int | None = None) -> Console:
-    """A console for a command that loads models: transformers' bars of weights and downloads are kept off it, and torch
-    works with ``threads`` on the CPU.
-    """
+    """A console for a command that loads models: without transformers' progress bars, ``threads`` threads for torch."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -48,8 +44,8 @@ def table(
     """A table for the terminal. Columns ``texts`` hold text, the others numbers.
 
     Args:
-        sections: lines with the same first cell stand together, and show it once.
-        bold: of each line.
+        sections: group lines with the same first cell, and show it once.
+        bold: whether each line is bold.
     """
     framed = Table(**{"box": box.SIMPLE_HEAD, "title_justify": "left", "title_style": "bold", **options})
     for column, name in enumerate(header):
@@ -63,7 +59,7 @@ def table(
 
 
 def pairs(lines: Sequence[Sequence[str | Text]], *columns: dict[str, Any]) -> Table:
-    """Names and values without a frame; ``columns`` says how the first ones look."""
+    """Names and values without a frame; ``columns`` styles the first ones."""
     plain = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for column in (*columns, {}):
         plain.add_column(**column)
@@ -73,12 +69,12 @@ def pairs(lines: Sequence[Sequence[str | Text]], *columns: dict[str, Any]) -> Ta
 
 
 def has_color(console: Console) -> bool:
-    """Whether colours come out: a terminal, and NO_COLOR not set."""
+    """Whether colours are used: on a terminal, unless NO_COLOR is set."""
     return console.color_system is not None and not console.no_color
 
 
 def printable(text: str) -> str:
-    """``text``, its control characters but newlines and tabs spelled out: a model must not steer the terminal."""
+    """``text`` with control characters escaped, except newlines and tabs: a model must not control the terminal."""
     return "".join(
         letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode()
         for letter in text
@@ -86,7 +82,7 @@ def printable(text: str) -> str:
 
 
 def size(count: float) -> str:
-    """A number of bytes for people."""
+    """A number of bytes in readable form."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""What `sweep` shows while it runs: a live table on a terminal, elsewhere a line per point."""
+"""Progress display of `sweep`: a live table on a terminal, elsewhere one line per point."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Display:
             self._live.stop()
 
     def changed(self, progress: Progress) -> None:
-        """A point is further on, or has ended."""
+        """Update the display: a point has progressed or ended."""
         if self._live is not None:
             self._live.update(self._table())
         elif progress.has_ended:
@@ -73,7 +73,7 @@ _STATES = {"waiting": ("·", "dim"), "running": ("▶", "cyan"), "complete": ("�
 
 
 def window(points: list[Progress]) -> list[Progress]:
-    """What there is room for: the running point in the middle."""
+    """The points that fit on the screen, with the running one in the middle."""
     if len(points) <= ROWS_SHOWN:
         return points
     active = [place for place, one in enumerate(points) if one.state == "running"]
@@ -84,7 +84,7 @@ def window(points: list[Progress]) -> list[Progress]:
 
 
 def duration(seconds: float) -> str:
-    """For people: the two largest units."""
+    """A readable duration, in its two largest units."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     if hours:

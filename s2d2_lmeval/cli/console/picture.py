@@ -13,9 +13,7 @@ from s2d2_lmeval.decoding.generation import ACCEPTED, MARK_NAMES, Step
 
 
 class State(Enum):
-    """What a cell is: its name, the symbol before its token where there is no colour, its style where there is, and the
-    explanation.
-    """
+    """A kind of cell: its name, its symbol without colours, its style with colours, and its explanation."""
 
     def __init__(self, label: str, symbol: str, style: str, meaning: str) -> None:
         self.label, self.symbol, self.style, self.meaning = label, symbol, style, meaning
@@ -43,7 +41,7 @@ _WIDEST, _NARROWEST = 14, 4
 
 @dataclass(frozen=True)
 class Line:
-    """One step: its number, what it is, where its block starts, and (state, text) of each cell."""
+    """One step: its number, its label, where its block starts, and (state, text) of each cell."""
 
     number: int
     label: str
@@ -61,11 +59,11 @@ def picture(
     width: int = 100,
     color: bool = True,
 ) -> list[Text]:
-    """Lines of text that show ``steps`` in ``width`` columns, the legend last.
+    """The lines of text that draw ``steps`` in ``width`` columns, with a legend at the end.
 
     Args:
         token_text: the text of a token id; see :func:`visible` for how it is shown.
-        color: tell states apart by colour; otherwise by a symbol before each token.
+        color: distinguish states by colour; otherwise by a symbol before each token.
     """
     stops = frozenset(stop_token_ids)
     lines = read_steps(steps, lambda token: STOP if token in stops else token_text(token), mask_token_id, prompt_length)
@@ -82,7 +80,7 @@ def picture(
 
 
 def legend(states: set[State], color: bool, stopped: bool = False) -> list[Text]:
-    """What the cells mean, a line each, for the ``states`` that occur; and the sign for a stop token."""
+    """The meaning of each of the ``states`` that occur, one line each, and of the stop token's symbol."""
     entries = []
     for state in State:
         if state in states:
@@ -97,7 +95,7 @@ def legend(states: set[State], color: bool, stopped: bool = False) -> list[Text]
 
 
 def visible(text: str, limit: int = _WIDEST) -> str:
-    """``text`` on one line, every blank and control character in sight, in ``limit`` columns at most."""
+    """``text`` on one line of at most ``limit`` columns, with blanks and control characters made visible."""
     shown = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text.translate(_VISIBLE))
     if cell_len(shown) <= limit:
         return shown
@@ -109,9 +107,9 @@ def visible(text: str, limit: int = _WIDEST) -> str:
 def read_steps(
     steps: Sequence[Step], token_text: Callable[[int], str], mask_token_id: int, prompt_length: int
 ) -> list[Line]:
-    """What there is to see in each step.
+    """The cells of each step.
 
-    A draft that goes on to the verifier shows what it drafted at every mask; one that does not shows what it decided.
+    A draft that goes to the verifier shows its token at every mask; any other draft shows what it decided.
     """
     lines = []
     for index, step in enumerate(steps):
@@ -147,7 +145,7 @@ def _label(step: Step, mask_token_id: int) -> str:
 
 
 def _blocks(lines: Sequence[Line]) -> list[list[Line]]:
-    """Consecutive lines of the same block; all lines together where a block is a single token."""
+    """Consecutive lines of the same block; all lines together if a block is a single token."""
     if all(len(line.cells) == 1 for line in lines):
         return [list(lines)]
     blocks: list[list[Line]] = []
@@ -159,7 +157,7 @@ def _blocks(lines: Sequence[Line]) -> list[list[Line]]:
 
 
 def _draw_block(block: Sequence[Line], number_width: int, label_width: int, width: int, color: bool) -> list[Text]:
-    """A heading, then the lines of the block; side by side in portions where it is wider than the terminal."""
+    """A heading, then the lines of the block, split into portions if it is wider than the terminal."""
     left = number_width + label_width + 6
     symbols = 0 if color else 1
     columns = len(block[0].cells)
@@ -186,7 +184,7 @@ def _draw_block(block: Sequence[Line], number_width: int, label_width: int, widt
 
 
 def _portions(widths: Sequence[int], room: int) -> list[range]:
-    """Ranges of columns that fit into ``room``, at least one column each."""
+    """Ranges of columns that fit into ``room``, with at least one column each."""
     portions, begin, used = [], 0, 0
     for column, needed in enumerate(widths):
         if column > begin and used + needed + 1 > room:

@@ -1,6 +1,6 @@
-"""Say what works here and what does not: versions, devices, attention back ends, the harness, and a checkpoint.
+"""Check what works here: versions, devices, attention back ends, the harness, and a checkpoint.
 
-Exit code 1 when something will not work.
+The exit code is 1 if something will not work.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ar_quality",
         action="store_true",
-        help="also answer --tasks in the autoregressive mode and by block decoding, and compare: whether the mode that "
-        "lossless decoders are lossless to is worth it",
+        help="also answer --tasks in the autoregressive mode and by block decoding, and compare: how good is the "
+        "mode that lossless decoders reproduce",
     )
     parser.add_argument("--tasks", metavar="A,B", help="tasks of --ar_quality (default for toy: its own)")
     add_shared(parser, "--limit", "--rows")
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine(args: argparse.Namespace) -> Iterator[Finding]:
-    """All findings: of the installation, and of the checkpoint if one is given."""
+    """All findings on the installation, and on the checkpoint if one is given."""
     from s2d2_lmeval.cli.doctor import installation
 
     options = parse_options(args.option)
@@ -86,4 +86,4 @@ def _show(findings: list[Finding]) -> None:
     if problems:
         console.print(Text(f"{problems} thing{'s' if problems > 1 else ''} will not work (✗).", "bold red"))
     else:
-        console.print(Text("Everything that was looked at works.", "bold green"))
+        console.print(Text("Everything that was checked works.", "bold green"))

@@ -1,8 +1,8 @@
-"""Is a checkpoint's autoregressive mode worth being lossless to? Its answers beside those of block decoding.
+"""How good is a checkpoint's autoregressive mode, compared with block decoding?
 
-``sliding``, and ``ar`` itself, follow the law of the model at block size one under token-causal attention. A checkpoint
-trained on larger blocks may or may not be good at that. Both modes answer the same documents; the difference is tested
-in pairs.
+``sliding``, and ``ar`` itself, follow the model's distribution at block size one under token-causal attention. A
+checkpoint trained on larger blocks may or may not be good at that. Both modes answer the same documents, with a paired
+test of the difference.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _SECTION = "autoregressive mode"
 
 
 def ar_quality(path: str | None, tasks: str | None, *, limit: int, rows: int) -> Iterator[Finding]:
-    """Findings: the accuracy of both modes on each task, and what follows.
+    """Findings: the accuracy of both modes on each task, and the conclusion.
 
     Args:
-        tasks: names, separated by commas; None for the toy means its own.
+        tasks: comma-separated names; None takes the toy's own tasks.
 
     Raises:
-        ConfigError: without a checkpoint or tasks, or where no block decoder fits.
+        ConfigError: without a checkpoint or tasks, or if no block decoder fits.
     """
     from s2d2_lmeval.cli import demo
     from s2d2_lmeval.cli.console import begin
@@ -38,11 +38,11 @@ def ar_quality(path: str | None, tasks: str | None, *, limit: int, rows: int) ->
         raise ConfigError("--ar_quality compares two modes of a checkpoint: name one, as in doctor toy --ar_quality.")
     names = tasks.split(",") if tasks else demo.toy_tasks() if path == "toy" else []
     if not names:
-        raise ConfigError("--ar_quality needs a task at hand: name one or more, as in --tasks s2d2_gsm8k.")
+        raise ConfigError("--ar_quality needs tasks: name one or more, as in --tasks s2d2_gsm8k.")
     facts = checkpoint_facts(path)
     blockwise = [decoder for decoder in facts.decoders if DECODERS[decoder].plain]
     if not blockwise or "ar" not in facts.decoders:
-        raise ConfigError(f"{facts.family} checkpoints have no two modes to compare: {', '.join(facts.decoders)}.")
+        raise ConfigError(f"{facts.family} checkpoints do not have two modes to compare: {', '.join(facts.decoders)}.")
     ran = {
         decoder: demo.evaluate(path, {"decoder": decoder}, names, limit=limit, rows=rows)
         for decoder in ("ar", blockwise[0])
@@ -64,7 +64,7 @@ def ar_quality(path: str | None, tasks: str | None, *, limit: int, rows: int) ->
 
 
 _CONCLUSIONS = {
-    -1: "block decoding answers better: what equals the autoregressive mode (sliding, ar) gives that up",
-    0: "no difference was found: the autoregressive mode is as good a reference, as far as this many documents tell",
-    1: "the autoregressive mode answers better than block decoding: sliding keeps that, and is faster than ar",
+    -1: "block decoding is more accurate: decoders equal to the autoregressive mode (sliding, ar) give that up",
+    0: "no difference found: on this many documents, the autoregressive mode is an equally good reference",
+    1: "the autoregressive mode is more accurate than block decoding: sliding keeps that, and is faster than ar",
 }

@@ -1,4 +1,4 @@
-"""What `doctor` finds out about a checkpoint: from its files, and with --load from running it."""
+"""Checks of `doctor` on a checkpoint: on its files and, with --load, by running it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ finding = partial(Finding, "checkpoint")
 
 
 def checkpoint(source: str, revision: str | None, options: Mapping[str, Any], *, load: bool) -> Iterator[Finding]:
-    """Everything about ``source`` with ``options``, in the order in which it would go wrong."""
+    """Findings on ``source`` with ``options``, in the order in which loading would fail."""
     from s2d2_lmeval.families import checkpoint_facts
     from s2d2_lmeval.families.files import HUB_OPTIONS, resolve
     from s2d2_lmeval.harness.arguments import sort_arguments
@@ -52,7 +52,7 @@ def _facts(facts: Any, max_context: Any) -> Iterator[Finding]:
 
     yield finding("family", f"{facts.family}, runs as transformers' {facts.native_class}; no remote code")
     if facts.scheme == AUTOREGRESSIVE:
-        yield finding("vocabulary", f"{facts.vocab_size}; no mask token, so no blocks: a target of drafters")
+        yield finding("vocabulary", f"{facts.vocab_size}; no mask token, so no block decoding: a target for drafters")
     else:
         aligned = "counted from position 0" if facts.block_alignment == "absolute" else "counted from the prompt's end"
         yield finding("vocabulary", f"{facts.vocab_size}, mask token {facts.mask_token_id}")
@@ -63,7 +63,7 @@ def _facts(facts: Any, max_context: Any) -> Iterator[Finding]:
     if facts.stop_token_ids:
         yield finding("stop tokens", ", ".join(map(str, facts.stop_token_ids)))
     else:
-        yield finding("stop tokens", "none named; the tokenizer's end-of-text token is used", NOTE)
+        yield finding("stop tokens", "none given; the tokenizer's EOS token is used", NOTE)
     about, limit = f"{facts.max_context} positions, prompt and answer together", facts.context_limit
     if limit > facts.max_context:
         about += f"; up to {limit} with max_context=…"
@@ -76,13 +76,13 @@ def _facts(facts: Any, max_context: Any) -> Iterator[Finding]:
 
 
 def _weights(where: str) -> Iterator[Finding]:
-    """Size of the weights, and whether the device holds them. A hub id's are not downloaded."""
+    """Size of the weights, and whether they fit on the device. Weights on the hub are not downloaded."""
     import torch
 
     from s2d2_lmeval.families.files import read_config, stored_weights, weight_files
 
     if not Path(where).is_dir():
-        yield finding("weights", "on the hub; not looked at (--load downloads them)", NOTE)
+        yield finding("weights", "on the hub; not checked (--load downloads them)", NOTE)
         return
     files = weight_files(where)
     weights = stored_weights(files, quantized="quantization_config" in read_config(where)).values()
@@ -90,7 +90,7 @@ def _weights(where: str) -> Iterator[Finding]:
     stored = sum(file.stat().st_size for file in files)
     about = f"{_short(parameters)} parameters, {size(stored)} of {'/'.join(sorted(kinds))} in {len(files)} file(s)"
     on_gpu = torch.cuda.is_available()
-    # On a CPU, dtype=auto is float32, whatever is stored.
+    # On a CPU, dtype=auto is float32, whatever the stored dtype.
     needed = stored if on_gpu else 4 * parameters
     room = torch.cuda.get_device_properties(0).total_memory if on_gpu else host_memory()
     lacks = bool(room) and needed > room
@@ -138,8 +138,8 @@ def _chat_template(tokenizer: Any) -> Iterator[Finding]:
 
 
 def _decoders(facts: Any, asked: Mapping[str, Any]) -> Iterator[Finding]:
-    """The published settings, those with a name by what is different from the default; what was ``asked`` for; and
-    every decoder that fits, with what it promises.
+    """The default setting, the presets by their differences from it, the ``asked`` options, and the decoders that fit
+    with their guarantees.
     """
     from s2d2_lmeval.cli.options import as_written, compared
     from s2d2_lmeval.families import family_named

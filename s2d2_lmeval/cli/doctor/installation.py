@@ -1,4 +1,4 @@
-"""What `doctor` finds about this installation and machine."""
+"""Checks of `doctor` on this installation and machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Finding:
 
 
 def looked_at(section: str, name: str, found: Iterator[Finding]) -> Iterator[Finding]:
-    """What is ``found``; where looking at it fails, why."""
+    """The ``found`` value, or why looking it up failed."""
     try:
         yield from found
     except S2D2Error as error:
@@ -43,7 +43,7 @@ def _version(name: str) -> str | None:
 
 
 def versions() -> Iterator[Finding]:
-    """Python, this package, and the packages it stands on, against what it asks for."""
+    """Python, this package, and its dependencies, against its requirements."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -88,7 +88,7 @@ def devices() -> Iterator[Finding]:
 
 
 def host_memory() -> int:
-    """Bytes of memory of this machine; 0 where the system does not say."""
+    """Bytes of memory of this machine; 0 if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
@@ -96,13 +96,13 @@ def host_memory() -> int:
 
 
 def attention() -> Iterator[Finding]:
-    """Attention back ends: which there are, which are used."""
+    """Attention back ends: which are installed, which are used."""
     from s2d2_lmeval.runtime.attention import BACKENDS, choose_backend
 
     finding = partial(Finding, "attention")
     yield finding("auto means", choose_backend("auto"))
     yield finding("sdpa", "PyTorch's own; present")
-    used = "present" if "flash" in BACKENDS else "present; this release does not use it"
+    used = "present" if "flash" in BACKENDS else "installed; this release does not use it"
     for name, module, package in (
         ("flash-attn 2", "flash_attn", "flash_attn"),
         ("flash-attn 3", "flash_attn_interface", "flash_attn_3"),
@@ -114,7 +114,7 @@ def attention() -> Iterator[Finding]:
 
 
 def registration() -> Iterator[Finding]:
-    """Whether `lm_eval --model s2d2` finds the model, and by what."""
+    """Whether `lm_eval --model s2d2` finds the model, and how."""
     import lm_eval.filters
     import lm_eval.models  # noqa: F401
     from lm_eval.api import registry
@@ -131,11 +131,11 @@ def registration() -> Iterator[Finding]:
     if known:
         yield finding(f"works, through {how}")
     elif os.environ.get("S2D2_LMEVAL_NO_AUTOLOAD"):
-        yield finding("switched off by S2D2_LMEVAL_NO_AUTOLOAD", NOTE)
+        yield finding("disabled by S2D2_LMEVAL_NO_AUTOLOAD", NOTE)
     elif os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
-        yield finding("switched off by TORCH_DEVICE_BACKEND_AUTOLOAD=0", NOTE)
+        yield finding("disabled by TORCH_DEVICE_BACKEND_AUTOLOAD=0", NOTE)
     else:
-        yield finding("unknown to the harness: pip install s2d2-lmeval, into this Python", PROBLEM)
+        yield finding("unknown to the harness: pip install s2d2-lmeval in this Python environment", PROBLEM)
     yield Finding("lm_eval", "s2d2-lmeval eval", "works (registers by itself)")
     yield from looked_at("lm_eval", "packaged tasks", _tasks())
 

@@ -1,1 +1,1 @@
-"""Every decoding option: how it is described, checked and laid over published settings."""
+"""The decoding options: their description, validation and defaults."""

@@ -16,11 +16,11 @@ _EDITING = ("editing",)
 
 @dataclass(frozen=True)
 class ScheduleOption:
-    """In which forwards the work of a decoder is done."""
+    """How a decoder's work is divided into forwards."""
 
     schedule: str = option(
         "fused",
-        "reference: a forward per draft, verification and commit, as published; fused: commits ride in the next draft; "
+        "reference: one forward per draft, verification and commit, as published; fused: the next draft also commits; "
         "lookahead: verifications also commit what they accept and draft the next block (AR-like caching only)",
         choices=("reference", "fused", "lookahead"),
     )
@@ -32,19 +32,19 @@ class ScheduleOption:
             return
         if not (config.cache_ver and config.draft_ver):
             yield (
-                "schedule=lookahead keeps what the verifier computed, which is right only under AR-like caching: "
+                "schedule=lookahead keeps the verifier's keys and values, which is correct only under AR-like caching: "
                 "set cache_ver=true and draft_ver=true, or use schedule=fused."
             )
         if not config.keyed:
             yield (
-                "schedule=lookahead drafts before it is known whether the draft is needed, so draws in the order of "
+                "schedule=lookahead drafts before knowing whether the draft is needed, so draws in the order of "
                 "calls would differ: use random_source=keyed, or schedule=fused."
             )
 
 
 @dataclass(frozen=True)
 class BlockOption:
-    """How long a block is."""
+    """The length of a block."""
 
     block_length: int = option(4, "tokens per block", low=1)
 
@@ -55,12 +55,14 @@ class StepOptions:
 
     denoising_steps: int | None = option(
         None,
-        "steps in which a block must be finished; none: as many as the block is long",
+        "maximum number of steps per block; none: as many as the block has tokens",
         schemes=_UNDIVIDED,
         low=1,
     )
     cache_ver: bool = option(False, "commit with token-causal attention (AR-like caching)", schemes=_IN_TURN)
-    draft_ver: bool = option(False, "decided prefix of the block drafts with token-causal attention", schemes=_IN_TURN)
+    draft_ver: bool = option(
+        False, "draft with token-causal attention over the decided prefix of the block", schemes=_IN_TURN
+    )
 
     @staticmethod
     def faults(config: Any) -> Iterator[str]:
@@ -74,11 +76,11 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class SubblockOptions:
-    """Blocks that are denoised part by part (Fast-dLLM v2)."""
+    """Blocks that are denoised in sub-blocks (Fast-dLLM v2)."""
 
     small_block_size: int | None = option(
         None,
-        "tokens per sub-block, which are decided before the next one's; none: a block is one sub-block",
+        "tokens per sub-block; sub-blocks are decided one after the other; none: a block is one sub-block",
         schemes=_SUBBLOCK,
         low=1,
     )
@@ -90,7 +92,7 @@ class SubblockOptions:
     )
     sample_first_token: bool = option(
         False,
-        "with do_sample, sample a block's first token too, which published code takes as the arg-max",
+        "with do_sample, also sample a block's first token, which the published code takes as the argmax",
         schemes=_SUBBLOCK,
     )
 
@@ -99,12 +101,12 @@ class SubblockOptions:
         """What is wrong between these options and others."""
         yield from divides("small_block_size", config.small_block_size, config)
         if config.use_block_cache and config.draft_ver:
-            yield "use_block_cache keeps keys that draft_ver would have changed meanwhile; switch one of them off."
+            yield "use_block_cache keeps keys that draft_ver would have changed in the meantime; disable one of them."
 
 
 @dataclass(frozen=True)
 class ConfidenceOption:
-    """From which probability on a mask is decided."""
+    """The probability from which a mask is decided."""
 
     confidence_threshold: float = option(
         0.85, "dynamic, editing, pipelined: decide every mask above this probability", low=0.0
@@ -117,7 +119,7 @@ class EntropyOptions:
 
     eb_threshold: float | None = option(
         None,
-        "entropy_bounded: sum of entropies (nats, of the unfiltered softmax) that a step may decide",
+        "entropy_bounded: maximum sum of entropies per step (nats, of the unfiltered softmax)",
         schemes=_UNDIVIDED,
         low=0.0,
     )
@@ -129,7 +131,7 @@ class EntropyOptions:
     def faults(config: Any) -> Iterator[str]:
         """What is wrong between these options and others."""
         if config.strategy == "entropy_bounded" and config.eb_threshold is None:
-            yield "entropy_bounded needs eb_threshold, the entropy in nats that a step may decide, e.g. 0.35."
+            yield "entropy_bounded needs eb_threshold, the maximum entropy per step in nats, e.g. 0.35."
 
 
 @dataclass(frozen=True)
@@ -138,26 +140,26 @@ class EditingOptions:
 
     editing_threshold: float = option(
         0.9,
-        "replace a decided token of the open block by another of more than this probability",
+        "replace a decided token of the open block by another one above this probability",
         schemes=_EDITING,
         low=0.0,
     )
     max_post_steps: int = option(
         0,
-        "steps that may still edit a block without masks; fewer once one changes nothing",
+        "maximum number of editing steps after the last mask; ends early once a step changes nothing",
         schemes=_EDITING,
         low=0,
         high=1000,
     )
-    num_to_transfer: int = option(1, "masks that a step decides at least", schemes=_EDITING, low=1)
+    num_to_transfer: int = option(1, "minimum number of masks decided per step", schemes=_EDITING, low=1)
     eos_early_stop: bool = option(
         True,
-        "end with the block that holds a stop token; otherwise decode the whole budget and cut",
+        "end with the block that contains a stop token; otherwise decode all new tokens and cut",
         schemes=_EDITING,
     )
 
 
 def divides(name: str, part: Any, config: Any) -> Iterator[str]:
-    """What is wrong where a block is made of parts of ``part`` tokens."""
+    """What is wrong if a block has parts of ``part`` tokens."""
     if part is not None and config.block_length % part:
         yield f"{name}={part} does not divide block_length={config.block_length}; use one that does."

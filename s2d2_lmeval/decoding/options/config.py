@@ -1,4 +1,4 @@
-"""A complete configuration: every decoding option under its published name, read, checked and laid over a setting."""
+"""A complete, validated configuration: every decoding option under its published name."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class DecodingConfig(
     general.SamplingOptions,
     general.GeneralOptions,
 ):
-    """How to decode: the options of this package's decoders and of every one that is registered. Defaults are those of
-    the published functions; :meth:`from_options` lays a family's paper setting under them.
+    """How to decode: the options of this package's decoders and of all registered ones. Defaults are those of
+    the published functions; :meth:`from_options` uses a family's paper setting instead.
 
     Raises:
         ConfigError: a value out of range, or a contradiction.
@@ -68,10 +68,10 @@ class DecodingConfig(
 
     @classmethod
     def complete(cls) -> type[Self]:
-        """This class with the options of decoders (and of what they choose among) that came from outside.
+        """This class with the options of decoders, policies and estimators from outside the package.
 
         Raises:
-            ConfigError: one of these options has the name of another.
+            ConfigError: an option's name is already taken.
         """
         added = dict.fromkeys(
             options for name in DECODERS for options in classes_of(name) if not issubclass(cls, options)
@@ -116,7 +116,7 @@ class DecodingConfig(
 
     @property
     def steps(self) -> int:
-        """Steps in which a block must be finished."""
+        """The maximum number of steps per block."""
         return self.denoising_steps or self.block_length
 
     @property
@@ -126,7 +126,7 @@ class DecodingConfig(
 
     @property
     def steps_of(self) -> str:
-        """The decoder whose denoising steps are made: another one's where it is accelerated."""
+        """The decoder whose denoising steps run: the base decoder under acceleration."""
         return accelerated(self.decoder, self.base)
 
     @property
@@ -136,24 +136,24 @@ class DecodingConfig(
 
     @property
     def layout(self) -> str:
-        """How much is decoded at a time, and in which schedule, in a few words."""
+        """How much is decoded at once, and in which schedule, in a few words."""
         return str(DECODERS[self.decoder].implementation.layout(self))
 
     @property
     def promise(self) -> str:
-        """What the decoder's output is, in a sentence."""
+        """The guarantee on the decoder's output, in one sentence."""
         return str(DECODERS[self.decoder].promise)
 
     @property
     def shares_budget(self) -> bool:
-        """Whether rows may spend of each other's budgets of queries. Under rejection other drafts lead to other tokens,
-        so what is drafted for a row may depend on that row alone.
+        """Whether rows may use each other's query budgets. With rejection, drafts influence the tokens, so a row's
+        drafts must depend on that row alone.
         """
         return self.share_budget and self.acceptance != "rejection"
 
     @property
     def caution(self) -> str | None:
-        """What to know of the counts of a run, in a sentence; None where they speak for themselves."""
+        """A caveat on the counts of a run, in one sentence, or None."""
         caution: str | None = DECODERS[self.decoder].implementation.caution(self)
         return caution
 
@@ -166,14 +166,14 @@ class DecodingConfig(
     def from_options(
         cls, options: Mapping[str, Any], facts: Facts | None = None, *, of_run: Mapping[str, Any] | None = None
     ) -> DecodingConfig:
-        """Check ``options`` and lay them over the family's paper setting (``facts.defaults``) and the preset they name.
+        """Validate ``options`` and merge them over their preset and the family's paper setting (``facts.defaults``).
 
         Args:
-            of_run: options of a whole run, which ``options`` override by name. Where ``options`` choose another
-                decoder, those that are not its own are left out.
+            of_run: options of a whole run, which ``options`` override by name. If ``options`` choose another
+                decoder, those that do not apply to it are left out.
 
         Raises:
-            ConfigError: a name that is not an option (names the nearest), a value of the wrong type or out of range, an
+            ConfigError: an unknown name (with the closest valid one), a value of the wrong type or out of range, an
                 option of another decoder, or a contradiction.
         """
         fields = cls.fields()
@@ -201,7 +201,7 @@ class DecodingConfig(
         given = normalised(fields, options)
         if "preset" in given:
             raise ConfigError(
-                "preset lies under the options that are given beside it, and this configuration is complete: start "
+                "options given with a preset override it, and this configuration is complete: start "
                 "from DecodingConfig.from_options, or give the preset to model.generate."
             )
         decoder = given.get("decoder", self.decoder)
@@ -213,7 +213,7 @@ class DecodingConfig(
         return _made_from(self.preset, type(self)(**{**own(decoder, base, held), **given}))
 
     def check_fits(self, facts: Facts) -> None:
-        """Refuse options that mean nothing to checkpoints of ``facts``, where they differ from their default.
+        """Refuse options that do not apply to checkpoints of ``facts``, if they differ from their default.
 
         Raises:
             ConfigError: naming the option.
@@ -235,7 +235,7 @@ class DecodingConfig(
         refuse_other_schemes(dataclasses.fields(self), self._in_force(), facts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The options that the decoder in force knows, as plain values."""
+        """The options of the chosen decoder, as plain values."""
         values = self._in_force()
         if not isinstance(values["random_source"], str):
             values["random_source"] = type(values["random_source"]).__name__
@@ -247,7 +247,7 @@ class DecodingConfig(
 
 
 def _default_base(facts: Facts | None) -> str:
-    """What is accelerated on checkpoints of ``facts`` if nothing is said."""
+    """The default decoder to accelerate on checkpoints of ``facts``."""
     bases = set(spiffy.BASES)
     return next((name for name in (facts.decoders if facts else ()) if name in bases), "dynamic")
 

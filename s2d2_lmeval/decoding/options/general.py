@@ -18,12 +18,12 @@ class GeneralOptions:
     """What is decoded, and up to where.
 
     ``preset`` is read by :meth:`~s2d2_lmeval.decoding.options.config.DecodingConfig.from_options`, which alone knows
-    what was given beside it. In a complete configuration it says where the values come from.
+    the options given with it. In a complete configuration it records where the values come from.
     """
 
     decoder: str = option("s2d2", "which decoder", choices=DECODERS)
     preset: str | None = option(
-        None, "a published setting by its name (last section); options given beside it override it", init=False
+        None, "name of a published setting (last section); options given with it override it", init=False
     )
     max_new_tokens: int = option(256, "maximum number of new tokens", low=0)
     stop_token_ids: tuple[int, ...] = option((), "token ids that end the answer")
@@ -32,39 +32,39 @@ class GeneralOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What is drawn, and from what.
+    """Sampling.
 
     Filters and biases are functions of one row of logits, the same for draft and verifier. As in transformers, biases
-    and suppressed tokens count for the arg-max too, and filters for what is drawn.
+    and suppressed tokens also apply to the argmax, filters only to draws.
     """
 
     random_source: object = option("keyed", "keyed (by request and position), fixed, torch, or an object of your own")
     seed: int = option(0, "seed of keyed randomness; in an evaluation, if not given, the harness's --seed")
     do_sample: bool = option(
         False,
-        "sample the draft, at temperature 1 if none is given; otherwise it is the arg-max. A temperature alone decides",
+        "sample the draft, at temperature 1 if none is given; otherwise take the argmax. A temperature alone decides",
     )
     temperature: float = option(1.0, "softmax temperature of draft and verifier", low=0.0)
     top_k: int = option(0, "keep the k most probable tokens; 0: all", low=0, neutral=(-1,))
     top_p: float = option(1.0, "keep the smallest set of tokens with this probability", low=0.0, high=1.0)
-    min_p: float = option(0.0, "keep tokens with this share of the best one's probability", low=0.0, high=1.0)
+    min_p: float = option(0.0, "keep tokens with at least this share of the top probability", low=0.0, high=1.0)
     typical_p: float = option(
         1.0, "keep the tokens whose surprise is nearest to the entropy, up to this probability", low=0.0, high=1.0
     )
     suppress_tokens: tuple[int, ...] = option((), "token ids that are never predicted")
-    logit_bias: tuple[tuple[int, float], ...] = option((), "token ids and what to add to their logits")
+    logit_bias: tuple[tuple[int, float], ...] = option((), "token ids and the value to add to their logits")
     suppress_mask_token: bool = option(
-        True, "never predict the mask token (published code may; then a block's last steps forbid it)"
+        True, "never predict the mask token (the published code may; then a block's last steps forbid it)"
     )
 
     @property
     def sampled(self) -> bool:
-        """Whether the draft is sampled rather than the arg-max."""
+        """Whether the draft is sampled rather than the argmax."""
         return self.do_sample
 
     @property
     def keyed(self) -> bool:
-        """Whether draws are named, so that neither their order nor the batch matters."""
+        """Whether draws are keyed, so that neither their order nor the batch matters."""
         return isinstance(self.random_source, str) and self.random_source in ("keyed", "fixed")
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Names of other tools: what they mean here, which of their values change nothing, and the nearest name of our own."""
+"""Option names of other tools: their meaning here, values without effect, and the closest name of ours."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from s2d2_lmeval.errors import ConfigError, shown
 
 @dataclass(frozen=True)
 class Foreign:
-    """An option of another tool that has no counterpart: what to do in its place, and the values at which it changes
-    nothing besides None.
-    """
+    """An option of another tool without a counterpart: what to do instead, and values (besides None) without effect."""
 
     advice: str
     neutral: tuple[Any, ...] = ()
 
 
-_HISTORY = "it depends on the tokens before, and a block's tokens are decided together: leave it out"
-_POSITION = "it treats some positions unlike others, and blocks are not decided from left to right: leave it out"
+_HISTORY = "it depends on previous tokens, and a block's tokens are decided together: leave it out"
+_POSITION = "it depends on the position, and blocks are not decided from left to right: leave it out"
 _BEAMS = "blocks are not decoded by beam search: leave it out"
 _PREQUANTIZED = "give quantization options of transformers, such as load_in_8bit=True"
 
@@ -44,7 +42,7 @@ FOREIGN: Mapping[str, Foreign] = {
     "num_return_sequences": Foreign("ask for several answers with repeats in the task, or several prompts", (1,)),
     "n": Foreign("ask for several answers with repeats in the task, or several prompts", (1,)),
     "best_of": Foreign("ask for several answers with repeats in the task, or several prompts", (1,)),
-    "use_cache": Foreign("there is no decoding without a cache: leave it out", (True,)),
+    "use_cache": Foreign("decoding always uses a cache: leave it out", (True,)),
     "max_length": Foreign("it would count the prompt; give max_new_tokens, the number of new tokens"),
     "stop": Foreign("stop strings are `until` in a task's generation_kwargs; ids of stop tokens are stop_token_ids"),
     "stop_strings": Foreign("stop strings are `until` in a task's generation_kwargs; ids are stop_token_ids"),
@@ -68,16 +66,16 @@ FOREIGN: Mapping[str, Foreign] = {
     "gptqmodel": Foreign(_PREQUANTIZED, ("", False)),
     "compile": Foreign("forwards are captured as graphs on CUDA with static_shapes=True", (False,)),
     "use_compile": Foreign("forwards are captured as graphs on CUDA with static_shapes=True", (False,)),
-    "enforce_eager": Foreign("graphs are switched off with static_shapes=False", ()),
+    "enforce_eager": Foreign("graphs are disabled with static_shapes=False", ()),
     "lora": Foreign("a LoRA adapter is peft in --model_args and adapter in s2d2_lmeval.load", ("", False)),
     "adapter_path": Foreign("a LoRA adapter is peft in --model_args and adapter in s2d2_lmeval.load", ("",)),
     "max_seq_len": Foreign("positions of prompt and answer together are max_context"),
     "max_model_len": Foreign("positions of prompt and answer together are max_context"),
-    "gpu_memory_utilization": Foreign("memory is taken as it is needed; max_batch=auto takes as many rows as fit"),
+    "gpu_memory_utilization": Foreign("memory is allocated as needed; max_batch=auto takes as many rows as fit"),
     "tensor_parallel_size": Foreign("spread the model over the GPUs of one machine with parallelize=True", (1,)),
     "data_parallel_size": Foreign("start several processes with accelerate launch", (1,)),
     "tp_plan": Foreign("spread the model over the GPUs of one machine with parallelize=True", (False,)),
-    "low_cpu_mem_usage": Foreign("weights are loaded that way always: leave it out", (True,)),
+    "low_cpu_mem_usage": Foreign("weights are always loaded that way: leave it out", (True,)),
     "use_safetensors": Foreign("only safetensors checkpoints are read", (True,)),
     "use_flash_attention_2": Foreign("say attention=flash", (False,)),
     "subfolder": Foreign("give the path of the folder itself as pretrained", ("",)),
@@ -93,10 +91,10 @@ FOREIGN: Mapping[str, Foreign] = {
 
 
 def changes_nothing(name: str, value: Any) -> bool:
-    """Whether ``name`` is an option of another tool at a value at which it changes nothing.
+    """Whether ``name`` is an option of another tool with a value that has no effect.
 
     Raises:
-        ConfigError: where it would change something.
+        ConfigError: if it would have an effect.
     """
     foreign = FOREIGN.get(name)
     if foreign is None:

@@ -1,4 +1,4 @@
-"""How a decoding option is described and checked, and the names that options go by."""
+"""The description and validation of a decoding option, and option names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SCHEMES = ("block", "editing", "subblock", "pipelined", "autoregressive")
 """How a family lays out a generation (:attr:`s2d2_lmeval.families.Facts.scheme`)."""
 
 LARGEST = 2**31 - 1
-"""Of whole numbers that have no bound of their own: they are counted in tensors."""
+"""Upper bound of whole numbers without their own, because tensors count them."""
 
 
 def option(
@@ -46,16 +46,16 @@ def option(
     reasons: Mapping[str, str] | None = None,
     neutral: tuple[Any, ...] = (),
 ) -> Any:
-    """A field of a class of options, with what it takes to check and explain it.
+    """A field of an options class, with its validation and description.
 
     Args:
-        default: the value where nobody says anything.
-        meaning: a line for lists of options.
-        schemes: of the checkpoints to which the option means something.
-        choices: the values it takes; a registry's are those registered at the time.
+        default: the value if not set.
+        meaning: one line for lists of options.
+        schemes: schemes of the checkpoints that the option applies to.
+        choices: the valid values; for a registry, those registered at the time.
         low: smallest value.
         high: largest value.
-        init: False where only :meth:`DecodingConfig.from_options` sets it.
+        init: False if only :meth:`DecodingConfig.from_options` sets it.
         reasons: why some values that one might expect are not among the choices.
         neutral: other tools' ways to write the default.
     """
@@ -80,7 +80,7 @@ def checked(field: dataclasses.Field[Any], value: Any) -> Any:
     if value in meta["neutral"]:
         return field.default
     if meta["choices"] is not None and value not in tuple(meta["choices"]):
-        hint = f" {value} is none: {meta['reasons'][value]}." if value in meta["reasons"] else ""
+        hint = f" {value} does not work: {meta['reasons'][value]}." if value in meta["reasons"] else ""
         hint = hint or nearest(value, meta["choices"])
         raise ConfigError(f"{name}={shown(value)} is not one of: {', '.join(meta['choices'])}.{hint}")
     if value == "auto" or kind in ("bool", "str") or not isinstance(value, (int, float)):
@@ -167,7 +167,7 @@ def _token_id(value: Any) -> int:
     if isinstance(value, (list, tuple)):
         if len(value) != 1:
             raise ConfigError(
-                f"{shown(value)} is not a single token: whether a sequence goes on depends on the tokens before, and a "
+                f"{shown(value)} is not a single token: whether a sequence continues depends on previous tokens, and a "
                 "block's tokens are decided together. Give single tokens."
             )
         value = value[0]
@@ -178,7 +178,7 @@ def _token_id(value: Any) -> int:
 
 
 def _biases(value: Any) -> tuple[tuple[int, float], ...]:
-    """Ids to what is added to their logits: a mapping or pairs, each id alone or in a list (as ``sequence_bias``)."""
+    """Ids and the biases of their logits: a mapping or pairs, each id alone or in a list (as ``sequence_bias``)."""
     if isinstance(value, str):
         value = json.loads(value)
     pairs = value.items() if isinstance(value, Mapping) else value
@@ -197,5 +197,5 @@ _KINDS = {
     "str": "a name",
     "tuple[int, ...]": "a list of token ids",
     "object": "keyed, fixed, torch, or an object with uniform(n) and categorical(probabilities)",
-    "tuple[tuple[int, float], ...]": "token ids and what to add to their logits, such as {5: -2.5}",
+    "tuple[tuple[int, float], ...]": "token ids and the value to add to their logits, such as {5: -2.5}",
 }

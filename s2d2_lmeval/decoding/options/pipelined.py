@@ -14,7 +14,7 @@ _SCHEME = ("pipelined",)
 
 @dataclass(frozen=True)
 class PipelinedOptions:
-    """Blocks that are open side by side."""
+    """Several open blocks at once."""
 
     block_add_threshold: float = option(
         0.1,
@@ -25,7 +25,7 @@ class PipelinedOptions:
     )
     decoded_token_threshold: float = option(
         0.5,
-        "force a block on in every step once this share of the block before is decided",
+        "fully activate a block once this share of the previous block is decided",
         schemes=_SCHEME,
         low=0,
         high=1,
@@ -36,14 +36,14 @@ class PipelinedOptions:
     neg_entropy: bool = option(False, "rank drafts by the negative entropy of their distribution", schemes=_SCHEME)
     nucleus_first: bool = option(
         False,
-        "filter by top_p before top_k, and the arg-max's probability too, as published",
+        "filter by top_p before top_k, also for the argmax's probability, as published",
         schemes=_SCHEME,
     )
 
 
 @dataclass(frozen=True)
 class PipelinedVerifierOptions:
-    """S2D2 on blocks that are open side by side."""
+    """S2D2 on several open blocks."""
 
     target_block_size: int = option(1, "tokens per block of the verifier; 1: autoregressive", schemes=_SCHEME, low=1)
     min_tokens_per_step: int = option(
@@ -51,7 +51,7 @@ class PipelinedVerifierOptions:
     )
     ssd_partial_ar_span: int = option(
         0,
-        "also accept runs of at least this many tokens behind a rejection; 0: off",
+        "also accept runs of at least this many tokens after a rejection; 0: off",
         schemes=_SCHEME,
         low=0,
     )

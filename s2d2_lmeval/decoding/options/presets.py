@@ -34,7 +34,7 @@ def preset_options(name: Any, facts: Facts | None) -> dict[str, Any]:
         raise ConfigError(_refusal(name, [family.name for family in owners], facts))
     options = dict(fitting[0].presets[name])
     if options.get("denoising_steps") == options.get("block_length"):
-        # As many as the block is long, also where another length is given beside the preset.
+        # As many as the block has tokens, also if another length is given with the preset.
         options["denoising_steps"] = None
     return options
 

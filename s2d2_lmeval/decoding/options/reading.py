@@ -1,4 +1,4 @@
-"""Reading options as they are given: whose they are, under which names, and what does not go together."""
+"""Reading options as given: synonyms, the decoders they belong to, and contradictions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Fields = Sequence[dataclasses.Field[Any]]
 
 _CHOSEN = ((POLICIES, RoutingOptions), (ESTIMATORS, RoutingOptions), (STRATEGIES, RemaskingOption))
-"""Parts that an option chooses among, and the class of that option: who takes it takes their options too."""
+"""Registries that an option chooses from, and that option's class: whoever takes it also takes their options."""
 
 
 def classes_of(decoder: str, base: str = "") -> tuple[type, ...]:
@@ -49,7 +49,7 @@ def owners(name: str) -> list[str]:
 
 
 def accelerated(decoder: str, base: str) -> str:
-    """The decoder whose steps are made: ``base`` if it is accelerated, else ``decoder`` itself."""
+    """The decoder whose steps run: ``base`` if it is accelerated, else ``decoder`` itself."""
     return base if base and any(part.accelerates for part in DECODERS.all(decoder)) else decoder
 
 
@@ -60,7 +60,7 @@ def own(decoder: str, base: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def normalised(known: Fields, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Published names for synonyms, values in their types; what is null or changes nothing is left out.
+    """Resolve synonyms and convert values to their types; drops values that are null or have no effect.
 
     Refuses unknown names, and a name that is given twice.
     """
@@ -81,13 +81,13 @@ def normalised(known: Fields, options: Mapping[str, Any]) -> dict[str, Any]:
             continue
         value = checked(fields[target], value)
         if target in given and given[target] != value:
-            raise ConfigError(f"{name} and another name of {target} are given with different values; give one of them.")
+            raise ConfigError(f"{name} and another name of {target} have different values; give one of them.")
         given[target] = value
     return given
 
 
 def layer(known: Fields, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as one source gives them: a temperature alone decides whether to sample."""
+    """Options from one source: a temperature alone decides whether to sample."""
     given = normalised(known, options)
     if "temperature" in given:
         given.setdefault("do_sample", given["temperature"] >= GREEDY)
@@ -106,7 +106,7 @@ def refuse_foreign(decoder: str, base: str, given: Mapping[str, Any]) -> None:
 
 
 def refuse_other_schemes(known: Fields, given: Mapping[str, Any], facts: Facts) -> None:
-    """Refuse options that mean nothing to checkpoints of ``facts``, where they differ from their default."""
+    """Refuse options that do not apply to checkpoints of ``facts``, if they differ from their default."""
     for field in known:
         value = given.get(field.name, field.default)
         # As many steps as tokens is what no number of steps comes to.

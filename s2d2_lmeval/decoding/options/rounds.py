@@ -15,19 +15,19 @@ DRAFT_SHAPES = ("chain", "tree")
 class SlidingOptions:
     """Rounds whose drafts come from a window of the model itself (sliding)."""
 
-    window: int = option(16, "positions that a draft looks ahead", low=2)
+    window: int = option(16, "how many positions a draft looks ahead", low=2)
     row_budget: int | str = option(
         64,
-        "queries per sequence and forward; auto: as many as pay, by what forwards are measured to cost",
+        "queries per sequence and forward; auto: chosen from measured forward cost",
         low=3,
         high=4096,
     )
     share_budget: bool = option(
         True,
-        "the sequences in flight share their budgets (never with acceptance=rejection), so how many forwards one takes "
-        "depends on the others; false: it does not",
+        "sequences in flight share their budgets (never with acceptance=rejection), so the forwards that one takes "
+        "depend on the others; false: they do not",
     )
-    draft_shape: str = option("tree", "what is drafted from a window", choices=DRAFT_SHAPES)
+    draft_shape: str = option("tree", "the shape of a draft", choices=DRAFT_SHAPES)
 
     @staticmethod
     def faults(config: Any) -> Iterator[str]:
@@ -44,27 +44,27 @@ class SlidingOptions:
             )
         if config.acceptance == "rejection" and config.row_budget == "auto":
             yield (
-                "acceptance=rejection draws for what it drafts, so the size of drafts must not depend on the clock: "
+                "acceptance=rejection draws for its drafts, so their size must not depend on the clock: "
                 "give row_budget as a number."
             )
         if not config.share_budget and config.row_budget == "auto":
             yield "share_budget=false needs row_budget as a number: auto weighs all sequences in flight together."
         if config.random_source not in ("keyed", "fixed"):
-            yield "sliding draws ahead of what it decides, so only keyed draws can be named: use random_source=keyed."
+            yield "sliding draws before it decides, which needs keyed randomness: use random_source=keyed."
 
 
 @dataclass(frozen=True)
 class DrafterOptions:
-    """Rounds whose drafts come from a drafter beside the model (DFlash, DDTree)."""
+    """Rounds whose drafts come from a separate drafter (DFlash, DDTree)."""
 
     draft_block_size: int | None = option(
         None,
-        "positions of a drafted block, the last decided token included; none: as many as the drafter was trained for",
+        "positions of a drafted block, including the last decided token; none: as many as the drafter was trained for",
         low=2,
     )
     couple_drafts: bool = option(
         False,
-        "at a temperature, draft with the keyed noise that the target will be drawn with; otherwise drafts know no "
+        "at a temperature, draft with the same keyed noise as the target's draws; otherwise drafts ignore the "
         "temperature, as published",
     )
 
@@ -75,14 +75,11 @@ class TreeOptions:
 
     tree_budget: int | str = option(
         64,
-        "nodes of a draft tree; auto: as many as raise the expected tokens per second, by what forwards are measured "
-        "to cost",
+        "nodes of a draft tree; auto: the number with the most expected tokens per second at measured forward cost",
         low=0,
         high=4096,
     )
-    tree_seed_chain: bool = option(
-        False, "the tree holds the arg-max chain whatever its probability, so it never accepts less"
-    )
+    tree_seed_chain: bool = option(False, "always include the argmax chain in the tree, so it never accepts less")
     tree_sharpen: float = option(
         1.0,
         "exponent of the drafter's probabilities when the tree is grown; above 1: deeper and narrower",

@@ -1,4 +1,4 @@
-"""The decoding options of S2D2: what is accepted, what is decided besides, and when it verifies; published names."""
+"""The decoding options of S2D2 under their published names: acceptance, remasking and routing."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _BLOCKWISE = ("block", "editing", "subblock")
 
 @dataclass(frozen=True)
 class AcceptanceOption:
-    """By which rule a drafted token is accepted."""
+    """The rule by which a drafted token is accepted."""
 
     acceptance: str | None = option(
         None,
         "s2d2: stochastic (speculative sampling as published; the default) or greedy (accept while the verifier's "
-        "arg-max agrees); sliding: keyed (what ar would draw with the same seed; the default) or rejection (the same "
-        "law, other draws)",
+        "argmax agrees); sliding: keyed (what ar would draw with the same seed; the default) or rejection (the same "
+        "distribution, other draws)",
         choices=("stochastic", "greedy", "keyed", "rejection"),
     )
 
@@ -33,7 +33,7 @@ class RemaskingOption:
 
     remasking_strategy: str = option(
         "low_confidence_dynamic",
-        "which masks a step without (or after a short) verification decides",
+        "which masks a step decides without a verification, or after a short one",
         schemes=_UNDIVIDED,
         choices=STRATEGIES,
     )
@@ -41,7 +41,7 @@ class RemaskingOption:
 
 @dataclass(frozen=True)
 class VerifierOptions:
-    """What becomes of a verified span."""
+    """Acceptance of a verified span."""
 
     allow_resample: bool = option(
         True,
@@ -51,11 +51,11 @@ class VerifierOptions:
     ssd_ratio_tempering_factor: float = option(1.0, "exponent of the acceptance ratio", low=0.0)
     ssd_ratio_threshold: float = option(
         -1.0,
-        "also accept behind a rejection where the ratio reaches this; negative: off",
+        "also accept after a rejection if the ratio reaches this; negative: off",
         schemes=_UNDIVIDED,
     )
     ssd_threshold_all_spans: bool = option(
-        False, "ssd_ratio_threshold looks at every mask of the block", schemes=_UNDIVIDED
+        False, "apply ssd_ratio_threshold to every mask of the block", schemes=_UNDIVIDED
     )
     always_check_high_confidence: bool = option(
         False,
@@ -71,9 +71,9 @@ class RoutingOptions:
     do_verify_policy: str = option("mask_span_length", "when to verify", choices=POLICIES)
     min_ssd_span_length: int = option(1, "mask_span_length: verify spans of at least this many masks", low=0)
     legacy_ssd_span_strategy: bool = option(
-        False, "mask_span_length: skip short spans only where enough masks are confident"
+        False, "mask_span_length: skip short spans only if enough masks are confident"
     )
-    do_verify_score_threshold: float = option(-1.0, "score_threshold: verify from this score on")
+    do_verify_score_threshold: float = option(-1.0, "score_threshold: verify at or above this score")
     hysteresis_threshold_on: float = option(0.0, "score_hysteresis: start verifying above")
     hysteresis_threshold_off: float = option(-1.0, "score_hysteresis: stop verifying below")
     do_verify_score_type: str = option(
@@ -83,7 +83,7 @@ class RoutingOptions:
     )
     score_penalty_coef: float = option(2.0, "the cost in the score, in tokens")
     token_acceptance_estimator: str = option(
-        "hard_margin_threshold", "how likely the verifier accepts a token", choices=ESTIMATORS
+        "hard_margin_threshold", "estimates how likely the verifier accepts a token", choices=ESTIMATORS
     )
     ssd_confidence_margin_threshold: float = option(0.05, "of hard_margin_threshold")
     ssd_entropy_threshold: float = option(0.5, "of hard_entropy_threshold (normalised entropy)")

@@ -38,17 +38,16 @@ class SpiffyOptions:
     )
     draft_graph: str = option(
         "default",
-        "which states are drafted: a file of `s2d2-lmeval calibrate`, or default: the graph that comes with the "
-        "package",
+        "which states to draft: a file from `s2d2-lmeval calibrate`, or default: the graph bundled with the package",
     )
     draft_nodes: int | str = option(
         "auto",
-        "states to draft per row and forward at most; auto: chosen from measured forward cost and the hit rate so far",
+        "maximum number of states to draft per row and forward; auto: chosen from measured forward cost and hit rate",
         low=0,
     )
     lossless: bool = option(
         True,
-        "refuse what would not give the base decoder's output token for token; otherwise its law is enough",
+        "refuse settings that would not give exactly the base decoder's output; false: the same distribution is enough",
     )
 
     @staticmethod
@@ -59,7 +58,7 @@ class SpiffyOptions:
         if config.use_block_cache:
             yield (
                 "use_block_cache drafts against keys that an earlier forward left behind, and which forward that was "
-                "depends on those that spiffy skips: switch one of them off."
+                "depends on those that spiffy skips: disable one of them."
             )
         if config.lossless and config.sampled and not config.keyed:
             yield (
