@@ -137,7 +137,7 @@ def installed(tmp_path: Path) -> dict[str, str]:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: no-echo\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[s2d2_lmeval.decoders]\nno_echo = no_echo\nbroken = broken_plugin\n")
-    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+    return {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
 
 
 def test_installed_it_is_a_decoder_of_lm_eval(installed: dict[str, str], tmp_path: Path) -> None:

@@ -65,14 +65,19 @@ def test_task_arguments_override_model_arguments(evaluate: Callable[..., Any]) -
     assert results["config"]["s2d2"]["configurations"][0]["decoding"]["decoder"] == "ar"
 
 
-def test_overridden_options_are_told(
-    requests: Any, make: Callable[..., S2D2LM], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_overridden_options_are_told(requests: Any, make: Callable[..., S2D2LM]) -> None:
     model = make(do_sample=True, seed=3, gen_length=2)
-    logging.getLogger("lm_eval").propagate = True
-    with caplog.at_level(logging.WARNING, logger="lm_eval.s2d2"):
+    # Whether this logger propagates depends on whether the harness has set up logging in this process.
+    told: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = told.append  # type: ignore[method-assign]
+    logger = logging.getLogger("lm_eval.s2d2")
+    logger.addHandler(handler)
+    try:
         model.generate_until(requests(["x"], do_sample=False, seed=3, max_gen_toks=1), disable_tqdm=True)
-    assert [record.getMessage() for record in caplog.records] == [
+    finally:
+        logger.removeHandler(handler)
+    assert [record.getMessage() for record in told] == [
         f"a task's generation_kwargs set {name}={value}, which overrides {given} of --model_args; "
         f"--gen_kwargs {name}=… overrides both."
         for name, value, given in (("do_sample", False, "do_sample=True"), ("max_new_tokens", 1, "gen_length=2"))
