@@ -7,14 +7,14 @@ a finder on ``sys.meta_path`` that waits for ``lm_eval.models`` and ``lm_eval.fi
 two names to the harness's registries. It imports neither torch nor lm_eval, and it never raises: an exception here
 would break ``import torch``.
 
-What it does not reach:
+It does not run under:
 
 * ``lm_eval --seed None``, or any seed list without a torch seed: the harness then looks the model up before torch is
   imported.
 * ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``, by which torch skips every such entry point.
 
 ``s2d2-lmeval eval …`` takes the same arguments as ``lm_eval …``, registers directly and works in both cases.
-``S2D2_LMEVAL_NO_AUTOLOAD=1`` switches this module off.
+``S2D2_LMEVAL_NO_AUTOLOAD=1`` disables this module.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def _never_raising(module: str) -> None:
 
 
 class _PostImportFinder:
-    """A meta-path finder that finds nothing itself: it has the waited-for modules found by the others and runs a
-    callback after.
-    """
+    """A meta-path finder that lets the other finders find the awaited modules, and runs a callback afterwards."""
 
     def __init__(self, waiting: set[str]) -> None:
         self._waiting = waiting

@@ -1,4 +1,4 @@
-"""The interface of a decoder: what it states of itself, and what the batch loop asks of it."""
+"""The interface of a decoder: its declared properties, and the methods that the batch loop calls."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ AUTOREGRESSIVE: dict[str, Any] = {
     "promise": "the model's own autoregressive law: one token at a time at block size one",
     "options": (ScheduleOption,),
     "strategy": "sequential",
-    # At block size one there is nothing but token-causal attention.
+    # At block size one all attention is token-causal.
     "imposes": {"block_length": 1, "denoising_steps": 1, "cache_ver": True, "draft_ver": True},
 }
-"""What ``ar`` states, whatever decodes it."""
+"""The properties of ``ar``, for all of its implementations."""
 
 EXACT = " (tested in float32 and float64; in bfloat16 and float16 near-ties can fall either way)"
-"""The condition of promises that a decoder's output is another one's."""
+"""The caveat on guarantees that one decoder's output equals another's."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ RowsT = TypeVar("RowsT", bound=SequenceState)
 
 
 class Decoder(ABC, Generic[RowsT]):
-    """Decodes all rows in flight: says what to forward, takes the logits, and moves every row on.
+    """Decodes all rows in flight: plans the next forward, takes its logits, and advances every row.
 
-    A class states what users, pages and the engine need to know of it where it registers itself:
+    A class declares what users, docs and the engine need to know about it when it registers:
     ``@DECODERS.register("name", "scheme", promise=…, options=…)`` (:class:`~s2d2_lmeval.registry.DecoderEntry`).
     """
 
@@ -72,12 +72,12 @@ class Decoder(ABC, Generic[RowsT]):
 
     @staticmethod
     def layout(config: DecodingConfig) -> str:
-        """How much is decoded at a time, and in which schedule, in a few words."""
+        """How much is decoded at once, and in which schedule, in a few words."""
         return f"schedule {config.schedule}, blocks of {config.block_length}"
 
     @staticmethod
     def caution(config: DecodingConfig) -> str | None:
-        """What to know of the counts of a run, in a sentence; None where they speak for themselves."""
+        """A caveat on the counts of a run, in one sentence, or None."""
         return None
 
     @property
@@ -86,14 +86,14 @@ class Decoder(ABC, Generic[RowsT]):
         """Positions that a row may write to in the cache."""
 
     def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
-        """Before the first request: a decoder with an option that is ``auto`` measures here what forwards cost."""
+        """Called before the first request: a decoder with an option set to ``auto`` measures forward costs here."""
 
     def admitted(self, slot: int) -> None:
         """A request has been admitted to ``slot``."""
 
     @abstractmethod
     def plan(self) -> Plan:
-        """Lay out the next forward of all active rows. Known on the host; nothing is read from the device."""
+        """Plan the next forward of all active rows, on the host, without reading from the device."""
 
     @abstractmethod
     def advance(self, logits: torch.Tensor) -> Outcome:

@@ -1,4 +1,4 @@
-"""The batch loop: all requests of a run through one decoder and one model, with as many rows in flight as fit."""
+"""The batch loop: runs all requests through one decoder and one model, with as many rows in flight as fit."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
 logger = logging.getLogger("s2d2_lmeval")
 
 PREFILL_CHUNK = 512
-"""Most prompt tokens that one row brings to a forward."""
+"""Maximum number of prompt tokens per row and forward."""
 
 
 LOGITS_OF_A_ROW = 64
-"""Logits that a row may want at once, for what memory is planned; decoders of whole blocks may want two blocks."""
+"""Logits per row that memory is planned for; decoders of whole blocks may want two blocks."""
 
 
 class Engine:
@@ -52,10 +52,10 @@ class Engine:
     def run(
         self, requests: Sequence[Request], on_finished: Callable[[int, Generation], None] | None = None
     ) -> list[Generation]:
-        """Answer every request, in order. ``on_finished`` is told of each as it completes.
+        """Answer every request, in order. ``on_finished`` is called as each one completes.
 
-        Where memory runs out, the requests in flight begin again with half as many rows; randomness is keyed, so their
-        answers are the same.
+        On out-of-memory the requests in flight restart with half as many rows; randomness is keyed, so their answers
+        stay the same.
 
         Raises:
             CapacityError: if memory does not hold a single row.
@@ -73,7 +73,7 @@ class Engine:
                 finished(index, self._nothing_to_do(request))
         while waiting:
             if not self._decode(requests, waiting, finished):
-                # Here the exception is gone, and with it what it kept alive of the failed step.
+                # The exception is gone by now, and with it the tensors of the failed step that it kept alive.
                 waiting.extendleft(sorted(self.in_flight.values(), reverse=True))
                 self.in_flight = {}
                 self._back_off()
@@ -100,7 +100,7 @@ class Engine:
         return True
 
     def _back_off(self) -> None:
-        """Memory has run out: let go of everything and go on with half as many rows."""
+        """Out of memory: release everything and continue with half as many rows."""
         rows = self.slots
         self.runner.release()
         if rows <= 1:
@@ -117,7 +117,7 @@ class Engine:
         )
 
     def decoder_class(self) -> type[Decoder[Any]]:
-        """What decodes.
+        """The decoder's class.
 
         Raises:
             ConfigError: the decoder does not fit the checkpoint.
@@ -129,7 +129,7 @@ class Engine:
         return decoder
 
     def _prepare(self, requests: Sequence[Request]) -> None:
-        """Slots for the run: rows, their decoder and room in the cache for the longest request."""
+        """Prepare the run: the decoder, its slots, and cache space for the longest request."""
         decoder = self.decoder_class()
         self.config.check_fits(self.facts)
         self.bias = bias_of(self.config, self.facts.vocab_size, self.runner.device)
@@ -168,7 +168,7 @@ class Engine:
             self.trace.admitted(len(request.prompt), shared)
 
     def _step(self) -> None:
-        """One engine step: plan, forward, advance; and what the trace says of it."""
+        """One engine step: plan, forward, advance, and record it in the trace."""
         started, model_seconds = clock.now(), self.runner.model_seconds
         plan = self.decoder.plan()
         logits = self.runner.forward(plan.request)
@@ -189,7 +189,7 @@ class Engine:
         )
 
     def _answer(self, slot: int) -> Generation:
-        """What a complete row has to say."""
+        """The answer of a complete row."""
         rows, config = self.rows, self.config
         request, progress, canvas = rows.requests[slot], rows.progress[slot], rows.tokens[slot]
         assert request is not None

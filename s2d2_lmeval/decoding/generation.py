@@ -1,4 +1,4 @@
-"""What goes into the batch loop and what comes out."""
+"""Requests and answers of the batch loop."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PublishedStep = list[int | float | str] | dict[str, list[Any]]
 class Request:
     """A prompt to continue.
 
-    ``key`` names the request's randomness. ``stop`` is asked after each finished block with every new token so far, and
-    answers how many of them to keep (decoding stops there) or None.
+    ``key`` identifies the request's randomness. ``stop`` is called after each finished block with all new tokens so
+    far, and returns how many of them to keep (decoding then stops) or None.
     """
 
     prompt: list[int]
@@ -38,8 +38,8 @@ class Step:
 
     ``start`` is the block's first position; ``before``, ``draft`` and ``tokens`` are the block's ids before the step,
     with every mask drafted, and after the step; ``marks`` says how each place was decided in it (:data:`MARK_NAMES`; 0
-    where it was not). ``drafted`` are the positions of the tokens that were put before the verifier, siblings of a tree
-    at the same one. ``order`` ranks places within equal marks, where decoding knows such an order.
+    if it was not). ``drafted`` are the positions of the tokens submitted to the verifier; siblings of a tree share
+    one. ``order`` ranks places with equal marks, if decoding has such an order.
     """
 
     kind: str
@@ -70,15 +70,15 @@ class Generation:
 
 
 FORWARDS = ("prefill", "draft", "verify", "commit", "drafter")
-"""What a forward does for a request; ``drafter`` is a forward of a drafter beside the model."""
+"""What a forward does for a request; ``drafter`` is a forward of a separate drafter."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What a verification did for the answer, which may end before what was drafted does.
+    """A verification's contribution to the answer, which may end before the draft does.
 
-    ``drafted`` tokens put before the verifier, ``accepted`` of these, and all tokens ``decided``; ``offered`` and
-    ``stood`` are the depths at which a token was drafted and accepted, 1 being the first drafted position.
+    ``drafted`` counts tokens submitted to the verifier, ``accepted`` those it accepted, ``decided`` all decided ones;
+    ``offered`` and ``stood`` are the depths at which a token was drafted and accepted, from 1 for the first position.
     """
 
     drafted: int
@@ -89,7 +89,7 @@ class Verification:
 
 
 def verifications(steps: Sequence[Step], end: int) -> Iterator[Verification]:
-    """The verifications among ``steps``, as far as they concern positions before ``end``, where the answer does."""
+    """The verifications among ``steps``, restricted to positions before ``end``, the end of the answer."""
     for step in steps:
         drafted = [position for position in step.drafted if position < end]
         if drafted:
@@ -112,10 +112,10 @@ def positions_decided(steps: Sequence[Step]) -> list[PublishedStep]:
 
 @dataclass
 class Progress:
-    """A request on its way: counters and steps, filled in as forwards come back.
+    """A request in flight: its counters and steps, filled in after each forward.
 
-    ``drafts`` that a routing policy looked at, and ``routed_drafts`` of these that it sent to the verifier.
-    ``published_order`` makes the published decoding order of the steps.
+    ``drafts`` counts those that a routing policy saw, ``routed_drafts`` those that it sent to the verifier.
+    ``published_order`` converts the steps to the published decoding order.
     """
 
     published_order: Callable[[Sequence[Step]], list[PublishedStep]] = positions_decided
@@ -135,11 +135,11 @@ class Progress:
         return self.published_order(self.steps)
 
     def count(self, name: str, more: int) -> None:
-        """Add ``more`` to a count of the decoder's own."""
+        """Add ``more`` to one of the decoder's own counts."""
         self.counts[name] = self.counts.get(name, 0) + more
 
     def verified(self, end: int) -> tuple[dict[str, int], dict[str, int]]:
-        """What verifications did for an answer that ends before position ``end``: counts, and counts by depth."""
+        """Counts of the verifications of an answer that ends before position ``end``, in total and by depth."""
         found = list(verifications(self.steps, end))
         counts = {name: sum(getattr(one, name) for one in found) for name in ("drafted", "accepted")}
         if found:
@@ -153,7 +153,7 @@ class Progress:
     def summary(self, new_tokens: int, counts: dict[str, int]) -> dict[str, float]:
         """The request's statistics (:mod:`~s2d2_lmeval.runtime.statistics`); ``counts`` are those of :meth:`verified`.
 
-        ``seconds`` is the time in flight, which it shared with others: no rate follows from it.
+        ``seconds`` is the time in flight, shared with other requests, so it does not give a rate.
         """
         nfe = sum(self.forwards.values())
         routing = {"drafts": self.drafts, "routed_drafts": self.routed_drafts} if self.drafts else {}

@@ -40,7 +40,7 @@ class Segment:
         return np.asarray(self.columns["position"])
 
     def set(self, **columns: np.ndarray | int) -> Segment:
-        """Say more of the queries: a column (K,) each, or one value for all."""
+        """Set further columns of the queries: (K,) each, or one value for all."""
         self.columns |= columns
         return self
 
@@ -49,9 +49,9 @@ class Segment:
 class Plan:
     """The next forward of all R active rows and how to read its logits.
 
-    ``reads`` names the groups of wanted logits in their order; of each logit the table ``(slot, place)`` is on the
-    device (:meth:`at`). ``sent`` is what else the decoder told the device, ``known`` what it remembers of the plan on
-    the host.
+    ``reads`` names the groups of wanted logits in order; the table ``(slot, place)`` of each logit is on the
+    device (:meth:`at`). ``sent`` is what else the decoder sent to the device, ``known`` what it keeps about the plan
+    on the host.
     """
 
     request: Pass
@@ -64,21 +64,19 @@ class Plan:
     known: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def at(self, first: str, last: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(slots, places) of the logits of a group, or of the groups from ``first`` to ``last``, where there is one."""
+        """(slots, places) of the logits of a group, or of the groups from ``first`` to ``last``, if present."""
         groups = [self.reads[name] for name in (first, last or first) if name in self.reads] or [slice(0, 0)]
         which = slice(groups[0].start, groups[-1].stop)
         return self.sent["read_slot"][which], self.sent["read_place"][which]
 
     def count(self, name: str) -> int:
-        """Logits in a group, if there is one."""
+        """The number of logits in a group; 0 without it."""
         group = self.reads.get(name, slice(0, 0))
         return group.stop - group.start
 
 
 class PassBuilder:
-    """Collects the segments of one forward over the rows ``slots`` (R,). Within a row, segments lie one after the
-    other in the order in which they were added.
-    """
+    """Collects the segments of one forward over the rows ``slots`` (R,); a row's segments keep the order of adding."""
 
     def __init__(self, slots: np.ndarray) -> None:
         self.slots = slots
@@ -86,7 +84,7 @@ class PassBuilder:
         self._reads: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def add(self, count: np.ndarray) -> Segment:
-        """``count`` (R,) queries of each row, whose ``position`` is still to be set."""
+        """``count`` (R,) queries of each row, without ``position``, which is set later."""
         self._segments.append(Segment(count))
         return self._segments[-1]
 
@@ -100,7 +98,7 @@ class PassBuilder:
         return self.add(np.bincount(row, minlength=len(self.slots))).set(position=position)
 
     def lay_out(self) -> Layout:
-        """Fix where every query lies; from here on :attr:`Segment.query` holds."""
+        """Fix the order of all queries; :attr:`Segment.query` is valid afterwards."""
         self.layout = Layout(self.slots, np.add.reduce([segment.count for segment in self._segments]))
         first = self.layout.offsets
         for segment in self._segments:
@@ -112,7 +110,7 @@ class PassBuilder:
         return self.layout
 
     def column(self, name: str, default: int = 0) -> np.ndarray:
-        """(N,) what the segments say under ``name``, ``position`` included; ``default`` where one says nothing."""
+        """(N,) the segments' values of ``name`` (also ``position``); ``default`` for segments without one."""
         values = np.full(self.layout.queries, default, dtype=np.int64)
         for segment in self._segments:
             if name in segment.columns:
@@ -124,11 +122,11 @@ class PassBuilder:
         return self.layout.padded(self.column(name, default), fill)
 
     def read(self, name: str, row: np.ndarray, place: np.ndarray, query: np.ndarray) -> None:
-        """Want the logits at packed queries (K,), which speak of ``place`` (K,) of active rows ``row`` (K,)."""
+        """Request the logits at packed queries (K,), which are about ``place`` (K,) of active rows ``row`` (K,)."""
         self._reads[name] = row, place, query
 
     def send(self, device: torch.device, **facts: np.ndarray) -> Sent:
-        """Bring positions, reads and ``facts`` to the device in one transfer."""
+        """Send positions, reads and ``facts`` to the device in one transfer."""
         groups = [group for group in self._reads.values() if len(group[0])] or [(_NOTHING,) * 3]
         rows, places, queries = map(np.concatenate, zip(*groups, strict=True))
         self._read_rows = rows

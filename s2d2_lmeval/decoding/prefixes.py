@@ -1,11 +1,12 @@
-"""Prompts that begin alike (few-shot examples, a system text) are run through the model once.
+"""Prefix sharing: a common beginning of prompts (few-shot examples, a system prompt) runs through the model once.
 
-The keys and values of a prompt stay in their slot until the slot is taken by another, so a request that is admitted can
-copy what it shares with any prompt that lies in the cache. Requests that share a long beginning with one that is still
-being run wait for it, which costs nothing: other requests take the free slots meanwhile.
+The keys and values of a prompt stay in their slot until another request takes it, so a new request can copy its common
+prefix with any prompt in the cache. Requests that share a long prefix with one that is still running wait for it, at no
+cost, because other requests take the free slots in the meantime.
 
-A position's keys and values depend on what it sees. Token-causally that is what lies before it, block-causally the rest
-of its block as well, so what is shared ends on a block boundary. Where a prompt sees all of itself nothing is shared.
+A position's keys and values depend on what it sees: with token-causal attention the text before it, with block-causal
+attention also the rest of its block. So shared prefixes end on a block boundary, and a prompt that sees all of itself
+shares nothing.
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ LOOKAHEAD = 4
 
 
 class SharedPrefixes:
-    """What the slots of a run hold of prompts. ``grain`` is the block whose ends a shared prefix may have; None: no
-    prefix is shared.
-    """
+    """The prompts in the slots of a run. Shared prefixes end at multiples of ``grain``; None disables sharing."""
 
     def __init__(self, rows: SequenceState, grain: int | None) -> None:
         self.rows = rows
@@ -38,7 +37,7 @@ class SharedPrefixes:
         """The prompt that was last admitted to each slot."""
 
     def next(self, waiting: deque[int], requests: Sequence[Request]) -> int | None:
-        """The place in ``waiting`` of the first request that need not wait for another's prefix; None: all wait."""
+        """The index in ``waiting`` of the first request that need not wait for another's prefix; None if all wait."""
         if self.grain is None:
             return 0
         for place, index in enumerate(islice(waiting, LOOKAHEAD * self.rows.count)):
@@ -47,15 +46,15 @@ class SharedPrefixes:
         return None
 
     def source_for(self, slot: int, prompt: Sequence[int]) -> tuple[int, int]:
-        """``prompt`` is to go to ``slot``: the slot that holds most of its beginning, and how much (0: none).
+        """For a ``prompt`` that goes to ``slot``: the slot with its longest cached prefix, and the length (0: none).
 
-        To be asked before the rows know of the new request.
+        Call it before the rows take the new request.
         """
         tokens = np.array(prompt)
         source, length = slot, 0
         if self.grain is not None:
             shared = [self._shared(tokens, other, self._ready(other)) for other in range(self.rows.count)]
-            # Nothing needs copying where the slot's own last prompt serves as well.
+            # No copy is needed if the slot's own last prompt serves as well.
             source = slot if shared[slot] == max(shared) else int(np.argmax(shared))
             length = shared[source]
         self.held[slot] = tokens
@@ -80,7 +79,7 @@ class SharedPrefixes:
         return common // self.grain * self.grain
 
     def _coming(self, prompt: np.ndarray) -> bool:
-        """Whether a row in flight is about to hold much more of ``prompt`` than any slot holds now."""
+        """Whether a row in flight will soon hold much more of ``prompt`` than any slot does now."""
         assert self.grain is not None
         running = [
             slot

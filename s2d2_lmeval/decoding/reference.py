@@ -1,6 +1,6 @@
-"""What exists only to equal the published code: its draw orders, its notation of decisions, its faults.
+"""Code that exists only to match the published implementation: its draw orders, its notation of decisions, its bugs.
 
-Nothing else in decoding knows of it: decoders ask here once, when they are created, and find what the options call for.
+Decoders ask here once, when they are created, for what the options require.
 """
 
 from __future__ import annotations
@@ -84,20 +84,20 @@ class SequentialSource:
 
 @dataclass(frozen=True)
 class Rules:
-    """What block denoising does only because published code does; all of it is off in the fast path."""
+    """What block denoising does only to match the published code; all of it is off in the fast path."""
 
     drafts_whole_block: bool
     """A draft reads the decided places of its block too: all of them are drawn for, or an entropy sums over all."""
     commits_apart: bool
-    """A finished block is committed by a forward of its own; nothing rides in a draft."""
+    """A finished block is committed by a separate forward; drafts commit nothing."""
     commits_last_block: bool
     """So is a block that no other follows."""
     finishes_blocks: bool
-    """Sub-blocks go on after the last token that is asked for, to the end of the block."""
+    """Sub-blocks continue after the last requested token, to the end of the block."""
 
 
 def rules_of(config: DecodingConfig, edits: bool) -> Rules:
-    """What the options call for, in a scheme that ``edits`` decided tokens or does not.
+    """What the options require, in a scheme that ``edits`` decided tokens or does not.
 
     Raises:
         ConfigError: a draft is to read places that the schedule does not run.
@@ -126,7 +126,7 @@ def within_collapsed_entropy(confidence: torch.Tensor, order: torch.Tensor, boun
 
 
 def verifies_short_span(masks: torch.Tensor, confident: torch.Tensor, shortest: int) -> torch.Tensor:
-    """``legacy_ssd_span_strategy``: a span shorter than ``shortest`` is verified (R,) all the same where too few
+    """``legacy_ssd_span_strategy``: a span shorter than ``shortest`` is verified (R,) anyway if too few
     ``masks`` (R, L) are ``confident`` (R, L).
     """
     return confident.sum(-1) < masks.sum(-1).clamp_max(shortest)

@@ -4,11 +4,11 @@ One object decodes all rows in flight. :meth:`BlockDenoiser.plan` says what to f
 takes the logits. A step of a row:
 
 1. draft   tokens and their confidence at every mask of the block
-2. choose  by the remasking strategy which masks to decide
-3. decide  write them into the block; a finished block is committed and the next begins
+2. choose  which masks to decide, by the remasking strategy
+3. decide  write them into the block; a finished block is committed and the next one begins
 
-The device part works on all rows at once and never waits; the host learns what happened from one read at the end and
-moves every row to its next phase.
+The device part works on all rows at once and never synchronizes; one read at the end tells the host what happened, and
+the host moves every row to its next phase.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DENOISING = (ScheduleOption, BlockOption, StepOptions)
 
 
 def _remasking(name: str, strategy: str, what: str, *options: type) -> Callable[[Any], Any]:
-    """Registers the decoder ``name``, which is nothing but a remasking ``strategy``."""
+    """Register the decoder ``name``, which always uses one remasking ``strategy``."""
     return DECODERS.register(
         name,
         "block",
@@ -67,7 +67,7 @@ class BlockDenoiser(Decoder[Rows]):
     """The decoders ``sequential``, ``static``, ``dynamic``, ``entropy_bounded`` and, at block length one, ``ar``."""
 
     verifies = False
-    """Whether a verifier may look at a draft before it is decided."""
+    """Whether a verifier may check a draft before it is decided."""
     edits = False
     """Whether decided tokens may be replaced."""
     notation = staticmethod(reference.order_of_blocks)
@@ -77,7 +77,7 @@ class BlockDenoiser(Decoder[Rows]):
     """Whether the logits of a token predict the next one; then the rows' "block" is a sub-block."""
 
     def __init__(self, setup: DecoderSetup, part: DecodingConfig | None = None) -> None:
-        """``part`` is the configuration of sub-blocks, where blocks are denoised in parts."""
+        """``part`` is the configuration of sub-blocks, if blocks are denoised in sub-blocks."""
         self.whole, self.config = setup.config, part or setup.config
         config, block = self.config, self.whole.block_length
         # Of shifted models, room for the first token after the last block too.
@@ -89,7 +89,7 @@ class BlockDenoiser(Decoder[Rows]):
         self.source = random.source_of(config.random_source, config.seed)
         self.rules = reference.rules_of(config, self.edits)
         self.longest_ride = 0 if self.rules.commits_apart else max(setup.prefill_chunk, block)
-        """Tokens without keys that may ride in a draft."""
+        """Tokens without keys that a draft may also commit."""
         self.verify_all_masks = False
         # The latest draft of every row: tokens, their probability, and the entropy (nats) of their distribution if the
         # strategy asks for it. ``sound`` is false once logits were not numbers.
@@ -128,9 +128,9 @@ class BlockDenoiser(Decoder[Rows]):
     # ---- device ----
 
     def _suppress_mask_token(self, logits: torch.Tensor, block: torch.Tensor) -> None:
-        """Never predict the mask token; where the options allow it, not for masks that outlived their schedule.
+        """Suppress the mask token: always or, if the options allow predicting it, once a block's schedule is over.
 
-        Without that end a model that keeps predicting the mask would loop forever.
+        Otherwise a model that keeps predicting the mask would loop forever.
         """
         plan, masked = self._plan, logits[:, self.rows.mask_token_id]
         if self.config.suppress_mask_token:
@@ -145,7 +145,7 @@ class BlockDenoiser(Decoder[Rows]):
         return ((step >= self.config.steps) & (block == self.rows.mask_token_id)).any(-1)
 
     def _decide(self, state: BlockState, logits: torch.Tensor) -> StepResult:
-        """The device part of a step: here, of rows that drafted."""
+        """The device part of a step of the rows that drafted."""
         plan, drafted = self._plan, []
         if plan.count("draft"):
             decisions = self._step(state, logits, plan.at("draft"), plan.sent["drafting"])
@@ -180,7 +180,7 @@ class BlockDenoiser(Decoder[Rows]):
     def _observe(
         self, state: BlockState, logits: torch.Tensor, at: tuple[torch.Tensor, ...], valid: torch.Tensor | None = None
     ) -> None:
-        """Draft a token at the places ``at`` from their ``logits``; only where ``valid`` (M,), if it is given."""
+        """Draft a token at the places ``at`` from their ``logits``, only where ``valid`` (M,) if given."""
 
         def put(table: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
             table = table.to(values.dtype)
@@ -199,7 +199,7 @@ class BlockDenoiser(Decoder[Rows]):
         return draft_tokens(logits, self.config, self.source, key)
 
     def _revise(self, decisions: Decisions, state: BlockState, drafting: torch.Tensor) -> None:
-        """Change decided tokens of the rows ``drafting`` (rows,), in schemes that do: here what is decided stays."""
+        """Edit decided tokens of the rows ``drafting`` (rows,), in schemes with editing; here they stay."""
 
     def _denoise(self, decisions: Decisions, count: torch.Tensor, among: torch.Tensor) -> None:
         """Decide by the remasking strategy ``count`` (rows,) tokens or more in the rows ``among`` (rows,)."""
@@ -209,12 +209,12 @@ class BlockDenoiser(Decoder[Rows]):
     def _choose(
         self, masks: torch.Tensor, count: torch.Tensor, confidence: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which ``masks`` (rows, B) the remasking strategy decides, and in which order."""
+        """The ``masks`` (rows, B) that the remasking strategy decides, and their order."""
         step = Undecided(masks, count, confidence, self.entropy, self.config, at_most_count=self.verifies)
         return choose(self.config.strategy, step)
 
     def _write(self, state: BlockState, decisions: Decisions) -> None:
-        """Put the block where passes read it: into the canvas, and with every mask drafted after it."""
+        """Write the block where passes read it: into the canvas and, with every mask drafted, after it."""
         rows = self.rows
         rows.store.view(-1)[state.index] = decisions.block
         rows.store[:, rows.length : rows.length + rows.block_length] = torch.where(
@@ -269,7 +269,7 @@ class BlockDenoiser(Decoder[Rows]):
         assert read.verified is not None
         self._record(slot, read.verified, "verify")
         if self.config.schedule == "lookahead":
-            # What was fed token-causally and stands is prefix, up to the first that is open or came out another.
+            # Accepted tokens that were fed token-causally become prefix, up to the first that is open or was replaced.
             stands = (rows.block[slot] == read.verified.draft[slot]) & ~rows.masks[slot]
             standing = int(np.append(stands, False).argmin())
             end = min(rows.start[slot] + standing, rows.cached[slot] + self._plan.known["text"][row])
@@ -300,7 +300,7 @@ class BlockDenoiser(Decoder[Rows]):
             self._next_block(slot)
 
     def _block_finished(self, slot: int) -> bool:
-        """Whether the block of row ``slot``, at the end of a step, needs no other."""
+        """Whether the block of row ``slot`` needs no further step."""
         return not self.rows.masks[slot].any()
 
     def _next_block(self, slot: int) -> None:
@@ -313,7 +313,7 @@ class BlockDenoiser(Decoder[Rows]):
         self._enter_draft(slot)
 
     def _enter_draft(self, slot: int) -> None:
-        """Draft next, or first run what has to be in the cache and cannot ride along."""
+        """Draft next, or first run what must be in the cache and cannot share the draft's forward."""
         rows = self.rows
         rows.phase[slot] = DRAFT if rows.start[slot] - rows.cached[slot] <= self.longest_ride else PREFILL
         rows.wanted[slot] = True if self.rules.drafts_whole_block else rows.masks[slot]

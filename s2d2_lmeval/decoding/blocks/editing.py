@@ -2,13 +2,13 @@
 
 While a block is open its decided tokens are drafted too, and may be replaced. A step of a row:
 
-1. draft   tokens and their confidence at every place of the block that is not of the prompt
+1. draft   tokens and their confidence at every place of the block outside the prompt
 2. edit    replace decided tokens by other drafted ones above ``editing_threshold``
-3. verify  S2D2 only: the edited block, with its masks drafted, goes before the verifier if the policy says so
-4. decide  masks: every one above ``confidence_threshold``, at least ``num_to_transfer``
+3. verify  S2D2 only: verify the edited block, with its masks drafted, if the policy says so
+4. decide  every mask above ``confidence_threshold``, at least ``num_to_transfer`` of them
 
-A block without masks may be edited in ``max_post_steps`` further steps, until one changes nothing. Whatever the
-verifier predicts, it fills masks only. A block that no other follows is not committed.
+A block without masks may be edited in up to ``max_post_steps`` further steps, until one changes nothing. The verifier
+only fills masks. The last block is not committed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class EditingDenoiser(BlockDenoiser):
     def _revise(self, decisions: Decisions, state: BlockState, drafting: torch.Tensor) -> None:
         place = torch.arange(state.block.shape[1], device=state.block.device)
         editable = drafting.unsqueeze(1) & ~decisions.masks & (place >= state.given.unsqueeze(1))
-        # A decided token never turns back into the mask token, which published code leaves to the model.
+        # A decided token never becomes the mask token again; the published code leaves that to the model.
         other = (self.drafted != decisions.block) & (self.drafted != self.rows.mask_token_id)
         decisions.decide(editable & other & (self.confidence > self.config.editing_threshold), self.drafted, EDITED)
 

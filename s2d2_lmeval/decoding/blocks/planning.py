@@ -1,4 +1,4 @@
-"""From where the rows stand to the next pass: which queries, where, who sees whom, which logits.
+"""Plan the next pass from the state of the rows: queries, positions, visibility, wanted logits.
 
 Everything is laid out on the host in numpy, for all rows at once, and goes to the device in one transfer.
 """
@@ -17,12 +17,12 @@ from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, block_end, by_reach
 
 
 def scheduled_count(step: np.ndarray | int, config: DecodingConfig) -> np.ndarray:
-    """Tokens that step ``step`` of a block must decide: the block spread over the steps, the remainder to the first
+    """Tokens that step ``step`` of a block must decide: the block divided by the steps, with the remainder in the first
     ones; at least ``num_to_transfer``.
     """
     steps = config.steps
     whole, rest = divmod(config.block_length, steps)
-    # After the schedule (possible only if the model keeps predicting the mask itself) a step is asked for one token.
+    # After the schedule (possible only if the model keeps predicting the mask) a step must decide one token.
     return np.maximum(np.where(step < steps, whole + (step < rest), 1), config.num_to_transfer)
 
 
@@ -35,7 +35,7 @@ def text_end(rows: Rows, slots: np.ndarray, chunk: int) -> np.ndarray:
 
 
 def set_text(text: Segment, rows: Rows, slots: np.ndarray, config: DecodingConfig) -> None:
-    """Say what the queries of the rows' own text hold and see; ``config`` is that of whole blocks."""
+    """Set tokens and visibility of the queries of the rows' own text; ``config`` is that of whole blocks."""
     row, position, start = text.row, text.position, rows.start[slots]
     verifying, block = rows.phase[slots] == VERIFY, start // config.block_length * config.block_length
     first_mask = start + rows.masks[slots].argmax(1)
@@ -55,9 +55,9 @@ def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> Plan:
     """Lay out the next forward of all active rows. A row brings up to three segments, in this order:
 
     text    its own tokens from the first position without keys: a prefill chunk, a block to commit, the block being
-            drafted (a finished part in front rides along and is kept), or the drafted block under verification
-    copies  verification: a mask for every wanted place, seeing the text before that place (S2D2's 2L pass, without the
-            rows that nobody reads)
+            drafted (a finished part before it is also run and kept), or the drafted block under verification
+    copies  verification: a mask for every wanted place, which sees the text before that place (S2D2's 2L pass, without
+            the unread rows)
     ahead   lookahead: if the verification may finish the block, the masks of the next one, seeing the text
 
     Reads ``verify``, ``draft`` and ``ahead``; knows ``text`` (R,), the queries of the first segment.
@@ -90,7 +90,7 @@ def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> Plan:
     if verifies:
         builder.read("ahead", ahead.row, ahead.local, ahead.query)
     sent = send_blocks(rows, config, builder)
-    # Under lookahead the decided prefix of the block is token-causal in the draft already: it stays.
+    # Under lookahead the draft already runs the decided prefix of the block token-causally: it stays.
     settled = np.where(lookahead, start + masks.argmax(1), start)
     keep = np.where(verifying, 0, np.where(drafting, settled, end) - cached)
     return block_plan(builder, sent, rows, by_reach(sent["rank"], sent["reach"]), keep, text=end - cached)
@@ -128,13 +128,13 @@ def plan_subblocks(rows: Rows, config: DecodingConfig, whole: DecodingConfig, ch
     builder.lay_out()
     for name, among in (("verify", verifying), ("draft", drafting)):
         row, place = np.nonzero(wanted & among[:, None])
-        # The query before a token predicts it; where the pass brings none, its own.
+        # The query before a token predicts it; if the pass has none, its own.
         before = np.maximum(start[row] + place - 1, np.where(narrow, start, block)[row])
         inside = last[row] & (before >= start[row])
         query = np.where(inside, (subblock.first - start)[row], (text.first - begin)[row]) + before
         builder.read(name, row, place, query)
     first = read_first(builder, rows, end)
-    # Progress is the share of the sub-block that is decided, whoever decided it.
+    # Progress is the decided share of the sub-block, including prompt tokens.
     sent = send_blocks(rows, config, builder, given=np.zeros(rows.count))
     keep = np.where(verifying, 0, np.where(drafting, block, end) - cached)
     return block_plan(builder, sent, rows, by_reach(sent["rank"], sent["reach"]), keep, first=first)
@@ -159,7 +159,7 @@ def read_first(builder: PassBuilder, rows: Rows, end: np.ndarray) -> np.ndarray:
 
 
 def send_blocks(rows: Rows, config: DecodingConfig, builder: PassBuilder, **more: np.ndarray) -> Sent:
-    """Bring the pass to the device, and what decoders need to know of every row, active or not; ``more`` may replace
+    """Send the pass to the device, with what decoders need to know about every row, active or not; ``more`` overrides
     some of it.
 
     ``block`` (rows, B) store index of the current block, ``position`` (rows, B), ``step`` (rows, 1), ``key`` (rows, 1),

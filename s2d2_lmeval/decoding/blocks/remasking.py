@@ -1,4 +1,4 @@
-"""Which masks a denoising step decides: the four published strategies, for all rows at once.
+"""The remasking strategies: which masks a denoising step decides, for all rows at once.
 
 A strategy is a function of an :class:`Undecided` to (order, count): the rank (R, L) of every mask, and how many (R,) of
 them to decide. It is registered under the value of ``remasking_strategy``.
@@ -17,7 +17,7 @@ from s2d2_lmeval.registry import STRATEGIES
 
 @dataclass(frozen=True)
 class Undecided:
-    """What a strategy may look at: R rows of L places.
+    """The input of a strategy: R rows of L places.
 
     ``masks`` (R, L); ``count`` (R,) is how many the schedule asks for; ``confidence`` and ``entropy`` (nats; only where
     ``entropy_bounded`` is in force and not collapsed) are (R, L); ``at_most_count``: ``count`` is a bound, as in S2D2.
@@ -46,7 +46,7 @@ def ranks(scores: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
 
 
 def choose(strategy: str, step: Undecided) -> tuple[torch.Tensor, torch.Tensor]:
-    """The masks (R, L) that the strategy decides, no more than there are, and the order (R, L) in which."""
+    """The masks (R, L) that the strategy decides, at most as many as there are, and their order (R, L)."""
     order, count = STRATEGIES[strategy].implementation(step)
     return step.masks & (order < count.unsqueeze(-1)), order
 
@@ -73,7 +73,7 @@ def low_confidence_dynamic(step: Undecided) -> tuple[torch.Tensor, torch.Tensor]
 
 @STRATEGIES.register("entropy_bounded")
 def entropy_bounded(step: Undecided) -> tuple[torch.Tensor, torch.Tensor]:
-    """In ascending entropy, as many as keep the sum below ``eb_threshold``, at least one where any are asked for.
+    """In ascending entropy, as many as keep the sum below ``eb_threshold``, but at least one if any are requested.
 
     ``collapse_entropy`` is the published form with one number per block.
     """

@@ -1,7 +1,7 @@
-"""The rows in flight of block decoders: what each sequence holds, on the device and mirrored on the host.
+"""The state of the rows in flight of block decoders, on the device and mirrored on the host.
 
-The host knows where every row stands (phase, block, lengths), so the next pass can be laid out without asking the
-device. The device holds the tokens. One small read per engine step keeps the mirror true.
+The host knows every row's phase, block and lengths, so it can plan the next pass without reading from the device, which
+holds the tokens. One small read per engine step keeps the mirror up to date.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Rows(SequenceState):
     """State of ``count`` sequences of up to ``length`` positions in blocks of ``block_length`` (B).
 
     ``store`` (count, length + B + 1 + D * B) on the device holds each row's canvas (prompt, decided tokens, masks),
-    after it the current block with every mask drafted, one mask token, and D drafted states of the block: all that a
-    pass may want to feed, addressable by one index.
+    after it the current block with every mask drafted, one mask token, and D drafted states of the block: everything
+    that a pass may feed, addressed by one index.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Rows(SequenceState):
         self.block = np.full((count, block_length), mask_token_id, dtype=np.int64)
         """Mirror of the current block."""
         self.wanted = np.zeros((count, block_length), dtype=bool)
-        """Places of the block whose logits the next forward must give."""
+        """Places of the block whose logits the next forward must return."""
         self.span = np.zeros((count, block_length), dtype=bool)
-        """Places of the block that are before the verifier."""
+        """Places of the block that are being verified."""
 
     def hold_states(self, count: int) -> None:
         """Make room for so many drafted states of each row, before the first request."""
@@ -80,7 +80,7 @@ class Rows(SequenceState):
         self.begin_block(slot, prompt // block * block)
 
     def begin_block(self, slot: int, start: int) -> None:
-        """Turn to the block at ``start``; it holds what is left of the prompt, then masks."""
+        """Open the block at ``start``; it holds the rest of the prompt, then masks."""
         self.start[slot] = start
         self.step[slot] = 0
         self.block[slot] = self.mask_token_id
@@ -90,7 +90,7 @@ class Rows(SequenceState):
         self.block[slot, : len(rest)] = rest
 
     def end_block(self, slot: int, stop_token_ids: tuple[int, ...], ends: bool = True) -> None:
-        """The current block is finished: take its tokens over and see whether the answer ends here.
+        """The current block is finished: take over its tokens and check whether the answer ends here.
 
         ``ends`` as in :meth:`extend`.
         """
@@ -101,7 +101,7 @@ class Rows(SequenceState):
 
 @dataclass(frozen=True)
 class BlockState:
-    """Where every row stands in its block, on the device."""
+    """The position of every row in its block, on the device."""
 
     block: torch.Tensor
     """(rows, B) tokens."""
@@ -116,10 +116,10 @@ class BlockState:
     given: torch.Tensor
     """(rows,) prompt tokens in the block."""
     key: torch.Tensor
-    """(rows, 1) names the request's randomness."""
+    """(rows, 1) key of the request's randomness."""
 
     def draws(self, purpose: int) -> random.Key:
-        """Names draws at every place: a place is drawn at most once per purpose and step."""
+        """Keys of the draws at every place, with at most one draw per place, purpose and step."""
         return random.Key(purpose, self.key, self.position, self.step)
 
     def next_block(self, moved: torch.Tensor, mask_token_id: int, first_count: int) -> BlockState:

@@ -9,8 +9,8 @@ A denoising step of a row, with the verification as a second forward:
 4. extend   optionally decide further places by ratio or by confidence
 5. top up   by the remasking strategy, if the schedule asks for more tokens than were decided
 
-Under the lookahead schedule a verification also carries the next block's masks. Where it finishes the block exactly as
-drafted, the next block's draft is there already and goes through steps 2, 4 and 5 at once.
+Under the lookahead schedule a verification also carries the next block's masks. If it finishes the block exactly as
+drafted, the next block's draft is already available and goes through steps 2, 4 and 5 immediately.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class S2D2(BlockDenoiser):
 
     verifies = True
     keeps_rejected = True
-    """Whether a rejected token that is not resampled is decided all the same."""
+    """Whether a rejected token that is not resampled is decided anyway."""
 
     def __init__(self, setup: DecoderSetup, part: DecodingConfig | None = None) -> None:
         super().__init__(setup, part)
@@ -68,8 +68,8 @@ class S2D2(BlockDenoiser):
         self.resamples = config.allow_resample or config.acceptance == "greedy"
         decides_one = self.resamples or self.keeps_rejected
         self.tops_up = not decides_one or int(scheduled_count(0, config)) > 1
-        """Whether the schedule can ask for more tokens than a verification decides at least."""
-        # What routing looks at, at every place: estimated acceptance, and normalised entropy.
+        """Whether the schedule can require more tokens than the minimum that a verification decides."""
+        # The inputs of routing at every place: estimated acceptance and normalised entropy.
         self.estimate = self.uncertainty = torch.zeros((rows.count, rows.block_length), device=rows.device)
         self.statistics = row_statistics(torch.empty(0, 1, device=rows.device))
         # Draft logits wait here for the verification that follows at once; ``logit_of`` is where those of a place are.
@@ -108,19 +108,19 @@ class S2D2(BlockDenoiser):
     def _draft(
         self, state: BlockState, logits: torch.Tensor, drafting: torch.Tensor
     ) -> tuple[torch.Tensor, StepTables[torch.Tensor]]:
-        """Take in the fresh drafts of the rows ``drafting`` (rows,); route them or finish their step."""
+        """Take the new drafts of the rows ``drafting`` (rows,); route them or finish their step."""
         at = self._plan.at("draft", "ahead")
         self._observe(state, logits, at, drafting[at[0]])
         decisions = Decisions(state.block, self.rows.mask_token_id)
         self._revise(decisions, state, drafting)
         span = self._route(decisions.masks, state, logits, at, drafting)
-        if not self.policy.always:  # else no row with masks is through without a verification
+        if not self.policy.always:  # otherwise every row with masks waits for a verification
             self._finish_step(decisions, state, drafting & ~span.any(-1), verified=False)
         self._write(state, decisions)
         return span, decisions.tables(self.drafted)
 
     def _draw(self, logits: torch.Tensor, key: random.Key) -> tuple[torch.Tensor, torch.Tensor]:
-        """Also caches the row statistics that routing needs; free where they are the logits' own."""
+        """Also caches the row statistics that routing needs; free if they are those of the raw logits."""
         if not self.policy.reads & {"acceptance", "entropy"}:
             return super()._draw(logits, key)
         law = self._law(logits)

@@ -1,18 +1,18 @@
 """Sub-block decoding of shifted models (Fast-dLLM v2): a block is denoised part by part, left to right.
 
-The logits of row t-1 predict token t. Hence three differences to block denoising, and all else is shared with it:
+The logits of row t-1 predict token t. This makes three differences from block denoising:
 
-* A block's first token cannot be denoised: it comes (published: as the arg-max) from the last row of the text before
-  it, whose forward must come first: the commit of the block before, or the prompt's prefill. So no commit rides in the
-  next draft, whatever the schedule. ``fused`` saves what nobody reads: the commit of the last block, steps after the
-  last token that is asked for, and the prefill of a prompt that ends inside a block (it rides in the first draft).
-* A draft forwards the whole block but decides in one sub-block only: every mask above the threshold, and the most
-  confident one. For :class:`Rows` and for the routing policies the sub-block is the block.
-* The verifier needs no mask queries: row t-1 of the drafted text is the autoregressive law of token t.
+* A block's first token is not denoised. It comes (as published, as the argmax) from the last row of the text before it,
+  which must run first: the commit of the previous block, or the prompt's prefill. So a draft never commits the previous
+  block, whatever the schedule. ``fused`` saves unneeded forwards: the commit of the last block, steps after the last
+  requested token, and the prefill of a prompt that ends inside a block (the first draft runs it).
+* A draft forwards the whole block but decides only in one sub-block: every mask above the threshold, and the most
+  confident one. For :class:`Rows` and the routing policies the sub-block is the block.
+* The verifier needs no mask queries: row t-1 of the drafted text gives the autoregressive distribution of token t.
 
-At block length one nothing is left but first tokens: that is ``ar``, one forward per token.
+At block length one only first tokens remain: that is ``ar``, one forward per token.
 
-Stop tokens end an answer at the step that leaves no mask before the first of them, not at the end of a block.
+A stop token ends the answer at the step that leaves no mask before it, not at the end of the block.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class SubblockDenoiser(BlockDenoiser):
         super().__init__(setup, part)
         self.samples_first = config.sampled and (config.decoder == "ar" or config.sample_first_token)
         self.limit = np.zeros(setup.slots, dtype=np.int64)
-        """Where the last token that is asked for ends."""
+        """The end of the last requested token."""
         self.narrow = np.zeros(setup.slots, dtype=bool)
         """Rows whose next draft forwards its sub-block only, against keys of the rest of the block that lie after the
         prefix."""
@@ -76,7 +76,7 @@ class SubblockDenoiser(BlockDenoiser):
     # ---- device ----
 
     def _suppress_mask_token(self, logits: torch.Tensor, block: torch.Tensor) -> None:
-        """As everywhere; and a first token is never the mask, which could not be denoised."""
+        """As in the base class; also, a first token is never the mask, which could not be denoised."""
         denoised = len(logits) - self._plan.count("first")
         super()._suppress_mask_token(logits[:denoised], block)
         logits[denoised:, self.rows.mask_token_id] = -torch.inf
@@ -94,7 +94,7 @@ class SubblockDenoiser(BlockDenoiser):
         moved: torch.Tensor,
         made: torch.Tensor | None = None,
     ) -> StepResult:
-        """First tokens come along in the tables of the first step: a row has one or the other."""
+        """First tokens use the tables of the first step, because a row has one or the other."""
         if self._plan.count("first"):
             none = Decisions(self._state.block, self.rows.mask_token_id).tables(self.drafted)
             drafted = [self._begin_blocks(drafted[0] if drafted else none), *drafted[1:]]
@@ -195,5 +195,5 @@ class SubblockS2D2(SubblockDenoiser, S2D2):
     keeps_rejected = False
 
     def _draft_law(self, logits: torch.Tensor) -> torch.Tensor:
-        """q is what the draft was taken from: for an arg-max the unfiltered softmax, whatever filters the verifier."""
+        """q is the draft's distribution: for an argmax the unfiltered softmax, whatever the verifier's filters."""
         return super()._draft_law(logits) if self.config.sampled else logits

@@ -1,11 +1,11 @@
-"""Acceptance rules for draft trees, and how drafts are drawn so that they are accepted: both exactly the AR law.
+"""Acceptance rules for draft trees, and the matching draws of drafts; both give exactly the AR distribution.
 
-``Keyed``      The target chooses a token after every node as ``ar`` would with the same seed: the arg-max, or a draw
-               whose noise is a function of the position. A node is accepted if it is what was chosen. Drafts are drawn
-               with the same noise, so where drafter and target agree in law, they agree in the token. Works on trees.
+``Keyed``      The target chooses a token after every node as ``ar`` would with the same seed: the argmax, or a draw
+               whose noise is a function of the position. A node is accepted if it equals that choice. Drafts use the
+               same noise, so where drafter and target have the same distribution they choose the same token. For trees.
 ``Rejection``  Speculative sampling (Leviathan et al., 2023): a drafted token is accepted with probability
-               min(1, p / q), p the target's and q the draft's probability; the first that is not is replaced by a draw
-               from (p - q)+ normalised. Works on chains.
+               min(1, p / q), p the target's and q the draft's probability; the first rejected one is replaced by a
+               draw from (p - q)+ normalised. For chains.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from s2d2_lmeval.decoding.options.config import DecodingConfig
 
 PRIOR_ACCEPTANCE = 0.8
-"""Probability of acceptance that a token drafted by chance is given, when nodes are weighed against windows."""
+"""Assumed acceptance probability of a sampled draft token, when nodes are weighed against windows."""
 
 
 class Keyed:
-    """Accepts a drafted token if it is the target's own choice; drafts the ``choices`` likeliest tokens, if ``coupled``
-    with the noise of that choice. Trees are at most ``depths`` deep.
+    """Accepts a drafted token if it equals the target's own choice; drafts the ``choices`` likeliest tokens, with the
+    noise of that choice if ``coupled``. Trees are at most ``depths`` deep.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ def walk(chosen: torch.Tensor, sent: Sent, depths: int) -> torch.Tensor:
 
 
 class Rejection(Keyed):
-    """Speculative sampling of chains. Draws are named by position and round: drafted again, a place is drawn anew."""
+    """Speculative sampling of chains. Draws are keyed by position and round, so a new draft makes new draws."""
 
     def __init__(self, config: DecodingConfig, source: random.RandomSource, depths: int, law: torch.Tensor) -> None:
         super().__init__(config, source, depths)
         self.law = law
-        """(count, S, V) what the present drafts were drawn from."""
+        """(count, S, V) distributions that the current drafts were drawn from."""
 
     def judge(self, logits: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         sent, p = plan.sent, probabilities(logits, self.config)

@@ -1,12 +1,11 @@
-"""How many queries a round is worth: nodes and draft windows of every row, bought at one price.
+"""Query budgets of a round: how many nodes and draft windows every row runs.
 
-A node brings its probability of being accepted. A window at a node brings what a draft is worth in the next round,
-times the probability that the walk ends there: the node's own value less the values of its children. Each costs
-queries. At a price per query every row buys what brings more than it costs, so rows whose drafts are surer buy more,
-and one number divides a budget among all rows in flight: the lowest price at which it suffices. What is left over is
-shared out again, and each row makes the best of what it has. Without a budget the price is the one at which the round's
-tokens, less the time it takes at the going rate of tokens per second, are largest (the rule that maximises a long-run
-rate of reward where rounds differ in length).
+A node is worth its probability of acceptance. A window at a node is worth the gain of a draft in the next round, times
+the probability that the walk ends there: the node's value minus its children's values. Both cost queries. At a given
+price per query every row buys what is worth more than it costs, so rows with confident drafts buy more. The lowest
+price at which the budget suffices divides it among all rows in flight; leftovers are distributed again, and each row
+uses its share as well as possible. Without a budget, the price maximises the round's tokens minus its time at the
+current rate of tokens per second (which maximises the long-run reward rate when rounds differ in length).
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ from s2d2_lmeval.decoding.rounds.trees import Tree
 PRICES = 64
 """Prices tried, in equal ratios."""
 CHEAPEST = 1e-4
-"""The lowest price, relative to the one at which nobody buys."""
+"""The lowest price, relative to the one at which no row buys."""
 
 PATIENCE = 0.995
-"""How much of what was learned is kept from round to round."""
+"""Decay per round of the learned statistics."""
 
 PRIOR_GAIN, PRIOR_WEIGHT = 4.0, 8.0
-"""Prior expected gain of a draft, in tokens, and its pseudo-count. What was learned fades with every round, drafted or
-not, so a run that has given up drafting tries again now and then.
+"""Prior expected gain of a draft, in tokens, and its pseudo-count. Statistics decay with every round, drafted or
+not, so a run that has stopped drafting occasionally tries again.
 """
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What things cost and bring: queries of a node, masks of a window, tokens that a draft is worth, and the most
-    queries that one row may buy.
+    """Costs and gains: queries per node, masks per window, the gain of a draft in tokens, and the maximum queries per
+    row.
     """
 
     node: int
@@ -44,7 +43,7 @@ class Terms:
     most: int
 
     def prices(self, device: torch.device) -> torch.Tensor:
-        """(P,) rising; at the last nobody buys anything."""
+        """(P,) ascending; no row buys anything at the last."""
         highest = max(1 / self.node, self.draft_value / self.window)
         return torch.logspace(0, 1, PRICES, 1 / CHEAPEST, device=device) * (CHEAPEST * highest * 1.01)
 
@@ -59,7 +58,7 @@ class Bids:
     tokens: torch.Tensor
 
     def of(self, rows: torch.Tensor) -> Bids:
-        """The bids of ``rows`` (R,) alone; the others buy nothing."""
+        """The bids of only the ``rows`` (R,); the others buy nothing."""
         among = rows.unsqueeze(1)
         return Bids(self.prices, self.nodes * among, self.queries * among, self.tokens * among)
 
@@ -67,7 +66,7 @@ class Bids:
 def bid(tree: Tree, terms: Terms) -> Bids:
     """What the rows of ``tree`` would buy at every price.
 
-    Adding a node changes the chance of the walk to end at two places, itself and its parent, so the worth of the first
+    Adding a node changes the probability that the walk ends at it and at its parent only, so the value of the first
     m nodes with their best windows is a running sum over m.
     """
     value = tree.value.float()
@@ -150,8 +149,8 @@ def fit(tree: Tree, budget: torch.Tensor, terms: Terms) -> tuple[torch.Tensor, t
 
 
 def at_price(tree: Tree, bids: Bids, price: torch.Tensor, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
-    """What every row buys at the price with the index ``price`` (1,), as of :func:`fit`: the purchase of its bid, to
-    the query. The bid says how many windows; they go where the walk most likely ends.
+    """What every row buys at the price with the index ``price`` (1,), as in :func:`fit`. Its bid says how many windows;
+    they go where the walk most likely ends.
     """
     nodes = bids.nodes.index_select(1, price)
     value = _with_root(tree.value)
@@ -163,14 +162,14 @@ def at_price(tree: Tree, bids: Bids, price: torch.Tensor, terms: Terms) -> tuple
 
 
 class QueryBudget:
-    """What every row runs next, and what this run has taught about its worth. Only speed depends on any of it.
+    """Allocates queries to rows, and learns what drafts are worth in this run. Affects only speed.
 
     Args:
-        queries: per row in flight; None: as many as pay, by :meth:`calibrate_costs`.
+        queries: per row in flight; None chooses by :meth:`calibrate_costs`.
         node: queries of a node, and of a row's token before its draft.
         window: masks of a draft window.
-        most: queries that one row may bring.
-        shared: whether rows may take from each other's share, and learn from each other.
+        most: maximum queries per row.
+        shared: whether rows share budgets and statistics.
     """
 
     def __init__(self, queries: int | None, node: int, window: int, most: int, shared: bool) -> None:
@@ -182,11 +181,11 @@ class QueryBudget:
 
     @property
     def draft_value(self) -> float:
-        """Tokens that a draft is worth: what was accepted of it, less the price of its nodes."""
+        """The gain of a draft in tokens: those accepted, minus the price of its nodes."""
         return max((PRIOR_GAIN * PRIOR_WEIGHT + self._gained) / (PRIOR_WEIGHT + self._drafts), 0.0)
 
     def calibrate_costs(self, seconds: np.ndarray, rows: int, device: torch.device) -> None:
-        """Take note of what forwards of 0, 1, ... queries cost, ``rows`` in flight.
+        """Record the costs of forwards of 0, 1, ... queries with ``rows`` in flight.
 
         Lowers :attr:`most` to what can pay at all: a round is worth a bonus token and a path as long as the window, so
         compared with rounds of a window alone, which bring what a draft is expected to, none may take longer than this
@@ -236,9 +235,9 @@ class QueryBudget:
         return bids.prices[price], spent + (budget - spent.sum()) // drafting.clamp_min(1)
 
     def step_took(self, seconds: float, queries: int, prompts: int) -> None:
-        """A step took ``seconds``, with all that is not the model; ``prompts`` of its ``queries`` were prompts'.
+        """Record a step of ``seconds``, including time outside the model; ``prompts`` of its ``queries`` were prompts'.
 
-        What prompts cost is no one's choice and does not belong to the rate at which time turns into tokens.
+        The cost of prompts cannot be chosen, so the rate of tokens per second leaves it out.
         """
         if self.queries is None:
             last = len(self._known) - 1
@@ -247,7 +246,7 @@ class QueryBudget:
             self._tokens *= PATIENCE
 
     def round_ran(self, nodes: int, accepted: int, price: float) -> None:
-        """Of a draft of so many nodes, each at ``price`` a query, so many tokens were ``accepted``."""
+        """Record how many tokens of a draft were ``accepted``, given its nodes and the ``price`` of a query."""
         self._tokens += accepted + 1
         if self.shared:
             self._gained, self._drafts = PATIENCE * self._gained, PATIENCE * self._drafts
