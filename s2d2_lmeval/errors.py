@@ -1,4 +1,4 @@
-"""Errors that a person at the terminal reads: one sentence on what is wrong, one on what to do."""
+"""Errors for the user: one sentence on what is wrong, one on what to do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 LONGEST = 1200
-"""Characters of a message. What a damaged file says may be quoted in one, and is as long as it likes."""
+"""Maximum characters of a message, which may quote a damaged file of any length."""
 LONGEST_SHOWN = 80
 
 
@@ -21,17 +21,17 @@ class S2D2Error(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library said, as far as it fits into a sentence; the kind of error where it said nothing."""
+    """Another library's message, shortened to a sentence; the error's type if it is empty."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 class CheckpointError(S2D2Error):
-    """A checkpoint that cannot be loaded as what it says it is."""
+    """A checkpoint that cannot be loaded as what it claims to be."""
 
 
 class ConfigError(S2D2Error):
-    """An option that is unknown, ill-typed, contradictory or not of this decoder."""
+    """An option that is unknown, ill-typed, contradictory or of another decoder."""
 
 
 class RequestError(S2D2Error):
@@ -53,11 +53,11 @@ class CapacityError(S2D2Error):
 
 
 class StudyError(S2D2Error):
-    """A study that contradicts itself, or a folder of results that cannot be gone on with."""
+    """A study that contradicts itself, or a folder of results that cannot be resumed."""
 
 
 def shown(value: Any) -> str:
-    """``value`` in a message: short, whatever it is."""
+    """``value`` for a message, always short."""
     try:
         text = repr(value)
     except Exception:  # an integer of thousands of digits, or an object's own fault

@@ -1,4 +1,4 @@
-"""The front door of the Python interface: load a checkpoint, decode prompts, score text."""
+"""The Python interface: load a checkpoint, decode prompts, score text."""
 
 from __future__ import annotations
 
@@ -38,26 +38,25 @@ def load(
     static_shapes: bool | None = None,
     **options: Any,
 ) -> BlockDiffusionModel:
-    """Load a block-diffusion checkpoint, or an autoregressive one as target of a drafter, onto native transformers
+    """Load a block-diffusion checkpoint, or an autoregressive one as target of a drafter, into native transformers
     classes.
 
     Args:
         source: a folder, a hub id, ``"toy"`` (the embedded model), or a loaded transformers model of a known family,
             whose weights are then shared.
         attention: ``auto`` or an attention back end.
-        max_batch: at most so many rows in flight; ``auto``: as many as free memory holds. Either way fewer if it runs
-            out.
-        max_context: positions that prompt and answer may take together; what the checkpoint names if not given. Under
-            yarn more may be asked for; where layers see a sliding window it must be given, and lie inside.
+        max_batch: maximum number of rows in flight; ``auto``: as many as fit in free memory. Fewer on out-of-memory.
+        max_context: positions for prompt and answer together; the checkpoint's by default. Can be larger with YaRN;
+            required, and at most the window, if layers use sliding-window attention.
         draft: folder or hub id of a DFlash drafter made for this checkpoint, or ``"toy"``; for the decoders ``dflash``
             and ``ddtree``.
-        static_shapes: pad narrow forwards to a few shapes, captured as graphs on CUDA; where a single CUDA device holds
-            the model if not given.
-        options: ``dtype``, ``device``, ``revision``, ``device_map``, ``quantization_config``, ``family``, and what else
-            :func:`s2d2_lmeval.families.load_checkpoint` takes.
+        static_shapes: pad narrow forwards to a few shapes, captured as graphs on CUDA; by default if the model is on a
+            single CUDA device.
+        options: ``dtype``, ``device``, ``revision``, ``device_map``, ``quantization_config``, ``family``, and all
+            others of :func:`s2d2_lmeval.families.load_checkpoint`.
 
     Raises:
-        CheckpointError: when the checkpoint is not what it says it is.
+        CheckpointError: if the checkpoint is not what it claims to be.
     """
     if static_shapes is not None:
         static_shapes = converted("static_shapes", "bool", static_shapes)
@@ -78,7 +77,7 @@ def load(
 
 
 class BlockDiffusionModel:
-    """A loaded checkpoint with its cache: what :func:`load` returns."""
+    """A loaded checkpoint with its cache, as returned by :func:`load`."""
 
     engine_class = Engine
 
@@ -110,7 +109,7 @@ class BlockDiffusionModel:
 
     @property
     def max_batch(self) -> int:
-        """At most so many rows are in flight; under ``auto`` memory may allow fewer. Can be set, to ``auto`` too."""
+        """Maximum number of rows in flight; with ``auto`` memory may allow fewer. Can be set, also to ``auto``."""
         return self.rows.most(self.device)
 
     @max_batch.setter
@@ -124,7 +123,7 @@ class BlockDiffusionModel:
 
     @property
     def networks(self) -> list[torch.nn.Module]:
-        """Everything that has weights: the model, and its drafter where it has one."""
+        """Everything with weights: the model, and its drafter if there is one."""
         drafter = getattr(self._runner, "drafter", None)
         return [self.hf_model] if drafter is None else [self.hf_model, drafter.model]
 
@@ -139,7 +138,7 @@ class BlockDiffusionModel:
         return self._runner.attention
 
     def config(self, options: DecodingConfig | Mapping[str, Any] | None = None) -> DecodingConfig:
-        """``options`` over the family's paper setting; a complete configuration is passed through."""
+        """``options`` merged over the family's paper setting; a complete configuration is returned unchanged."""
         if isinstance(options, DecodingConfig):
             return options
         return DecodingConfig.from_options({} if options is None else options, self.facts)
@@ -158,11 +157,11 @@ class BlockDiffusionModel:
 
         Args:
             max_new_tokens: for all or for each; the configuration's if not given.
-            seeds: names each request's randomness (int64); its index if not given. A request samples the same whatever
-                it is batched with.
-            stop: ``stop(i, new_token_ids)`` is asked after each finished block of request i and answers how many of its
-                new tokens to keep, or None to go on.
-            on_finished: told of each request as it completes.
+            seeds: the key of each request's randomness (int64); its index by default. A request's samples do not depend
+                on its batch.
+            stop: ``stop(i, new_token_ids)`` is called after each finished block of request i, and returns how many of
+                its new tokens to keep, or None to continue.
+            on_finished: called for each request as it completes.
 
         Raises:
             RequestError: a prompt that cannot be decoded.
@@ -193,14 +192,14 @@ class BlockDiffusionModel:
         requests: Sequence[tuple[Sequence[int], Sequence[int]]],
         on_scored: Callable[[int, tuple[float, bool]], None] | None = None,
     ) -> list[tuple[float, bool]]:
-        """log p(continuation | context) in the model's autoregressive mode, and whether greedy decoding would write the
-        continuation. Requests with the same context share its forwards.
+        """log p(continuation | context) in the model's autoregressive mode, and whether the continuation is the greedy
+        one. Requests with the same context share its forwards.
 
         Args:
             requests: (context, continuation) pairs of token ids; the context may be empty, unless the model's logits
-                are shifted by one token: then nothing predicts the first. Both together take at most
+                are shifted by one token, so that nothing predicts the first. Both together have at most
                 :attr:`max_score_length` tokens.
-            on_scored: told of each request as it is scored.
+            on_scored: called for each request as it is scored.
 
         Raises:
             RequestError: a pair that does not fit the context, holds the mask token or cannot be predicted.
@@ -218,7 +217,7 @@ class BlockDiffusionModel:
                     f"Request {index}: the context is empty, and nothing predicts this model's first token. Put a "
                     "token before it, such as the end-of-text token."
                 )
-            # Where logits are shifted, nobody asks what follows the last token, so it takes no position.
+            # With shifted logits the prediction after the last token is not needed, so that token takes no position.
             self._check(index, [*context, *continuation], -int(self.facts.token_shift))
             pairs.append((context, continuation))
         facts = self.facts
@@ -227,11 +226,11 @@ class BlockDiffusionModel:
 
     @property
     def max_score_length(self) -> int:
-        """Tokens that a context and its continuation may take together in :meth:`score`."""
+        """Maximum number of tokens of a context and its continuation together in :meth:`score`."""
         return self.max_context + int(self.facts.token_shift)
 
     def release(self) -> None:
-        """Give the cache's memory back; the next call takes what it needs."""
+        """Free the cache's memory; the next call allocates what it needs."""
         self._runner.release()
 
     def _check(self, index: int, prompt: list[int], budget: int) -> None:
@@ -244,7 +243,7 @@ class BlockDiffusionModel:
 
 
 def undecodable(prompt: Sequence[int], budget: int, context: int, mask_token_id: int | None) -> str:
-    """Why a prompt cannot be decoded with ``budget`` new tokens in ``context`` positions; empty where it can."""
+    """Why a prompt cannot be decoded with ``budget`` new tokens in ``context`` positions; empty if it can."""
     if not prompt:
         return "is empty; a block-diffusion model needs at least one token to start from."
     if mask_token_id is not None and mask_token_id in prompt:

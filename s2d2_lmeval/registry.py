@@ -1,8 +1,8 @@
-"""What can be added from outside: parts of a few kinds by name, those of this package first.
+"""Registries of the extensible parts by name: decoders, policies, estimators, strategies, families.
 
-A part registers itself where it is written (``@DECODERS.register("mine", …)``). Registries are filled when they are
-first asked: from this package, then from installed packages that name a module (or a part) under an entry point group
-such as ``s2d2_lmeval.decoders``. So nothing here imports what it lists.
+A part registers itself at its definition (``@DECODERS.register("mine", …)``). Registries are filled on first use: from
+this package, then from installed packages that name a module (or a part) under an entry point group such as
+``s2d2_lmeval.decoders``. So this module does not import what it lists.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ logger = logging.getLogger("s2d2_lmeval")
 
 @dataclass(frozen=True)
 class Entry:
-    """What a part states of itself.
+    """The declared properties of a part.
 
     Attributes:
-        name: what users write.
+        name: the name that users write.
         implementation: the class or function.
-        schemes: of the families it is for, as :attr:`s2d2_lmeval.families.Facts.scheme` has them; ``("",)``: any.
-        options: classes of options of its own (:func:`~s2d2_lmeval.decoding.options.option.option`).
+        schemes: the family schemes it supports (:attr:`s2d2_lmeval.families.Facts.scheme`); ``("",)``: any.
+        options: its own options classes (:func:`~s2d2_lmeval.decoding.options.option.option`).
     """
 
     name: str
@@ -41,18 +41,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class DecoderEntry(Entry):
-    """What a decoder states of itself. Several classes may go by one name, each for other schemes.
+    """The declared properties of a decoder. Several classes may share a name, each for other schemes.
 
     Attributes:
-        promise: what its output is, in a sentence.
-        imposes: options that have one value under this decoder.
-        acceptances: values of the option ``acceptance`` that it takes, the default first.
-        strategy: the remasking strategy, where there is no choice.
-        needs_drafter: whether it needs a drafter beside the model.
-        accelerates: whether it makes the steps of another decoder, ``base``.
-        plain: whether it denoises without speculation, by a definition of its own: others are compared with it, and may
-            make its steps.
-        unfit: scheme -> why it does not fit, where one might expect that it does.
+        promise: the guarantee on its output, in one sentence.
+        imposes: options that have a fixed value with this decoder.
+        acceptances: supported values of the option ``acceptance``, the default first.
+        strategy: the remasking strategy, if it is fixed.
+        needs_drafter: whether it needs a separate drafter.
+        accelerates: whether it runs the steps of another decoder, ``base``.
+        plain: whether it denoises without speculation, by its own definition: others are compared with it, and may
+            run its steps.
+        unfit: scheme -> why it does not fit, if one might expect that it does.
     """
 
     promise: str = ""
@@ -70,7 +70,7 @@ class Registry(Mapping[str, PartT], Generic[PartT]):
 
     Args:
         kind: names the entry point group ``s2d2_lmeval.<kind>``.
-        modules: of this package, whose import registers its own parts.
+        modules: modules of this package whose import registers its parts.
     """
 
     def __init__(self, kind: str, *modules: str) -> None:
@@ -80,7 +80,7 @@ class Registry(Mapping[str, PartT], Generic[PartT]):
         self._filled = False
 
     def add(self, name: str, part: PartT, schemes: tuple[str, ...] = ("",)) -> None:
-        """Take ``part`` under ``name``. The same definition, run again, replaces itself.
+        """Register ``part`` under ``name``. Running the same definition again replaces it.
 
         Raises:
             ConfigError: the name is another part's.
@@ -88,13 +88,13 @@ class Registry(Mapping[str, PartT], Generic[PartT]):
         if not isinstance(name, str) or not name:
             raise ConfigError(f"{name!r} cannot name one of the {self.kind}; give a name, such as 'mine'.")
         if self.modules and _defined_in(part)[0] not in self.modules:
-            self._filled_parts()  # what comes from outside must not take a name before its owner is here
+            self._filled_parts()  # an outside part must not take a name before its owner is registered
         for scheme in schemes:
             other = self._parts.get((name, scheme))
             if other is not None and _defined_in(other) != _defined_in(part):
                 raise ConfigError(f"{name} is the name of one of the {self.kind} already; choose another.")
         parts = self._parts | dict.fromkeys([(name, scheme) for scheme in schemes], part)
-        # Whatever was imported first, parts are in the order of the modules, and within one as they are written.
+        # Whatever the import order, parts are in the order of the modules, and within one in source order.
         places = {module: place for place, module in enumerate(self.modules)}
         order = sorted(parts, key=lambda key: places.get(_defined_in(parts[key])[0], len(places)))
         self._parts = {key: parts[key] for key in order}
@@ -104,7 +104,7 @@ class Registry(Mapping[str, PartT], Generic[PartT]):
         self._parts = {key: part for key, part in self._parts.items() if key[0] != name}
 
     def known(self) -> list[PartT]:
-        """The parts that are here by now, with nothing imported to look for more."""
+        """The parts registered so far, without importing more."""
         return list(self._parts.values())
 
     def find(self, name: str, scheme: str) -> PartT | None:
@@ -146,20 +146,20 @@ def _load(point: EntryPoint) -> None:
     try:
         point.load()
     except Exception as error:
-        # Somebody else's package must not keep all others from work; its names are refused as unknown.
+        # A broken outside package must not stop everything else; its names are refused as unknown.
         logger.warning("%s = %s (%s) is left out: %s", point.name, point.value, point.group, error)
 
 
 class Registrar(Registry[Any]):
-    """A registry whose parts are classes or functions, which register themselves with what they state."""
+    """A registry of classes or functions that declare their properties when they register."""
 
     def __init__(self, kind: str, *modules: str, entry: type[Entry] = Entry) -> None:
         super().__init__(kind, *modules)
         self._entry = entry
 
     def register(self, name: str, *schemes: str, **statement: Any) -> Callable[[ImplementationT], ImplementationT]:
-        """Decorates a class or a function with what it states (:class:`Entry`, :class:`DecoderEntry`). Where the name
-        is taken already, for other schemes, what is left unsaid is as there.
+        """Decorator that declares properties (:class:`Entry`, :class:`DecoderEntry`). If the name already exists for
+        other schemes, omitted properties are copied from there.
 
         Raises:
             ConfigError: the name is another part's.

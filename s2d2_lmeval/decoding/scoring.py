@@ -1,10 +1,9 @@
 """Exact autoregressive scoring of given text in the model's block-size-one mode.
 
-The model is asked what it would say at each position given the true tokens before it: the text runs token-causally, and
-beside it a mask token for every scored position sees the text before that position and itself (S2D2's verifier; arXiv
-2603.25702). Where logits are shifted by one token no masks are needed: the text's own row t-1 says it. For a
-block-diffusion model this is the likelihood of its autoregressive mode, not of its diffusion mode, which has no
-tractable one.
+The model predicts each position from the true tokens before it: the text runs token-causally, together with a mask
+token for every scored position that sees the text before that position and itself (S2D2's verifier; arXiv 2603.25702).
+Shifted logits need no masks: the text's own row t-1 gives the prediction. For a block-diffusion model this is the
+likelihood of its autoregressive mode; that of its diffusion mode is intractable.
 
 Continuations of one context share it: the context runs once, and each continuation is a branch after it that sees the
 context and itself.
@@ -27,8 +26,7 @@ from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
 from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, by_reach, in_branches
 
 CHUNK = 256
-"""Most tokens of a text that one row brings to a forward, and most tokens of a branch; a scored one may bring a mask
-besides."""
+"""Maximum text tokens per row and forward, and maximum tokens of a branch; each scored token may add a mask."""
 
 Score = tuple[float, bool]
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -100,7 +98,7 @@ class _Row:
         return brought
 
     def _branch_off(self, brought: _Queries, shifted: bool, mask: int) -> None:
-        """Bring as many branches as a forward may take, or one."""
+        """Add as many branches as a forward may take, or one."""
         while self.branched < len(self.branches):
             number, target = self.branches[self.branched]
             if len(brought.queries) and len(brought.queries) + (1 if shifted else 2) * len(target) > 2 * CHUNK:
@@ -137,9 +135,9 @@ class Scorer:
 
     @torch.inference_mode()
     def run(self, pairs: Sequence[Pair], on_scored: Callable[[int, Score], None] | None = None) -> list[Score]:
-        """For each pair: log p(continuation | context), and whether every token of it is the model's arg-max.
+        """For each pair: log p(continuation | context), and whether every token of it is the model's argmax.
 
-        ``on_scored`` is told of each as it is complete.
+        ``on_scored`` is called for each one as it completes.
         """
         scores: list[Score] = [(0.0, True)] * len(pairs)
         left = rows_of(pairs)
@@ -160,7 +158,7 @@ class Scorer:
         return scores
 
     def _run_batch(self, rows: list[_Row], capacity: int) -> bool:
-        """Score ``rows`` side by side; False if memory ran out."""
+        """Score ``rows`` in a batch; False if memory ran out."""
         try:
             self.runner.reserve(len(rows), capacity)
             while slots := [slot for slot, row in enumerate(rows) if not row.complete]:

@@ -1,4 +1,4 @@
-"""Host-side state of the sequences in flight, whatever decodes them."""
+"""Host-side state of the sequences in flight, for all decoders."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ KIND_OF_PHASE = ("idle", "prefill", "draft", "verify", "commit", "drafter")
 
 
 class SequenceState:
-    """What is known on the host of ``count`` sequences, one per slot."""
+    """Host-side state of ``count`` sequences, one per slot."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.prefix_grain: int | None = None
-        """A prompt's keys and values up to any multiple of this depend on nothing after it; None: on all of it."""
+        """A prompt's keys and values up to any multiple of this do not depend on later tokens; None: on all tokens."""
         self.phase = np.full(count, IDLE)
         self.cached = np.zeros(count, dtype=np.int64)
         """Positions that have keys and values."""
         self.prompt = np.zeros(count, dtype=np.int64)
         """Prompt lengths."""
         self.key = np.zeros(count, dtype=np.int64)
-        """Names of the requests' randomness."""
+        """Keys of the requests' randomness."""
         self.ended = np.zeros(count, dtype=bool)
-        """No further token is to be decoded."""
+        """Whether no further token is to be decoded."""
         self.complete = np.zeros(count, dtype=bool)
         """Nothing left to run."""
         self.requests: list[Request | None] = [None] * count
@@ -74,8 +74,8 @@ class SequenceState:
         self.requests[slot] = None
 
     def record(self, slot: int, fresh: list[int], depths: np.ndarray, mask_token_id: int) -> None:
-        """Put a round into the request's record, before :meth:`extend`: drafted tokens at ``depths`` (1 is the next
-        position), of which all of ``fresh`` but the last were accepted.
+        """Record a round of the request, before :meth:`extend`: drafted tokens at ``depths`` (1 is the next
+        position), of which all of ``fresh`` except the last were accepted.
         """
         progress, start, kind = self.progress[slot], len(self.tokens[slot]), KIND_OF_PHASE[self.phase[slot]]
         marks = [ACCEPTED] * (len(fresh) - 1) + [AUTOREGRESSIVE]
@@ -83,7 +83,7 @@ class SequenceState:
         progress.steps.append(Step(kind, start, [mask_token_id] * len(fresh), fresh, fresh, marks, drafted))
 
     def extend(self, slot: int, fresh: list[int], stop_token_ids: tuple[int, ...], ends: bool = True) -> bool:
-        """Take decided tokens over and ask the stop rules; True if one ends the decoding.
+        """Append decided tokens and apply the stop rules; True if one ends the decoding.
 
         A stop token does if ``ends``; otherwise it only says where to cut. Prompt tokens among ``fresh`` (a first block
         holds some) cannot stop anything.

@@ -1,4 +1,4 @@
-"""A denoising step of every row: what the device decides, and the one read by which the host learns of it."""
+"""A denoising step of every row: the device's decisions, and the one read that brings them to the host."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Table = TypeVar("Table", torch.Tensor, np.ndarray)
 
 @dataclass
 class Outcome:
-    """What of one engine step's queries became prefix of each active row (R,).
+    """The queries of an engine step that became prefix of each active row (R,).
 
-    ``kept`` leading queries that did so only now, by being accepted. Where they are not the leading queries after the
-    prefix, ``path`` names them, counted from its end, per row.
+    ``kept`` counts leading queries that became prefix by being accepted. If they are not the leading queries after the
+    prefix, ``path`` lists them per row, counted from its end.
     """
 
     kept: np.ndarray
@@ -68,7 +68,7 @@ class Decisions:
         return (self.masked_before & ~self.masks).sum(-1)
 
     def tables(self, draft: torch.Tensor) -> StepTables[torch.Tensor]:
-        """For the host; ``draft`` (rows, B) are the drafted tokens."""
+        """The tables for the host; ``draft`` (rows, B) are the drafted tokens."""
         drafted = torch.where(self.masked_before, draft, self.before)
         return StepTables(self.before, drafted, self.block, self.marks, self.order)
 
@@ -82,9 +82,9 @@ class StepResult:
     drafted: list[StepTables[np.ndarray]]
     """The steps that began with a draft, one after the other: Spiffy makes several from one forward."""
     span: np.ndarray
-    """(rows, B) bool: what goes on to the verifier."""
+    """(rows, B) bool: the spans that go to the verifier."""
     moved: np.ndarray
-    """(rows,) positive where the forward already held the next block's draft and the block came out as it supposed."""
+    """(rows,) positive where the forward already had the next block's draft and the block ended as drafted."""
     made: np.ndarray
     """(rows,) how many of the steps that were drafted each row made."""
     sound: bool
@@ -99,7 +99,7 @@ def read_back(
     sound: torch.Tensor,
     made: torch.Tensor | None = None,
 ) -> StepResult:
-    """Fetch everything in one transfer. This is where the host waits for the device."""
+    """Fetch everything in one transfer. Here the host waits for the device."""
     steps = [*drafted, *([] if verified is None else [verified])]
     columns = [span, *(fact.unsqueeze(1) for fact in (moved, sound.expand_as(moved)))]
     if made is not None:

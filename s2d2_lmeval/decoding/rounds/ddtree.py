@@ -1,13 +1,13 @@
-"""DDTree: the best draft tree of a budget of nodes out of one block-diffusion draft (arXiv 2604.12989).
+"""DDTree: the best draft tree within a node budget, from one block-diffusion draft (arXiv 2604.12989).
 
 The drafter gives a distribution per place of its block. A node of the tree is a prefix, and its value the product of
 its tokens' probabilities, which is how likely it is to be accepted if the drafter is right; the best tree of N nodes
 holds the N likeliest prefixes (:func:`~s2d2_lmeval.decoding.rounds.trees.grow`). The target verifies all of them in one
 pass, and the rest is as in :mod:`~s2d2_lmeval.decoding.rounds.dflash`.
 
-``tree_budget=auto``  A forward costs more the wider it is, and the next node is worth less than the last. Out of the
-nodes of all rows in flight the best k are run; k is where the expected tokens of the round per second, by the measured
-cost of target and drafter, are highest.
+``tree_budget=auto``  Wider forwards cost more, and each further node is worth less. Of the nodes of all rows in flight
+the best k run, with k chosen to maximise the round's expected tokens per second at the measured cost of target and
+drafter.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class DDTree(DFlash):
         return max(self.rows.depth.shape[1] - 1, 1)
 
     def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
-        """With ``tree_budget=auto``, learn what rounds cost at this batch."""
+        """With ``tree_budget=auto``, measure the cost of rounds at this batch size."""
         if self.config.tree_budget == "auto":
             rows, widest = self.rows.count, self.node_queries * self.rows.depth.shape[1]
             target = measure_costs(widest)(np.arange(rows * widest + 1))

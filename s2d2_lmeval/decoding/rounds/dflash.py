@@ -3,7 +3,7 @@
 Rounds are those of :mod:`~s2d2_lmeval.decoding.rounds.target`. Between two of a row, from the last decided token:
 
 a. draft   the drafter fills the block after that token in one pass; it has read the target's features of all text
-b. plant   the arg-max of every place is a chain of nodes
+b. plant   the argmax of every place gives a chain of nodes
 
 Rows that wait for a draft share the drafter's forward, all others that of the target; a draft stays on the device.
 """
@@ -70,7 +70,7 @@ class DFlash(Target):
     def __init__(self, setup: DecoderSetup) -> None:
         super().__init__(setup)
         config = self.config
-        # Only noise that is a function of the position can be known before it is drawn.
+        # Only keyed noise is known before it is drawn.
         coupled = config.sampled and config.couple_drafts and config.keyed
         self.acceptance = Keyed(config, self.source, self.depths, self.choices, coupled)
 
@@ -120,7 +120,7 @@ class DFlash(Target):
         return self.depths
 
     def _enter_round(self, slot: int) -> None:
-        """Draft next, unless prompt is left to run or no draft can be of use."""
+        """Draft next, unless some prompt is left to run or a draft would be useless."""
         super()._enter_round(slot)
         rows = self.rows
         left = rows.limit[slot] - len(rows.tokens[slot])

@@ -6,12 +6,12 @@ draft window slides: it begins at the first undecided position, not at a block b
 
 a. draft   the window at the walk's end, if it had one, gives the marginals of the next tree
            (:mod:`~s2d2_lmeval.decoding.rounds.trees`)
-b. buy     all rows share what a forward can carry, for nodes and for windows
+b. buy     all rows divide the forward's query budget among nodes and windows
            (:mod:`~s2d2_lmeval.decoding.rounds.budgets`)
 
-The target chooses as the ``ar`` decoder does: the arg-max, or a draw from randomness keyed by position. So the tokens
+The target chooses as the ``ar`` decoder does: the argmax, or a draw from randomness keyed by position. So the tokens
 are those of ``ar`` with the same seed, whatever was drafted, and a round without a usable draft still yields one token.
-With ``acceptance=rejection`` the law is that of ``ar``, the draws are others.
+With ``acceptance=rejection`` the distribution is that of ``ar``, but the draws differ.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Sliding(Target):
         config, rows = self.config, self.rows
         self.window = config.window - 1
         self.price = np.zeros(rows.count)
-        """What a query of each row's tree came to, in tokens, when it was bought."""
+        """The price per query of each row's tree, in tokens, when it was bought."""
         queries = None if config.row_budget == "auto" else int(config.row_budget)
         most = self.most_queries(config, rows.count)
         self.budget = QueryBudget(queries, self.node_queries, self.window, most, config.shares_budget)
@@ -89,7 +89,7 @@ class Sliding(Target):
 
     @staticmethod
     def most_queries(config: DecodingConfig, slots: int) -> int:
-        """Queries that one row may bring to a round: all there are if it is alone, at most twice its share if not."""
+        """Maximum queries of one row in a round: all of them if it is alone, otherwise at most twice its share."""
         if config.row_budget == "auto":
             return max(min(WIDEST, WIDEST_FORWARD // slots), config.window + 1)
         return int(config.row_budget) * (2 if slots > 1 and config.shares_budget else 1)
@@ -108,13 +108,13 @@ class Sliding(Target):
         return self.rows.length + self.budget.most + 1
 
     def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
-        """With ``row_budget=auto``, learn what forwards cost at this batch."""
+        """With ``row_budget=auto``, measure the cost of forwards at this batch size."""
         if self.budget.queries is None:
             rows, budget = self.rows, self.budget
             budget.calibrate_costs(
                 measure_costs(budget.most)(np.arange(rows.count * budget.most + 1)), rows.count, rows.device
             )
-            # Trees grow no larger than pays: growing them takes time too.
+            # Trees grow only as large as can pay, because growing them takes time too.
             rows.resize(min(rows.token.shape[1] - 1, max((budget.most - 1) // self.node_queries, 1)))
 
     def plan(self) -> Plan:
@@ -135,8 +135,8 @@ class Sliding(Target):
         return [met, nodes, windows.sum(1, keepdim=True), (price * PRICE_UNIT).expand_as(nodes)]
 
     def _draft(self, logits: torch.Tensor, met: torch.Tensor, base: torch.Tensor, end: torch.Tensor) -> trees.Tree:
-        """Grow each row's next tree from the window at ``base`` (count, 1) of the window ``logits``, where one was
-        ``met`` at the ``end`` of the walk.
+        """Grow each row's next tree from the window at ``base`` (count, 1) of the window ``logits``, if the walk's
+        ``end`` ``met`` one.
         """
         sent, nodes = self._plan.sent, self.rows.token.shape[1] - 1
         if not len(logits):

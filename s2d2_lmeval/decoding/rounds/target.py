@@ -1,18 +1,18 @@
-"""Decoding by rounds with the autoregressive law: the target verifies a tree of drafted tokens in one forward, and the
-walk down the tree goes on as long as what it chooses after a node is one of the node's children.
+"""Decoding in rounds with the autoregressive distribution: the target verifies a tree of drafted tokens in one forward,
+and the walk down the tree continues as long as the target's choice after a node is one of its children.
 
 One round of a row:
 
-1. plan     the text without keys, the nodes of its tree, what tells the target's choice after each (:func:`plan_round`)
+1. plan     the text without keys, the nodes of its tree, the queries for the target's choices (:func:`plan_round`)
 2. judge    the path from the root that the target accepts, and its own token after it, the bonus token
             (:mod:`~s2d2_lmeval.decoding.rounds.acceptance`)
-3. propose  what the next round verifies
-4. commit   the path's keys and values become prefix (compacted where the path was not contiguous)
+3. propose  the draft for the next round
+4. commit   the path's keys and values become prefix (compacted if the path is not contiguous)
 
 Decoders differ in step 3. Without drafts every round is one token: ``ar``, below. Drafts come from masks in the same
-forward (:mod:`~s2d2_lmeval.decoding.rounds.sliding`) or from a drafter in a forward of its own
-(:mod:`~s2d2_lmeval.decoding.rounds.dflash`, :mod:`~s2d2_lmeval.decoding.rounds.ddtree`). What follows a node is the
-arg-max, or a draw from randomness keyed by request and position, so the output is the same for every tree.
+forward (:mod:`~s2d2_lmeval.decoding.rounds.sliding`) or from a drafter in a separate forward
+(:mod:`~s2d2_lmeval.decoding.rounds.dflash`, :mod:`~s2d2_lmeval.decoding.rounds.ddtree`). The target's choice is the
+argmax, or a draw from randomness keyed by request and position, so the output is the same for every tree.
 
 Trees are grown on the device and stay there; the host knows how many nodes and windows each row has.
 """
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class RoundRows(SequenceState):
-    """Sequences in flight, and on the device the tree that each is about to run: ``token``, ``parent`` and ``depth``
+    """Sequences in flight and, on the device, the tree that each runs next: ``token``, ``parent`` and ``depth``
     (-1: no node) (count, N + 1), the root at index 0, and ``holder``, the nodes with a draft window, in rising order.
     """
 
@@ -52,15 +52,15 @@ class RoundRows(SequenceState):
         self.length = setup.longest
         self.device = setup.device
         self.limit = np.zeros(self.count, dtype=np.int64)
-        """Length at which the sequence is full."""
+        """Maximum length of the sequence."""
         self.round = np.zeros(self.count, dtype=np.int64)
-        """Rounds that the sequence has run."""
+        """Rounds run so far."""
         self.resize(nodes)
 
     def resize(self, nodes: int) -> None:
         """Make room for so many nodes per tree and forget all trees."""
         self.nodes, self.windows = np.zeros((2, self.count), dtype=np.int64)
-        """Nodes and draft windows that are run, the first ones of the tables."""
+        """How many nodes and draft windows run: the first ones of the tables."""
         shape = (4, self.count, nodes + 1)
         self.token, self.parent, self.depth, self.holder = torch.zeros(shape, dtype=torch.long, device=self.device)
 
@@ -84,14 +84,14 @@ class RoundRows(SequenceState):
 def plan_round(
     rows: RoundRows, facts: Facts, depths: int, prefill_chunk: int, window: int = 0, feeds_drafter: bool = False
 ) -> Plan:
-    """Lay out the target's next forward of all active rows. A row brings, in this order:
+    """Lay out the target's next forward of all active rows. A row's segments, in this order:
 
-    text       the tokens that have no keys yet: a chunk of the prompt, later the last round's bonus token
+    text       the tokens without keys: a chunk of the prompt, later the last round's bonus token
     nodes      the drafted tokens, a tree at most ``depths`` deep; siblings share a position
     verifiers  un-shifted targets only: for the root and every node a mask at the position after it, which sees the path
                down to it; in shifted targets the node itself (for the root the last text token) predicts what follows
-    windows    per node that has one, ``window`` masks that see its path and each other: a draft of what follows the
-               token that the target chooses there
+    windows    per node with a window, ``window`` masks that see its path and each other: a draft of the tokens after
+               the target's choice there
 
     Reads ``verify`` (the root, then the nodes) and ``window``. Sends of every row (count,) ``length``, ``limit``,
     ``key``, ``round``, the ``nodes`` and ``windows`` it runs and ``base``, the first of its window logits.
@@ -134,9 +134,9 @@ def plan_round(
 def _add_trees(
     rows: RoundRows, sent: Sent, nodes: int, depths: int, windows: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What only the device knows: the tokens (N,) and the visibility (R, W, W) of a round. Completes the positions, and
-    adds to ``sent`` the trees: ``token``, ``parent``, ``depth`` (-1: not run) and ``holder`` (count, N + 1), and
-    ``above`` (count, n, n) of the first ``nodes`` (n) nodes, root included.
+    """The tokens (N,) and visibility (R, W, W) of a round, which only the device knows. Completes the positions, and
+    adds the trees to ``sent``: ``token``, ``parent``, ``depth`` (-1: not run) and ``holder`` (count, N + 1), and
+    ``above`` (count, n, n) of the first ``nodes`` (n) nodes, including the root.
     """
     kind, owner = sent["kind"], sent["owner"]
     sent["nodes"], sent["windows"], sent["base"], sent["running"] = sent["per_row"].unsqueeze(2)
@@ -155,7 +155,7 @@ def _add_trees(
 
 @DECODERS.register("ar", "autoregressive", "pipelined", **AUTOREGRESSIVE)
 class Target(Decoder[RoundRows]):
-    """The decoder ``ar`` of autoregressive models, and what all decoders by rounds have in common."""
+    """The decoder ``ar`` of autoregressive models, and the common part of all decoders with rounds."""
 
     feeds_drafter = False
     window = 0
@@ -175,17 +175,17 @@ class Target(Decoder[RoundRows]):
 
     @classmethod
     def most_nodes(cls, config: DecodingConfig, facts: Facts, slots: int) -> int:
-        """Nodes that a row's tree may have where ``slots`` rows are in flight."""
+        """Maximum nodes of a row's tree with ``slots`` rows in flight."""
         return 0
 
     @staticmethod
     def most_depths(config: DecodingConfig, facts: Facts) -> int:
-        """Depth that a row's tree may have."""
+        """Maximum depth of a row's tree."""
         return 0
 
     @property
     def node_queries(self) -> int:
-        """Queries of a node: its own and, in un-shifted targets, its verifier. So many the last token takes too."""
+        """Queries of a node: its own and, in un-shifted targets, its verifier. The last token has as many."""
         return 1 if self.facts.token_shift else 2
 
     @property
@@ -225,7 +225,7 @@ class Target(Decoder[RoundRows]):
         return self._synchronize(fetch([self.sound.expand_as(bonus), path, tokens, depth, *proposed]))
 
     def _propose(self, logits: torch.Tensor, end: torch.Tensor) -> list[torch.Tensor]:
-        """Draft the next round from the window ``logits``, where the walks' ``end`` (count, 1) is known; gives columns
+        """Draft the next round from the window ``logits``, given the walks' ``end`` (count, 1); returns columns
         (count, any) for :meth:`_after_round`.
         """
         return []

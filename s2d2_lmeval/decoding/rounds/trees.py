@@ -1,4 +1,4 @@
-"""Draft trees: which continuations are worth a query, and who sees whom in a round.
+"""Draft trees: their growth from draft distributions, and visibility within a round.
 
 A drafter gives a distribution per future position. A continuation's value is the product of its tokens' probabilities,
 so the best tree of N nodes holds the N most probable prefixes (DDTree, arXiv 2604.12989, section 3). The heap that
@@ -37,7 +37,7 @@ def grow(log_p: torch.Tensor, token: torch.Tensor, nodes: int, seed_chain: bool 
     """The best ``nodes`` prefixes of each row.
 
     ``log_p`` and ``token`` (R, S, K) are the K likeliest tokens of each of S future positions, best first; minus
-    infinity rules a choice out. With ``seed_chain`` the arg-max chain comes first, then the best others.
+    infinity rules a choice out. With ``seed_chain`` the argmax chain comes first, then the best others.
     """
     rows, depths, choices = log_p.shape
     score = log_p.new_zeros(rows, 1)
@@ -74,8 +74,8 @@ def grow(log_p: torch.Tensor, token: torch.Tensor, nodes: int, seed_chain: bool 
 
 @lru_cache(maxsize=256)
 def _promising(beam: int, choices: int, nodes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices into a beam and into choices, both best first, whose sum can be one of the ``nodes`` best: fewer than so
-    many others are at least as good in both.
+    """Indices into a beam and into choices, both best first, whose sums can be among the ``nodes`` best: fewer than
+    ``nodes`` others are at least as good in both.
     """
     place = np.arange(min(beam, nodes))[:, None]
     above, choice = ((place + 1) * (np.arange(min(choices, nodes)) + 1) <= nodes).nonzero()
@@ -83,7 +83,7 @@ def _promising(beam: int, choices: int, nodes: int, device: torch.device) -> tup
 
 
 def empty(rows: int, nodes: int, device: torch.device, dtype: torch.dtype) -> Tree:
-    """Trees without a node."""
+    """Empty trees."""
     zeros = torch.zeros(rows, nodes, dtype=torch.long, device=device)
     return Tree(zeros, zeros, zeros, zeros.to(dtype))
 
@@ -101,7 +101,7 @@ def ancestors(parent: torch.Tensor, depths: int) -> torch.Tensor:
 
 
 def tree_visibility(kind: torch.Tensor, owner: torch.Tensor, above: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Who sees whom in a round, (R, W, W), from what each query is and which node it belongs to, (R, W).
+    """Visibility of a round, (R, W, W), from the kind of each query and the node it belongs to, (R, W).
 
     Text is token-causal and seen by all. A node is seen by what belongs to itself or to a node below it. A verifier is
     seen by itself and by its node's window, a window by itself. Row r's tree is that of ``above[slots[r]]``.

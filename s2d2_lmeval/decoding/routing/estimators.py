@@ -1,4 +1,4 @@
-"""How likely the verifier accepts a drafted token, guessed from the draft distribution alone (S2D2, section on
+"""Estimates of how likely the verifier accepts a drafted token, from the draft distribution alone (S2D2, section on
 routing).
 
 An estimator is a function of a :class:`DraftStatistics` and the configuration to probabilities (M,), registered under
@@ -19,7 +19,7 @@ from s2d2_lmeval.registry import ESTIMATORS
 
 @dataclass(frozen=True)
 class DraftStatistics:
-    """What an estimator may look at: the statistics ``of`` M draft distributions over a ``vocabulary``, and the
+    """The input of an estimator: the statistics ``of`` M draft distributions over a ``vocabulary``, and the
     ``confidence`` (M,) of the drafted tokens.
     """
 
@@ -29,7 +29,7 @@ class DraftStatistics:
 
     @property
     def margin(self) -> torch.Tensor:
-        """(M,) by how much the best token is more probable than the second."""
+        """(M,) the top probability minus the second."""
         return self.of.first - self.of.second
 
     @property
@@ -39,7 +39,7 @@ class DraftStatistics:
 
 
 def normalised(entropy: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """``entropy`` (M,) in nats over its largest value, log V."""
+    """``entropy`` (M,) in nats over its maximum, log V."""
     return entropy / math.log(vocabulary)
 
 
@@ -56,7 +56,7 @@ def acceptance_estimate(
 
 @ESTIMATORS.register("hard_margin_threshold")
 def hard_margin_threshold(draft: DraftStatistics, config: DecodingConfig) -> torch.Tensor:
-    """1 where the best token is more probable than the second by more than the threshold, else 0."""
+    """1 where the margin of the best token over the second exceeds the threshold, else 0."""
     return (draft.margin > config.ssd_confidence_margin_threshold).to(draft.margin.dtype)
 
 

@@ -24,7 +24,7 @@ ONE_BLOCK = ("block", "editing", "subblock")
 
 @dataclass(frozen=True)
 class DraftView:
-    """What a policy may look at: R rows of L places, after a draft.
+    """The input of a policy: R rows of L places, after a draft.
 
     ``drafting`` (R,) rows that drafted in this step; ``masks`` (R, L) undecided places; ``span`` (R, L) the first run
     of masks;
@@ -48,13 +48,13 @@ class RoutingPolicy(ABC):
     """Decides which drafts are verified, in blocks of L places of ``rows`` rows.
 
     A class registers itself under the value of ``do_verify_policy``:
-    ``@POLICIES.register("name", options=…)``, with schemes where it fits some only.
+    ``@POLICIES.register("name", options=…)``, with schemes if it only fits some.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
-    """Those of ``acceptance``, ``entropy`` and ``denoised`` that it looks at; the others are not computed."""
+    """Those of ``acceptance``, ``entropy`` and ``denoised`` that it uses; the others are not computed."""
     always = False
-    """Whether it is known beforehand that every draft is verified."""
+    """Whether it always verifies every draft."""
 
     def __init__(self, config: DecodingConfig, rows: int, length: int, device: torch.device) -> None:
         self.config = config
@@ -64,21 +64,21 @@ class RoutingPolicy(ABC):
         """Which rows (R,) go on to the verifier."""
 
     def calibrate_costs(self, measure_costs: MeasureCosts, ahead: int) -> None:  # noqa: B027
-        """Before the first request: a policy that wants to know what forwards cost measures it here. A verification
-        brings ``ahead`` queries of the next block.
+        """Called before the first request: a policy that needs forward costs measures them here. A verification
+        carries ``ahead`` queries of the next block.
         """
 
     def judged(self, span: torch.Tensor, accepted: torch.Tensor, rejected: torch.Tensor) -> None:  # noqa: B027
-        """Learn from spans (R, L) that came back: their ``accepted`` prefix, and the first ``rejected`` place (R,).
+        """Learn from verified spans (R, L): their ``accepted`` prefix, and the first ``rejected`` place (R,).
 
-        Nothing is known of the tokens after it.
+        The tokens after it were not judged.
         """
 
     def reward(self, finished: torch.Tensor, verified: bool, decided: torch.Tensor) -> None:  # noqa: B027
         """Learn from rows (R,) whose step is complete: whether it verified and how many tokens (R,) it ``decided``."""
 
     def reset(self, row: int) -> None:  # noqa: B027
-        """Forget a row's past: another request begins there."""
+        """Forget a row's history, because another request starts there."""
 
 
 def policy_of(config: DecodingConfig, scheme: str, rows: int, length: int, device: torch.device) -> RoutingPolicy:
@@ -95,8 +95,8 @@ def policy_of(config: DecodingConfig, scheme: str, rows: int, length: int, devic
 
 
 def expected_accepted(acceptance: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
-    """Expected length (R,) of the accepted prefix of the span: sum over its places of the product of ``acceptance`` up
-    to there.
+    """Expected length (R,) of the accepted prefix of the span: the sum over its places of the product of ``acceptance``
+    up to each.
     """
     survival = torch.where(span, acceptance, 1).cumprod(-1)
     return (survival * span).sum(-1)
@@ -117,7 +117,7 @@ def score(view: DraftView, config: DecodingConfig) -> torch.Tensor:
 class SpanLengthPolicy(RoutingPolicy):
     """Verify spans of at least ``min_ssd_span_length`` masks.
 
-    Legacy: skip a short span only where enough masks are confident.
+    Legacy: skip a short span only if enough masks are confident.
     """
 
     def __init__(self, config: DecodingConfig, rows: int, length: int, device: torch.device) -> None:
@@ -135,7 +135,7 @@ class SpanLengthPolicy(RoutingPolicy):
 
 @POLICIES.register("score_threshold")
 class ScorePolicy(RoutingPolicy):
-    """Verify where the score reaches ``do_verify_score_threshold``."""
+    """Verify if the score reaches ``do_verify_score_threshold``."""
 
     reads = frozenset({"acceptance"})
 
@@ -221,17 +221,17 @@ class BanditPolicy(RoutingPolicy):
 
 
 BINS = 8
-"""Ranges of the estimator's guess that are told apart."""
+"""Number of bins of the estimator's guess."""
 
 PRIOR = 2.0
-"""Outcomes that the estimator's own guess counts for."""
+"""Pseudo-count of the estimator's own guess."""
 
 
 class AcceptanceCurve:
-    """How often the verifier accepts a token, by what the estimator says of it; of each row, or of the whole run.
+    """The verifier's acceptance rate as a function of the estimator's guess, per row or for the whole run.
 
-    Counts are (rows, BINS). ``pooled`` curves know every outcome of the run; others only those of their own row's
-    request, so that what is decided does not depend on the batch.
+    Counts are (rows, BINS). ``pooled`` curves use every outcome of the run; others only those of their own row's
+    request, so that decisions do not depend on the batch.
     """
 
     def __init__(self, rows: int, pooled: bool, device: torch.device) -> None:
@@ -241,13 +241,13 @@ class AcceptanceCurve:
 
     @staticmethod
     def bin(guess: torch.Tensor) -> torch.Tensor:
-        """The range that each of ``guess`` falls into."""
+        """The bin of each ``guess``."""
         return (guess.nan_to_num().clamp(0, 1) * BINS).long().clamp_max(BINS - 1)
 
     def __call__(self, guess: torch.Tensor) -> torch.Tensor:
         """Probability of acceptance, from the estimator's ``guess`` (rows, L).
 
-        A range that was hardly tried is given the benefit of the doubt, or nothing would ever be learned of it.
+        A rarely tried bin gets the benefit of the doubt; otherwise it would never be learned.
         """
         index = self.bin(guess)
         tried, accepted = (
@@ -271,12 +271,12 @@ class AcceptanceCurve:
 
 @POLICIES.register("throughput", *ONE_BLOCK)
 class ThroughputPolicy(RoutingPolicy):
-    """Verify wherever that is expected to decode more tokens per second than it costs; no thresholds.
+    """Verify if the expected gain in tokens is worth the time; no thresholds.
 
-    A verification takes a forward and decides the accepted prefix of the span and the token after it; without one the
-    remasking strategy decides what it would. So verifying gains G more tokens for a time c. Spent on anything else, the
-    same time would decode at this run's pace r (tokens decided so far over time spent). The policy verifies where
-    G >= r c: the rule of the marginal value (Charnov, 1976), under which no other mix of the two decodes faster.
+    A verification takes a forward and decides the accepted prefix of the span and the token after it; without it the
+    remasking strategy decides its own tokens. So verification gains G more tokens for a time c. Elsewhere the same time
+    would decode at this run's rate r (tokens decided so far over time spent). The policy verifies if G >= r c: the
+    marginal value theorem (Charnov, 1976), under which no other mix of the two decodes faster.
 
     * c is measured before the run, for the batch and every length of the span, or given as ``verify_cost_ratio``.
     * G follows from the acceptance probability of each token of the span: the estimator's guess, corrected by how often
@@ -294,16 +294,16 @@ class ThroughputPolicy(RoutingPolicy):
         self.pooled = given is None
         size, number = (rows + 1, length + 1), torch.float64
         self.costs = torch.full(size, 1.0 if given is None else given, dtype=number, device=device)
-        """What a verification costs, in drafts, by rows in flight and masks to verify."""
+        """The cost of a verification, in drafts, by rows in flight and masks to verify."""
         self.curve = AcceptanceCurve(rows, self.pooled, device)
-        # The pace begins at a token per draft.
+        # The rate starts at one token per draft.
         self.decided = torch.ones(rows, dtype=number, device=device)
         self.spent = torch.ones_like(self.decided)
         self.index = torch.zeros(rows, length, dtype=torch.long, device=device)
         self.price = torch.zeros(rows, dtype=number, device=device)
 
     def calibrate_costs(self, measure_costs: MeasureCosts, ahead: int) -> None:
-        """Unless it is given, learn what a verification costs beside a draft, at this batch."""
+        """Unless it is given, measure the cost of a verification relative to a draft, at this batch size."""
         if self.pooled:
             # A row drafts with a block of queries; it verifies k masks with k more.
             rows, length = self.index.shape

@@ -1,4 +1,4 @@
-"""Speculative acceptance: which drafted tokens the verifier accepts, and what replaces the first that it rejects.
+"""Speculative acceptance: which drafted tokens the verifier accepts, and the replacement of the first rejected one.
 
 Speculative sampling (Leviathan et al., 2023; Chen et al., 2023): accept a token x that was sampled from the draft q
 with probability min(1, p(x) / q(x)), p being the verifier (the target); replace the first rejected one by a draw from
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 ROUNDING = 1e-6
-"""Mass that the difference of two equal distributions may have."""
+"""Rounding error in the mass of the difference of two equal distributions."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from s2d2_lmeval.decoding.sampling.row_statistics import likeliest
 
 
 def bias_of(config: DecodingConfig, vocabulary: int, device: torch.device) -> torch.Tensor | None:
-    """What ``logit_bias`` and ``suppress_tokens`` add to every row of logits (V,); None where they are empty."""
+    """The values (V,) that ``logit_bias`` and ``suppress_tokens`` add to each row of logits; None if empty."""
     if not config.logit_bias and not config.suppress_tokens:
         return None
     bias = torch.zeros(vocabulary)
@@ -90,7 +90,7 @@ def draft_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draft a token per row of ``logits`` (M, V); return tokens (M,) and their probabilities (M,).
 
-    The arg-max comes with its probability at temperature one without filters, whatever the sampling options say; a
+    The argmax comes with its probability at temperature one without filters, whatever the sampling options; a
     sampled token with its probability under them.
     """
     if not config.sampled:
@@ -106,7 +106,7 @@ def ranked_tokens(
     """The ``count`` tokens (M, count) that :func:`draft_tokens` would take first from ``logits`` (M, V) under ``key``,
     best first, and their log probabilities (M, count). Nothing is drawn.
 
-    A sampled token is known beforehand as far as the noise is.
+    With keyed noise, sampled tokens are known in advance.
     """
     if not config.sampled:
         log_p, tokens = logits.log_softmax(-1).topk(count, dim=-1)

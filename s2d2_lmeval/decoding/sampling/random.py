@@ -1,8 +1,8 @@
-"""Where random numbers come from.
+"""Sources of random numbers.
 
-``keyed``  The default. Every number is a pure function of (seed, request, purpose, position, draw): what a request
-samples does not depend on what it was batched with, on the schedule, or on the order of calls.
-``fixed``  Every uniform is 0.5 and every categorical draw the arg-max.
+``keyed``  The default. Every number is a pure function of (seed, request, purpose, position, draw): a request's samples
+do not depend on its batch, the schedule, or the order of calls.
+``fixed``  Every uniform is 0.5 and every categorical draw the argmax.
 ``torch``  The global generator of torch, drawn in the order of the published code
            (:mod:`~s2d2_lmeval.decoding.reference`). One row at a time.
 an object  With ``uniform(n)`` and ``categorical(probabilities)``, in the same order as ``torch``.
@@ -19,7 +19,7 @@ import torch
 from s2d2_lmeval.decoding.reference import FixedSource, SequentialSource, TorchDraws
 
 DRAFT, ACCEPT, RESAMPLE = 1, 2, 3
-"""What a number is drawn for."""
+"""The purpose of a draw."""
 
 
 def _signed(word: int) -> int:
@@ -33,8 +33,8 @@ _MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
 
 @dataclass(frozen=True)
 class Key:
-    """Names draws: ``request``, ``position`` and ``draw`` (how often the position was drawn before) of one broadcast
-    shape, int64; if there is an ``index``, those at its places. Nothing is computed before something is drawn.
+    """Keys of draws: ``request``, ``position`` and ``draw`` (how often the position was drawn before) of one broadcast
+    shape, int64; with an ``index``, those at its places. Evaluated lazily, when something is drawn.
     """
 
     purpose: int
@@ -59,7 +59,7 @@ class Key:
 
 
 class RandomSource(Protocol):
-    """What decoders draw from."""
+    """The interface of a random source."""
 
     def uniform(self, key: Key, needed: torch.Tensor) -> torch.Tensor:
         """Numbers in [0, 1) where ``needed`` (bool, the key's shape) is set; elsewhere anything."""
@@ -68,8 +68,8 @@ class RandomSource(Protocol):
         """A token (M,) from each row of ``probabilities`` (M, V)."""
 
     def gumbel(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
-        """The noise (M, V) that :meth:`categorical` adds to log p before it takes the arg-max; zeros where nothing is
-        known of it beforehand.
+        """The noise (M, V) that :meth:`categorical` adds to log p before it takes the argmax; zeros if it is not known
+        in advance.
         """
 
     def drawing(self, rows: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:

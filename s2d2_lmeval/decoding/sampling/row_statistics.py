@@ -1,8 +1,8 @@
-"""What decoders want to know of rows of logits, from one pass over the vocabulary.
+"""Statistics of rows of logits, from one pass over the vocabulary.
 
-On CUDA a Triton kernel reads every logit once and writes six numbers per row (:mod:`.row_statistics_kernel`);
-elsewhere, and where Triton is missing, :func:`in_torch` computes the same a few rows at a time, so that what it needs
-besides stays in the processor's cache. No table of probabilities of the whole batch is made.
+On CUDA a Triton kernel reads every logit once and writes six numbers per row (:mod:`.row_statistics_kernel`).
+Elsewhere, and without Triton, :func:`in_torch` computes the same a few rows at a time, so that intermediate values stay
+in the CPU cache. The probabilities of the whole batch are never materialised.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 ELEMENTS_AT_ONCE = 1 << 17
-"""Logits that the twin in torch treats at a time."""
+"""Logits that the torch version processes at a time."""
 
 BLOCK, WORTH_BLOCKS = 64, 4096
 """Neighbours of which :func:`arg_max` first takes the largest: vectorised, which an arg-max on the CPU is not; and the

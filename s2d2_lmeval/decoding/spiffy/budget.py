@@ -1,8 +1,8 @@
-"""How many states to draft: as many as pay.
+"""How many states to draft.
 
-A drafted state saves a forward whenever decoding reaches it, and widens the forward in which it is run. The calibration
-counted how often each state of the graph was reached; what a width costs is measured. How many are drafted never
-changes what is decoded.
+A drafted state saves a forward whenever decoding reaches it, and widens the forward that runs it. The calibration
+counted how often each state of the graph was reached; the cost of a width is measured. The number never changes the
+output.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DraftBudget:
     def choose(
         self, eligibility: Eligibility, masks: np.ndarray, finishes: np.ndarray, queries: int, widths: tuple[int, int]
     ) -> int:
-        """States that each row may draft now; ``queries`` is what the forward is wide without any.
+        """States that each row may draft now; ``queries`` is the forward's width without drafts.
 
         ``masks`` (rows,) is 0 for rows that draft none; ``finishes`` as for :meth:`Eligibility.drafts`;
         ``widths`` queries of a state that leaves a mask, and of one that does not.

@@ -1,16 +1,16 @@
 """Speculation over denoising states, without loss (Spiffy, arXiv 2509.18085).
 
-A forward runs the current state of a block and, beside it, states that may follow. Then the base decoder's own step
-(:meth:`~s2d2_lmeval.decoding.blocks.denoising.BlockDenoiser._step`) is made as often as its logits are there:
+A forward runs the current state of a block together with states that may follow. Then the base decoder's own step
+(:meth:`~s2d2_lmeval.decoding.blocks.denoising.BlockDenoiser._step`) repeats as long as its logits are available:
 
-1. draft   from the latest distribution, the states that the draft graph names; a state may also finish the block and
+1. draft   the states that the draft graph lists, from the latest distribution; a state may also finish the block and
            begin the next one
-2. run     current state and draft states in one forward
-3. step    the base decoder's step on the current state; if what comes out was drafted, its logits are there: go on
-           from it without another forward, otherwise run it next
+2. run     the current state and the draft states in one forward
+3. step    the base decoder's step on the current state; if the resulting state was drafted, its logits are available:
+           continue from it without another forward, otherwise run it next
 
-Every step is the base decoder's, from the logits of the state it would have run, with the randomness it would have
-drawn: outputs and states are the same, and as many forwards are saved as drafted states came true.
+Every step is the base decoder's, from the logits of the state it would have run, with the same draws. So outputs and
+states are the same, and every drafted state that is reached saves a forward.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Spiffy(BlockDenoiser):
         return inside.sum(1), finishing.sum(1)
 
     def _may_finish(self) -> np.ndarray:
-        """(rows,) where a state that finishes the block is of use: the next block may begin in the same forward."""
+        """(rows,) where a state that finishes the block is useful: the next block may begin in the same forward."""
         follows = self.rows.start + self.rows.block_length < self.rows.total
         return follows & (self.config.schedule == "fused")
 
@@ -153,12 +153,12 @@ class Spiffy(BlockDenoiser):
         return self._plan.sent["slot"], self._plan.sent["place"]
 
     def _suppress_mask_token(self, logits: torch.Tensor, block: torch.Tensor) -> None:
-        """As everywhere; what depends on how far a row is, is done as it gets there."""
+        """As in the base class; schedule-dependent suppression happens as each row reaches its step."""
         if self.config.suppress_mask_token:
             logits[:, self.rows.mask_token_id] = -torch.inf
 
     def _decide(self, state: BlockState, logits: torch.Tensor) -> StepResult:
-        """As many steps of every row as there are logits for."""
+        """As many steps of every row as have logits."""
         tables: list[StepTables[torch.Tensor]] = []
         # The draft state that each row is in, counted from 1 (0: where it began), and the one that ended its block.
         made = at = crossed = torch.zeros_like(state.count)
@@ -249,7 +249,7 @@ class Spiffy(BlockDenoiser):
             progress.count(name, int(count))
 
     def _keep_block(self, row: int, slot: int, state: int, outcome: Outcome) -> None:
-        """The block before the current one of row ``slot`` came out as draft ``state``: its keys are there already."""
+        """The previous block of row ``slot`` ended as draft ``state``, so its keys are already in the cache."""
         rows, plan, length = self.rows, self._plan, self.rows.block_length
         text, inside = int(plan.known["text"][row]), int(plan.known["inside"][row])
         first = text - int(plan.request.keep[row]) + (2 * state - inside) * length

@@ -1,7 +1,7 @@
-"""From a draft graph and the latest distribution to states of a block that may come next.
+"""Choose the draft states of a block from a draft graph and the latest distribution.
 
-On the host: how many states a row may draft, which depends on its number of masks only. On the device: which of them
-(the most probable ones), and what tokens they hold. Nothing here waits for the device.
+The host decides how many states a row may draft, from its number of masks alone. The device chooses them
+(the most probable ones) and fills in their tokens. Nothing here synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class StateDrafter:
         self.widest = widest
         self.vocabulary_ranks = int(token.max(initial=0)) + 1
         self.used = torch.from_numpy(used).to(device)
-        # Ranks beyond the block name nothing; such nodes are never eligible.
+        # Nodes with ranks beyond the block are never eligible.
         self.place = torch.from_numpy(place.clip(0, block_length - 1)).to(device)
         self.token = torch.from_numpy(token.clip(0)).to(device)
         self.size = self.used.sum(-1)
