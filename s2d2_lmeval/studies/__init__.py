@@ -1,1 +1,1 @@
-"""Runs of runs: measurements over decoders, schedules and batches."""
+"""Sweeps, searches, benches and reports over many runs."""

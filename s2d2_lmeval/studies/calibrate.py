@@ -7,8 +7,7 @@
 3. choose  nodes one by one: the highest score among those that the current state or a chosen node leads to (Spiffy,
            arXiv 2509.18085, Algorithm 2)
 
-Traces go to a file as prompts finish, so a run that was interrupted goes on where it stopped, and other graphs come
-from the same traces at once.
+Traces go to a file as prompts finish, so an interrupted run resumes, and other graphs reuse the same traces.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from s2d2_lmeval.families import Facts
 from s2d2_lmeval.model import BlockDiffusionModel
 
 VOCABULARY_RANKS = 4
-"""Tokens of each place that are logged: what is drafted beyond the fourth-best hardly ever comes true."""
+"""Tokens logged per place: drafts beyond the fourth-best token are hardly ever reached."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class RankedStep(Step):
 
 
 class _Logging(Spiffy):
-    """Drafts nothing, so every step is a forward of the base decoder; logs ranks with each."""
+    """Drafts nothing, so every step is a forward of the base decoder; logs the ranks of each step."""
 
     least_ranks = VOCABULARY_RANKS
 
@@ -69,11 +68,11 @@ class _Logging(Spiffy):
 
 
 class _LoggingEdits(EditingSpiffy, _Logging):
-    """The same where decided tokens may be edited."""
+    """The same for decoders that edit decided tokens."""
 
 
 class _LoggingSubblocks(SubblockSpiffy, _Logging):
-    """The same of sub-blocks."""
+    """The same for sub-blocks."""
 
 
 class _LoggingEngine(Engine):
@@ -86,7 +85,7 @@ class _LoggingModel(BlockDiffusionModel):
 
 
 class TraceFile:
-    """Traces of prompts in a file, a line each, after a line that says what they are of.
+    """A file of traces, one prompt per line, after a line that describes what was traced.
 
     Raises:
         ConfigError: for a file of another model, decoder or set of options.
@@ -104,7 +103,7 @@ class TraceFile:
             raise ConfigError(
                 f"{path} holds traces of another model or decoder. Give another --traces file, or remove this one."
             )
-        if lines and not lines[-1].endswith("\n"):  # the run before was cut off while it wrote
+        if lines and not lines[-1].endswith("\n"):  # the previous run was interrupted while writing
             lines = lines[:-1]
             path.write_text("".join([first, *lines]))
         for line in lines:
@@ -125,11 +124,11 @@ def trace(
     path: Path,
     on_traced: Callable[[], None] = lambda: None,
 ) -> list[list[RankedStep]]:
-    """Traces of the base decoder on ``prompts``; those that ``path`` holds already are not run again.
+    """Traces of the base decoder on ``prompts``; those already in ``path`` are not run again.
 
     Args:
-        config: of the decoder ``spiffy``; what it accelerates is traced.
-        on_traced: told of each prompt as it is done.
+        config: of the decoder ``spiffy``, whose base decoder is traced.
+        on_traced: called for each prompt as it finishes.
     """
     if config.decoder != "spiffy":
         raise ConfigError(
@@ -151,7 +150,7 @@ def trace(
     if missing:
         rows, context, attention = model.max_batch, model.max_context, model.attention
         logging = _LoggingModel(model.hf_model, model.facts, attention=attention, max_batch=rows, max_context=context)
-        # Nothing is drafted, so nothing has to be known of what it costs.
+        # Nothing is drafted, so no costs are needed.
         options = config.replace(draft_nodes=0)
         logging.generate([prompts[n] for n in missing], options, seeds=missing, on_finished=finished)
     return [file.traces[name] for name in names]

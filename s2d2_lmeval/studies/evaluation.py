@@ -1,4 +1,4 @@
-"""One point through the harness: finished samples from disk, the others from the engine."""
+"""Evaluate one point with the harness: finished samples come from disk, the others from the engine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Evaluator:
         """Complete a point, or record why it cannot be.
 
         Args:
-            on_sample: told of every sample that is added, and how many the point has now.
+            on_sample: called for every added sample, with the point's number of samples.
 
         Raises:
             StorageError: if nothing can be recorded.
@@ -101,7 +101,7 @@ class Evaluator:
         return self._loaded[1]
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
         if self._loaded is None:
             return
         import gc
@@ -115,7 +115,7 @@ class Evaluator:
 
 
 def _warm_up(lm: S2D2LM) -> None:
-    """Decode a little, so that the first sample does not pay for what all of them use."""
+    """Decode a little, so that the first sample's time does not include one-time set-up."""
     assert lm.engine is not None
     assert lm.decoding is not None
     length = 2 * max(lm.decoding.block_length, 8)
@@ -124,9 +124,9 @@ def _warm_up(lm: S2D2LM) -> None:
 
 
 def _evaluate(lm: S2D2LM, job: Job) -> dict[str, Any]:
-    """What the harness makes of the task; its own numbers.
+    """The harness's own results for the task.
 
-    As ``simple_evaluate``, but for the report on the whole system, which takes longer than many a point.
+    Like ``simple_evaluate``, but without the report on the system, which takes longer than many a point.
     """
     from lm_eval.evaluator import evaluate
 

@@ -1,4 +1,4 @@
-"""Files that people wrote or that were damaged, read so that whatever they hold is an answer or a sentence."""
+"""Reading of files that may be handwritten or damaged: the result is plain data or one error message."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _UNREADABLE = (OSError, ValueError, RecursionError, OverflowError, MemoryError, 
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file; a key that is given twice is refused, and so is anything but plain data.
+    """The content of a YAML file; duplicate keys and anything except plain data are refused.
 
     Raises:
-        StudyError: saying what cannot be read.
+        StudyError: if it cannot be read, with the reason.
     """
     try:
         loader = yaml.SafeLoader(_text(path, LARGEST_STUDY))
@@ -53,7 +53,7 @@ def _text(path: Path, most: int) -> str:
 
 
 def _size(node: Any, known: dict[int, int], above: set[int]) -> int:
-    """How many nodes there are, repeated ones (aliases) counted wherever they stand."""
+    """The number of nodes, with aliases counted at each occurrence."""
     if id(node) in above:
         raise ValueError("it contains itself")
     if id(node) in known:
@@ -83,10 +83,10 @@ def _refuse_twice(node: yaml.MappingNode) -> None:
 
 
 def refuse_exotic(content: Any) -> None:
-    """Refuse everything but text, numbers of a usual size, true and false, lists and mappings.
+    """Refuse everything except text, numbers of a usual size, booleans, lists and mappings.
 
     Raises:
-        ValueError: naming what is none of them.
+        ValueError: with the offending value.
     """
     left = [(content, 0)]
     while left:
@@ -129,7 +129,7 @@ class _Manifest(_Checked):
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What ``study.json`` says a folder of results is of; None for a folder without.
+    """The content of a results folder's ``study.json``; None without one.
 
     Raises:
         StudyError: if it cannot be read.

@@ -1,4 +1,4 @@
-"""What has to be known, and to be right, before the first model is loaded: tasks, options, the folder of results."""
+"""Checks before the first model is loaded: tasks, options, the results folder."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from s2d2_lmeval.studies.tasks import check_metric, load_tasks, prepare, task_ma
 
 @dataclass(frozen=True)
 class Job(Point):
-    """A point to evaluate, and what it takes: the model's identity, the folder of results, where tasks and data are.
+    """A point to evaluate, with the model's identity, the results folder, and the locations of tasks and data.
 
-    ``settings`` are what a result must have been made with to be the wanted one, besides the definition
-    (:func:`s2d2_lmeval.studies.tasks.what_is_asked`). Plain data: it can be sent to another process.
+    A stored result counts only if ``settings`` and :func:`s2d2_lmeval.studies.tasks.what_is_asked` match.
+    Plain data: it can be sent to another process.
     """
 
     identity: str
@@ -43,9 +43,9 @@ class Job(Point):
 
     @cached_property
     def definition(self) -> dict[str, Any]:
-        """Everything that an answer of the point depends on but the documents.
+        """Everything that an answer of the point depends on, except the documents.
 
-        Those are looked at when it is evaluated: each sample is kept with the prompt that it answers.
+        Those are checked at evaluation: each sample is stored with its prompt.
         """
         unnamed = (*LOADED, *HUB_ONLY, "revision")  # the identity says it better
         arguments = {key: value for key, value in self.model_args.items() if key not in unnamed}
@@ -76,7 +76,7 @@ class Job(Point):
 
 
 class Plan:
-    """A study in a folder: its tasks loaded and checked, its models identified, its points named."""
+    """A study in a folder, with loaded and checked tasks, identified models and named points."""
 
     def __init__(
         self, study: Study, folder: Path, *, unsafe_code: bool = False, anew: bool = False, preview: bool = False
@@ -84,9 +84,8 @@ class Plan:
         """
         Args:
             unsafe_code: tasks that run what a model wrote may be evaluated.
-            anew: go on in a folder whose results are of other code or other weights; those stay, but do not count.
-            preview: only to be looked at: what is not on this machine (documents, a model's configuration) is
-                ``unknown`` rather than refused.
+            anew: continue in a folder with results of other code or other weights, which stay but do not count.
+            preview: only show the plan: missing documents or model configurations are ``unknown`` rather than refused.
 
         Raises:
             StudyError: for anything that would make a point fail or mix results.
@@ -104,7 +103,7 @@ class Plan:
         self.named: dict[str, Job] = {}
 
     def _expand(self, study: Study, preview: bool) -> list[Task]:
-        """Single tasks in place of groups and tags, with what is asked in them."""
+        """Expand groups and tags to single tasks with their requests."""
         manager = task_manager(study.data_dir, study.include_path, [task.task for task in study.tasks])
         expanded: list[Task] = []
         for task in study.tasks:
@@ -167,10 +166,10 @@ class Plan:
                 )
 
     def jobs(self, points: Iterable[Point]) -> list[Job]:
-        """``points`` with their files; they become part of the study from here on.
+        """``points`` with their files; they are part of the study from now on.
 
         Raises:
-            StudyError: if two of them are one and the same.
+            StudyError: if two of them are identical.
         """
         study, jobs = self.study, []
         for point in points:
@@ -192,10 +191,10 @@ class Plan:
         return jobs
 
     def write_manifest(self) -> None:
-        """Say in the folder what it is of.
+        """Write the folder's ``study.json``.
 
         Raises:
-            StorageError: if that cannot be written.
+            StorageError: if it cannot be written.
         """
         named = ("model", "decoding", "options", "seed")
         content = {
@@ -216,7 +215,7 @@ class Plan:
 
 
 def _configurations(study: Study, sought: Callable[[Axis], Any]) -> dict[str, Mapping[str, Any]]:
-    """What a study decodes with; for what a search looks for, what ``sought`` makes of the axis."""
+    """The study's decoding configurations; for a search, ``sought`` maps each axis to a value."""
     if study.search is None:
         return dict(study.decoding)
     chosen = {option: sought(axis) for option, axis in study.search.space.items()}
@@ -230,7 +229,7 @@ def _check_decodings(study: Study) -> list[str]:
     """Refuse decoding options that a model's family does not take; from its config.json, before weights are loaded.
 
     Returns:
-        A sentence for each model of which that cannot be said now.
+        A sentence for each model that cannot be checked now.
     """
     unknown = []
     for model, arguments in study.models.items():
@@ -253,7 +252,7 @@ def _check_fit(where: str, options: Mapping[str, Any], facts: Any) -> None:
 def _facts(arguments: Mapping[str, Any]) -> Any:
     """A checkpoint's facts from its configuration files.
 
-    None where they are more than the files say (a drafter), or where the files cannot be had now: loading will tell.
+    None if the files are not enough (a drafter) or not available now: loading will tell.
     """
     from s2d2_lmeval.families import checkpoint_facts
 

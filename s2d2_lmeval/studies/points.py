@@ -1,6 +1,6 @@
-"""What a study is made of: tasks, searches and points.
+"""The parts of a study: tasks, searches and points.
 
-What a field may hold is its description: error messages and the JSON schema for editors say the same.
+A field's description says what it accepts; error messages and the JSON schema for editors use it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def named(value: Any) -> Any:
 
 
 def check_options(options: Mapping[str, Any], where: str = "") -> None:
-    """Refuse names that are not decoding options; everything else depends on the checkpoint.
+    """Refuse names that are not decoding options; other checks depend on the checkpoint.
 
     Raises:
-        ValueError: with the nearest option.
+        ValueError: with the closest option.
     """
     names = DecodingConfig.option_names()
     for option in options:
@@ -67,7 +67,7 @@ Objective = Literal["accuracy", "tokens_per_second", "tokens_per_forward"]
 
 
 class Keys(BaseModel):
-    """Keys of a study file: no others, no value of another type, nothing converted."""
+    """Keys of a study file: extra keys and other types are refused, and nothing is converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -84,7 +84,7 @@ class TaskSettings(Keys):
 
 
 class Task(TaskSettings):
-    """A task. ``metric`` is what the report calls accuracy; the task's first one if not given."""
+    """A task. ``metric`` is the report's accuracy; the task's first metric by default."""
 
     task: Text = Field(description="the name of a task, a group or a tag")
     metric: Text | None = Field(None, description="METRIC or METRIC,FILTER")
@@ -110,10 +110,10 @@ class Axis(Keys):
         return self.choices[0] if self.choices else self.low
 
     def distribution(self) -> Any:
-        """The axis as optuna has it.
+        """The axis as an optuna distribution.
 
         Raises:
-            ValueError: if optuna is missing, or would not take it.
+            ValueError: if optuna is missing, or rejects it.
         """
         try:
             import optuna.distributions as of
@@ -140,7 +140,7 @@ class Axis(Keys):
 
 
 class Search(Keys):
-    """Thresholds to look for (:mod:`s2d2_lmeval.studies.search`); all objectives are maximized."""
+    """Thresholds to search for (:mod:`s2d2_lmeval.studies.search`); all objectives are maximized."""
 
     trials: Annotated[int, Field(ge=1, le=MOST_POINTS)] = Field(description="a whole number from 1 to 10000")
     space: Named[Axis] = Field(description="{low: …, high: …} or {choices: […]} for each option", min_length=1)
@@ -184,11 +184,11 @@ class Point:
 
     @property
     def decoding_options(self) -> dict[str, Any]:
-        """All of the decoder's options, the seed among them."""
+        """All of the decoder's options, including the seed."""
         return {**self.options, "seed": self.seed}
 
 
 def model_identity(arguments: Mapping[str, Any]) -> str:
-    """What model arguments load: the checkpoint, and every drafter, tokenizer and adapter that they name."""
+    """The sources in model arguments: the checkpoint, and any drafter, tokenizer and adapter."""
     loaded = [key for key in LOADED if arguments.get(key) not in (None, "")]
     return ", ".join(f"{key}={of_source(key, arguments)}" for key in loaded)

@@ -1,8 +1,8 @@
-"""Looks for thresholds: optuna proposes decoding options, the sweep evaluates them, the trials are on disk.
+"""Search for thresholds: optuna proposes decoding options, the sweep evaluates them, and trials are stored on disk.
 
-Several objectives are maximized at once (accuracy and speed), so what comes out is a front, not a best trial. A trial
-is one configuration on all tasks and seeds of the study; its points are points like any others, so a trial that was
-interrupted goes on where it was.
+Several objectives are maximized at once (accuracy and speed), so the result is a Pareto front, not one best trial. A
+trial is one configuration on all tasks and seeds of the study; its points are ordinary points, so an interrupted trial
+resumes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STORAGE = "search.db"
 
 
 def search(sweep: Sweep) -> None:
-    """Run the trials of the study's search that are not done yet, for every model; ``sweep`` evaluates them.
+    """Run the remaining trials of the study's search, for every model; ``sweep`` evaluates them.
 
     Raises:
         StudyError: if every trial of a round fails, or optuna's record cannot be read or written.
@@ -58,14 +58,14 @@ def _search_model(sweep: Sweep, model: str, wanted: Search) -> None:
     )
     space = {option: axis.distribution() for option, axis in wanted.space.items()}
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        # Its process is gone. The same options again: what it had finished is found by its name.
+        # Its process is gone. Run the same options again: finished points are found by name.
         study.tell(trial.number, state=TrialState.FAIL)
         study.enqueue_trial(trial.params, skip_if_exists=False)
-    # Trials that were done are evaluated again as well, which costs nothing: they become points of this run.
+    # Finished trials are evaluated again too, at no cost, so that they become points of this run.
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         sweep.evaluate(_jobs(sweep, model, wanted, trial.number, trial.params))
     while (done := len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))) < wanted.trials:
-        # The sampler has no memory of its own, so what it draws depends on how far the search is.
+        # The sampler is stateless, so its seed depends on the number of trials.
         study.sampler = optuna.samplers.TPESampler(seed=wanted.seed + done, multivariate=True, n_startup_trials=8)
         trials = [study.ask(space) for _ in range(min(wanted.parallel, wanted.trials - done))]
         jobs = [_jobs(sweep, model, wanted, trial.number, trial.params) for trial in trials]
@@ -86,7 +86,7 @@ def _jobs(sweep: Sweep, model: str, wanted: Search, number: int, chosen: Mapping
 
 
 def _objectives(wanted: Search, jobs: Sequence[Job], records: Sequence[PointRecord]) -> list[float] | str:
-    """Accuracy is the mean over tasks and seeds, speed is sum over sum; or why there is none of them."""
+    """Accuracy (mean over tasks and seeds) and speed (a ratio of sums), or why they are missing."""
     for job, record in zip(jobs, records, strict=True):
         if not record.is_complete(job.settings):
             return record.failure["error"] if record.failure else f"{job.label} did not complete"
@@ -99,7 +99,7 @@ def _objectives(wanted: Search, jobs: Sequence[Job], records: Sequence[PointReco
 
 
 def _what_is_searched(sweep: Sweep, model: str, wanted: Search) -> str:
-    """What makes trials comparable: another space, other weights, tasks or code are another search."""
+    """A digest of what makes trials comparable: another space, or other weights, tasks or code, make another search."""
     plan = sweep.plan
     asked = [(task.model_dump(), plan.settings[task.task]) for task in plan.study.tasks]
     space = {option: axis.given for option, axis in wanted.space.items()}

@@ -1,19 +1,18 @@
-"""The results of one point on disk: a file of JSON lines to which lines are only ever added.
+"""The results of one point on disk: an append-only file of JSON lines.
 
-Every line carries a checksum and is on the disk (``fsync``) before the next sample is waited for. A process may be
-killed at any moment: what it was writing is an unreadable line, which is skipped from then on and counted; everything
-before it stands. Nothing is ever overwritten. What a line must hold is checked when it is read (:data:`_HOLDS`), so
-that whoever reads a record need not.
+Every line has a checksum and is synced to disk (``fsync``) before the next sample. A process may be killed at any
+moment: an interrupted write leaves an unreadable line, which is skipped and counted; earlier lines stay valid. Nothing
+is ever overwritten. Lines are validated on reading (:data:`_HOLDS`), so users of a record need not check them.
 
 Kinds of lines, by ``kind``:
 
 =========  ==========================================================================================
 point      what the point is: model, options, task, seed, code version
-segment    a process begins (or goes on) with the point: environment and rows in flight
+segment    a process starts (or resumes) the point: environment and rows in flight
 sample     a response with its statistics; ``elapsed`` seconds since the segment began to decode
-memory     memory ran out in this segment; how many rows went on
+memory     memory ran out in this segment; how many rows continued
 result     the harness's scores of the complete point, and the names of the samples that they are of
-failure    why the point could not be completed; it is tried again by the next run
+failure    why the point could not be completed; the next run retries it
 =========  ==========================================================================================
 """
 
@@ -43,14 +42,14 @@ if TYPE_CHECKING:
     from s2d2_lmeval.harness.prompts import Prompt
 
 ORDERS_KEPT = 4
-"""Documents of each point whose decoding order is kept, for the picture of it."""
+"""Documents of each point whose decoding order is stored, for its figure."""
 
 Line = dict[str, Any]
 OnSample = Callable[[Line, int], None]
 
 
 class StorageError(StudyError):
-    """Results that cannot be written: the run must stop, whatever point it is at."""
+    """Results that cannot be written: the whole run must stop."""
 
 
 def encode_line(line: Mapping[str, Any]) -> bytes:
@@ -60,7 +59,7 @@ def encode_line(line: Mapping[str, Any]) -> bytes:
 
 
 def decode_line(data: bytes) -> Line | None:
-    """What :func:`encode_line` wrote; None for anything else."""
+    """Decode a line of :func:`encode_line`; None for anything else."""
     try:
         line = json.loads(data)
         if not isinstance(line, dict) or line.pop("check", None) != _check(line):
@@ -114,7 +113,7 @@ _HOLDS: dict[str, dict[str, Any]] = {
     },
     "failure": {"error": str},
 }
-"""Kind of line -> what it must hold to be believed."""
+"""Kind of line -> its required content."""
 _MODELS: dict[str, Any] = {
     kind: create_model(kind, __config__=ConfigDict(strict=True), **{name: (of, ...) for name, of in holds.items()})  # type: ignore
     for kind, holds in _HOLDS.items()
@@ -123,11 +122,11 @@ _MODELS: dict[str, Any] = {
 
 @dataclass
 class PointRecord:
-    """What a point's file says.
+    """The content of a point's file.
 
-    ``unreadable`` are the numbers of lines (from 1) that are no whole lines, stand before the file says what it is of,
-    or are samples of a segment that is lost: a write that was cut short, or damage. Where a request was answered twice
-    (its first line was damaged) the last answer counts.
+    ``unreadable`` are the numbers (from 1) of lines that are incomplete, precede the ``point`` line, or are samples of
+    a lost segment: interrupted writes, or damage. If a request was answered twice (its first line was damaged), the last
+    answer counts.
     """
 
     point: Line = field(default_factory=dict)
@@ -144,14 +143,14 @@ class PointRecord:
 
     @property
     def decoding_seconds(self) -> float:
-        """Wall time of decoding: of each segment the time up to its last sample."""
+        """Wall-clock time of decoding: the sum over segments of the time up to the last sample."""
         last: dict[int, float] = {}
         for sample in self.samples.values():
             last[sample["segment"]] = max(last.get(sample["segment"], 0.0), sample["elapsed"])
         return sum(last.values())
 
     def is_complete(self, settings: Mapping[str, Any] | None = None) -> bool:
-        """Whether there is a result with every sample that it is of; one of ``settings``, if given."""
+        """Whether there is a result with all its samples, and with these ``settings`` if given."""
         result = self.result
         return (
             result is not None
@@ -162,7 +161,7 @@ class PointRecord:
         )
 
     def of_the_result(self) -> PointRecord:
-        """The same with the samples that the result is of, and no others (of more documents, of another prompt)."""
+        """The same with only the result's samples, without others (of more documents, of another prompt)."""
         assert self.result is not None
         samples = {name: self.samples[name] for name in self.result["samples"]}
         used = {sample["segment"] for sample in samples.values()}
@@ -170,7 +169,7 @@ class PointRecord:
         return replace(self, samples=samples, segments=segments)
 
     def add(self, line: Line) -> bool:
-        """Take the next line in; whether it has a place here."""
+        """Add the next line; returns whether it is valid here."""
         kind = line["kind"]
         if (not self.point and kind != "point") or (kind == "sample" and line["segment"] not in self.segments):
             return False
@@ -210,7 +209,7 @@ def read_point(path: Path) -> PointRecord:
 
 
 class PointStore:
-    """A point's file, open for one process at a time; also what a model keeps its responses in
+    """A point's file, open in one process at a time; also the model's response store
     (:class:`~s2d2_lmeval.harness.responses.ResponseStore`).
     """
 
@@ -219,7 +218,7 @@ class PointStore:
     def __init__(self, path: Path, on_sample: OnSample | None = None) -> None:
         """
         Args:
-            on_sample: told of every sample that is added, and how many the point has now.
+            on_sample: called for every added sample, with the point's number of samples.
 
         Raises:
             StudyError: if another process has the file open, or it is another point's.
@@ -246,7 +245,7 @@ class PointStore:
             if self.record.failure is not None and not self.record.point:
                 raise StudyError(self.record.failure["error"])
             if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-                self._write(b"\n")  # what was cut short stays, as a line of its own
+                self._write(b"\n")  # an interrupted write stays, as a separate line
         except BaseException:
             self._file.close()
             raise
@@ -258,10 +257,10 @@ class PointStore:
         self._file.close()
 
     def append(self, kind: str, **content: Any) -> Line:
-        """Add a line, and wait until the disk has it.
+        """Append a line, and wait until it is on disk.
 
         Raises:
-            StorageError: if it has not.
+            StorageError: if that fails.
         """
         line: Line = {"kind": kind, **(redacted(content) if kind in ("result", "failure") else content)}
         self._write(encode_line(line))
@@ -269,12 +268,12 @@ class PointStore:
         return line
 
     def begin(self, definition: Mapping[str, Any], label: str) -> None:
-        """Say what the file is of, if it does not yet; nothing in it counts before."""
+        """Write the ``point`` line if it is missing; lines before it do not count."""
         if not self.record.point:
             self.append("point", definition=definition, label=label)
 
     def begin_segment(self, **about: Any) -> None:
-        """A process begins (or goes on) with the point."""
+        """A process starts (or resumes) the point."""
         self.append("segment", number=1 + max(self.record.segments, default=-1), **about)
 
     def _write(self, data: bytes) -> None:
@@ -331,7 +330,7 @@ def decoding_order(steps: Sequence[Step]) -> list[list[int]]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace ``path`` by ``content``, at once or not at all.
+    """Replace ``path`` by ``content`` atomically.
 
     Raises:
         StorageError: if it cannot be written.

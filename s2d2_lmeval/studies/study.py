@@ -16,7 +16,7 @@
     batch_size: 8
     apply_chat_template: true
 
-Every model is evaluated with every decoding configuration on every task under every seed: a *point* each.
+Every combination of model, decoding configuration, task and seed is a *point*.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _folder_name(name: str) -> str:
 
 
 def _models(raw: Any) -> Any:
-    """Name -> model arguments; a list of names or paths stands for itself."""
+    """Name -> model arguments; also accepts a list of names or paths."""
     raw = [raw] if isinstance(raw, str) else raw
     if isinstance(raw, list) and all(isinstance(source, str) for source in raw):
         by_name = {source.rstrip("/").rpartition("/")[2]: source for source in raw}
@@ -79,7 +79,7 @@ def _check_models(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
 
 
 def _tasks(raw: Any, info: Any) -> Any:
-    """A list of tasks, each with the settings of all in place of what it does not set itself."""
+    """A list of tasks, each with the study's settings for those that it does not set itself."""
     common = {key: value for key, value in info.data.items() if key in TaskSettings.model_fields}
     listed = raw if isinstance(raw, list) else [raw]
     given = [{"task": one} if isinstance(one, str) else one for one in listed]
@@ -87,7 +87,7 @@ def _tasks(raw: Any, info: Any) -> Any:
 
 
 def _without_grids(decodings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Grids spelled out; every configuration checked as far as it can be without a model."""
+    """Expand grids, and check every configuration as far as possible without a model."""
     spelled: dict[str, dict[str, Any]] = {}
     names: dict[str, str] = {}
     for short, entry in decodings.items():
@@ -135,7 +135,7 @@ def _different(seeds: list[int]) -> list[int]:
 
 
 class Study(TaskSettings):
-    """What :func:`read_study` makes of a file: grids spelled out, and the settings of all tasks in each of them."""
+    """A study as read by :func:`read_study`, with expanded grids and the common settings in every task."""
 
     name: Annotated[parts.Name, AfterValidator(_folder_name)] = Field(
         "study", description="the name of a folder under out/"
@@ -200,10 +200,10 @@ class Study(TaskSettings):
         return Point(model, self.models[model], decoding, dict(options), task, seed, self.batch_size)
 
     def part(self, tasks: Sequence[str] | None, decoder: str | None) -> Study:
-        """The study of some of its tasks, and of the configurations of one decoder and of ar.
+        """The study restricted to some tasks, and to the configurations of one decoder and of ar.
 
         Raises:
-            StudyError: for a task or decoder that is not one of the study's.
+            StudyError: for a task or decoder that is not in the study.
         """
         names = [task.task for task in self.tasks]
         decoders = list(dict.fromkeys(str(options.get("decoder")) for options in self.decoding.values()))
@@ -222,10 +222,10 @@ class Study(TaskSettings):
 
 
 def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> Study:
-    """The study in ``path``; ``overrides`` take the place of keys of the file.
+    """The study in ``path``; ``overrides`` replace keys of the file.
 
     Raises:
-        StudyError: for a file that cannot be read, an unknown key, or values that do not make a study.
+        StudyError: for an unreadable file, an unknown key, or invalid values.
     """
     raw = read_yaml(path)
     if not isinstance(raw, dict):
@@ -250,11 +250,11 @@ def make_study(raw: Mapping[str, Any]) -> Study:
 _INSIDE: dict[str, type[BaseModel]] = {"tasks": Task, "search": Search, "space": Axis}
 _KEYS = ("extra_forbidden", "invalid_key")
 _TAGS = ("bool", "str", "int", "float", "none", "constrained-int", "literal['auto']")
-"""Where a place may hold one of several types, pydantic names the type that was tried."""
+"""For a union of types, pydantic names the type that it tried."""
 
 
 def _sentence(error: Mapping[str, Any]) -> str:
-    """What pydantic found, as one sentence: where, what stands there, and what should."""
+    """Pydantic's first finding as one sentence: the place, its value, and what it should be."""
     model: type[BaseModel] | None = Study
     where: list[str] = []
     expected = near = ""
@@ -281,7 +281,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """A JSON schema of study files, with every decoding option, from which editors complete and check them."""
+    """A JSON schema of study files, with every decoding option, for completion and validation in editors."""
     options = {field.name: _of_option(field) for field in DecodingConfig.fields()}
     options = dict(sorted({**options, **{name: options[target] for name, target in SYNONYMS.items()}}.items()))
     same = {name: {"$ref": f"#/$defs/Options/properties/{name}"} for name in options}

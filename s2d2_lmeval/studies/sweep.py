@@ -1,5 +1,5 @@
-"""Runs a study: every point that is not complete, then the trials of its search; in this process, or as tasks of a Ray
-cluster. The files are the same.
+"""Run a study: its incomplete points, then the trials of its search; in this process, or as tasks of a Ray
+cluster, with the same files.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from s2d2_lmeval.studies.store import Line, PointRecord, PointStore, read_point
 WAITING, RUNNING, COMPLETE, FAILED = "waiting", "running", "complete", "failed"
 
 ATTEMPTS = 2
-"""How often a point is given to a Ray worker before its death counts as the point's failure."""
+"""Attempts of a point on Ray workers before a worker's death counts as the point's failure."""
 
 
 @dataclass
 class Progress:
-    """How far a point is: samples on disk, of how many, and what they add up to."""
+    """Progress of a point: samples on disk, of how many, and their totals."""
 
     job: Job
     done: int = 0
@@ -57,7 +57,7 @@ class Progress:
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more will come of it in this run."""
+        """Whether it is finished for this run."""
         return self.state in (COMPLETE, FAILED)
 
     @property
@@ -86,7 +86,7 @@ class Sweep:
     _begun: float = 0.0
 
     def run(self) -> Counter[str]:
-        """Run what is left of the study; how many points ended how.
+        """Run the rest of the study; returns how many points ended in each state.
 
         Raises:
             StorageError: if results cannot be written.
@@ -96,7 +96,7 @@ class Sweep:
         if self.plan.study.search is not None:
             assert self.search is not None, "a study with a search needs what makes its points"
             self.search(self)
-        # What was complete must still be there at the end, and what says what it is of.
+        # Completed results, and the manifest, must still exist at the end.
         for progress in self.points.values():
             if progress.state == COMPLETE and not read_point(progress.job.path).is_complete(progress.job.settings):
                 self._fail(progress)
@@ -104,7 +104,7 @@ class Sweep:
         return Counter(progress.state for progress in self.points.values())
 
     def evaluate(self, jobs: Iterable[Job]) -> list[PointRecord]:
-        """Complete ``jobs``; what is on disk of each afterwards."""
+        """Complete ``jobs``; returns what is on disk of each afterwards."""
         jobs = list(jobs)
         for job in jobs:
             self.points[job.digest] = Progress.of(job)
@@ -113,7 +113,7 @@ class Sweep:
 
     @property
     def seconds_left(self) -> float | None:
-        """Of all points that are known, at the pace of this run; None before its first sample."""
+        """Remaining time of all known points at this run's speed; None before its first sample."""
         if not self.new_samples:
             return None
         left = sum(one.job.samples - one.done for one in self.points.values() if not one.has_ended)
@@ -131,7 +131,7 @@ class Sweep:
         self.watcher(progress)
 
     def sample(self, job: Job, line: Line, done: int) -> None:
-        """A sample is on disk, the point's ``done``-th (not told by workers on other machines)."""
+        """A sample is on disk, the point's ``done``-th (not reported by workers on other machines)."""
         progress = self.points[job.digest]
         self.new_samples += 1
         progress.told += 1
@@ -143,7 +143,7 @@ class Sweep:
 
     def ended(self, job: Job, outcome: Outcome) -> None:
         """A point is complete, or has failed."""
-        # A worker in another process tells of its samples only now.
+        # A worker in another process reports its samples only now.
         self.new_samples += outcome.decoded - self.points[job.digest].told
         progress = self.points[job.digest] = Progress.of(job)
         if outcome.error or progress.state != COMPLETE:
@@ -179,7 +179,7 @@ class RayBackend:
         self._ray: Any = ray
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
-        # Workers die with what a point does to them; whether to try again is decided here.
+        # A point may kill its worker; retries are decided here.
         self._task = ray.remote(num_gpus=num_gpus, num_cpus=num_cpus, max_retries=0)(_work)
 
     def run(self, jobs: Sequence[Job], sweep: Sweep) -> None:
@@ -187,7 +187,7 @@ class RayBackend:
         ray = self._ray
         if not jobs:
             return
-        # By this file a worker knows that it sees this very folder.
+        # This file shows a worker that it sees the same folder.
         token = jobs[0].path.parent / f".seen-{secrets.token_hex(8)}"
         token.parent.mkdir(parents=True, exist_ok=True)
         token.touch()
@@ -221,7 +221,7 @@ class RayBackend:
             token.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let go of the workers."""
+        """Release the workers."""
         self._ray.shutdown()
 
 
@@ -246,7 +246,7 @@ def _work(job: Job, token: Path) -> Outcome:
 
 
 def _died(job: Job, error: Exception) -> Outcome:
-    """Record that a point takes its worker with it."""
+    """Record that a point kills its worker."""
     text = f"its Ray worker died {ATTEMPTS} times ({type(error).__name__}: {first_line(error)})"
     with PointStore(job.path) as store:
         store.begin(job.definition, job.label)

@@ -1,4 +1,4 @@
-"""Tasks of the harness as a study asks for them, and what their results depend on besides answers."""
+"""Tasks of the harness with a study's settings, and what their results depend on besides answers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load_tasks(manager: Any, name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _refused(what: str, advice: str = "") -> Iterator[None]:
-    """Say what a task cannot do, whatever it is that its code raises."""
+    """Turn any exception of a task's code into a message."""
     try:
         yield
     except S2D2Error:
@@ -74,10 +74,10 @@ def _flat(loaded: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def prepare(task: Any, settings: Task) -> None:
-    """Set a task object as ``simple_evaluate`` sets it from its arguments."""
+    """Configure a task object as ``simple_evaluate`` does from its arguments."""
     if settings.gen_kwargs:
         task.set_config(key="generation_kwargs", value=dict(settings.gen_kwargs), update=True)
-    # As the harness has it: a task that says 0 means 0.
+    # As in the harness: a task with 0 means 0.
     if settings.num_fewshot is not None and task.get_config("num_fewshot") != 0:
         task.set_config(key="num_fewshot", value=settings.num_fewshot)
     elif task.get_config("num_fewshot") is None:
@@ -96,7 +96,7 @@ def how_prompts_are_built(settings: Task) -> dict[str, Any]:
 
 
 def what_is_asked(task: Any, settings: Task) -> dict[str, Any]:
-    """What a result of a (prepared) task must have been made with to be that of the task as it is now.
+    """What a stored result must match to be a result of the (prepared) task in its current form.
 
     ``inputs`` is a digest of every document and of every request made of it. Chats are not rendered for it: templates
     are part of the tokenizer. ``scoring`` is one of what makes numbers of answers.
@@ -139,7 +139,7 @@ def _callables(value: Any) -> list[Callable[..., Any]]:
 
 
 def _file_of(function: Any) -> str | None:
-    """Where a function or class is written; None for those of the harness, which has a version."""
+    """The source file of a function or class; None for those of the harness, which has a version."""
     module = getattr(function, "__module__", None) or ""
     try:
         return None if module.partition(".")[0] == "lm_eval" else inspect.getsourcefile(inspect.unwrap(function))
@@ -158,10 +158,10 @@ def code_of(path: Path) -> str:
 
 
 def check_metric(task: Any, settings: Task) -> None:
-    """Refuse a metric that the task does not have, and a task that names none first.
+    """Refuse a metric that the task does not have, and a task without a first metric.
 
     Raises:
-        StudyError: naming those it has.
+        StudyError: with the available metrics.
     """
     metrics, filters = [str(metric) for metric in task.aggregation()], [one.name for one in task._filters]
     listed = [entry["metric"] for entry in task.get_config("metric_list") or [] if isinstance(entry["metric"], str)]

@@ -1,1 +1,1 @@
-"""Measure decoders on this machine, beside loops that others would write."""
+"""Measure decoders on this machine, together with plain transformers loops."""

@@ -1,4 +1,4 @@
-"""What decoders answer on the toy's corpora: counts, not times, so they come out the same on any machine."""
+"""Answers of decoders on the toy's corpora: counts instead of times, so results are the same on any machine."""
 
 from __future__ import annotations
 

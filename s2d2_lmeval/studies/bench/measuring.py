@@ -4,7 +4,7 @@ A measurement holds ``name`` and ``batch``; ``tokens_per_second`` end to end and
 the forwards that only prefill; ``tokens_per_forward``, a forward counted once per row in it; ``forwards`` by kind;
 ``milliseconds`` per forward, all rows together, and ``over_floor`` those over the time that reading the weights takes;
 ``outside`` the share of time outside the model; ``over_plain`` tokens per second over those of the plain eager loop.
-Each is the median over repeats, and None where a loop of somebody else's does not tell.
+Each is the median over repeats, and None if a third-party loop does not report it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Measurement = dict[str, Any]
 
 
 class Workload(NamedTuple):
-    """Prompts of token ids, and how many tokens each is continued by (never fewer: nothing stops)."""
+    """Prompts of token ids, and how many new tokens each gets (exactly: no stop rule applies)."""
 
     prompts: Sequence[Sequence[int]]
     new_tokens: int
@@ -39,7 +39,7 @@ class Workload(NamedTuple):
 
 @dataclass
 class Contender:
-    """A way of decoding that is to be measured: ``run`` it once, given whether that only warms up."""
+    """A decoding setting to measure: ``run`` it once, given whether this is the warm-up."""
 
     name: str
     batch: int
@@ -52,8 +52,8 @@ def measure_all(
     """Warm all up, run each ``repeats`` times, and take medians.
 
     Args:
-        in_turn: whether every repeat runs all contenders, so that a machine whose speed drifts slows all alike. On CUDA
-            each has graphs of its own, which not all fit: there one follows the other.
+        in_turn: whether to interleave the contenders' repeats, so that drift in the machine's speed affects all alike.
+            Not on CUDA, where each has its own graphs, and not all fit in memory.
     """
     runs: list[list[Measurement]] = [[] for _ in contenders]
     turns = [(place, repeat) for place in range(len(contenders)) for repeat in range(repeats + 1)]
@@ -126,7 +126,7 @@ def plain_loop(
 
 
 def transformers_generate(plain: PreTrainedModel, batch: int, cache: str | None, work: Workload) -> Contender:
-    """transformers' own autoregressive ``generate`` on the same weights, arg-max, prompts cut to one length."""
+    """transformers' own autoregressive ``generate`` on the same weights, greedy, with prompts cut to one length."""
     shortest = min(len(prompt) for prompt in work.prompts)
     ids = torch.tensor([list(prompt)[:shortest] for prompt in work.prompts], device=plain.device)
     settings = GenerationConfig(
@@ -150,7 +150,7 @@ def transformers_generate(plain: PreTrainedModel, batch: int, cache: str | None,
 
 
 def _of_others(batch: int, work: Workload, seconds: float, forwards: int) -> Measurement:
-    """A run of a loop of somebody else's, of which only the time and the forwards are known."""
+    """A run of a third-party loop, of which only the time and the forwards are known."""
     tokens = len(work.prompts) * work.new_tokens
     unknown = dict.fromkeys(("decode_tokens_per_second", "milliseconds", "over_floor", "outside"))
     per_forward = tokens / forwards if batch == 1 else 1.0
@@ -159,9 +159,9 @@ def _of_others(batch: int, work: Workload, seconds: float, forwards: int) -> Mea
 
 
 def floor_milliseconds(model: PreTrainedModel) -> float:
-    """Milliseconds to read every weight that a forward reads, at the copy bandwidth measured here and now.
+    """Milliseconds to read every weight that a forward reads, at the copy bandwidth measured now.
 
-    An embedding table that is not the head as well is not read: a forward looks up a few of its rows.
+    An embedding table that is not also the head does not count, because a forward looks up only a few of its rows.
     """
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     read = sum(weight.numel() * weight.element_size() for weight in model.parameters())

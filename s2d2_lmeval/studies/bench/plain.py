@@ -1,4 +1,4 @@
-"""What anyone would write with transformers alone: the loops that speed is measured against.
+"""Plain loops with transformers alone, as baselines for speed.
 
 Batch one, eager, ``DynamicCache``, a mask built for every forward, decisions read on the host token by token.
 """
@@ -15,7 +15,7 @@ Logits = Callable[[torch.Tensor, torch.Tensor, bool, int], torch.Tensor]
 
 
 class PlainS2D2:
-    """S2D2 that verifies every draft and accepts while the verifier's arg-max agrees, with token-causal caching."""
+    """S2D2 that verifies every draft and accepts while the verifier's argmax agrees, with token-causal caching."""
 
     def __init__(self, model: PreTrainedModel, mask_token_id: int, block_length: int, logits: Logits) -> None:
         self.model = model

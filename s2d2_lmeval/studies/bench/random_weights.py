@@ -1,9 +1,9 @@
-"""Models to measure on where the weights do not matter: the shapes of published checkpoints, filled at random; and
-scripts for them to follow: right where the verifier looks, right at a chosen rate where a draft does.
+"""Models for benchmarks: the shapes of published checkpoints with random weights, and scripts that replace the logits.
 
-Timings of speculative decoders mean nothing on random weights, which accept nothing. Here the model runs as it is, and
-its logits are then replaced: every position has one right token; a query that sees other masks is a draft and gives
-that token with the probability asked for, confidently, or else a wrong one, unsure; any other query gives it always.
+Timings of speculative decoders are meaningless on random weights, which accept nothing. Here the full model runs, and
+its logits are then replaced: every position has one correct token. A query that sees other masks is a draft: it gives
+that token confidently with the requested probability, or else a wrong one with low confidence. All other queries always
+give the correct token.
 """
 
 from __future__ import annotations

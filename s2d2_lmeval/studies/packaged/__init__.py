@@ -1,6 +1,6 @@
-"""Studies that come with the package: a YAML file each in this folder, called by its name without ``.yaml``.
+"""Packaged studies: one YAML file each in this folder, named without ``.yaml``.
 
-They evaluate the embedded model only, so they need no network, and what they run was written by that model.
+They evaluate only the embedded model, so they need no network, and only run code written by that model.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def names() -> list[str]:
 
 
 def find(study: str | Path) -> Path:
-    """The file of a study: ``study`` itself, or the packaged one of that name where there is no such file.
+    """The file of a study: ``study`` itself or, if there is no such file, the packaged study of that name.
 
     Raises:
-        StudyError: for what is neither, with the nearest name.
+        StudyError: if there is neither, with the closest name.
     """
     from s2d2_lmeval.harness.arguments import nearest
 

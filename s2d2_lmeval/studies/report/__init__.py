@@ -1,1 +1,1 @@
-"""From a folder of point files to tables, figures and a page."""
+"""Reports: tables, figures and a page from a folder of point files."""

@@ -1,4 +1,4 @@
-"""The report of a study: one HTML page that needs nothing else, figures, and tables for papers and READMEs."""
+"""The report of a study: one self-contained HTML page, figures, and tables for papers and READMEs."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 
 def write_report(folder: Path, output: Path | None = None) -> tuple[Results, list[Path]]:
-    """Read the results in ``folder``, and write the report of them.
+    """Read the results in ``folder``, and write their report.
 
     Args:
-        output: where to; ``folder/report`` if not given.
+        output: the output folder; ``folder/report`` by default.
 
     Returns:
-        The results, and the files that were written, the page first.
+        The results, and the written files, the page first.
 
     Raises:
-        StudyError: if there are none.
+        StudyError: if there are no results.
     """
     results = read_results(folder)
     if not plots.can_draw():
@@ -51,7 +51,7 @@ def write_report(folder: Path, output: Path | None = None) -> tuple[Results, lis
 
 
 class Figures:
-    """Figures as files (PNG, and PDF for papers) and as they stand in the page."""
+    """Figures as files (PNG, and PDF for papers) and inline for the page."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

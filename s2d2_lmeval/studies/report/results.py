@@ -77,10 +77,10 @@ class Results:
 
 
 def read_results(folder: Path) -> Results:
-    """Everything that is complete in ``folder``.
+    """All complete results in ``folder``.
 
     Raises:
-        StudyError: if there is nothing.
+        StudyError: if there are none.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -119,10 +119,10 @@ def read_results(folder: Path) -> Results:
 
 
 def accuracy_of(record: PointRecord, metric: str | None) -> tuple[str, float, dict[int, float]]:
-    """What a task calls accuracy: its full name, the value, and each document's where it has one.
+    """A task's accuracy: the metric's full name, its value, and each document's value if there is one.
 
     Args:
-        metric: ``metric`` or ``metric,filter``; the first of the task's ``metric_list`` if not given.
+        metric: ``metric`` or ``metric,filter``; the first of the task's ``metric_list`` by default.
 
     Raises:
         StudyError: if there is no such metric.
@@ -182,7 +182,7 @@ def _row(key: tuple[str, str, str], several: Sequence[tuple[Line, PointRecord]],
 
 
 def _notes(several: Sequence[tuple[Line, PointRecord]], segments: Sequence[Line]) -> tuple[str, ...]:
-    """What makes the times or counts of a row worth less."""
+    """Caveats on the times or counts of a row."""
     notes = []
     decoding = segments[-1].get("decoding") or {}
     shares = decoding.get("share_budget", True) and decoding.get("acceptance") != "rejection"
@@ -201,7 +201,7 @@ def _notes(several: Sequence[tuple[Line, PointRecord]], segments: Sequence[Line]
 def _compare(group: Sequence[Row], baselines: Mapping[str, str]) -> None:
     """Give the rows of a model on a task their speed-ups, paired tests and front."""
     named = {row.decoding: row for row in group}
-    # The baseline at its best: of the configurations without verification the most accurate, then the fastest.
+    # The tuned baseline: the most accurate configuration without verification, then the fastest.
     plain = [row for row in group if row.decoder in DECODERS and DECODERS[row.decoder].plain]
     tuned = max(plain, key=lambda row: (row.accuracy, row.tokens_per_second), default=None)
     tuned = named.get(baselines.get("dynamic", ""), tuned)

@@ -1,4 +1,4 @@
-"""Intervals, tests and fronts: what a comparison of configurations rests on."""
+"""Statistics of comparisons: intervals, tests and Pareto fronts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def interval(documents: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def paired_p_value(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
-    """The probability of a difference at least as large if both configurations were equally good on these documents.
+    """The probability of an at least equally large difference if both configurations were equally good.
 
     McNemar's exact test for one yes or no per document; else a sign-flip permutation test of the documents' mean
     differences. Both are paired: only documents on which the two differ count.

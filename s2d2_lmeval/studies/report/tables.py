@@ -1,4 +1,4 @@
-"""Tables: what is shown of each entry, in columns, and the rows of a study as Markdown and LaTeX."""
+"""Tables: their columns, and the rows of a study as Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIGNIFICANT = 0.05
 
 
 def shown(value: float | None, form: str, scale: float = 1) -> str:
-    """``scale * value`` by a format; empty where it is not known."""
+    """``scale * value`` in a format; empty if unknown."""
     return "" if value is None or isnan(value) else format(scale * value, form)
 
 
@@ -36,7 +36,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def cells(columns: Mapping[str, Callable[[Any], str]], entries: Sequence[Any]) -> tuple[list[str], Cells]:
-    """Header and cells: a line per entry, without the columns that are empty in every line."""
+    """Header and cells: one line per entry, without columns that are empty in every line."""
     lines = [[cell(entry) for cell in columns.values()] for entry in entries]
     used = [place for place in range(len(columns)) if any(line[place] for line in lines)]
     return [list(columns)[place] for place in used], [[line[place] for place in used] for line in lines]
@@ -81,7 +81,7 @@ _ESCAPED = str.maketrans(
 
 
 def latex(rows: Sequence[Row]) -> str:
-    """A table in the manner of booktabs; the front is in bold."""
+    """A booktabs table, with the Pareto front in bold."""
     header, table = cells(COLUMNS, rows)
     caption = f"{rows[0].model}, {rows[0].task}: {about(rows)}. Bold: on the accuracy–speed front."
     lines = [[cell.translate(_ESCAPED) for cell in line] for line in (header, *table)]
