@@ -125,8 +125,8 @@ class PointRecord:
     """The content of a point's file.
 
     ``unreadable`` are the numbers (from 1) of lines that are incomplete, precede the ``point`` line, or are samples of
-    a lost segment: interrupted writes, or damage. If a request was answered twice (its first line was damaged), the last
-    answer counts.
+    a lost segment: interrupted writes, or damage. If a request was answered twice (its first line was damaged), the
+    last answer counts.
     """
 
     point: Line = field(default_factory=dict)
