@@ -34,7 +34,7 @@ def generate_block_single(arguments: dict[str, Any]) -> Any:
         block_size, mask_token_id: as trained: 32, and 126336 (LLaDA) or 151666 (Dream).
         model_type: ``llada`` or ``dream``; must be what the model is.
         eos_token_id: token ids after which no further block opens; the answer ends before the first. None means none.
-        temperature, top_p, top_k: zero drafts the arg-max; the filters then only lend it their probability.
+        temperature, top_p, top_k: zero drafts the argmax; the filters then only lend it their probability.
         shift_logits: None, or what is true of the model.
         include_prompt: answer ids (1, P + new), as evaluation harnesses want them.
         schedule: ``reference``, or ``fused``, which stops at once when the answer is decided (same ids).

@@ -41,7 +41,7 @@ class DraftedAnswer:
     "* draft=None random_source='torch' schedule='reference'"
 )
 def dflash_generate(arguments: dict[str, Any]) -> DraftedAnswer:
-    """Continue one prompt with DFlash: the target verifies the drafter's arg-max chain (arXiv 2602.06036).
+    """Continue one prompt with DFlash: the target verifies the drafter's argmax chain (arXiv 2602.06036).
 
     Args:
         model: what :func:`s2d2_lmeval.load` returns for a target with ``draft=``, or a transformers model.
@@ -49,7 +49,7 @@ def dflash_generate(arguments: dict[str, Any]) -> DraftedAnswer:
         block_size: positions of a drafted block, the last decided token included; None is what the drafter was trained
             for. At 1 nothing is drafted.
         stop_token_ids: ids that end the answer and are part of it; None is none.
-        temperature: of the target; the arg-max below :data:`GREEDY`.
+        temperature: of the target; the argmax below :data:`GREEDY`.
         draft: for a transformers model, the folder or hub id of its drafter.
         schedule: ``reference`` (a whole block is drafted in every round), or ``fused`` (not where nothing can come of
             it; the same tokens).

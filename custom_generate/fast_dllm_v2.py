@@ -34,7 +34,7 @@ def generate(arguments: dict[str, Any]) -> Any:
             ``max_gen_toks`` wins, and ``max_length`` counts the prompt in.
         threshold: every mask of the sub-block above this probability is decided in a step, and the most confident one.
         stop_token: ends the answer once everything before it is decided; it is part of the answer.
-        temperature, top_p: zero drafts the arg-max; ``top_p`` then filters only the verifier and what routing looks at.
+        temperature, top_p: zero drafts the argmax; ``top_p`` then filters only the verifier and what routing looks at.
         return_decoding_order, return_dict_in_generate: how to answer; see below.
         output_scores, output_hidden_states: refused, for the engine keeps neither.
         tokenizer, stopping_criteria, use_attention_mask: taken, as published, and without effect.
@@ -79,7 +79,7 @@ def _decode(decoder: str, arguments: Mapping[str, Any]) -> Any:
         max_new_tokens=_budget(arguments, len(prompt)),
         stop_token_ids=(arguments["stop_token"],),
         trim_stop_tokens=False,
-        temperature=float(arguments["temperature"] or 1.0),  # at zero only the draft is the arg-max
+        temperature=float(arguments["temperature"] or 1.0),  # at zero only the draft is the argmax
     )
     engine = ready(arguments["model"], family="fast_dllm_v2", mask_token_id=mask, block_length=config.block_length)
     answer = engine.generate([prompt], config)[0]

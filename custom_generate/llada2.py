@@ -28,7 +28,7 @@ def generate_cached(arguments: dict[str, Any]) -> Any:
             weights are shared). A model of the published code holds them in another shape: load it by its path.
         eos_id: the token that the answer is cut after; None cuts nowhere.
         gen_length, max_gen_toks: maximum number of new tokens; ``max_gen_toks`` wins.
-        temperature: zero is the arg-max, at temperature one's confidence; anything above it samples, after top-k and
+        temperature: zero is the argmax, at temperature one's confidence; anything above it samples, after top-k and
             top-p (None: off).
         threshold: every mask above this confidence is filled, and at least ``num_to_transfer``.
         eos_early_stop: end with the block that holds ``eos_id``; otherwise all of the length is decoded, then cut.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class FixedSource:
-    """Deterministic: every uniform is 0.5, every categorical draw the arg-max."""
+    """Deterministic: every uniform is 0.5, every categorical draw the argmax."""
 
     def uniform(self, key: object, needed: torch.Tensor) -> torch.Tensor:
         return torch.full(needed.shape, 0.5, device=needed.device)

@@ -91,8 +91,8 @@ def sort_arguments(pretrained: Any, options: Mapping[str, Any]) -> Arguments:
     """Sort ``options`` (all of ``--model_args`` but ``pretrained``) by reader.
 
     Raises:
-        ConfigError: a name that nobody knows, an option that this model class does not have, a value that is not one,
-            or a missing ``pretrained``.
+        ConfigError: an unknown name, an option that this model class does not have, an invalid value, or a missing
+            ``pretrained``.
     """
     if _absent(pretrained):
         raise ConfigError("--model_args has no pretrained=…: a folder, a hub id, or toy (the embedded checkpoint).")
@@ -134,7 +134,7 @@ def _absent(value: Any) -> bool:
 def rows_in_flight(batch_size: int | str, max_batch_size: int | None) -> RowLimit:
     """Rows in flight for a harness ``--batch_size``.
 
-    A number is taken as it is. ``auto`` (and ``auto:N``) is as many as memory holds, at most ``max_batch_size``.
+    ``auto`` (and ``auto:N``) means as many as fit in memory, at most ``max_batch_size``.
     """
     if isinstance(batch_size, str) and batch_size.startswith("auto"):
         return RowLimit(
@@ -159,8 +159,8 @@ def _at_least(least: int, name: str, value: Any, meaning: str) -> int:
 
 
 def _without_synonyms(options: Mapping[str, Any], own: Container[str]) -> dict[str, Any]:
-    """``options`` under the names they have here, without those of other tools that change nothing; ``own`` names keep
-    their meaning, whatever it is elsewhere.
+    """``options`` under their names here, without those of other tools that have no effect; ``own`` names keep their
+    meaning, whatever it is elsewhere.
     """
     named: dict[str, Any] = {}
     for given, value in options.items():
@@ -178,7 +178,7 @@ def _without_synonyms(options: Mapping[str, Any], own: Container[str]) -> dict[s
 
 
 def _by_reader(options: Mapping[str, Any], custom: CustomFunction | None) -> dict[str, dict[str, Any]]:
-    # With a function of one's own its parameters come first: it may name anything.
+    # The parameters of a custom function come first, because they may have any name.
     of_decoder = custom.option_names if custom else DecodingConfig.option_names()
     found: dict[str, dict[str, Any]] = {"decoding": {}, "loading": {}, "harness": {}}
     for name, value in options.items():
@@ -220,7 +220,7 @@ def check(name: str, value: Any, kind: Any) -> Any:
 
 
 def _check_harness(harness: Mapping[str, Any]) -> None:
-    """What the harness's class would find out only after the weights are loaded, or not at all."""
+    """Check what the harness's class would check only after loading the weights, or not at all."""
     for name, known, why in (
         ("backend", ("default", "causal"), "is not available with --model s2d2: models are causal"),
         ("special_tokens", (None, *SPECIAL_TOKENS), f"is not one of: {', '.join(SPECIAL_TOKENS)}"),
@@ -280,10 +280,10 @@ class GenerationArguments:
 
     @classmethod
     def parse(cls, gen_kwargs: Mapping[str, Any], own: Container[str] = ()) -> GenerationArguments:
-        """Read a request's generation arguments as the harness means them.
+        """Read a request's generation arguments with the harness's meaning.
 
-        ``do_sample: false`` is greedy drafting whatever the temperature says; a temperature alone decides whether to
-        sample. ``own`` are the parameters of a function of the user's, whatever they mean elsewhere.
+        ``do_sample: false`` is greedy drafting whatever the temperature; a temperature alone decides whether to
+        sample. ``own`` are the parameters of a custom function, whatever they mean elsewhere.
 
         Raises:
             ConfigError: a value of the wrong type, or an option that has no meaning for block diffusion.
@@ -308,7 +308,7 @@ class GenerationArguments:
 
 
 def token_budget(value: Any, name: str = "max_gen_toks") -> int:
-    """``value`` as a number of new tokens; ConfigError when it is none."""
+    """``value`` as a number of new tokens; ConfigError if it is not one."""
     return _at_least(0, name, value, "a number of tokens")
 
 
@@ -322,7 +322,7 @@ def _sampling(options: dict[str, Any]) -> None:
         options.setdefault("do_sample", temperature >= GREEDY)
     if options.get("do_sample") is False and options.pop("temperature", 0.0) >= GREEDY:
         logger.warning(
-            "generation_kwargs say do_sample=false and temperature=%s: drafts are the arg-max. Add do_sample=true to "
+            "generation_kwargs say do_sample=false and temperature=%s: drafts are the argmax. Add do_sample=true to "
             "sample.",
             temperature,
         )

@@ -1,4 +1,4 @@
-"""A loaded model as the harness's ``hf`` class has it: what runs of requests stand on."""
+"""A loaded model in the form of the harness's ``hf`` class, the basis of all request types."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class HarnessModel(HFLM):
             loading.check_mask(tokenizer, loaded.engine.facts, arguments.loading.get("mask_token_id"))
         harness = {name: arguments.harness[name] for name in arguments.harness.keys() - {"tokenizer", "special_tokens"}}
         self.special_tokens = arguments.harness.get("special_tokens") or "parse"
-        # The harness warns that it will not arrange processes for a model it did not load; that is done here.
+        # The harness warns that it does not distribute a model that it did not load; that is done here.
         silent = ("model kwarg is not of type `str`", "already-initialized model")
         with without_messages("lm_eval.models.huggingface", *silent):
             super().__init__(
@@ -81,7 +81,7 @@ class HarnessModel(HFLM):
             logger.info("%s", report.header(loaded.source, self.engine, self.decoding, name, rows))
 
     def _check(self) -> None:
-        """Refuse what only the tokenizer and the model show to be wrong."""
+        """Refuse arguments that only the tokenizer and the model show to be wrong."""
         own = self.tokenizer.get_added_vocab().get(self.think_end_token)
         if own is not None and self.think_end_token not in self.tok_decode([own]):
             raise ConfigError(
@@ -93,9 +93,9 @@ class HarnessModel(HFLM):
             raise ConfigError(f"max_length={self._max_length}: this model takes 2 to {limit} positions.")
 
     def configuration(self, asked: Mapping[str, Any]) -> DecodingConfig | None:
-        """The options ``asked`` for by a task, over those of ``--model_args``, over what is published for the model.
+        """The options ``asked`` for by a task, over those of ``--model_args``, over the model's published setting.
 
-        None where no decoder of this package decodes.
+        None if no decoder of this package is used.
         """
         if self.custom is not None or self.engine is None:
             return None
@@ -115,7 +115,7 @@ class HarnessModel(HFLM):
         return [mask] if self.special_tokens == "refuse" else spelled_out(self.tokenizer, mask)
 
     def as_text(self, ids: list[int]) -> list[int]:
-        """``ids`` of a text in which the string of the mask token is text like any other."""
+        """``ids`` of a text in which the mask token's string is ordinary text."""
         if not self._mask_text:
             return ids
         assert self.engine is not None
@@ -139,7 +139,7 @@ class HarnessModel(HFLM):
         """As the harness's, under limits of time and memory.
 
         Raises:
-            CheckpointError: a template that fails, or has no end.
+            CheckpointError: a template that fails or does not terminate.
             ConfigError: special strings are to be text, and a template is made of them.
         """
         if self.special_tokens == "text":
@@ -156,21 +156,21 @@ class HarnessModel(HFLM):
 
     @property
     def max_length(self) -> int:
-        """Positions that a request may take, prompt and answer together."""
+        """Maximum positions of a request, prompt and answer together."""
         if self._max_length or self.engine is None:
             return super().max_length
         return self.engine.max_context
 
     @property
     def max_gen_toks(self) -> int:
-        """The maximum number of new tokens, for requests that do not say."""
+        """The default maximum number of new tokens."""
         if self.decoding is not None:
             return self.decoding.max_new_tokens
         given = [self.arguments.decoding[name] for name in BUDGET_NAMES if name in self.arguments.decoding]
         return token_budget(given[0]) if given else 256
 
     def reset_totals(self) -> None:
-        """Start counting anew, as every evaluation does."""
+        """Reset the counts, as every evaluation does."""
         self.totals = report.Totals()
         self._totals_of_all: list[report.Totals] | None = None
         self.configurations: dict[str, dict[str, Any]] = {}

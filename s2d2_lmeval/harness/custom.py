@@ -1,9 +1,8 @@
-"""``custom_generate=…`` and ``custom_model_class=…``: a decoding function or a model class of the user's own.
+"""``custom_generate=…`` and ``custom_model_class=…``: a user's own decoding function or model class.
 
-A decoding function follows the published convention: ``fn(model, input_ids, max_gen_toks=…, **options)`` with ids (1,
-P) in; out come the ids (1, P + new) of the prompt and the answer, alone or in a pair with statistics (``nfe`` or
-``total_forward_steps``, and ``decoding_order``). It is called once per request, with the model as transformers holds
-it.
+A decoding function follows the published convention: ``fn(model, input_ids, max_gen_toks=…, **options)`` takes ids (1,
+P) and returns the ids (1, P + new) of the prompt and the answer, alone or in a pair with statistics (``nfe`` or
+``total_forward_steps``, and ``decoding_order``). It is called once per request, with the transformers model.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _PASSED_BY_US = frozenset(("model", "input_ids", "inputs", "attention_mask", "ma
 _STATISTICS_SWITCHES = ("return_stats", "return_forward_stats", "return_decoding_order", "record_decoding_order")
 _STOP_IDS = ("stopping_criteria_idx", "stop_token_ids")
 _HARMLESS = ("do_sample", "temperature")
-"""What nearly every task says; a function that does not name them decodes in its own way."""
+"""Options that nearly every task sets; a function without these parameters does not get them."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class CustomFunction:
         """The function that ``spec`` names: ``path/to/file.py:function``, ``module:function``, or the function itself.
 
         Raises:
-            ConfigError: when there is no such function, or it cannot be told how many tokens to write.
+            ConfigError: if there is no such function, or it has no parameter for the number of new tokens.
         """
         function = spec if callable(spec) else load_object(spec)
         name = spec if isinstance(spec, str) else f"{function.__module__}:{function.__qualname__}"
@@ -76,8 +75,8 @@ class CustomFunction:
         return self.any_name or name in self.parameters
 
     def options(self, given: Mapping[str, Any], stop_token_ids: Sequence[int], tokenizer: Any) -> dict[str, Any]:
-        """What to call the function with: ``given`` and what follows from the run; ConfigError for an option that it
-        does not take.
+        """The function's keyword arguments: ``given`` and those of the run; ConfigError for an option that it does not
+        take.
         """
         options = {name: value for name, value in given.items() if self.accepts(name) or name not in _HARMLESS}
         for name in options:
@@ -102,7 +101,7 @@ class CustomFunction:
             the new token ids (at most ``budget``) and the function's statistics, under our names.
 
         Raises:
-            RequestError: when its answer does not follow the convention.
+            RequestError: if its answer does not follow the convention.
         """
         budget_name = next((name for name in BUDGET_NAMES if name in self.parameters), "max_gen_toks")
         device = next(model.parameters()).device if isinstance(model, torch.nn.Module) else model.device
@@ -143,11 +142,10 @@ def _statistics(extras: Sequence[Any]) -> dict[str, Any]:
 
 
 def load_object(spec: str) -> Any:
-    """``path/to/file.py:name`` or ``module:name``. The file's folder becomes importable, for what it imports from
-    beside it.
+    """``path/to/file.py:name`` or ``module:name``. The file's folder becomes importable, for the modules next to it.
 
     Raises:
-        ConfigError: when there is no such file, module or name, or importing it fails.
+        ConfigError: if there is no such file, module or name, or importing it fails.
     """
     source, _, name = spec.rpartition(":") if isinstance(spec, str) else ("", "", "")
     if not source or not name:

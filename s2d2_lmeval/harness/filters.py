@@ -1,6 +1,6 @@
-"""Decoding statistics in task YAML files: the filter ``s2d2_stats``, and metrics of what it hands on.
+"""Decoding statistics in task YAML files: the filter ``s2d2_stats``, and metrics of its output.
 
-A task that reports decoding statistics beside its own metric has two filters::
+A task that reports decoding statistics in addition to its own metric has two filters::
 
     filter_list:
       - name: strict-match
@@ -66,8 +66,8 @@ def with_decoding_metrics(
 class StatsFilter(Filter):
     """Replaces the responses of a document by one dictionary of statistics.
 
-    Where a document was decoded several times (``repeats``), counts are means over the responses and ratios are taken
-    of the sums. Responses without statistics (of another model class) give an empty dictionary.
+    If a document was decoded several times (``repeats``), counts are means over the responses, and ratios are ratios
+    of sums. Responses without statistics (of another model class) give an empty dictionary.
     """
 
     def apply(self, resps: Iterable[Iterable[str]], docs: Any) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def merged(several: list[Mapping[str, Any]]) -> dict[str, Any]:
     numbers = [without_ratios(stats) for stats in several]
     common = [name for name in numbers[0] if all(name in counts for counts in numbers)]
     means = {name: sum(counts[name] for counts in numbers) / len(numbers) for name in common}
-    # A time in flight is no denominator.
+    # The time in flight is shared, so it is not a denominator.
     rates = ratios({name: value for name, value in means.items() if name != "seconds"})
     return {**means, **rates, "responses": len(several)}
 

@@ -1,7 +1,7 @@
-"""Which sample is this? Digests of what an answer depends on: code, weights, files, tokenizers.
+"""Digests of everything that an answer depends on: code, weights, files, tokenizers.
 
-A study names its checkpoints before it loads them, so it looks at files (:func:`of_source`). The response cache belongs
-to a model that is loaded, so it looks at the weights themselves (:func:`of_weights`), wherever they came from.
+A study identifies its checkpoints before it loads them, by their files (:func:`of_source`). The response cache
+belongs to a loaded model, which is identified by its weights (:func:`of_weights`), wherever they came from.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from s2d2_lmeval.toy import embedded
 
 ANSWERS = 1
-"""Counts the changes of this package by which the same request gets another answer or another score. Comments, speed
-and messages are no such changes; a test compares the answers of each number with recorded ones."""
+"""Raised with every change after which the same request gets another answer or score (not for comments, speed or
+messages). A test compares the answers of each number with recorded ones."""
 
 HUB_ONLY = ("cache_dir", "force_download", "local_files_only", "token")
-"""Model arguments that say how files are fetched, not which."""
+"""Model arguments on how files are fetched, not which."""
 
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".vocab", ".bpe", ".spm")
 _FILES = ("draft_graph",)
@@ -79,7 +79,7 @@ def of_source(name: str, arguments: Mapping[str, Any]) -> str:
 
 
 def with_files(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Decoding options, with a digest of its content in place of every file that one names."""
+    """Decoding options, with every named file replaced by a digest of its content."""
     named = {name: os.path.expanduser(str(options[name])) for name in _FILES if name in options}
     return {**options, **{name: f"sha256:{of_file(Path(at))}" for name, at in named.items() if os.path.isfile(at)}}
 
@@ -124,13 +124,13 @@ def of_weights(models: Iterable[torch.nn.Module]) -> str:
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """A digest of how a tokenizer cuts text; chat templates show in the prompts."""
+    """A digest of a tokenizer's behaviour, without chat templates, which show in the prompts."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     content = fast.to_str() if fast is not None else sorted(tokenizer.get_vocab().items())
     return of_plain(type(tokenizer).__qualname__, content)
 
 
 def of_function(function: Any) -> str:
-    """A digest of the file that a function is written in."""
+    """A digest of a function's source file."""
     file = inspect.getsourcefile(inspect.unwrap(function))
     return of_file(Path(file)) if file is not None and Path(file).is_file() else of_plain(function)

@@ -41,10 +41,10 @@ class Loaded:
 
 
 def load_model(arguments: Arguments, *, rows: RowLimit, dtype: Any, device: str | None, revision: str | None) -> Loaded:
-    """Load what the arguments name.
+    """Load the model that the arguments name.
 
     Raises:
-        CheckpointError: it cannot be decoded with.
+        CheckpointError: if it cannot be used for decoding.
     """
     source, loading = resolve(arguments.source), dict(arguments.loading)
     own = ("attention", "max_context", "static_shapes", "draft")
@@ -60,7 +60,7 @@ def load_model(arguments: Arguments, *, rows: RowLimit, dtype: Any, device: str 
     if arguments.custom is None and arguments.model_class is None and not isinstance(source, torch.nn.Module):
         engine = load(source, **options, **loading, adapter=arguments.peft)
         return Loaded(engine.hf_model, engine, name)
-    # The engine gives its model an attention of its own; a function of the user's gets the model without.
+    # The engine installs its own attention on its model; a custom function gets the model without it.
     if isinstance(source, torch.nn.Module):
         hf_model: Any = source
     elif arguments.model_class is not None:
@@ -138,7 +138,7 @@ def load_tokenizer(arguments: Arguments, source: str, revision: str | None) -> P
 
 
 def check_mask(tokenizer: Any, facts: Facts, given: int | None) -> None:
-    """Refuse a mask token that is not the tokenizer's, unless the user ``given`` it; CheckpointError names both."""
+    """Refuse a mask token that is not the tokenizer's, unless the user has ``given`` it; CheckpointError names both."""
     mask, added = facts.mask_token_id, tokenizer.get_added_vocab()
     masks = {token: text for text, token in added.items() if _MASK_NAME.fullmatch(text)}
     if tokenizer.mask_token_id is not None:
@@ -158,7 +158,7 @@ def check_mask(tokenizer: Any, facts: Facts, given: int | None) -> None:
 
 
 def resolve(source: Any) -> Any:
-    """An absolute path for a folder and for ``toy``; a hub id or a model as it is."""
+    """An absolute path for a folder and for ``toy``; a hub id or a model unchanged."""
     source = embedded(source)
     if isinstance(source, (str, Path)) and os.path.isdir(place := os.path.expanduser(source)):
         return str(Path(place).resolve())
@@ -176,7 +176,7 @@ def join_processes() -> Any:
 
 
 def choose_device(device: Any, accelerator: Any) -> str:
-    """Where a model that is not spread goes: this process's own device, the one asked for, or a GPU if there is one.
+    """The device of a model that is not spread: this process's own, the requested one, or a GPU if there is one.
 
     Raises:
         ConfigError: a device that this machine does not have.

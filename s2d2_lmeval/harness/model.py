@@ -1,7 +1,7 @@
 """The harness's model class ``s2d2``: ``lm_eval --model s2d2 --model_args pretrained=…,decoder=…``.
 
 Chat templates, few-shot examples, ``--limit``, filters and result files are the harness's own (the class extends its
-``hf`` model). New here: requests go to the decoding engine all at once instead of in padded batches, stop strings end
+``hf`` model). New here: all requests go to the decoding engine at once instead of in padded batches, stop strings end
 decoding inside a block, and every response carries its statistics.
 """
 
@@ -30,7 +30,7 @@ class S2D2LM(HarnessModel):
 
     ``--model_args`` may hold decoding options (defaults for every task; a task's ``generation_kwargs`` and
     ``--gen_kwargs`` override them), options of :func:`s2d2_lmeval.load`, and the options of the harness's ``hf``
-    model. ``--batch_size`` is the number of requests in flight; ``max_batch`` in ``--model_args`` wins over it.
+    model. ``--batch_size`` is the number of requests in flight; ``max_batch`` in ``--model_args`` overrides it.
 
     Attributes:
         engine: the :class:`~s2d2_lmeval.model.BlockDiffusionModel`; None for a class of the user's own of no known
@@ -44,7 +44,7 @@ class S2D2LM(HarnessModel):
     """
 
     def decode_with(self, options: Mapping[str, Any]) -> None:
-        """Take ``options`` in place of the decoding options of ``--model_args``, and start counting anew.
+        """Replace the decoding options of ``--model_args`` by ``options``, and reset the counts.
 
         Raises:
             ConfigError: options that are wrong, or do not fit this checkpoint; nothing is changed then.
@@ -60,7 +60,7 @@ class S2D2LM(HarnessModel):
         self.reset_totals()
 
     def _join_evaluation(self) -> None:
-        """Take what belongs to the evaluation that we are in: its seed, no other one's response cache or counts."""
+        """Adopt the current evaluation: its seed, and no response cache or counts of another one."""
         if self._evaluations.entered():
             self.reset_totals()
         if self.seed != upstream.seed():
@@ -77,8 +77,8 @@ class S2D2LM(HarnessModel):
             A :class:`~s2d2_lmeval.harness.responses.TracedResponse` for each.
 
         Raises:
-            ConfigError: generation arguments that have no meaning here.
-            RequestError: a prompt that cannot be decoded; found out before anything is decoded.
+            ConfigError: generation arguments that do not apply here.
+            RequestError: a prompt that cannot be decoded; raised before anything is decoded.
         """
         self._join_evaluation()
         responses.refuse_stale(requests)
@@ -96,9 +96,7 @@ class S2D2LM(HarnessModel):
         return found
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each whole text (an Instance whose only argument it is), in windows of the whole
-        context.
-        """
+        """The log-likelihood of each whole text (an Instance's only argument), in windows of the full context."""
         windows = rolling(self, [request.args[0] for request in requests])
         totals = [0.0] * len(requests)
         found = self._loglikelihood_tokens([(None, *pair) for _, pair in windows], disable_tqdm)
@@ -118,7 +116,7 @@ class S2D2LM(HarnessModel):
             self.store = responses.separate(cache_hook, identity.of_plain(self._facts_of_run()))
 
     def _facts_of_run(self) -> dict[str, Any]:
-        """Everything that a response depends on besides its request. How many rows are in flight is not part of it."""
+        """Everything that a response depends on besides its request, but not the number of rows in flight."""
         arguments, decoding = self.arguments, self.decoding
         loading = {name: value for name, value in arguments.loading.items() if name not in identity.HUB_ONLY}
         return {
@@ -165,7 +163,7 @@ class S2D2LM(HarnessModel):
             self._totals_of_all = gathered
 
     def get_model_info(self) -> dict[str, Any]:
-        """The harness's information on the model, and under ``s2d2`` what was run, how, on what, and what it cost."""
+        """The harness's information on the model, with the run's settings, environment and costs under ``s2d2``."""
         several = self._totals_of_all or [self.totals]
         engine, decoding = self.engine, self.decoding
         about = {

@@ -50,15 +50,14 @@ class Prompt:
 def request_key(ids: Sequence[int], occurrence: int) -> int:
     """A stable int64 for a prompt and its repeat index within the document.
 
-    It depends on nothing else: not on what else is evaluated, ``--limit``, the order of requests, or which process has
-    them.
+    It does not depend on other documents, ``--limit``, the order of requests, or the process.
     """
     words = np.asarray([*ids, occurrence], dtype="<i8").tobytes()
     return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little", signed=True)
 
 
 class Occurrences:
-    """Counts how often each document asked each prompt: the repeats of self-consistency get randomness of their own.
+    """Counts how often each document asked each prompt, so that repeats (self-consistency) get different randomness.
 
     Where several processes share a task, the harness repeats a whole request (all its ``repeats``) until every process
     has the same number. Such padding is answered by copies: the sample i of it is sample ``i mod repeats``.
@@ -95,7 +94,7 @@ def encode(tokenizer: Any, texts: Sequence[str], add_bos_token: bool | None) -> 
 
 
 def spelled_out(tokenizer: Any, token: int) -> list[int]:
-    """The string of a special token as ordinary text; the token itself where there is no other way to write it."""
+    """The string of a special token as ordinary text; the token itself if there is no other way to write it."""
     string = tokenizer.convert_ids_to_tokens(token)
     if not isinstance(string, str):
         return [token]

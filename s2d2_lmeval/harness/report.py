@@ -1,4 +1,4 @@
-"""What a run leaves in the results file under ``config.s2d2``: totals, configurations, environment; and its header in
+"""A run's entry in the results file under ``config.s2d2`` (totals, configurations, environment), and its header in
 the log.
 """
 
@@ -22,11 +22,11 @@ from s2d2_lmeval.tasks import sandbox
 
 @dataclass
 class Totals:
-    """Sums over everything that one process decoded and scored; plain numbers, so that processes can exchange them.
+    """Sums over everything that one process decoded and scored, as plain numbers that processes can exchange.
 
-    ``run`` adds up the trace of the engine: every forward once (``forwards``) and once per row (``nfe``). ``tasks``
-    adds up the statistics of the responses of each task; a response is in flight beside others, so their ``seconds``
-    overlap and are left out.
+    ``run`` adds up the engine's trace: every forward once (``forwards``) and once per row (``nfe``). ``tasks``
+    adds up the statistics of each task's responses, without ``seconds``, which overlap for responses in flight
+    together.
     """
 
     run: dict[str, float] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Totals:
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add_run(self, before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> None:
-        """Count what the engine's trace gained in a call that took ``seconds``."""
+        """Add the engine's trace of a call that took ``seconds``."""
         add(self.run, {**gained(before, after), "seconds": seconds})
 
     def add_scoring(
@@ -50,7 +50,7 @@ class Totals:
         add(self.tasks.setdefault(task, {}), {"requests": 1, **counts})
 
     def summary(self) -> dict[str, Any]:
-        """The totals with their ratios, sum over sum."""
+        """The totals with their ratios of sums."""
         parts: dict[str, Any] = {}
         if self.run:
             parts["totals"] = with_ratios(self.run)
@@ -62,7 +62,7 @@ class Totals:
 
 
 def merge(several: Iterable[Totals]) -> Totals:
-    """The totals of processes that ran side by side: counts add up, the time is that of the slowest."""
+    """The totals of parallel processes: counts add up, the time is that of the slowest."""
     merged = Totals()
     for totals in several:
         for mine, other in ((merged.run, totals.run), (merged.scoring, totals.scoring)):
@@ -76,7 +76,7 @@ def merge(several: Iterable[Totals]) -> Totals:
 
 
 def environment(device: torch.device, dtype: torch.dtype | None, attention: str | None) -> dict[str, Any]:
-    """What timings depend on: hardware, types, back ends, versions, threads; and what surrounded model-written code."""
+    """What timings depend on: hardware, dtypes, back ends, versions, threads; and the sandbox of model-written code."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "device_type": device.type,
@@ -112,7 +112,7 @@ def _cpu_name() -> str:
 def header(
     source: str, model: BlockDiffusionModel | None, config: DecodingConfig | None, custom: str | None, rows: RowLimit
 ) -> str:
-    """What runs, in a few lines for the log."""
+    """The run's header, a few lines for the log."""
     lines = [("checkpoint", source)]
     if model is not None:
         size = sum(parameter.numel() for parameter in model.hf_model.parameters())

@@ -1,4 +1,4 @@
-"""Responses that remember how they were decoded, where they are kept, and the harness's two caches, which must not mix
+"""Responses with their decoding statistics, their storage, and the harness's two caches, which must not mix
 configurations.
 
 ``--use_cache`` finds a response by (context, generation arguments) alone, so another checkpoint, other options in
@@ -43,8 +43,8 @@ class TracedResponse(str):
 class ResponseStore(Protocol):
     """Keeps the responses of a run that may be interrupted (``S2D2LM.store``).
 
-    Requests that it knows are not decoded again, and the others keep the randomness that they have without it.
-    ``shows_progress``: whoever keeps the responses shows how far they are.
+    Known requests are not decoded again, and the others keep the same randomness as without the store.
+    ``shows_progress``: the store itself shows progress.
     """
 
     shows_progress: bool
@@ -53,18 +53,17 @@ class ResponseStore(Protocol):
         """The response to this very request, if it is kept."""
 
     def decoding_begins(self) -> None:
-        """What follows until the last :meth:`add` is decoding."""
+        """The time from here to the last :meth:`add` is decoding time."""
         return
 
     def add(self, prompt: Prompt, response: TracedResponse, steps: Sequence[Step]) -> None:
-        """Keep a response as soon as it is complete; ``steps`` are empty where a function of the user's decoded."""
+        """Store a response as soon as it is complete; ``steps`` are empty with a custom function."""
 
 
 class ResponseCache(ResponseStore):
     """The answers in the harness's response cache, by everything that makes a sample.
 
-    Responses that it finds say so: ``stats["cached"]`` is 1, and there are no ``seconds``, which would be another
-    run's.
+    Cached responses have ``stats["cached"]`` = 1 and no ``seconds``, which would be another run's.
     """
 
     shows_progress = False

@@ -1,5 +1,5 @@
-"""One ``generate_until`` call: requests to groups of equal generation arguments, groups through the engine or a
-function, tokens to text.
+"""One ``generate_until`` call: group requests by generation arguments, decode each group with the engine or a custom
+function, turn tokens into text.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from s2d2_lmeval.runtime.statistics import add, ratios
 
 @dataclass
 class Group:
-    """Requests of the same generation arguments, and what these come to.
+    """Requests with the same generation arguments, and the resulting settings.
 
-    ``config`` is the decoder's configuration; where a function of the user's decodes it is None and ``options`` are
-    what the function gets. ``until`` are the stop strings with the end-of-text string, ``stop_token_ids`` the ids that
+    ``config`` is the decoder's configuration; with a custom function it is None, and ``options`` are
+    the function's arguments. ``until`` are the stop strings with the EOS string, ``stop_token_ids`` the ids that
     end an answer, ``budget`` the maximum number of new tokens.
     """
 
@@ -43,13 +43,11 @@ class Group:
     prompts: list[Prompt] = field(default_factory=list)
 
     def in_order(self) -> list[Prompt]:
-        """Longest prompts first, as the harness has it: what does not fit in memory fails at once, and estimates err
-        on the safe side.
-        """
+        """Longest prompts first, as in the harness: out-of-memory shows early, and time estimates are conservative."""
         return sorted(self.prompts, key=lambda prompt: (-len(prompt.ids), prompt.text))
 
     def describe(self) -> dict[str, Any]:
-        """For the results file: the tasks that asked for it, and what was in force."""
+        """For the results file: the tasks of the group, and its settings."""
         if self.config is not None:
             in_force: dict[str, Any] = {"decoding": self.config.to_dict(), "promise": self.config.promise}
         else:
@@ -70,8 +68,7 @@ def _plain(value: Any) -> Any:
 class GenerationRun:
     """Answers a list of requests with a model.
 
-    Every group is prepared before the first is decoded, so a request that cannot be answered is refused before time is
-    spent.
+    Every group is prepared before the first is decoded, so a request that cannot be answered is refused early.
     """
 
     def __init__(self, lm: HarnessModel, requests: Sequence[Any], *, quiet: bool) -> None:
@@ -107,7 +104,7 @@ class GenerationRun:
     # Requests to groups
 
     def _prepare(self, requests: Sequence[Any]) -> None:
-        """Sort the requests by generation arguments, and out those that are copies made to even out processes."""
+        """Group the requests by generation arguments, without the copies that pad processes to equal length."""
         lm = self.lm
         encoded = map(lm.as_text, prompts.encode(lm.tokenizer, [one.args[0] for one in requests], lm.add_bos_token))
         mask = lm.engine.facts.mask_token_id if lm.engine is not None else None
@@ -146,7 +143,7 @@ class GenerationRun:
             )
 
     def _group(self, gen_kwargs: Any) -> Group:
-        """What a set of generation arguments comes to, over ``--model_args``."""
+        """The settings of a set of generation arguments, merged over ``--model_args``."""
         lm = self.lm
         asked = GenerationArguments.parse(gen_kwargs, () if lm.custom is None else lm.custom.parameters)
         self._tell_what_is_overridden(asked)
@@ -177,7 +174,7 @@ class GenerationRun:
         return Group(until, stops, budget, config.replace(stop_token_ids=stops))
 
     def _tell_what_is_overridden(self, asked: GenerationArguments) -> None:
-        """A task's own arguments win over ``--model_args``; say so where the user asked for something else."""
+        """A task's own arguments override ``--model_args``; warn if the user asked for something else."""
         of_task = {SYNONYMS.get(name, name): value for name, value in asked.options.items()}
         if asked.max_new_tokens is not None:
             of_task["max_new_tokens"] = asked.max_new_tokens
@@ -217,9 +214,9 @@ class GenerationRun:
             lm.totals.add_run(before, lm.engine.trace.totals(), clock.since(started))
 
     def _run_custom(self, group: Group) -> None:
-        """One request at a time through the user's function.
+        """Decode one request at a time with the custom function.
 
-        Each has a torch seed of its own, so that neither the order of requests nor ``--limit`` matters.
+        Each has its own torch seed, so that neither the order of requests nor ``--limit`` matters.
         """
         lm, stopper, sums = self.lm, self._stopper(group.until), report.Totals()
         devices = [lm.device] if lm.device.type == "cuda" else []
@@ -267,7 +264,7 @@ class GenerationRun:
         self.bar.update(1)
 
     def _text(self, tokens: list[int], until: Sequence[str]) -> str:
-        """The text of an answer as the harness's ``hf`` models cut it."""
+        """The text of an answer, cut like the harness's ``hf`` models do."""
         end = self.lm.think_end_token
         if isinstance(end, int):
             start = len(tokens) - tokens[::-1].index(end) if end in tokens else 0

@@ -1,4 +1,4 @@
-"""Log-likelihood requests of the harness: into the model's window, through the scorer, and rolling texts in windows."""
+"""Log-likelihood requests of the harness: truncation to the model's window, scoring, and rolling windows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Pair = tuple[list[int], list[int]]
 
 
 def scores(lm: HarnessModel, triples: Sequence[tuple[Any, list[int], list[int]]], *, quiet: bool) -> list[Score]:
-    """log p(continuation | context) in the model's autoregressive mode, and whether greedy decoding would write it, of
+    """log p(continuation | context) in the model's autoregressive mode, and whether it is the greedy continuation, for
     every triple (text, context ids, continuation ids).
 
     Raises:
@@ -72,7 +72,7 @@ def _fitting(lm: HarnessModel, context: list[int], continuation: list[int]) -> P
 
 
 def window(lm: HarnessModel) -> int:
-    """Tokens that a context and its continuation may take together."""
+    """Maximum number of tokens of a context and its continuation together."""
     engine = _scorer(lm)
     return lm.max_length + engine.max_score_length - engine.max_context
 

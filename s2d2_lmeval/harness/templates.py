@@ -1,8 +1,8 @@
-"""Chat templates under limits: one is a program that comes with a checkpoint, and nothing says that it ends.
+"""Chat templates under limits: a template is a program from the checkpoint, and may not terminate.
 
-transformers renders it in a sandbox that keeps it from the machine, but not from looping or growing without end. So the
-rendering itself, and nothing else of ``apply_chat_template``, is done in a process of its own (:func:`serve`), which
-the system stops at a limit of processor time or memory: a line of JSON in, a line out.
+transformers renders it in a sandbox that protects the machine, but does not stop infinite loops or memory growth. So
+the rendering itself, but nothing else of ``apply_chat_template``, runs in a separate process (:func:`serve`) with
+limits on CPU time and memory: one line of JSON in, one line out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from s2d2_lmeval.errors import CheckpointError, S2D2Error, first_line
 
 SECONDS = 10
-"""Processor time for one conversation; a template takes a thousandth of one."""
+"""CPU seconds for one conversation; a template normally takes a millisecond."""
 
 LONGEST = 16 << 20
 """Characters of a rendered conversation."""
@@ -84,7 +84,7 @@ def _ask(request: str) -> dict[str, Any]:
         worker.stdin.write(request + "\n")
         worker.stdin.flush()
         line = worker.stdout.readline()
-    except BaseException as error:  # an answer that is still to come would be taken for that of the next question
+    except BaseException as error:  # a late answer would be mistaken for that of the next request
         worker.kill()
         worker.wait()
         if not isinstance(error, OSError):
@@ -118,7 +118,7 @@ def serve() -> None:
 
 
 def _limit_memory() -> None:
-    """Keep this process from taking more than :data:`MEMORY` beside what it has."""
+    """Limit this process to :data:`MEMORY` more than it has now."""
     if resource is None or not sys.platform.startswith("linux"):
         return
     with open("/proc/self/statm") as stream:
@@ -128,7 +128,7 @@ def _limit_memory() -> None:
 
 
 def _limit_time(seconds: int) -> None:
-    """Let the system end this process when it has used that much more processor time, whatever it does."""
+    """Let the system kill this process when it has used that much more CPU time."""
     if resource is None:
         return
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -137,7 +137,7 @@ def _limit_time(seconds: int) -> None:
 
 
 def _answer(job: dict[str, Any]) -> dict[str, Any]:
-    """The rendered conversations, or what went wrong."""
+    """The rendered conversations, or an error."""
     try:
         rendered, _ = render_jinja_template(**job)
         if sum(map(len, rendered)) > LONGEST:

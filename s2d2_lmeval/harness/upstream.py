@@ -1,8 +1,8 @@
-"""The lm-evaluation-harness from inside: what it knows and does not hand to a model, what it writes down, and how this
-package gets into it.
+"""Access to the internals of lm-evaluation-harness: state that it does not pass to a model, its results, and the
+registration of this package.
 
-``simple_evaluate`` seeds torch, asks for a model, and evaluates; neither a model class nor a ready model object is told
-the seed, where its requests come from, or what the results are written into. So this looks at the caller's variables.
+``simple_evaluate`` seeds torch, creates a model, and evaluates, but tells the model neither the seed nor the source of
+its requests nor where results go. So this module reads the caller's local variables.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def variables(function: str = "simple_evaluate") -> Mapping[str, Any]:
 
 
 def seed() -> int | None:
-    """The harness's ``--seed`` for torch, which is what samples; None where it set none, or does not evaluate."""
+    """The harness's ``--seed`` for torch, which samples; None if it set none, or is not evaluating."""
     return variables().get("torch_random_seed")
 
 
@@ -79,10 +79,10 @@ def tasks_with_cached_requests() -> Mapping[str, Any]:
 
 
 class Evaluations:
-    """Tells one evaluation from the next of the same model object.
+    """Distinguishes successive evaluations of the same model object.
 
-    An evaluation makes its requests anew, so it is known by the first of them. Requests that come from no evaluation
-    belong together.
+    Every evaluation creates new requests, so its first one identifies it. Requests outside any evaluation belong
+    together.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class Evaluations:
         self._begun = False
 
     def entered(self) -> bool:
-        """Whether the evaluation that we are in is another than at the last call."""
+        """Whether this is another evaluation than at the last call."""
         several = variables("evaluate").get("requests")
         first = next((group[0] for group in several.values() if group), None) if isinstance(several, Mapping) else None
         same = self._begun and (self._known() if self._known is not None else None) is first
@@ -128,8 +128,8 @@ class ResultsLost(S2D2Error):
 def refuse_to_lose_results() -> None:
     """From now on a result that cannot be saved ends the run with an error; idempotent.
 
-    The harness catches every error of saving, logs that it "could not save", and exits with 0: hours of results are
-    gone, and nothing shows it. That log message becomes an error; what would have been written is printed first.
+    The harness catches every error of saving, logs that it "could not save", and exits with 0, so that hours of results
+    are lost silently. That log message becomes an error; the results are printed first.
     """
     source = logging.getLogger("lm_eval.loggers.evaluation_tracker")
     source.setLevel(logging.WARNING)  # at a higher level of the harness's loggers nothing would be said

@@ -12,7 +12,7 @@ from torch import Tensor
 from .oracle_inputs import Options
 
 DUST = 1.0e-6  # a residual mass that is nothing but rounding: drafter and verifier agree
-NEVER = 1.0e-6  # a temperature below this means "take the arg-max"
+NEVER = 1.0e-6  # a temperature below this means "take the argmax"
 
 
 class Context:

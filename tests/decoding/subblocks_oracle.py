@@ -1,6 +1,6 @@
 """An independent account of Fast-dLLM v2 decoding: blocks in parts, by a model whose logits are shifted.
 
-The row of token t-1 predicts token t. A block is decoded sub-block by sub-block, its first token being the arg-max of
+The row of token t-1 predicts token t. A block is decoded sub-block by sub-block, its first token being the argmax of
 the last row of what was committed before it (the "AR token").
 """
 
@@ -106,7 +106,7 @@ class SubblockOracle(Account[SubblockOptions]):
         return True
 
     def _append(self, row: Tensor) -> None:
-        """The AR token: published, the arg-max even where drafts are sampled. It is never the mask."""
+        """The AR token: published, the argmax even where drafts are sampled. It is never the mask."""
         row, place = row.clone(), len(self.result.canvas)
         row[self.mask_id] = -math.inf
         token = int(row.argmax())

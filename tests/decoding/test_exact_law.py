@@ -145,7 +145,7 @@ def test_it_is_the_ar_law_under_every_sampling_option(vocabulary: int, options: 
     "options",
     [
         {"cache_ver": False, "draft_ver": False},  # cached tokens saw the tokens after them
-        {"do_sample": False},  # an arg-max draft is no draw from p
+        {"do_sample": False},  # an argmax draft is no draw from p
         {"allow_resample": False},  # rejected drafts stay
         {"ssd_ratio_tempering_factor": 0.5},
     ],

@@ -83,7 +83,7 @@ def test_sampled_and_always_verified_it_is_the_ar_law(prompt: list[int], new: in
 @pytest.mark.parametrize(
     "options",
     [
-        {"sample_first_token": False},  # published: the arg-max
+        {"sample_first_token": False},  # published: the argmax
         {"cache_ver": False, "draft_ver": False},  # cached tokens saw the tokens after them
         {"do_sample": False},
     ],

@@ -17,13 +17,13 @@ ELEMENTS_AT_ONCE = 1 << 17
 """Logits that the torch version processes at a time."""
 
 BLOCK, WORTH_BLOCKS = 64, 4096
-"""Neighbours of which :func:`arg_max` first takes the largest: vectorised, which an arg-max on the CPU is not; and the
+"""Neighbours of which :func:`arg_max` first takes the largest: vectorised, which an argmax on the CPU is not; and the
 vocabulary from which on that pays.
 """
 
 
 class RowStatistics(NamedTuple):
-    """Of each row (M,) of logits x: the arg-max (the lowest index on ties); the largest and the second largest
+    """Of each row (M,) of logits x: the argmax (the lowest index on ties); the largest and the second largest
     probability; log of the sum of exp x; the entropy in nats; the collision probability, the sum of squares.
     """
 
@@ -45,7 +45,7 @@ def row_statistics(logits: torch.Tensor) -> RowStatistics:
 
 
 def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The arg-max (M,) of ``logits`` (M, V) and its probability (M,)."""
+    """The argmax (M,) of ``logits`` (M, V) and its probability (M,)."""
     if logits.device.type == "cuda":
         statistics = row_statistics(logits)
         return statistics.token, statistics.first
@@ -95,7 +95,7 @@ def _of_part(logits: torch.Tensor) -> RowStatistics:
 
 
 def arg_max(logits: torch.Tensor) -> torch.Tensor:
-    """The first arg-max of each row of ``logits`` (..., V)."""
+    """The first argmax of each row of ``logits`` (..., V)."""
     vocabulary = logits.shape[-1]
     if logits.device.type != "cpu" or vocabulary < WORTH_BLOCKS or vocabulary % BLOCK or not logits.numel():
         return logits.argmax(-1)

@@ -55,7 +55,7 @@ def _row_kernel(logits, stride, vocabulary, tokens, numbers, rows, BLOCK: tl.con
 
 
 def in_triton(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Arg-max (M,), then first and second probability, normaliser, entropy and collision (M,), of ``logits`` (M, V)."""
+    """Argmax (M,), then first and second probability, normaliser, entropy and collision (M,), of ``logits`` (M, V)."""
     rows, vocabulary = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     tokens = torch.empty(rows, dtype=torch.long, device=logits.device)
