@@ -1,4 +1,4 @@
-"""Taking over a model that is already loaded: the same memory under the native class."""
+"""Adopting a loaded model: the same memory under the native class."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def adopt(
 ) -> tuple[PreTrainedModel, Facts]:
     """A model of the native class that shares the weights of a loaded one.
 
-    The given model and its configuration stay as they are and may be used on; a change of a weight in place is seen by
-    both. The same model always gets the same answer, for as long as it lives and keeps its weights.
+    The given model and its configuration stay unchanged and usable; both see in-place changes of a weight. The same
+    model always returns the same result, as long as it lives and keeps its weights.
 
     Args:
         hf_model: a model of a known family, of its native class or under the published weight names (a class of
             remote code).
-        family: which family, where the class alone does not say (Qwen2: fast_dllm_v2 or dream).
-        mask_token_id, block_length: override the model's configuration, or say what it lacks.
-        autoregressive: take a model of transformers for the autoregressive one that its class is, not for a
+        family: the family, if the class alone does not determine it (Qwen2: fast_dllm_v2 or dream).
+        mask_token_id, block_length: override or complete the model's configuration.
+        autoregressive: treat a transformers model as autoregressive, like its class, and not as a
             block-diffusion model under its native name, unless its configuration says otherwise.
 
     Raises:
@@ -87,7 +87,7 @@ def _family_of(config: Mapping[str, Any], source: str, name: str | None, autoreg
 
 
 def _clone(hf_model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules and the configuration around the very same parameters and buffers."""
+    """A copy of the modules and the configuration around the same parameters and buffers."""
     tensors = [*hf_model.parameters(), *hf_model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         raise CheckpointError("parts of this model are offloaded; load it by its path instead, with device_map=….")
@@ -100,7 +100,7 @@ def _clone(hf_model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _rebuild(hf_model: PreTrainedModel, family: Family, native: Any) -> PreTrainedModel:
-    """The native class around the weights of a class that names them as published."""
+    """The native class around the weights of a class with the published names."""
     if getattr(hf_model, "hf_quantizer", None) is not None or getattr(hf_model, "is_quantized", False):
         raise CheckpointError(
             f"a quantized {type(hf_model).__name__} cannot be shared with {family.native_class}; load it by its path "

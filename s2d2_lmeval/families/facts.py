@@ -1,6 +1,6 @@
-"""What is known about a checkpoint: :class:`Facts` of one checkpoint, :class:`Family` of all that share a layout.
+"""Properties of checkpoints: :class:`Facts` of one checkpoint, :class:`Family` of all that share a layout.
 
-Nothing above this package asks which family a model is of: it reads the facts.
+Code outside this package reads the facts and never checks for a family.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 AUTOREGRESSIVE = "autoregressive"
-"""Scheme of models that know no masks: one token after the other, and targets of a drafter."""
+"""Scheme of models without a mask token: one token after the other, and targets of a drafter."""
 NO_MASK = -1
 """Mask token id of models that have none."""
 
@@ -29,7 +29,7 @@ FAMILY_FIELD = "block_diffusion_family"
 ADAPTER_FIELD = "block_diffusion_adapter"
 
 TRAINING_FILES = ("training_args.json", "training_config.json", "train_config.json", "trainer_config.json", "args.json")
-"""What trainers write beside the weights (never the pickled training_args.bin)."""
+"""Files that trainers write next to the weights (never the pickled training_args.bin)."""
 _MASK_FIELDS = ("mask_token_id", "mask_id")
 _BLOCK_FIELDS = ("block_length", "block_size", "bd_size")
 # Variants are published as <name>-b<length>; fine-tunes carry the name on, in the middle or in a folder above.
@@ -51,8 +51,8 @@ def fitting(scheme: str, drafted: bool = False) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class DrafterFacts:
-    """What decoding has to know about a drafter: positions of a drafted block, the token it continues included, and the
-    id that stands for the others.
+    """What decoding needs to know about a drafter: positions of a drafted block, including the token it continues, and
+    the mask token id of the others.
     """
 
     block_length: int
@@ -61,7 +61,7 @@ class DrafterFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """What decoding has to know about one checkpoint.
+    """What decoding needs to know about one checkpoint.
 
     Attributes:
         family: name of the family, such as ``"sdar"``.
@@ -69,20 +69,20 @@ class Facts:
         mask_token_id: id of the mask token, inside the vocabulary; :data:`NO_MASK` for autoregressive models.
         block_length: tokens per block that the checkpoint was trained for.
         vocab_size: width of a logits row (the padded vocabulary, not the tokenizer's).
-        token_shift: True where the logits of row t-1 predict token t, False where those of row t do.
+        token_shift: True if the logits of row t-1 predict token t, False if those of row t do.
         stop_token_ids: ids that end a generation (of generation_config.json, then of config.json; the published ones
             where neither names any).
-        max_context: positions that the checkpoint names, prompt and answer together.
+        max_context: the checkpoint's number of positions, prompt and answer together.
         scheme: how a generation is laid out: ``"block"`` (one block after the other), ``"editing"`` (blocks whose
             decided tokens may change), ``"subblock"`` (blocks in parts, and a token between them), ``"pipelined"``
             (several blocks at once), ``"autoregressive"`` (no blocks).
         defaults: the family's published setting for this block length, as decoding options.
         drafter: what is known about the drafter that was loaded with it, if one was.
-        adapter: likewise of a LoRA adapter that was merged into the weights.
-        caveat: what to know before its answers are trusted, in a sentence; empty where there is nothing.
-        context_limit: most positions that may be asked for: more than ``max_context`` under yarn, fewer where a layer
-            sees a window (None: ``max_context``).
-        block_length_from: where the block length was found: ``"assumed"`` where nothing names it.
+        adapter: likewise for a LoRA adapter that was merged into the weights.
+        caveat: what to know before trusting its answers, in one sentence; empty if there is nothing.
+        context_limit: maximum value of ``max_context``: larger with YaRN, smaller if a layer uses a sliding window
+            (None: ``max_context`` itself).
+        block_length_from: where the block length was found; ``"assumed"`` if nothing gives it.
     """
 
     family: str
@@ -120,13 +120,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Family:
-    """Everything that checkpoints of one layout have in common.
+    """The common properties of checkpoints with the same layout.
 
     Attributes:
         name: the name that facts, presets and messages use.
         model_types: published ``model_type`` values of config.json.
-        classes: published names of the model's class; another one in config.json is refused (empty: any is taken).
-        doubt: config.json and where it is from -> why this is another model that goes by the same names, or None.
+        classes: published names of the model's class; another one in config.json is refused (empty: any is accepted).
+        doubt: config.json and its source -> why this is another model under the same names, or None.
         native_class: name of the transformers class with the same arithmetic.
         config_class: that class's configuration.
         config_map: maps a published config.json to it, or refuses it.
@@ -205,7 +205,7 @@ class Family:
         mask_token_id: int | None = None,
         block_length: int | None = None,
     ) -> Facts:
-        """Collects the facts of one checkpoint.
+        """Collect the facts of one checkpoint.
 
         ``config`` is its config.json, ``records`` its other files by name (generation_config.json, and those that may
         name the block length), ``source`` its name in messages; ``mask_token_id`` and ``block_length`` override them.
@@ -280,7 +280,7 @@ class Family:
         given: int | None,
         records: Mapping[str, Mapping[str, Any]],
     ) -> tuple[int, str, str]:
-        """The block length, where it is from, and what to know about it."""
+        """The block length, its source, and a caveat."""
         found = list(_block_lengths(config, records, source))
         if given is not None:
             found = [("as given", given)]

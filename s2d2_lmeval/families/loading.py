@@ -53,26 +53,26 @@ def load_checkpoint(
     adapter: str | Path | None = None,
     **from_pretrained: Any,
 ) -> tuple[PreTrainedModel, Facts]:
-    """Loads a published checkpoint into the native class of its family, in evaluation mode.
+    """Load a published checkpoint into the native class of its family, in evaluation mode.
 
     Args:
         source: folder, hub id, or ``"toy"`` (the embedded checkpoint).
-        dtype: a torch dtype or its name. ``"auto"`` is the checkpoint's own, but float32 on a CPU: there bfloat16 is
-            both slower and less exact. Ask for ``"bfloat16"`` to have it anyway.
-        device: where all of it goes; by default a GPU if there is one. Not together with ``device_map``.
-        revision: of a hub id.
+        dtype: a torch dtype or its name. ``"auto"`` is the checkpoint's own, but float32 on a CPU, where bfloat16 is
+            both slower and less exact. Pass ``"bfloat16"`` to use it anyway.
+        device: the device of the whole model; by default a GPU if there is one. Not together with ``device_map``.
+        revision: branch, tag or commit of a hub id.
         device_map, quantization_config: as in ``from_pretrained``.
-        mask_token_id, block_length: override config.json, or say what it lacks.
-        family: which family it is of, where config.json does not say it or says it of several.
+        mask_token_id, block_length: override or complete config.json.
+        family: the family, if config.json does not determine it.
         adapter: folder or hub id of a LoRA adapter to merge into the weights, such as D2F's for LLaDA or Dream.
         from_pretrained: more arguments of ``from_pretrained``. No remote code is ever run: ``trust_remote_code`` is
-            accepted, since commands carry it, and makes no difference.
+            accepted, because existing commands pass it, but has no effect.
 
     Returns:
-        The model, with a configuration object of its own, and its facts.
+        The model, with its own configuration object, and its facts.
 
     Raises:
-        CheckpointError: everything that makes a checkpoint unusable, in one sentence.
+        CheckpointError: if the checkpoint is unusable, with the reason in one sentence.
     """
     source = resolve(source)
     from_pretrained = {**from_pretrained, "revision": revision, "trust_remote_code": False}
@@ -111,7 +111,7 @@ def checkpoint_facts(
     adapter: str | Path | None = None,
     **hub: Any,
 ) -> Facts:
-    """The facts of a checkpoint from its small files alone; arguments and errors as of :func:`load_checkpoint`."""
+    """The facts of a checkpoint from its small files alone; arguments and errors as in :func:`load_checkpoint`."""
     overrides = {"mask_token_id": mask_token_id, "block_length": block_length}
     return _described(resolve(source), {**hub, "revision": revision}, family, adapter, overrides)[2]
 
@@ -225,7 +225,7 @@ def _is_quantized(native: PreTrainedConfig) -> bool:
 
 
 def _check_size(source: str, family: Family, native: PreTrainedConfig, weights: Mapping[str, Stored]) -> None:
-    """Refuse a configuration of another size than its weights, before anything of that size is built."""
+    """Refuse a configuration whose size differs from its weights, before building a model of that size."""
     stored = sum(math.prod(weight.shape) for weight in weights.values())
     native_class = getattr(transformers, family.native_class)
     model = skeleton(source, native.num_hidden_layers, len(weights), lambda: native_class._from_config(native))

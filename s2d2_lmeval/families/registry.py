@@ -1,4 +1,4 @@
-"""The families that are known, and which of them a configuration is of."""
+"""The known families, and the family of a configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FAMILIES: Registry[Family] = Registry("families")
 """Name -> family, in the order in which messages and pages list them."""
 
-# Diffusion models that transformers runs by itself, and whose decoding is theirs alone.
+# Diffusion models that transformers runs and decodes by itself.
 _SELF_CONTAINED = ("diffusion_gemma",)
 _OF_TRANSFORMERS = ("ForCausalLM", "Model", "ModelLM")
 # Autoregressive models with gated delta networks, by how their model types begin.
@@ -28,10 +28,10 @@ _RECURRENT = ("qwen3_next", "qwen3_5", "qwen3_6", "qwen3_8", "kimi_linear", "olm
 
 
 def register(family: Family) -> Family:
-    """Makes ``family`` known to everything that loads, describes or decodes checkpoints; returns it.
+    """Register ``family`` for everything that loads, describes or decodes checkpoints; returns it.
 
     Raises:
-        CheckpointError: its name, a ``model_type`` or the name of a preset that is another family's already.
+        CheckpointError: if its name, a ``model_type`` or a preset's name already belongs to another family.
     """
     for other in FAMILIES.known():
         shared = family.presets.keys() & other.presets.keys()
@@ -68,12 +68,12 @@ def family_named(name: str) -> Family:
 def identify(config: Mapping[str, Any], source: str = "", family: str | None = None) -> Family:
     """The family of a published config.json.
 
-    ``family`` is the user's word for it; so is the field of config.json that says it. Otherwise the ``model_type``
-    decides, unless the class that config.json names, or something else in it or in the name ``source``, says that this
-    is another model that goes by the same type.
+    The user may name it, by ``family`` or the field of config.json. Otherwise the ``model_type`` decides, unless the
+    class in config.json, or something else in it or in the name ``source``, shows that this is another model under the
+    same type.
 
     Raises:
-        CheckpointError: no known family, or a doubt; the message names the known ones and says what to do.
+        CheckpointError: an unknown family, or a contradiction; the message names the known ones and says what to do.
     """
     told = family if family is not None else config.get(FAMILY_FIELD)
     if told:
@@ -90,7 +90,7 @@ def check_class(family: Family, config: Mapping[str, Any], source: str) -> None:
     """Refuse a config.json of the type of ``family`` that describes another model.
 
     Raises:
-        CheckpointError: naming the class, or what else gives it away.
+        CheckpointError: with the class, or the other evidence.
     """
     remote, listed = _classes(config.get("auto_map")), _strings(config.get("architectures"))
     strange: list[str] = []

@@ -1,4 +1,4 @@
 """How a forward runs: passes, visibility, attention, the key-value cache and the trace.
 
-The runtime knows passes. It has never heard of a decoder.
+The runtime knows passes, but not decoders.
 """

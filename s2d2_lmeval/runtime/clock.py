@@ -1,7 +1,6 @@
-"""The clock of all timings: the wall's, or this process's processor time.
+"""The clock of all timings: wall-clock time, or this process's CPU time.
 
-On a machine that others use as well the wall clock measures them too. With one thread on a CPU, processor time does
-not.
+On a shared machine wall-clock time includes other processes; with one thread on a CPU, CPU time does not.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def now() -> float:
 
 
 def since(started: float) -> float:
-    """Seconds since ``started``; says so where the clock went backwards, so that nobody trusts its rates."""
+    """Seconds since ``started``; warns if the clock went backwards, because rates are then wrong."""
     seconds = now() - started
     if seconds < 0:
         logger.warning(

@@ -1,8 +1,8 @@
-"""What a forward costs on this machine, measured: the ground of every option that can be ``auto``.
+"""Measured costs of forwards on this machine, the basis of every ``auto`` option.
 
-Reading the weights costs the same for one query as for many, so up to some width a forward is nearly free to widen, and
-beyond it every query costs. Where that bend lies depends on the model, the device and the batch; it is measured once
-before a run that asks, never guessed.
+Reading the weights costs the same for one query as for many, so up to some width extra queries are nearly free, and
+beyond it every query costs. That width depends on the model, the device and the batch size; it is measured once, before
+a run that needs it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class CostCurve:
 
     @classmethod
     def measured(cls, queries: np.ndarray, seconds: np.ndarray) -> CostCurve:
-        """From raw measurements: a wider forward is never cheaper, whatever the clock's noise says."""
+        """From raw measurements, smoothed so that a wider forward is never cheaper."""
         return cls(queries, np.maximum.accumulate(seconds))
 
     def __call__(self, queries: np.ndarray | float) -> np.ndarray:

@@ -1,10 +1,10 @@
 """The DFlash drafter: a small block-diffusion model that reads a target's hidden states (arXiv 2602.06036).
 
-Its layers are Qwen3's. What is special: it has no embedding and no head but the target's, and the keys and values of
-the text before the block come not from running that text but from the target's features of it, the outputs of some of
-its layers, fused into one vector per position. So the text is absorbed into the cache as the target decides it, and a
-draft is an ordinary pass over one block after that prefix. What the drafter has to know of the text is handed over on
-the device, at the same positions, so the caches of target and drafter always hold the same text.
+Its layers are Qwen3's, with two differences: it uses the target's embedding and head, and the keys and values of the
+text before the block come from the target's features of that text (the outputs of some of its layers, fused into one
+vector per position) instead of running it. So text enters the cache as the target decides it, and a draft is an
+ordinary pass over one block after that prefix. Features are handed over on the device, at the same positions, so the
+caches of target and drafter always hold the same text.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class FeatureTap:
 
     def __init__(self, backbone: Any, layer_ids: Sequence[int]) -> None:
         layers = backbone.layers
-        # Behind the last layer comes the norm: transformers' hidden states end with its output.
+        # After the last layer comes the norm: transformers' hidden states end with its output.
         modules = [backbone.norm if index == len(layers) - 1 else layers[index] for index in layer_ids]
         self._seen: dict[int, torch.Tensor] = {}
         self._hooks = [module.register_forward_hook(partial(self._see, at)) for at, module in enumerate(modules)]
@@ -176,7 +176,7 @@ class FeatureTap:
         return torch.cat([hidden[0].index_select(0, index.to(hidden.device)).to(device) for hidden in seen], dim=-1)
 
     def clear(self) -> None:
-        """Let go of the last forward's tensors."""
+        """Release the last forward's tensors."""
         self._seen.clear()
 
 

@@ -1,4 +1,4 @@
-"""How many sequences fit into memory, and what is known once fewer do than was thought."""
+"""How many sequences fit into memory, also after an out-of-memory error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_ROWS_ON_CPU, MOST_ROWS = 16, 128
 """Rows in flight beyond which a wider batch no longer decodes faster: a CPU computes, a GPU reads weights."""
 
 SHARE = 0.8
-"""Share of the free memory that is planned with; the rest is for activations and for fragments."""
+"""Share of the free memory to plan for; the rest is for activations and fragmentation."""
 
 LOGIT_COPIES = 6
 """Tables of the size of the wanted logits that a step holds at once, in float32: probabilities, noise, residuals."""

@@ -1,7 +1,7 @@
-"""The pass: what a decoder asks of the model in one forward.
+"""The pass: a decoder's request for one forward of the model.
 
-Each row of the batch brings some query tokens. Every query sees the row's whole committed prefix and those of its
-fellow queries that :attr:`Pass.visible` names; logits are wanted at some of the queries; afterwards the leading
+Each row of the batch has some query tokens. Every query sees the row's whole committed prefix, and the row's other
+queries according to :attr:`Pass.visible`; logits are returned for some of the queries; afterwards the leading
 :attr:`Pass.keep` queries become prefix.
 
 Queries of all rows are packed one after the other (no padding), so a prefill chunk, a draft and a verifier of different

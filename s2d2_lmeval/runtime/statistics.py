@@ -1,4 +1,4 @@
-"""What decoding statistics mean: every ratio that is shown anywhere, as one count over another.
+"""Definitions of the decoding statistics: every reported ratio, as one count over another.
 
 Traces, answers, results files, filters, reports, benches and the command line add up counts and take their ratios from
 :data:`RATIOS`. A ratio whose denominator is zero, or whose counts are not there, is undefined and therefore absent.

@@ -1,4 +1,4 @@
-"""What the forwards of a model did: counted as they happen, and kept one by one for whoever asks."""
+"""Counts of a model's forwards and, on request, a record of each one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who sees whom inside a pass.
+"""Visibility among the queries of a pass.
 
 Every attention pattern of block diffusion is one comparison: a key has a *rank*, a query has a *reach*, and a query
 sees the keys whose rank does not exceed its reach, and itself.
@@ -23,7 +23,7 @@ NOBODY = int(np.iinfo(np.int32).max)
 """Rank of a key that only its own query sees."""
 
 NOTHING = -1
-"""Reach of a query that sees no fellow query but itself."""
+"""Reach of a query that sees only itself among the queries."""
 
 
 def block_end(positions: np.ndarray, block_length: int) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""What tasks need: data, answers in replies, and a sandbox for model-written code."""
+"""Support for tasks: data, answer extraction, and a sandbox for model-written code."""

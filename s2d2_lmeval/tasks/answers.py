@@ -1,4 +1,4 @@
-"""What a model answered: the number at the end of a calculation, the program in a reply."""
+"""Answer extraction: the number at the end of a calculation, the program in a reply."""
 
 from __future__ import annotations
 
