@@ -27,18 +27,18 @@ def generate_block_single(arguments: dict[str, Any]) -> Any:
     """Continue one prompt with pipelined blocks, decided by confidence (D2F, arXiv 2508.09192).
 
     Args:
-        model: what :func:`s2d2_lmeval.load` returns, or a LLaDA or Dream model of transformers (its weights are
+        model: the result of :func:`s2d2_lmeval.load`, or a LLaDA or Dream model of transformers (its weights are
             shared) with the adapter merged.
-        max_length, max_new_tokens: at most so many positions of prompt and answer together, and new tokens; whole
+        max_length, max_new_tokens: maximum positions of prompt and answer together, and maximum new tokens; whole
             blocks only.
         block_size, mask_token_id: as trained: 32, and 126336 (LLaDA) or 151666 (Dream).
         model_type: ``llada`` or ``dream``; must be what the model is.
         eos_token_id: token ids after which no further block opens; the answer ends before the first. None means none.
-        temperature, top_p, top_k: zero drafts the argmax; the filters then only lend it their probability.
-        shift_logits: None, or what is true of the model.
-        include_prompt: answer ids (1, P + new), as evaluation harnesses want them.
+        temperature, top_p, top_k: zero drafts the argmax; the filters then only affect its probability.
+        shift_logits: None, or the model's own value.
+        include_prompt: return ids (1, P + new), as evaluation harnesses expect.
         schedule: ``reference``, or ``fused``, which stops at once when the answer is decided (same ids).
-        device, dtype: taken without effect; the model's own hold.
+        device, dtype: accepted without effect; the model's own are used.
 
     Returns:
         the new ids (new,) without the stop token; with ``return_forward_stats`` a pair of these and ``decoding_order``,

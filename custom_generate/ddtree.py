@@ -1,6 +1,6 @@
 """DFlash and DDTree under their published names: block-diffusion drafts for an autoregressive target.
 
-Both continue one prompt with exactly the target's own law. With the defaults ``random_source="torch"`` and
+Both complete one prompt with exactly the target's own distribution. With the defaults ``random_source="torch"`` and
 ``schedule="reference"`` tokens and acceptance lengths equal the published code's for the same seed.
 """
 
@@ -23,7 +23,7 @@ GREEDY = 1e-5
 
 @dataclass(frozen=True)
 class DraftedAnswer:
-    """What the published functions answer with.
+    """The return value of the published functions.
 
     ``output_ids`` (1, P + new), a stop token included; ``acceptance_lengths`` tokens per round of the target, its own
     included and nothing cut after a stop or the limit; ``stats`` this package's statistics.
@@ -46,9 +46,9 @@ def dflash_generate(arguments: dict[str, Any]) -> DraftedAnswer:
     Args:
         model: what :func:`s2d2_lmeval.load` returns for a target with ``draft=``, or a transformers model.
         mask_token_id: None is the drafter's own; another is refused.
-        block_size: positions of a drafted block, the last decided token included; None is what the drafter was trained
-            for. At 1 nothing is drafted.
-        stop_token_ids: ids that end the answer and are part of it; None is none.
+        block_size: positions of a drafted block, including the last decided token; None is the drafter's own. 1 drafts
+            nothing.
+        stop_token_ids: ids that end the answer and are part of it; None: no ids.
         temperature: of the target; the argmax below :data:`GREEDY`.
         draft: for a transformers model, the folder or hub id of its drafter.
         schedule: ``reference`` (a whole block is drafted in every round), or ``fused`` (not where nothing can come of
@@ -88,7 +88,7 @@ def _decode(decoder: str, arguments: Mapping[str, Any]) -> DraftedAnswer:
     if decoder == "ddtree":
         options["tree_budget"] = block - 1 if arguments["tree_budget"] is None else arguments["tree_budget"]
     budget, sampled = int(arguments["max_new_tokens"]), arguments["temperature"] >= GREEDY
-    # The published loop goes on until one token more than asked for is decided.
+    # The published loop continues until one token more than requested is decided.
     more = decoder != "ar" and len(prompt) + budget < engine.max_context
     config = DecodingConfig(
         **options,

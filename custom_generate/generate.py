@@ -11,7 +11,7 @@ Two ways to the same decoder::
 are those of ``model.generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``,
 ``typical_p``, ``suppress_tokens``, ``bad_words_ids`` and ``sequence_bias`` of single tokens, ``eos_token_id``,
 ``pad_token_id``, ``stopping_criteria``. Decoding options are those of
-:class:`s2d2_lmeval.DecodingConfig`; what is not given is the family's published setting. Left-padded batches are
+:class:`s2d2_lmeval.DecodingConfig`; the default is the family's published setting. Left-padded batches are
 decoded together.
 """
 
@@ -49,7 +49,7 @@ _OF_A_ROW = (
     *(TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper),
     *(SuppressTokensLogitsProcessor, NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor),
 )
-"""What changes one row of logits and looks at nothing else. The decoders do it themselves, to drafts too."""
+"""Processors that depend on one row of logits alone. The decoders apply them themselves, also to drafts."""
 _FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 _OWN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
 _IN_GENERATION_CONFIG = frozenset(GenerationConfig().__dict__)
@@ -75,12 +75,12 @@ def generate(
     stats: list[dict[str, float]] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-    """What ``model.generate(custom_generate=…)`` calls, with this function or with the repository's path.
+    """The function that ``model.generate(custom_generate=…)`` calls, given itself or the repository's path.
 
     Args:
-        input_ids: prompts (B, P), left-padded where ``attention_mask`` (in ``kwargs``) says so.
+        input_ids: prompts (B, P), left-padded according to ``attention_mask`` (in ``kwargs``).
         stats: a list that receives the decoding statistics of every row.
-        kwargs: decoding options, and what else ``model.generate`` hands over. Without ``seed``, keyed randomness has
+        kwargs: decoding options, and other arguments of ``model.generate``. Without ``seed``, keyed randomness has
             seed 0, or with ``do_sample=True`` one drawn from torch's global generator, so that ``torch.manual_seed``
             governs sampling as everywhere in transformers.
 
@@ -93,7 +93,7 @@ def generate(
         RequestError: an input that blocks cannot be decoded from.
     """
     if inputs is not _UNPREPARED:
-        # The path form hands over the arguments of model.generate as they came. Let it prepare them for this function.
+        # The path form passes the raw arguments of model.generate. Let it prepare them for this function.
         given = {"input_ids": input_ids, "inputs": inputs, "stats": stats, **kwargs}
         return model.generate(
             logits_processor=logits_processor,
@@ -133,7 +133,7 @@ def _refuse_other_modes(
         raise RequestError("Blocks are not decoded by beam search: leave num_beams at 1.")
     foreign = [item for item in processors or () if not isinstance(item, _OF_A_ROW)]
     if settings.repetition_penalty == model.generation_config.repetition_penalty:
-        # Nobody asked for it: it is the checkpoint's habit.
+        # The user did not ask for it: it is in the checkpoint's generation config.
         kept = [item for item in foreign if not isinstance(item, RepetitionPenaltyLogitsProcessor)]
         if len(kept) < len(foreign):
             logger.warning(

@@ -1,7 +1,7 @@
-"""What the published entry points have in common: signature and help from a table, the model, the prompt, the answer.
+"""The common part of the published entry points: signature and help from a table, the model, the prompt, the answer.
 
-:func:`published` makes a function of a list of parameters and a body that takes all arguments in one dictionary. What
-its docstring leaves unsaid about an argument is said by the table of decoding options, so each is explained once.
+:func:`published` makes a function from a list of parameters and a body that takes all arguments in one dictionary.
+The table of decoding options completes its docstring, so each argument is explained once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ARGS, _RETURNS = "\n\nArgs:", "\n\nReturns:"
 _RAISES = """
 
 Raises:
-    ConfigError: a name that is no decoding option, a value that is out of range, or not what the model is.
+    ConfigError: a name that is not a decoding option, or a value that is out of range or contradicts the model.
     RequestError: ids that are not one prompt (a table of prompts where rows are decoded together), or a prompt that
         cannot be decoded."""
 _MEANINGS = {name: field.metadata["meaning"] for name, field in FIELDS.items()}

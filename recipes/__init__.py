@@ -1,1 +1,1 @@
-"""How what comes with the package was made; in the repository, not in the wheel."""
+"""How the bundled models and problems were made; in the repository, not in the wheel."""

@@ -1,9 +1,9 @@
 """Train the toy model's drafter: ``python -m recipes.toy.drafter --out s2d2_lmeval/toy/drafter_checkpoint``.
 
-As published (DFlash, arXiv 2602.06036): the target stays as it is; out of each answer come a few blocks that begin at a
-random token of it, all masks behind; places near the block's beginning count more. The target reads the text token by
-token, as in its autoregressive mode, whose greedy tokens the drafter is to guess. Not as published: the drafter begins
-as three of the target's four layers, which can fill masks already, so that minutes on a CPU are enough.
+As published (DFlash, arXiv 2602.06036): the target stays frozen; each answer gives a few blocks that begin at a
+random token of it, followed by masks; positions near the block's beginning weigh more. The target reads the text token
+by token, as in its autoregressive mode, whose greedy tokens the drafter learns. Not as published: the drafter is
+initialised with three of the target's four layers, which can already fill masks, so that minutes on a CPU are enough.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from s2d2_lmeval.toy import checkpoint_path
 
 BLOCK_SIZE, TARGET_LAYER_IDS = 16, (0, 1, 2)
 FIRST_WEIGHTS = (0, 1, 3)
-"""Layers of the target that the drafter's begin as."""
+"""Layers of the target that initialise the drafter."""
 BLOCKS_PER_ANSWER = 4
 DECAY = 7.0
 """Places from the block's beginning over which the weight in the loss falls by e."""

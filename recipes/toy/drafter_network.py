@@ -36,7 +36,7 @@ class BlockLayer(Layer):
         self.self_attn: BlockAttention = BlockAttention(shape)
 
     def over(self, context: Tensor, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> Tensor:
-        """As :meth:`BlockAttention.over`, behind the norms and with the residual connections."""
+        """As :meth:`BlockAttention.over`, with norms before it and residual connections."""
         x = x + self.self_attn.over(context, self.input_layernorm(x), cos, sin, visible)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -71,7 +71,7 @@ class DrafterNetwork(nn.Module):
         Args:
             target: the model whose features are read.
             tokens: (rows, L) text.
-            blocks: (rows, K, B) a token of the text and masks behind it.
+            blocks: (rows, K, B) a token of the text and masks after it.
             starts: (rows, K) position of that token; the block sees what comes before, and itself.
             wanted: (rows, K, B) bool, where logits are read.
         """

@@ -1,8 +1,8 @@
 """Train the toy model: ``python -m recipes.toy.train --minutes 80 --out build/toy``.
 
 Every step draws new problems of the three corpora, renders half of them raw and half in the chat format, and trains on
-one block size of 1, 4, 8 and 16. The learning rate decays to the end of the time given, so the recipe fits any machine
-and any patience.
+one block size of 1, 4, 8 and 16. The learning rate decays until the end of the given time, so the recipe fits any
+machine and time budget.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def read_shares(text: str) -> dict[str, float]:
     """``arithmetic=0.5,programs=0.25,instructions=0.25`` as numbers.
 
     Raises:
-        argparse.ArgumentTypeError: for a corpus that does not exist, or a share that is no positive number.
+        argparse.ArgumentTypeError: for a corpus that does not exist, or a share that is not a positive number.
     """
     try:
         shares = {name: float(share) for name, share in (part.split("=") for part in text.split(","))}

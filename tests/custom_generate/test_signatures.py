@@ -88,7 +88,7 @@ def test_help_of_what_extends_another_says_its_own_first() -> None:
     assert own == "Longer.\n\nArgs:\n    temperature: of this one.\n    "
     assert "    cache_ver: commit with token-causal attention (AR-like caching).\n" in shared
     assert shared.partition(
-        "\n\nReturns:\n    all of it.\n\nRaises:\n    ConfigError: a name that is no decoding option"
+        "\n\nReturns:\n    all of it.\n\nRaises:\n    ConfigError: a name that is not a decoding option"
     )[2]
     names = ["temperature", "model", "stop", "input_ids", "top_k", "seed", "kwargs", "cache_ver", "min_p"]
     assert explained(longer) == names

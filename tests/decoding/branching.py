@@ -30,6 +30,6 @@ class Path:
         return taken
 
     def first_rejected(self, accepts: Sequence[float]) -> int:
-        """Where the first rejection falls if every place is accepted with its probability; behind all: nowhere."""
+        """Where the first rejection falls if every place is accepted with its probability; after the last: nowhere."""
         rejections = [math.prod(accepts[:place]) * (1 - accept) for place, accept in enumerate(accepts)]
         return self.branch([*rejections, math.prod(accepts)])

@@ -116,7 +116,7 @@ def test_equals_ar_in_a_thousand_cases(family: str, batch: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ar_is_what_a_plain_model_writes_without_cache(family: str) -> None:
-    """Un-shifted models are asked by a mask behind the text, shifted ones by their last token."""
+    """Un-shifted models are asked by a mask after the text, shifted ones by their last token."""
     model = ENGINES[family]()
     plain = {
         "sdar": lambda: tiny.tiny_model(dtype=torch.float64),
@@ -166,7 +166,7 @@ def test_the_trace_counts_windows_and_depths() -> None:
 
 
 def test_a_stop_rule_inside_a_path() -> None:
-    """The rule keeps tokens of the middle of a path; nothing behind them is shown."""
+    """The rule keeps tokens of the middle of a path; nothing after them is shown."""
     model = engine(dtype=torch.float64)
     prompt = [3, 1, 4, 1, 5]
     whole = model.generate([prompt], {"decoder": "sliding", "row_budget": 64}, max_new_tokens=20)[0]

@@ -47,7 +47,7 @@ def settled(one: ThroughputPolicy, pace: float = 1.0) -> ThroughputPolicy:
 
 
 def test_verifies_exactly_where_the_gain_pays_for_the_time() -> None:
-    # Guesses in the range around 0.5 + 1/16: expected prefix p + p² + p³ + p⁴, and a token behind a rejection.
+    # Guesses in the range around 0.5 + 1/16: expected prefix p + p² + p³ + p⁴, and a token after a rejection.
     p = 0.5 + 0.5 / BINS
     gain = sum(p**n for n in range(1, L + 1)) + 1 - p**L
     for pace in (0.5, 1.0, 3.0):

@@ -106,7 +106,7 @@ def test_repeats_differ(requests: Any, lm: S2D2LM) -> None:
 
 
 def test_stop_strings_end_decoding_inside_a_block(requests: Any, lm: S2D2LM) -> None:
-    """The text is the prefix that the harness would cut; the statistics count no token behind the stop."""
+    """The text is the prefix that the harness would cut; the statistics count no token after the stop."""
     prompt = PROMPTS[1]
     (free,) = lm.generate_until(requests([prompt], max_gen_toks=16), disable_tqdm=True)
     letters = [letter for letter in free if letter.isascii()]

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 
 def commands(target: str, *variables: str) -> list[list[str]]:
-    """The package's commands that a target would run, as words behind ``s2d2-lmeval``."""
+    """The package's commands that a target would run, as the words after ``s2d2-lmeval``."""
     shown = subprocess.run(
         ["make", "-n", target, *variables], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.replace("\\\n", " ")
