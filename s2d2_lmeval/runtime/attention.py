@@ -11,10 +11,11 @@ Back ends:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,17 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from s2d2_lmeval.errors import ConfigError, shown
+from s2d2_lmeval.errors import ConfigError, first_line, shown
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.passes import Pass
 
+logger = logging.getLogger("s2d2_lmeval")
+
 NAME = "s2d2"
 BACKENDS = ("sdpa", "flash")
+
+OLDEST = (8, 0)
+"""Compute capability that flash-attn asks for."""
 
 Part = tuple[torch.Tensor, torch.Tensor]
 """Attention (R, W, heads, dim) over some of the keys, and its log-sum-exp (R, heads, W), in float32."""
@@ -35,6 +41,13 @@ Part = tuple[torch.Tensor, torch.Tensor]
 GROUPED = 64
 """Queries per row up to which those that share a key head are laid side by side: then every key is read once for all
 of them, where torch would repeat it. A wide pass computes more than it reads, and its mask would grow.
+"""
+
+
+GRAIN = {"cpu": 16, "cuda": 128}
+"""Cache positions that attention reads are a multiple of this. Kernels add up a ragged rest in another order, which in
+bfloat16 is another number: with whole vectors a row's attention does not depend on what it is batched with. And cuDNN
+builds a plan for every shape that it has not seen.
 """
 
 
@@ -56,7 +69,9 @@ def choose_backend(attention: str, device: torch.device | None = None, dtype: to
     if attention == "auto":
         return "flash" if on_gpu and half and prefix_kernel() is not None else "sdpa"
     if prefix_kernel() is None:
-        raise ConfigError("attention=flash needs flash-attn: pip install flash-attn, or use attention=sdpa.")
+        raise ConfigError(
+            "attention=flash needs flash-attn 2 or 3 and a GPU of compute capability 8.0 or more; use attention=sdpa."
+        )
     if not (on_gpu and half):
         raise ConfigError("attention=flash runs on CUDA in bfloat16 or float16 only; use attention=sdpa.")
     return "flash"
@@ -91,7 +106,7 @@ class AttentionContext:
         layout, device = request.layout, request.tokens.device
         rows, widest = len(layout.slots), layout.widest
         prefix = cache.lengths[layout.slots]
-        span = int((prefix + layout.widths).max())
+        span = min(rounded(int((prefix + layout.widths).max()), device), cache.capacity)
         ragged = layout.queries != rows * widest
         in_order = np.array_equal(layout.slots, np.arange(rows))
 
@@ -142,6 +157,12 @@ class AttentionContext:
             bias = bias.masked_fill_(~self.mask, -torch.inf)
             self._biases[dtype, groups] = bias.repeat(1, 1, groups, 1)
         return self._biases[dtype, groups]
+
+
+def rounded(positions: int, device: torch.device) -> int:
+    """``positions``, rounded up to what attention reads at a time (:data:`GRAIN`)."""
+    grain = GRAIN.get(device.type, 1)
+    return -(-positions // grain) * grain
 
 
 def prefix_mask(visible: torch.Tensor, lengths: torch.Tensor, span: int) -> torch.Tensor:
@@ -221,21 +242,29 @@ def _flash(
 
 @cache
 def prefix_kernel() -> Callable[..., Part] | None:
-    """flash-attn 3 if it is there, else flash-attn 2, else None.
+    """flash-attn 3 if it is there and works, else flash-attn 2, else None.
 
     A kernel takes queries (R, W, heads, dim), the storage of keys and of values (slots, capacity, key-value heads,
     dim), lengths (R,), slots (R,) or None (the first R) and a scale; it gives the attention over the first ``lengths``
     positions of each row's slot.
     """
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < OLDEST:
         return None
-    if find_spec("flash_attn_interface") is not None:
-        from flash_attn_interface import flash_attn_with_kvcache
-    elif find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_with_kvcache
-    else:
+    found = map(_attend_of, ("flash_attn_interface", "flash_attn"))
+    return next((partial(_by_library, attend) for attend in found if attend is not None), None)
+
+
+def _attend_of(library: str) -> Callable[..., Any] | None:
+    """The function of a flash-attn release; None where it is not installed, or not usable here."""
+    try:
+        attend: Callable[..., Any] = import_module(library).flash_attn_with_kvcache
+    except ModuleNotFoundError:
         return None
-    return partial(_by_library, flash_attn_with_kvcache)
+    except (ImportError, AttributeError, OSError) as error:
+        # Built for another torch, or a release without this function (flash-attn 4).
+        logger.warning("%s is installed but cannot be used here (%s).", library, first_line(error))
+        return None
+    return attend
 
 
 def _by_library(

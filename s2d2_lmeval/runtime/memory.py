@@ -20,6 +20,10 @@ LOGIT_COPIES = 6
 """Tables of the size of the wanted logits that a step holds at once, in float32: probabilities, noise, residuals."""
 
 
+_FAILED_ALLOCATIONS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""How failed allocations end that have no class of their own: torch's on a CPU, and workspaces of CUDA's libraries."""
+
+
 @dataclass
 class RowLimit:
     """How many rows may be in flight: ``asked`` for a number, or ``auto`` for as many as memory holds.
@@ -84,7 +88,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that an allocation failed; torch's allocator for the CPU has no class of its own."""
+    """Whether ``error`` says that an allocation failed."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _FAILED_ALLOCATIONS)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from s2d2_lmeval.runtime import clock
-from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend
+from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend, rounded
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, widths_to_measure
 from s2d2_lmeval.runtime.memory import SHARE, bytes_per_row, free_bytes
@@ -50,7 +50,10 @@ class Runner:
 
         Room already there is used again.
         """
+        capacity = rounded(capacity, self.device)
         if slots > self.cache.slots or capacity > self.cache.capacity:
+            if self.static is not None:
+                self.static.clear()  # its graphs hold the old cache, and both at once may be too much
             self.cache = SlotCache(slots, capacity)
         self.cache.lengths[:] = 0
 
@@ -161,4 +164,5 @@ class Runner:
             pass_context=context,
         ).last_hidden_state
         logits = self.head(hidden[0].index_select(0, wanted.to(hidden.device)))
-        return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        return logits.to(self.device, non_blocking=True)  # a head may lie on another device than the decoder's tables

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -290,6 +292,30 @@ def test_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attention.choose_backend("auto", cpu) == "sdpa"
     with pytest.raises(ConfigError, match="in bfloat16 or float16 only"):
         attention.choose_backend("flash", cuda, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise ImportError('undefined symbol: _ZN2at4_ops5zeros')", "undefined symbol"),  # built for another torch
+        ("", "has no attribute 'flash_attn_with_kvcache'"),  # flash-attn 4 has no such function
+        ("def flash_attn_with_kvcache(): ...", None),
+    ],
+)
+def test_a_library_that_does_not_work_is_not_used(
+    code: str, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "flash_attn.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    kernel = attention.prefix_kernel.__wrapped__
+    assert (kernel() is None) == (said is not None)
+    assert said is None or said in caplog.text
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert kernel() is None
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
 
 
 def test_the_librarys_arguments() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -9,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.runtime import memory, runner
 from s2d2_lmeval.runtime.memory import RowLimit, bytes_per_position, free_bytes, out_of_memory
+from s2d2_lmeval.runtime.passes import Layout, Pass
 from s2d2_lmeval.runtime.runner import Runner
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -66,6 +71,9 @@ def test_this_machine_has_memory() -> None:
 def test_what_counts_as_out_of_memory() -> None:
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert out_of_memory(MemoryError())
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
+    assert not out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
@@ -82,3 +90,28 @@ def test_costs_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.measure_costs(2, 8) is curve
     with pytest.raises(TypeError):  # another batch is another matter
         machine.measure_costs(1, 8)
+
+
+def test_a_new_cache_does_not_live_beside_the_old_one() -> None:
+    """Captured graphs hold the cache that they write to."""
+    held = Runner(tiny(), static_shapes=True)
+    held.reserve(1, 64)
+    place = torch.zeros(1, dtype=torch.long)
+    visible = torch.ones(1, 1, 1, dtype=torch.bool)
+    held.forward(Pass(Layout(np.arange(1), np.ones(1, dtype=int)), place, place, visible, place, np.ones(1, dtype=int)))
+    old = weakref.ref(held.cache)
+    held.reserve(1, 640)
+    assert old() is None
+
+
+def test_logits_go_to_where_tokens_came_in() -> None:
+    """The head of a model that is spread over devices may lie on another one. Here that is ``meta``, which can be
+    copied from nowhere: that it is tried shows that the logits move.
+    """
+    spread = Runner(tiny())
+    spread.reserve(1, 64)
+    spread.head.to("meta")
+    spread.backbone = lambda **_: SimpleNamespace(last_hidden_state=torch.zeros(1, 1, 32, device="meta"))
+    place = torch.zeros(1, dtype=torch.long)
+    with pytest.raises(NotImplementedError, match="out of meta tensor"):
+        spread._run(place, place, SimpleNamespace(destinations=place), place)
