@@ -185,7 +185,8 @@ class BlockDiffusionModel:
             self._check(index, ids, int(budget))
             requests.append(Request(ids, int(budget), int(key), None if stop is None else partial(stop, index)))
         engine = self.engine_class(self._runner, self.facts, resolved, self.trace, self.rows)
-        return engine.run(requests, on_finished)
+        with self._runner.as_current_device():
+            return engine.run(requests, on_finished)
 
     def score(
         self,
@@ -222,7 +223,8 @@ class BlockDiffusionModel:
             pairs.append((context, continuation))
         facts = self.facts
         scorer = Scorer(self._runner, facts.mask_token_id, facts.token_shift, self.trace, self.rows)
-        return scorer.run(pairs, on_scored)
+        with self._runner.as_current_device():
+            return scorer.run(pairs, on_scored)
 
     @property
     def max_score_length(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +46,12 @@ class Runner:
         self.static: StaticShapes | None = None
         if on_cuda if static_shapes is None else static_shapes:
             self.static = StaticShapes(self._run, self.attention, self.device, captures=on_cuda)
+
+    def as_current_device(self) -> AbstractContextManager[Any]:
+        """Makes the model's GPU the current one: graphs, Triton kernels and events go to that, whatever device their
+        tensors lie on.
+        """
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def reserve(self, slots: int, capacity: int) -> None:
         """Make room for ``slots`` sequences of ``capacity`` positions and empty all slots.

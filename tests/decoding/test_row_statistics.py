@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import ModuleType
 
 import pytest
 import torch
@@ -132,3 +133,20 @@ def test_the_kernel_in_tritons_interpreter() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_kernel_on_the_device(shape: tuple[int, int], dtype: torch.dtype) -> None:
     check(drawn(*shape).to("cuda", dtype), 2e-5)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_triton_that_cannot_compile_is_not_used(
+    works: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compiled(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not works:
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+        return tuple(in_torch(logits))
+
+    kernel = ModuleType("row_statistics_kernel")
+    kernel.in_triton = compiled  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "s2d2_lmeval.decoding.sampling.row_statistics_kernel", kernel)
+    monkeypatch.setattr(module, "find_spec", lambda name: name)
+    assert module.triton_works.__wrapped__(torch.device("cpu")) is works
+    assert ("Failed to find C compiler" in caplog.text) is not works

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from s2d2_lmeval import load
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.runtime import memory, runner
 from s2d2_lmeval.runtime.memory import RowLimit, bytes_per_position, free_bytes, out_of_memory
@@ -115,3 +118,49 @@ def test_logits_go_to_where_tokens_came_in() -> None:
     place = torch.zeros(1, dtype=torch.long)
     with pytest.raises(NotImplementedError, match="out of meta tensor"):
         spread._run(place, place, SimpleNamespace(destinations=place), place)
+
+
+def test_a_run_makes_its_gpu_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[object] = [CPU]
+
+    @contextmanager
+    def device(where: torch.device) -> Iterator[None]:
+        current.append(where)
+        yield
+        current.pop()
+
+    second = Runner(tiny())
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with second.as_current_device():
+        assert current == [CPU]
+    second.device = torch.device("cuda", 1)
+    with second.as_current_device():
+        assert current[-1] == second.device
+    assert current == [CPU]
+
+
+@pytest.mark.parametrize("run", ["generate", "score"])
+def test_runs_are_inside_of_it(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load("toy", max_batch=1)
+    inside: list[bool] = []
+    forward = Runner.forward
+
+    @contextmanager
+    def entered(runner: Runner) -> Iterator[None]:
+        runner.entered = True
+        yield
+        runner.entered = False
+
+    def noted(runner: Runner, request: Pass) -> torch.Tensor:
+        inside.append(runner.entered)
+        return forward(runner, request)
+
+    monkeypatch.setattr(Runner, "entered", False, raising=False)
+    monkeypatch.setattr(Runner, "as_current_device", entered)
+    monkeypatch.setattr(Runner, "forward", noted)
+    if run == "generate":
+        model.generate([[5, 6, 7]], {"decoder": "ar", "max_new_tokens": 2})
+    else:
+        model.score([([5, 6], [7])])
+    assert inside
+    assert all(inside)

@@ -7,11 +7,16 @@ in the CPU cache. The probabilities of the whole batch are never materialised.
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+
+from s2d2_lmeval.errors import first_line
+
+logger = logging.getLogger("s2d2_lmeval")
 
 ELEMENTS_AT_ONCE = 1 << 17
 """Logits that the torch version processes at a time."""
@@ -37,7 +42,7 @@ class RowStatistics(NamedTuple):
 
 def row_statistics(logits: torch.Tensor) -> RowStatistics:
     """The statistics of ``logits`` (M, V); minus infinity rules a token out, NaN makes its row NaN."""
-    if logits.device.type == "cuda" and logits.dtype != torch.float64 and _has_triton():
+    if logits.device.type == "cuda" and logits.dtype != torch.float64 and triton_works(logits.device):
         from s2d2_lmeval.decoding.sampling.row_statistics_kernel import in_triton
 
         return RowStatistics(*in_triton(logits))
@@ -62,8 +67,18 @@ def probability_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def triton_works(device: torch.device) -> bool:
+    """Whether the kernel runs on ``device``: Triton needs a C compiler and Python's headers when it first compiles."""
+    if find_spec("triton") is None:
+        return False
+    from s2d2_lmeval.decoding.sampling.row_statistics_kernel import in_triton
+
+    try:
+        in_triton(torch.zeros(1, 16, device=device))
+    except Exception as error:
+        logger.warning("Triton is installed but does not run here (%s); torch stands in for it.", first_line(error))
+        return False
+    return True
 
 
 def in_torch(logits: torch.Tensor) -> RowStatistics:
