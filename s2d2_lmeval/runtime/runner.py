@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from s2d2_lmeval.runtime import clock
@@ -17,6 +17,8 @@ from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, widths_to_measur
 from s2d2_lmeval.runtime.memory import SHARE, bytes_per_row, free_bytes
 from s2d2_lmeval.runtime.passes import TARGET, Layout, Pass
 from s2d2_lmeval.runtime.static import StaticShapes
+
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Runner:
@@ -47,11 +49,16 @@ class Runner:
         if on_cuda if static_shapes is None else static_shapes:
             self.static = StaticShapes(self._run, self.attention, self.device, captures=on_cuda)
 
-    def as_current_device(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def as_current_device(self) -> Iterator[None]:
         """Makes the model's GPU the current one: graphs, Triton kernels and events go to that, whatever device their
-        tensors lie on.
+        tensors lie on. Leaves out cuDNN's attention, which builds a plan for every shape that it has not seen.
         """
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self.device), sdpa_kernel(_KERNELS):
+            yield
 
     def reserve(self, slots: int, capacity: int) -> None:
         """Make room for ``slots`` sequences of ``capacity`` positions and empty all slots.

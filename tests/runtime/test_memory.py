@@ -136,6 +136,7 @@ def test_a_run_makes_its_gpu_the_current_one(monkeypatch: pytest.MonkeyPatch) ->
     second.device = torch.device("cuda", 1)
     with second.as_current_device():
         assert current[-1] == second.device
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert current == [CPU]
 
 
