@@ -28,9 +28,8 @@ from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
 
 logger = logging.getLogger("s2d2_lmeval")
 
-PREFILL_CHUNK = 512
-"""Maximum number of prompt tokens per row and forward."""
-
+PREFILL_CHUNK, PREFILL_TOKENS = 512, 8192
+"""Maximum number of prompt tokens per row and forward, and per forward of all rows: activations are not planned for."""
 
 LOGITS_OF_A_ROW = 64
 """Logits per row that memory is planned for; decoders of whole blocks may want two blocks."""
@@ -144,6 +143,8 @@ class Engine:
             wanted = max(2 * self.config.block_length, LOGITS_OF_A_ROW)
             most = min(most, self.runner.rows_that_fit(decoder(setup).capacity, wanted))
         self.slots = most
+        if not published:
+            setup = replace(setup, prefill_chunk=max(min(PREFILL_CHUNK, PREFILL_TOKENS // most), 1))
         self.decoder = decoder(replace(setup, slots=most))
         self.rows = self.decoder.rows
         # Published code runs every prompt whole.

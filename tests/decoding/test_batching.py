@@ -111,3 +111,17 @@ def test_equal_prompts_with_other_seeds_sample_otherwise_and_with_the_same_seed_
     answers = engine().generate([[1, 2, 3]] * 5, config, seeds=[0, 1, 2, 3, 0])
     assert answers[0].token_ids == answers[4].token_ids
     assert len({tuple(answer.token_ids) for answer in answers}) == 4
+
+
+@pytest.mark.parametrize("decoder", ["ar", "dynamic", "sliding"])
+def test_the_prompts_of_a_forward_are_bounded(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[(i + j) % MASK for j in range(60)] for i in range(4)]
+    model = engine(max_batch=4)
+    options = {"decoder": decoder, "max_new_tokens": 6}
+    expected = [answer.token_ids for answer in model.generate(prompts, options)]
+    monkeypatch.setattr("s2d2_lmeval.decoding.engine.PREFILL_TOKENS", 64)
+    model.trace.reset(keep_records=True)
+    assert [answer.token_ids for answer in model.generate(prompts, options)] == expected
+    prefills = [record for record in model.trace.records if set(record.kinds) == {"prefill"}]
+    assert len(prefills) >= 3
+    assert max(int(record.widths.sum()) for record in prefills) <= 64
