@@ -19,7 +19,7 @@ import torch
 
 from s2d2_lmeval.toy import embedded
 
-ANSWERS = 1
+ANSWERS = 2
 """Raised with every change after which the same request gets another answer or score (not for comments, speed or
 messages). A test compares the answers of each number with recorded ones."""
 
