@@ -44,11 +44,15 @@ of them, where torch would repeat it. A wide pass computes more than it reads, a
 """
 
 
-GRAIN = {"cpu": 16, "cuda": 128}
-"""Cache positions that attention reads are a multiple of this. Kernels add up a ragged rest in another order, which in
-bfloat16 is another number: with whole vectors a row's attention does not depend on what it is batched with. And cuDNN
-builds a plan for every shape that it has not seen.
-"""
+def grain_of(device: torch.device, dtype: torch.dtype) -> int:
+    """Attention reads a multiple of so many cache positions.
+
+    Kernels add up a ragged rest in another order, which in half precision is another number: with whole vectors a row's
+    attention does not depend on what it is batched with. On CUDA every new shape costs a plan besides.
+    """
+    if device.type == "cuda":
+        return 128
+    return 16 if dtype in (torch.bfloat16, torch.float16) else 1
 
 
 def choose_backend(attention: str, device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
@@ -101,12 +105,12 @@ class AttentionContext:
     _biases: dict[tuple[torch.dtype, int], torch.Tensor] = field(default_factory=dict, init=False)
 
     @classmethod
-    def build(cls, request: Pass, cache: SlotCache, backend: str = "sdpa") -> AttentionContext:
+    def build(cls, request: Pass, cache: SlotCache, backend: str = "sdpa", grain: int = 1) -> AttentionContext:
         """Prepare the attention of ``request`` on ``cache``, before the forward that writes to it."""
         layout, device = request.layout, request.tokens.device
         rows, widest = len(layout.slots), layout.widest
         prefix = cache.lengths[layout.slots]
-        span = min(rounded(int((prefix + layout.widths).max()), device), cache.capacity)
+        span = min(-(-int((prefix + layout.widths).max()) // grain) * grain, cache.capacity)
         ragged = layout.queries != rows * widest
         in_order = np.array_equal(layout.slots, np.arange(rows))
 
@@ -157,12 +161,6 @@ class AttentionContext:
             bias = bias.masked_fill_(~self.mask, -torch.inf)
             self._biases[dtype, groups] = bias.repeat(1, 1, groups, 1)
         return self._biases[dtype, groups]
-
-
-def rounded(positions: int, device: torch.device) -> int:
-    """``positions``, rounded up to what attention reads at a time (:data:`GRAIN`)."""
-    grain = GRAIN.get(device.type, 1)
-    return -(-positions // grain) * grain
 
 
 def prefix_mask(visible: torch.Tensor, lengths: torch.Tensor, span: int) -> torch.Tensor:

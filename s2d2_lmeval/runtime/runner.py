@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from s2d2_lmeval.runtime import clock
-from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend, rounded
+from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend, grain_of
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, widths_to_measure
 from s2d2_lmeval.runtime.memory import SHARE, bytes_per_row, free_bytes
@@ -39,6 +39,7 @@ class Runner:
         self.backbone = model.get_decoder()
         self.head = model.get_output_embeddings()
         self.device = model.get_input_embeddings().weight.device
+        self.grain = grain_of(self.device, model.dtype)
         self.cache = SlotCache(0, 0)
         self.model_seconds = 0.0
         """Time inside the model; on CUDA as of the last :meth:`synchronize`."""
@@ -65,7 +66,7 @@ class Runner:
 
         Room already there is used again.
         """
-        capacity = rounded(capacity, self.device)
+        capacity = -(-capacity // self.grain) * self.grain
         if slots > self.cache.slots or capacity > self.cache.capacity:
             if self.static is not None:
                 self.static.clear()  # its graphs hold the old cache, and both at once may be too much
@@ -141,7 +142,7 @@ class Runner:
         started, mark = clock.now(), self._mark()
         logits = None if self.static is None else self.static.forward(request, self.cache)
         if logits is None:
-            context = AttentionContext.build(request, self.cache, self.attention)
+            context = AttentionContext.build(request, self.cache, self.attention, self.grain)
             logits = self._run(request.tokens, request.positions, context, request.wanted)
         self.cache.commit(request.layout.slots, request.keep)
         end = self._mark()

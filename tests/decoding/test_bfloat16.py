@@ -1,7 +1,7 @@
 """In bfloat16 too, on a CPU, an answer does not depend on its batch, and ``sliding`` writes what ``ar`` writes.
 
 Random weights are the worst case: nearly every choice is close. Attention reads whole vectors of positions
-(:data:`s2d2_lmeval.runtime.attention.GRAIN`); where it does not, half of these answers differ.
+(:func:`s2d2_lmeval.runtime.attention.grain_of`); where it does not, half of these answers differ.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from s2d2_lmeval import BlockDiffusionModel, load
-from s2d2_lmeval.runtime import attention
 
 from .tiny import DATA
 
@@ -48,5 +47,5 @@ def test_an_answer_does_not_depend_on_its_batch(options: dict[str, Any]) -> None
 
 
 def test_with_ragged_reads_they_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "GRAIN", {})
+    monkeypatch.setattr(model()._runner, "grain", 1)
     assert answers(8, decoder="ar") != answers(1, decoder="ar")
