@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ STOREYS = (
 )
 """Rooms from the ground up; a file imports from its own storey and those below."""
 
-LONGEST_FILE = 400
+LONGEST_FILE, LONGEST_FUNCTION, MOST_FILES = 400, 60, 14
 
 
 def files() -> dict[str, Path]:
@@ -128,6 +129,18 @@ def test_files_can_be_read_at_once(folder: str) -> None:
         for path in (REPOSITORY / folder).rglob("*.py")
         if len(path.read_text(encoding="utf-8").splitlines()) > LONGEST_FILE
     }
+    assert not long
+
+
+def test_folders_and_functions_can_be_read_at_once() -> None:
+    full = Counter(path.parent for path in FILES.values() if path.name != "__init__.py")
+    assert not [folder for folder, count in full.items() if count > MOST_FILES]
+    long = [
+        (module, node.name)
+        for module, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > LONGEST_FUNCTION
+    ]
     assert not long
 
 
