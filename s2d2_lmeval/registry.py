@@ -133,9 +133,13 @@ class Registry(Mapping[str, PartT], Generic[PartT]):
 
     def _filled_parts(self) -> dict[tuple[str, str], PartT]:
         if not self._filled:
-            self._filled = True
-            for module in self.modules:
-                import_module(module)
+            self._filled = True  # now: what is imported registers itself, and must not begin anew
+            try:
+                for module in self.modules:
+                    import_module(module)
+            except BaseException:
+                self._filled = False  # half a registry would refuse what it should know
+                raise
             for point in entry_points(group=f"s2d2_lmeval.{self.kind}"):
                 _load(point)
         return self._parts

@@ -19,7 +19,7 @@ from s2d2_lmeval import DecodingConfig, load, register_decoder
 from s2d2_lmeval.cli import main
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness.upstream import include_path
-from s2d2_lmeval.registry import DECODERS, ESTIMATORS, POLICIES, STRATEGIES
+from s2d2_lmeval.registry import DECODERS, ESTIMATORS, POLICIES, STRATEGIES, Registrar
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
 LONGEST = 60
@@ -163,6 +163,19 @@ def test_installed_it_is_a_decoder_of_lm_eval(installed: dict[str, str], tmp_pat
         [sys.executable, "-m", "s2d2_lmeval", "options", "longest_echo"], env=installed, capture_output=True, text=True
     )
     assert "how often a token may be written in a row" in listed.stdout
+
+
+def test_a_registry_is_filled_whoever_asks_first() -> None:
+    code = "from s2d2_lmeval.decoding.options.spiffy import BASES; print(*BASES)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert set(shown.split()) == {"editing", "dynamic", "static", "sequential", "entropy_bounded"}
+
+
+def test_a_registry_that_could_not_be_filled_is_not_taken_for_a_full_one() -> None:
+    registry = Registrar("strategies", "a_module_that_is_not_there")
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError):
+            list(registry)
 
 
 @pytest.mark.parametrize("first", ["rounds.target", "pipelined.s2d2", "blocks.subblocks", "blocks.editing"])

@@ -14,7 +14,8 @@ class _Bases(Iterable[str]):
     """The decoders whose steps can be skipped."""
 
     def __iter__(self) -> Iterator[str]:
-        fitting = {scheme for part in DECODERS.known() if part.accelerates for scheme in part.schemes}
+        every = [part for name in DECODERS for part in DECODERS.all(name)]
+        fitting = {scheme for part in every if part.accelerates for scheme in part.schemes}
         return (name for name in DECODERS if DECODERS[name].plain and fitting.intersection(DECODERS[name].schemes))
 
 
