@@ -31,22 +31,25 @@ _CLOCKS = {"wall": "wall clock", "cpu": "processor time"}
 
 COMPARED = "ar,dynamic,s2d2,s2d2:reference,s2d2:lookahead,sliding"
 
+_NUMBERS = {
+    "block_length": (16, "of block decoders"),
+    "prompts": (16, "how many"),
+    "prompt_length": (64, "of random prompts"),
+    "new_tokens": (64, "per prompt"),
+    "repeats": (3, "measured runs of each"),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     model = "a checkpoint, or sdar-100m or sdar-8b for random weights of that shape (default: toy)"
     parser.add_argument("--model", type=nonempty, default="toy", help=model)
-    decoders = "comma-separated DECODER[:SCHEDULE][+OPTION=VALUE…] (default: %(default)s)"
-    parser.add_argument("--decoders", default=COMPARED, metavar="LIST", help=decoders)
-    parser.add_argument("--batch", default="1,8", metavar="LIST", help="rows in flight (default: %(default)s)")
-    for name, default, what in (
-        ("block_length", 16, "of block decoders"),
-        ("prompts", 16, "how many"),
-        ("prompt_length", 64, "of random prompts"),
-        ("new_tokens", 64, "per prompt"),
-        ("repeats", 3, "measured runs of each"),
-    ):
-        parser.add_argument(f"--{name}", type=whole(), default=default, help=f"{what} (default: %(default)s)")
+    parser.add_argument("--draft", type=nonempty, metavar="PATH", help="a DFlash drafter for it, or toy")
+    decoders = f"comma-separated DECODER[:SCHEDULE][+OPTION=VALUE…] (default: {COMPARED})"
+    parser.add_argument("--decoders", metavar="LIST", help=decoders)
+    parser.add_argument("--batch", metavar="LIST", help="rows in flight (default: 1,8)")
+    for name, (default, what) in _NUMBERS.items():
+        parser.add_argument(f"--{name}", type=whole(), help=f"{what} (default: {default})")
     script = "replace logits by a script in which this share of drafted tokens is correct; for random weights"
     parser.add_argument("--scripted_acceptance", type=real(0, 1), metavar="RATE", help=script)
     parser.add_argument(
@@ -54,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="for the toy: answer --prompts held-out problems of each corpus, and show accuracy, tokens/forward and "
         "how many answers equal the first decoder's, instead of times",
+    )
+    parser.add_argument(
+        "--launches",
+        action="store_true",
+        help="on a pretend GPU: count a step's launches, transfers, waits and replays, and what a GPU would refuse; of "
+        "every decoder and schedule, in batches of 1,8,32, 24 new tokens of a few more prompts than rows",
     )
     parser.add_argument("--no_baselines", action="store_true", help="leave out the plain transformers loops")
     parser.add_argument("--device", help="cuda, cpu, … (default: cuda if there is one)")
@@ -75,14 +84,18 @@ def run(args: argparse.Namespace) -> int:
 
     if args.answers and args.model != "toy":
         raise ConfigError("--answers scores the toy's held-out problems: use --model toy, or an evaluation for others.")
+    _fill_in(args)
     console = begin(args.threads)
     clock.choose(args.clock)
     device = torch.device(choose_device(args.device, None))
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"--dtype {shown(args.dtype)} is not a floating point type; try float32 or bfloat16.")
-    plain, model = _models(args.model, device, dtype)
-    report = _show_answers(args, model, console) if args.answers else _show_speed(args, plain, model, console)
+    plain, model = _models(args.model, args.draft, device, dtype)
+    if args.launches:
+        report = _show_launches(args, model, console)
+    else:
+        report = _show_answers(args, model, console) if args.answers else _show_speed(args, plain, model, console)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -96,6 +109,43 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _fill_in(args: argparse.Namespace) -> None:
+    """Defaults that depend on what is measured."""
+    if args.launches:
+        without = ("answers", "scripted_acceptance", "no_baselines", "repeats", "device", "plot")
+        given = [f"--{name}" for name in without if getattr(args, name)]
+        if given:
+            raise ConfigError(
+                f"--launches counts on a pretend GPU, and does not take {', '.join(given)}; leave it out."
+            )
+        # The operations are small, and time does not count.
+        args.device, args.batch, args.threads = "cpu", args.batch or "1,8,32", args.threads or 1
+        args.new_tokens, args.prompt_length = args.new_tokens or 24, args.prompt_length or 24
+        return
+    args.batch, args.decoders = args.batch or "1,8", args.decoders or COMPARED
+    for name, (default, _) in _NUMBERS.items():
+        setattr(args, name, getattr(args, name) or default)
+
+
+def _show_launches(args: argparse.Namespace, model: BlockDiffusionModel, console: Any) -> dict[str, Any]:
+    """What steps ask of a GPU; returns the content of the file."""
+    from s2d2_lmeval.cli.bench_launches import count_all, launch_table
+    from s2d2_lmeval.harness.report import environment
+    from s2d2_lmeval.studies.bench.launches import every_entry
+
+    entries = args.decoders.split(",") if args.decoders else every_entry(model)
+    options = {entry: {**_options(entry, args), "max_new_tokens": args.new_tokens} for entry in entries}
+    batches = _numbers(args.batch)
+    work = {batch: _workload(args, model, args.prompts or batch + batch // 4 + 2).prompts for batch in batches}
+    rows = count_all(console, model, options, work)
+    console.print(launch_table(rows))
+    return {
+        "settings": {name: str(value) for name, value in vars(args).items() if name != "run"},
+        "environment": environment(model.device, model.dtype, model.attention),
+        "launches": rows,
+    }
+
+
 def _show_speed(
     args: argparse.Namespace, plain: PreTrainedModel | None, model: BlockDiffusionModel, console: Any
 ) -> dict[str, Any]:
@@ -104,7 +154,7 @@ def _show_speed(
     from s2d2_lmeval.studies.bench import measuring
     from s2d2_lmeval.studies.bench.random_weights import Script, follow_script
 
-    work = _workload(args, model)
+    work = _workload(args, model, args.prompts)
     script = None
     if args.scripted_acceptance is not None:
         script = Script(args.scripted_acceptance, model.facts.vocab_size)
@@ -167,16 +217,20 @@ def _show_answers(args: argparse.Namespace, model: BlockDiffusionModel, console:
     return {"batch": batch, "answers": kept}
 
 
-def _models(name: str, device: Any, dtype: Any) -> tuple[PreTrainedModel | None, BlockDiffusionModel]:
+def _models(
+    name: str, draft: str | None, device: Any, dtype: Any
+) -> tuple[PreTrainedModel | None, BlockDiffusionModel]:
     """The plain transformers model, if there is one, and the package's on the same weights."""
     from s2d2_lmeval.model import load
     from s2d2_lmeval.studies.bench.random_weights import SHAPES, random_model
 
     if name in SHAPES:
         plain = random_model(name, device, dtype)
+        if draft is not None:
+            raise ConfigError(f"--draft: no drafter is made for the random weights of {name}; leave it out.")
         return plain, load(plain, family="sdar", mask_token_id=plain.config.vocab_size - 1, block_length=4)
-    model = load(name, dtype=dtype, device=device)
-    if model.facts.token_shift or model.facts.scheme != "block":
+    model = load(name, dtype=dtype, device=device, draft=draft)
+    if draft is not None or model.facts.token_shift or model.facts.scheme != "block":
         return None, model
     from s2d2_lmeval.families import adopt
 
@@ -185,7 +239,7 @@ def _models(name: str, device: Any, dtype: Any) -> tuple[PreTrainedModel | None,
     return plain, model
 
 
-def _workload(args: argparse.Namespace, model: BlockDiffusionModel) -> Workload:
+def _workload(args: argparse.Namespace, model: BlockDiffusionModel, prompts: int) -> Workload:
     """Held-out problems for the toy, random tokens for anything else."""
     from s2d2_lmeval.studies.bench.measuring import Workload
 
@@ -195,11 +249,11 @@ def _workload(args: argparse.Namespace, model: BlockDiffusionModel) -> Workload:
         from s2d2_lmeval.toy import checkpoint_path, held_out
 
         tokenizer = Tokenizer.from_file(str(checkpoint_path() / "tokenizer.json"))
-        problems = held_out("arithmetic")[: args.prompts]
+        problems = held_out("arithmetic")[:prompts]
         return Workload([tokenizer.encode(problem.prompt).ids for problem in problems], args.new_tokens)
     rng = random.Random(0)
     words = range(model.facts.vocab_size // 2)
-    return Workload([rng.choices(words, k=args.prompt_length) for _ in range(args.prompts)], args.new_tokens)
+    return Workload([rng.choices(words, k=args.prompt_length) for _ in range(prompts)], args.new_tokens)
 
 
 def _numbers(text: str) -> list[int]:
@@ -218,7 +272,7 @@ def _options(entry: str, args: argparse.Namespace) -> dict[str, Any]:
     options: dict[str, Any] = {"decoder": decoder}
     if schedule:
         options["schedule"] = schedule
-    if "block_length" in names_of(decoder, base="dynamic"):
+    if args.block_length is not None and "block_length" in names_of(decoder, base="dynamic"):
         options["block_length"] = args.block_length
     return {**options, **parse_options(given)}
 

@@ -11,6 +11,8 @@ import torch
 
 from s2d2_lmeval import load
 from s2d2_lmeval.cli import main
+from s2d2_lmeval.runtime.runner import Runner
+from s2d2_lmeval.studies.bench import launches
 from s2d2_lmeval.studies.bench import measuring as bench
 from s2d2_lmeval.studies.bench import random_weights as shapes
 from s2d2_lmeval.studies.bench.measuring import PLAIN
@@ -196,3 +198,48 @@ def test_answers_are_scored_and_compared(capsys: pytest.CaptureFixture[str], tmp
     assert found["ar", "programs"]["accuracy"] == found["sliding", "programs"]["accuracy"]
     assert found["sliding", "programs"]["tokens_per_forward"] > 2
     assert main(["bench", "--answers", "--model", "sdar-100m"]) == 2
+
+
+def test_launches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "launches.json"
+    few = ["bench", "--launches", "--model", "tiny", "--batch", "1,2", "--new_tokens", "6", "--output", str(output)]
+    assert main([*few, "--decoders", "ar,s2d2:lookahead+block_length=8"]) == 0
+    rows = json.loads(output.read_text())["launches"]
+    assert [(row["decoder"], row["schedule"], row["batch"]) for row in rows] == [
+        *(("ar", None, batch) for batch in (1, 2)),
+        *(("s2d2", "lookahead", batch) for batch in (1, 2)),
+    ]
+    for row in rows:
+        assert row["same_tokens"]
+        assert row["captures"] > 0
+        assert row["replayed_share"] > 0
+        assert row["launches_replayed"] > 0
+        assert row["uploads"] > 0
+        assert row["reads"] == 1
+        assert row["capture_faults"] == row["device_mismatches"] == row["races"] == 0
+    shown = capsys.readouterr().out
+    assert "s2d2:lookahead" in shown
+    assert "outside graphs" in shown
+    assert main([*few, "--repeats", "2", "--device", "cuda"]) == 2
+    assert "does not take --repeats, --device" in capsys.readouterr().err
+
+
+def test_launches_of_everything_that_fits() -> None:
+    entries = launches.every_entry(load("toy"))
+    assert {entry.partition(":")[0] for entry in entries} == set(load("toy").facts.decoders)
+    assert {"s2d2:reference", "s2d2:fused", "s2d2:lookahead", "sliding"} <= set(entries)
+    assert {"ddtree:fused", "dflash:fused"} <= set(launches.every_entry(load("toy", draft="toy")))
+
+
+def test_what_a_gpu_stumbles_over_is_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(shapes.random_model("tiny", torch.device("cpu"), torch.float32), mask_token_id=63, block_length=4)
+    real = Runner.forward
+
+    def forward(self: Any, request: Any) -> torch.Tensor:
+        logits: torch.Tensor = real(self, request)
+        return logits + torch.zeros(1, logits.shape[1], device="cpu")
+
+    monkeypatch.setattr(Runner, "forward", forward)
+    row = launches.count_launches(model, {"decoder": "ar", "max_new_tokens": 4}, 1, [[1, 2, 3]])
+    assert "same device" in row["error"]
+    assert row["device_mismatches"] == 1

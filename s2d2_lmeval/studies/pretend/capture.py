@@ -1,0 +1,152 @@
+"""A captured graph: operations on fixed addresses, to be run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_iter, tree_map
+
+GARBAGE = 0xFF
+"""The byte that memory holds which nothing meaningful was written to: NaN, and -1 in whole numbers."""
+
+
+class _Step(NamedTuple):
+    run: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    results: list[torch.Tensor | None]
+    """None where the result is memory from outside, which the operation itself writes to."""
+    where: str
+
+
+class _Outside:
+    """Memory that a graph uses and does not own: it may be freed while the graph still has its address."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.shape = tensor.storage_offset(), tensor.shape, tensor.stride()
+        self.like = tensor.new_empty(0)
+
+    def tensor(self) -> torch.Tensor | None:
+        """The tensor at this address; None if its memory was freed."""
+        if self.storage.expired():
+            return None
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        return None if storage is None else self.like.new_empty(0).set_(storage, *self.shape)
+
+    def garbage(self) -> torch.Tensor:
+        """What a device may find at an address that was freed."""
+        _, shape, stride = self.shape
+        found = self.like.new_empty(0)
+        found.set_(torch.zeros(_bytes(found, shape, stride), dtype=torch.uint8).untyped_storage(), 0, shape, stride)
+        return found
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """All memory that a tensor shares, as bytes."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+def _bytes(like: torch.Tensor, shape: Sequence[int], stride: Sequence[int]) -> int:
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if 0 not in shape else -1
+    return (last + 1) * like.element_size()
+
+
+class Capture:
+    """What was launched on a device between the begin and the end of a capture, and can be replayed after it.
+
+    A real capture runs nothing. Here everything runs, so that shapes are known; :meth:`end` undoes it.
+    """
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+        self.kernels = 0
+        self._steps: list[_Step] = []
+        self._own: dict[int, torch.UntypedStorage] = {}
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self._outside: list[_Outside] = []
+
+    def owns(self, made: Any, of: Any = ()) -> None:
+        """What of ``made`` does not lie in the memory of ``of`` was allocated in this capture."""
+        before = {tensor.untyped_storage()._cdata for tensor in _tensors(of)}
+        for tensor in _tensors(made):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in before:
+                self._own.setdefault(storage._cdata, storage)
+
+    def writes(self, tensor: torch.Tensor) -> None:
+        """Before an operation that writes to ``tensor``."""
+        storage = tensor.untyped_storage()
+        if not self._is_own(tensor) and storage._cdata not in self._before:
+            self._before[storage._cdata] = storage, storage.clone()
+
+    def record(
+        self, run: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, where: str
+    ) -> None:
+        """``run(*args, **kwargs)`` gave ``result``."""
+        self._steps.append(_Step(run, args, kwargs, list(_tensors(result)), where))
+
+    def end(self) -> None:
+        """Undo what the capture wrote, and let go of memory that is not the graph's own."""
+        for storage, before in self._before.values():
+            storage.copy_(before)
+        self._before.clear()
+        known: dict[int, _Outside] = {}
+
+        def released(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or self._is_own(value):
+                return value
+            if id(value) not in known:
+                known[id(value)] = _Outside(value)
+            return known[id(value)]
+
+        # Until all are released the tensors live, so that ids stay apart.
+        steps = [
+            step._replace(
+                args=tree_map(released, step.args),
+                kwargs=tree_map(released, step.kwargs),
+                results=[one if one is not None and self._is_own(one) else None for one in step.results],
+            )
+            for step in self._steps
+        ]
+        self._steps = steps
+        self._outside = list(known.values())
+        for step in steps:
+            for made in step.results:
+                if made is not None and made.dtype != torch.bool:
+                    _bytes_of(made).fill_(GARBAGE)
+
+    def _is_own(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._own
+
+    def replay(self) -> list[str]:
+        """Run it all again, onto the same addresses. Returns where it met memory that was freed."""
+        stale = []
+        with _disable_current_modes(), torch.inference_mode():
+            found = {id(one): one.tensor() for one in self._outside}
+            for step in self._steps:
+                freed = False
+
+                def present(value: Any) -> Any:
+                    nonlocal freed
+                    if not isinstance(value, _Outside):
+                        return value
+                    tensor = found[id(value)]
+                    freed = freed or tensor is None
+                    return value.garbage() if tensor is None else tensor
+
+                results = step.run(*tree_map(present, step.args), **tree_map(present, step.kwargs))
+                if freed:
+                    stale.append(step.where)
+                for made, new in zip(step.results, _tensors(results), strict=True):
+                    if made is not None and made.untyped_storage()._cdata != new.untyped_storage()._cdata:
+                        made.copy_(new)
+        return stale
+
+
+def _tensors(results: Any) -> Iterator[torch.Tensor]:
+    return (value for value in tree_iter(results) if isinstance(value, torch.Tensor))

@@ -1,0 +1,187 @@
+"""Puts a pretend device in the place of torch's CUDA, and takes it away again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from s2d2_lmeval.decoding.sampling import row_statistics
+from s2d2_lmeval.studies.pretend import streams
+from s2d2_lmeval.studies.pretend.counts import Counts
+from s2d2_lmeval.studies.pretend.machine import Machine
+from s2d2_lmeval.studies.pretend.tensors import PretendMode, PretendTensor, named_device
+
+MEMORY, FREE = 24 << 30, 20 << 30
+_KERNEL_MODULE = "s2d2_lmeval.decoding.sampling.row_statistics_kernel"
+_installed: list[Machine] = []
+
+
+@contextmanager
+def pretend_cuda(devices: int = 1) -> Iterator[Counts]:
+    """``devices`` pretend GPUs in place of ``torch.cuda``, whether or not there are real ones; counts what they do.
+
+    Everything is as before at the end. Load models before: transformers initialises some buffers by moving them about.
+
+    Raises:
+        RuntimeError: inside another one.
+    """
+    if _installed:
+        raise RuntimeError("a pretend device is in place already")
+    torch._C._ensureCUDADeviceGuardSet()
+    if torch.cuda.is_available():
+        torch.cuda.init()
+    machine = Machine(devices)
+    with ExitStack() as stack:
+        _installed.append(machine)
+        stack.callback(_installed.clear)
+        for owner, replacements in ((torch.cuda, _of_cuda(machine)), (torch, _of_torch(machine))):
+            stack.enter_context(_replaced(owner, replacements))
+        stack.enter_context(_replaced(torch.Tensor, _of_tensors(machine)))
+        stack.enter_context(_replaced(row_statistics, {"triton_works": lambda device: True}))
+        stack.enter_context(_module(_KERNEL_MODULE, in_triton=partial(_row_statistics, machine)))
+        stack.enter_context(PretendMode(machine))
+        yield machine.counts
+
+
+def machine_in_place() -> Machine:
+    """The machine of the :func:`pretend_cuda` that this is called in.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if not _installed:
+        raise RuntimeError("no pretend device is in place: this works inside pretend_cuda() only")
+    return _installed[0]
+
+
+@contextmanager
+def _replaced(owner: Any, replacements: dict[str, Any]) -> Iterator[None]:
+    before = {name: vars(owner)[name] for name in replacements if name in vars(owner)}
+    try:
+        for name, value in replacements.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name in replacements:
+            setattr(owner, name, before[name]) if name in before else delattr(owner, name)
+
+
+@contextmanager
+def _module(name: str, **content: Any) -> Iterator[None]:
+    """A module of this name with this content, whether or not the real one can be imported."""
+    before = sys.modules.get(name)
+    module = ModuleType(name)
+    vars(module).update(content)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
+
+
+def _of_cuda(machine: Machine) -> dict[str, Any]:
+    """``torch.cuda``."""
+
+    def exchange(device: int) -> int:
+        before = machine.current
+        if device >= machine.devices:
+            raise RuntimeError(f"CUDA error: invalid device ordinal (cuda:{device} of {machine.devices})")
+        machine.current = device if device >= 0 else before
+        return before
+
+    def of_machine(base: type) -> type:
+        return type(base.__name__, (base,), {"machine": machine})
+
+    stream = of_machine(streams.Stream)
+    default = stream()
+    return {
+        "_lazy_init": lambda: None,
+        "_exchange_device": exchange,
+        "_maybe_exchange_device": exchange,
+        "set_device": lambda device: exchange(named_device(machine, _as_device(device)).index) and None,
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: machine.devices,
+        "current_device": lambda: machine.current,
+        "Event": of_machine(streams.Event),
+        "Stream": stream,
+        "stream": lambda one: one or default,
+        "current_stream": lambda device=None: default,
+        "default_stream": lambda device=None: default,
+        "set_stream": lambda one: None,
+        "CUDAGraph": of_machine(streams.CUDAGraph),
+        "graph": of_machine(streams.graph),
+        "graph_pool_handle": lambda: (0, 0),
+        "is_current_stream_capturing": lambda: machine.capture is not None,
+        "synchronize": lambda device=None: machine.wait(machine.issued, "a device"),
+        "empty_cache": lambda: None,
+        "manual_seed": lambda seed: None,
+        "manual_seed_all": lambda seed: None,
+        "memory_reserved": lambda device=None: 0,
+        "memory_allocated": lambda device=None: 0,
+        "mem_get_info": lambda device=None: (FREE, MEMORY),
+        "get_device_name": lambda device=None: "a pretend GPU",
+        "get_device_capability": lambda device=None: (9, 0),
+        "get_device_properties": lambda device=None: SimpleNamespace(
+            name="a pretend GPU", major=9, minor=0, total_memory=MEMORY, multi_processor_count=132
+        ),
+    }
+
+
+def _as_device(device: Any) -> torch.device:
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
+def _of_torch(machine: Machine) -> dict[str, Any]:
+    """Functions of ``torch`` that dispatch only with torch's own support of CUDA, or not at all."""
+    real_tensor, real_as_tensor, real_nonzero = torch.tensor, torch.as_tensor, torch.nonzero
+
+    def tensor(data: Any, *, device: Any = None, **given: Any) -> torch.Tensor:
+        device = None if device is None else named_device(machine, _as_device(device))
+        pins = given.pop("pin_memory", False)
+        if device is None or device.type != "cuda":
+            made = real_tensor(data, device=device, **given)
+            return machine.pin(made) if pins else made
+        return real_tensor(data, **given).to(device)
+
+    def as_tensor(data: Any, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
+        if isinstance(data, torch.Tensor):
+            return data.to(device=device, dtype=dtype)
+        made = real_as_tensor(data, dtype=dtype)
+        return made if device is None else made.to(_as_device(device))
+
+    def nonzero(x: torch.Tensor, **given: Any) -> Any:
+        return x.nonzero(**given) if isinstance(x, PretendTensor) else real_nonzero(x, **given)
+
+    return {"tensor": tensor, "as_tensor": as_tensor, "nonzero": nonzero}
+
+
+def _of_tensors(machine: Machine) -> dict[str, Any]:
+    """Methods of all tensors that ask for pinned memory."""
+
+    def pin_memory(self: torch.Tensor, device: object = None) -> torch.Tensor:
+        return self if machine.is_pinned(self) else machine.pin(self.clone())
+
+    def is_pinned(self: torch.Tensor, device: object = None) -> bool:
+        return not isinstance(self, PretendTensor) and machine.is_pinned(self)
+
+    return {"pin_memory": pin_memory, "is_pinned": is_pinned}
+
+
+def _row_statistics(machine: Machine, logits: PretendTensor) -> tuple[torch.Tensor, ...]:
+    """The Triton kernel's launch, with its torch version's result."""
+    machine.by_triton("row statistics", logits.device)
+    found = tuple(row_statistics.in_torch(logits.elem))
+    if machine.capture is not None:
+        machine.capture.kernels += 1
+        machine.capture.owns(found)
+        machine.capture.record(lambda x: tuple(row_statistics.in_torch(x)), (logits.elem,), {}, found, "row_statistics")
+    return tuple(PretendTensor(one, logits.device, machine) for one in found)
