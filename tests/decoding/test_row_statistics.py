@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from types import ModuleType
-
 import pytest
 import torch
 
@@ -98,55 +92,9 @@ def test_tokens_and_their_probabilities() -> None:
     torch.testing.assert_close(probability_of(logits, others), p[torch.arange(9), others])
 
 
-INTERPRETED = """
-import torch
-from s2d2_lmeval.decoding.sampling import row_statistics_kernel as kernel
-from s2d2_lmeval.decoding.sampling.row_statistics import in_torch
-kernel.BLOCK = 64
-for rows, vocabulary in ((1, 1), (3, 5), (7, 64), (4, 65), (9, 640)):
-    x = 4 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
-    if vocabulary > 4:
-        x[:, vocabulary // 2] = -torch.inf
-        x[1:2] = 2.0
-        x[2:3, [0, -1]] = 30.0
-    if vocabulary > 70:
-        x[3:4, :64] = -torch.inf
-    token, *numbers = kernel.in_triton(x)
-    expected = in_torch(x)
-    assert torch.equal(token, expected.token)
-    for got, wanted in zip(numbers, expected[1:]):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-6)
-x[0, 3] = torch.nan
-assert kernel.in_triton(x)[1][0].isnan()
-"""
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernel_in_tritons_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env=environment)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("shape", [*SHAPES, (64, 151936)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_kernel_on_the_device(shape: tuple[int, int], dtype: torch.dtype) -> None:
     check(drawn(*shape).to("cuda", dtype), 2e-5)
-
-
-@pytest.mark.parametrize("works", [True, False])
-def test_a_triton_that_cannot_compile_is_not_used(
-    works: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def compiled(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if not works:
-            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
-        return tuple(in_torch(logits))
-
-    kernel = ModuleType("row_statistics_kernel")
-    kernel.in_triton = compiled  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "s2d2_lmeval.decoding.sampling.row_statistics_kernel", kernel)
-    monkeypatch.setattr(module, "find_spec", lambda name: name)
-    assert module.triton_works.__wrapped__(torch.device("cpu")) is works
-    assert ("Failed to find C compiler" in caplog.text) is not works

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from s2d2_lmeval.decoding.sampling.row_statistics import row_statistics
+from s2d2_lmeval.decoding.sampling.row_statistics import row_statistics, statistics_of
+from s2d2_lmeval.runtime.kernels import dispatch
 from s2d2_lmeval.studies.pretend import Counts, pretend_cuda
 
 GPU, OTHER, CPU = torch.device("cuda:0"), torch.device("cuda:1"), torch.device("cpu")
@@ -112,11 +113,12 @@ CASES: dict[str, Case] = {
     "put a row of the host": (lambda: (ones(3, 2), 0, on_host(2)), put, LAUNCH | BLOCKED),
     # devices
     "to another device": (lambda: (ones(3),), lambda x: x.to(OTHER), LAUNCH),
-    "row statistics": (lambda: (ones(2, 8),), row_statistics, LAUNCH),
-    "row statistics, elsewhere": (
+    "row statistics": (lambda: (ones(2, 8),), row_statistics, {"launches_outside": 2}),
+    "row statistics, elsewhere": (lambda: (ones(2, 8, device=OTHER),), row_statistics, {"launches_outside": 2}),
+    "a kernel of another device than the current": (
         lambda: (ones(2, 8, device=OTHER),),
-        row_statistics,
-        LAUNCH | {"device_mismatches": 1},
+        lambda x: dispatch._launcher.run(statistics_of, x),
+        {"launches_outside": 2, "device_mismatches": 2},
     ),
 }
 

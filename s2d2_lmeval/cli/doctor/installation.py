@@ -111,6 +111,8 @@ def attention() -> Iterator[Finding]:
             yield finding(name, "not installed (optional)")
         else:
             yield finding(name, f"{_version(package) or 'of unknown version'}, {used}")
+    version = _version("triton")
+    yield finding("triton", f"{version}, present" if version else "not installed (optional; kernels on CUDA)")
 
 
 def registration() -> Iterator[Finding]:

@@ -6,7 +6,7 @@ import torch
 
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.general import GREEDY
-from s2d2_lmeval.decoding.sampling.random import Key, RandomSource
+from s2d2_lmeval.decoding.sampling.random import Key, KeyedSource, RandomSource
 from s2d2_lmeval.decoding.sampling.row_statistics import likeliest
 
 
@@ -26,6 +26,19 @@ def probabilities(logits: torch.Tensor, config: DecodingConfig) -> torch.Tensor:
     return filtered(logits, config).softmax(-1)
 
 
+def drawn_tokens(
+    logits: torch.Tensor, config: DecodingConfig, source: RandomSource, key: Key
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token (M,) drawn from each row of :func:`probabilities` of ``logits`` (M, V), with its probability (M,)."""
+    if isinstance(source, KeyedSource):
+        if _only_tempers(config):
+            return source.draw(logits, config.temperature if config.temperature >= GREEDY else 1.0, key)
+        return source.draw(filtered(logits, config), 1.0, key)
+    distribution = probabilities(logits, config)
+    tokens = source.categorical(distribution, key)
+    return tokens, distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
 def filtered(logits: torch.Tensor, config: DecodingConfig) -> torch.Tensor:
     """``logits`` (..., V) after temperature, then top-k, top-p, min-p and typical-p; itself where none of them changes
     anything.
@@ -43,6 +56,12 @@ def filtered(logits: torch.Tensor, config: DecodingConfig) -> torch.Tensor:
     else:
         logits = _nucleus(_best(logits, config.top_k), config.top_p)
     return _typical(_near_the_best(logits, config.min_p), config.typical_p)
+
+
+def _only_tempers(config: DecodingConfig) -> bool:
+    """Whether :func:`filtered` does nothing but divide by the temperature."""
+    cuts = config.top_k > 0, config.top_p < 1, config.min_p > 0, config.typical_p < 1
+    return not any(cuts) and not config.nucleus_first
 
 
 def _best(logits: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -95,9 +114,7 @@ def draft_tokens(
     """
     if not config.sampled:
         return likeliest(logits)
-    distribution = probabilities(logits, config)
-    tokens = source.categorical(distribution, key)
-    return tokens, distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return drawn_tokens(logits, config, source, key)
 
 
 def ranked_tokens(

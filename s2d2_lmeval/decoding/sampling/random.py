@@ -11,24 +11,17 @@ an object  With ``uniform(n)`` and ``categorical(probabilities)``, in the same o
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from types import ModuleType
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.reference import FixedSource, SequentialSource, TorchDraws
+from s2d2_lmeval.decoding.sampling.hashing import GOLDEN, hashed, mixed
+from s2d2_lmeval.runtime.kernels.dispatch import kernel
 
 DRAFT, ACCEPT, RESAMPLE = 1, 2, 3
 """The purpose of a draw."""
-
-
-def _signed(word: int) -> int:
-    """The low 64 bits of ``word`` as torch's int64 holds them."""
-    return (word + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,7 @@ class Key:
             return replace(self, index=index)
         return Key(self.purpose, *self.words(), index)
 
-    def words(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def words(self) -> Words:
         """Request, position and draw, to be broadcast."""
         words = self.request, self.position, self.draw
         if self.index is None:
@@ -85,28 +78,80 @@ def source_of(name_or_object: Any, seed: int) -> RandomSource:
     return SequentialSource(TorchDraws() if name_or_object == "torch" else name_or_object)
 
 
-Integers = TypeVar("Integers", torch.Tensor, np.ndarray)
-
-
-def _mix(x: Integers) -> Integers:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014) on int64 with wrapping arithmetic."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MULTIPLIERS[0]
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MULTIPLIERS[1]
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def hashed(seed: int, purpose: int, words: tuple[Integers, ...]) -> Integers:
-    """64 random bits as int64, a function of all the ``words`` (int64, broadcast); the same of tensors and arrays."""
-    first, *others = words
-    state = _mix((first + 1) * _GOLDEN + _signed((2 * seed + 1) * 0x2545F4914F6CDD1D))
-    for word in others:
-        state = _mix((word + 1) * _GOLDEN + state)
-    return _mix(state ^ _signed(purpose * 0x632BE59BD9B4E019))
-
-
 def _unit(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The upper 32 of 64 random bits as a number in (0, 1), small values at full relative precision."""
     return (((bits >> 32) & 0xFFFFFFFF).to(dtype) + 0.5) * 2.0**-32
+
+
+def _triton() -> ModuleType:
+    from s2d2_lmeval.decoding.sampling import random_triton
+
+    return random_triton
+
+
+Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Request, position and draw, int64, to be broadcast: to (M,) for draws from M distributions."""
+
+
+def _bits(words: Words, seed: int, purpose: int) -> torch.Tensor:
+    if words[0].device.type == "cpu":  # dozens of operations on a few numbers: numpy takes half of torch's time
+        return torch.from_numpy(hashed(seed, purpose, tuple(word.numpy() for word in words)))
+    return hashed(seed, purpose, words)
+
+
+def _race(like: torch.Tensor, words: Words, seed: int, purpose: int) -> torch.Tensor:
+    """Exponential noise (M, V) keyed by position and token: when each runner arrives."""
+    tokens = torch.arange(1, like.shape[-1] + 1, device=like.device)
+    bits = mixed(_bits(words, seed, purpose).unsqueeze(-1) + tokens * GOLDEN)
+    return -torch.log1p(-_unit(bits, like.dtype))
+
+
+@kernel(_triton, launches=2)
+def keyed_uniform(
+    request: torch.Tensor, position: torch.Tensor, draw: torch.Tensor, seed: int, purpose: int
+) -> torch.Tensor:
+    """Numbers in [0, 1), of the words' broadcast shape."""
+    # 24 bits: a float32 below one. (0.5 + 32 bits would round up to one.)
+    return ((_bits((request, position, draw), seed, purpose) >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+@kernel(_triton, launches=3)
+def keyed_categorical(
+    probabilities: torch.Tensor,
+    request: torch.Tensor,
+    position: torch.Tensor,
+    draw: torch.Tensor,
+    seed: int,
+    purpose: int,
+) -> torch.Tensor:
+    """A token (M,) from each row of ``probabilities`` (M, V), by the exponential race: v wins with probability p_v."""
+    return (probabilities / _race(probabilities, (request, position, draw), seed, purpose)).argmax(-1)
+
+
+@kernel(_triton, launches=3)
+def keyed_draw(
+    logits: torch.Tensor,
+    temperature: float,
+    request: torch.Tensor,
+    position: torch.Tensor,
+    draw: torch.Tensor,
+    seed: int,
+    purpose: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`keyed_categorical` draws from the softmax of ``logits`` (M, V) over ``temperature``, with its
+    probability (M,).
+    """
+    law = (logits if temperature == 1 else logits / temperature).softmax(-1)
+    tokens = keyed_categorical.reference(law, request, position, draw, seed, purpose)
+    return tokens, law.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+@kernel(_triton, launches=2)
+def keyed_gumbel(
+    like: torch.Tensor, request: torch.Tensor, position: torch.Tensor, draw: torch.Tensor, seed: int, purpose: int
+) -> torch.Tensor:
+    """Noise (M, V) of the shape and type of ``like``: the arg-max of it and log p is the token that is drawn from p."""
+    return -_race(like, (request, position, draw), seed, purpose).log()
 
 
 class KeyedSource:
@@ -115,28 +160,20 @@ class KeyedSource:
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def _hash(self, key: Key) -> torch.Tensor:
-        words = key.words()
-        if words[0].device.type == "cpu":  # dozens of operations on a few numbers: numpy takes half of torch's time
-            bits = hashed(self.seed, key.purpose, tuple(word.numpy() for word in words))
-            return torch.from_numpy(bits)
-        return hashed(self.seed, key.purpose, words)
-
     def uniform(self, key: Key, needed: torch.Tensor) -> torch.Tensor:
-        # 24 bits: a float32 below one. (0.5 + 32 bits would round up to one.)
-        return ((self._hash(key) >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+        return keyed_uniform(*key.words(), self.seed, key.purpose)
 
     def categorical(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
-        """The exponential race: token v wins with probability p_v, by noise keyed by position and token."""
-        return (probabilities / self._race(probabilities, key)).argmax(-1)
+        return keyed_categorical(probabilities, *key.words(), self.seed, key.purpose)
+
+    def draw(self, logits: torch.Tensor, temperature: float, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`categorical` from the softmax of ``logits`` (M, V) over ``temperature``, with the token's
+        probability.
+        """
+        return keyed_draw(logits, temperature, *key.words(), self.seed, key.purpose)
 
     def gumbel(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
-        return -self._race(probabilities, key).log()
+        return keyed_gumbel(probabilities, *key.words(), self.seed, key.purpose)
 
     def drawing(self, rows: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
         return rows
-
-    def _race(self, probabilities: torch.Tensor, key: Key) -> torch.Tensor:
-        tokens = torch.arange(1, probabilities.shape[-1] + 1, device=probabilities.device)
-        bits = _mix(self._hash(key).unsqueeze(-1) + tokens * _GOLDEN)
-        return -torch.log1p(-_unit(bits, probabilities.dtype))

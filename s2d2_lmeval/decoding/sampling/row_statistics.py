@@ -1,22 +1,18 @@
 """Statistics of rows of logits, from one pass over the vocabulary.
 
-On CUDA a Triton kernel reads every logit once and writes six numbers per row (:mod:`.row_statistics_kernel`).
-Elsewhere, and without Triton, :func:`in_torch` computes the same a few rows at a time, so that intermediate values stay
-in the CPU cache. The probabilities of the whole batch are never materialised.
+On CUDA Triton kernels read every logit once and write a few numbers per row (:mod:`.row_statistics_triton`). Elsewhere,
+and without Triton, :func:`in_torch` computes the same a few rows at a time, so that intermediate values stay in the CPU
+cache.
 """
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-from s2d2_lmeval.errors import first_line
-
-logger = logging.getLogger("s2d2_lmeval")
+from s2d2_lmeval.runtime.kernels.dispatch import kernel
 
 ELEMENTS_AT_ONCE = 1 << 17
 """Logits that the torch version processes at a time."""
@@ -40,45 +36,34 @@ class RowStatistics(NamedTuple):
     collision: torch.Tensor
 
 
+def _triton() -> ModuleType:
+    from s2d2_lmeval.decoding.sampling import row_statistics_triton
+
+    return row_statistics_triton
+
+
 def row_statistics(logits: torch.Tensor) -> RowStatistics:
     """The statistics of ``logits`` (M, V); minus infinity rules a token out, NaN makes its row NaN."""
-    if logits.device.type == "cuda" and logits.dtype != torch.float64 and triton_works(logits.device):
-        from s2d2_lmeval.decoding.sampling.row_statistics_kernel import in_triton
-
-        return RowStatistics(*in_triton(logits))
-    return in_torch(logits)
+    return RowStatistics(*statistics_of(logits))
 
 
+@kernel(_triton, launches=2)
+def statistics_of(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The fields of :class:`RowStatistics` of ``logits`` (M, V)."""
+    return tuple(in_torch(logits))
+
+
+@kernel(_triton, launches=2)
 def likeliest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The argmax (M,) of ``logits`` (M, V) and its probability (M,)."""
-    if logits.device.type == "cuda":
-        statistics = row_statistics(logits)
-        return statistics.token, statistics.first
     tokens = arg_max(logits)
-    return tokens, probability_of(logits, tokens)
+    return tokens, probability_of.reference(logits, tokens)
 
 
+@kernel(_triton, launches=2)
 def probability_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """The probability (M,) of ``tokens`` (M,) under ``logits`` (M, V)."""
-    column = tokens.unsqueeze(-1)
-    if logits.device.type == "cuda":
-        return (logits.gather(-1, column).squeeze(-1) - row_statistics(logits).normaliser).exp()
-    return logits.softmax(-1).gather(-1, column).squeeze(-1)
-
-
-@cache
-def triton_works(device: torch.device) -> bool:
-    """Whether the kernel runs on ``device``: Triton needs a C compiler and Python's headers when it first compiles."""
-    if find_spec("triton") is None:
-        return False
-    from s2d2_lmeval.decoding.sampling.row_statistics_kernel import in_triton
-
-    try:
-        in_triton(torch.zeros(1, 16, device=device))
-    except Exception as error:
-        logger.warning("Triton is installed but does not run here (%s); torch stands in for it.", first_line(error))
-        return False
-    return True
+    return logits.softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def in_torch(logits: torch.Tensor) -> RowStatistics:

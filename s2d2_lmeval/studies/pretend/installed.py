@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
-from s2d2_lmeval.decoding.sampling import row_statistics
+from s2d2_lmeval.runtime.kernels.dispatch import Kernel, Launcher, launched_by
 from s2d2_lmeval.studies.pretend import streams
 from s2d2_lmeval.studies.pretend.counts import Counts
 from s2d2_lmeval.studies.pretend.machine import Machine
 from s2d2_lmeval.studies.pretend.tensors import PretendMode, PretendTensor, named_device
 
 MEMORY, FREE = 24 << 30, 20 << 30
-_KERNEL_MODULE = "s2d2_lmeval.decoding.sampling.row_statistics_kernel"
 _installed: list[Machine] = []
 
 
@@ -43,8 +42,7 @@ def pretend_cuda(devices: int = 1) -> Iterator[Counts]:
         for owner, replacements in ((torch.cuda, _of_cuda(machine)), (torch, _of_torch(machine))):
             stack.enter_context(_replaced(owner, replacements))
         stack.enter_context(_replaced(torch.Tensor, _of_tensors(machine)))
-        stack.enter_context(_replaced(row_statistics, {"triton_works": lambda device: True}))
-        stack.enter_context(_module(_KERNEL_MODULE, in_triton=partial(_row_statistics, machine)))
+        stack.enter_context(launched_by(_PretendLauncher(machine)))
         stack.enter_context(PretendMode(machine))
         yield machine.counts
 
@@ -70,21 +68,6 @@ def _replaced(owner: Any, replacements: dict[str, Any]) -> Iterator[None]:
     finally:
         for name in replacements:
             setattr(owner, name, before[name]) if name in before else delattr(owner, name)
-
-
-@contextmanager
-def _module(name: str, **content: Any) -> Iterator[None]:
-    """A module of this name with this content, whether or not the real one can be imported."""
-    before = sys.modules.get(name)
-    module = ModuleType(name)
-    vars(module).update(content)
-    sys.modules[name] = module
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-        if before is not None:
-            sys.modules[name] = before
 
 
 def _of_cuda(machine: Machine) -> dict[str, Any]:
@@ -176,12 +159,29 @@ def _of_tensors(machine: Machine) -> dict[str, Any]:
     return {"pin_memory": pin_memory, "is_pinned": is_pinned}
 
 
-def _row_statistics(machine: Machine, logits: PretendTensor) -> tuple[torch.Tensor, ...]:
-    """The Triton kernel's launch, with its torch version's result."""
-    machine.by_triton("row statistics", logits.device)
-    found = tuple(row_statistics.in_torch(logits.elem))
-    if machine.capture is not None:
-        machine.capture.kernels += 1
-        machine.capture.owns(found)
-        machine.capture.record(lambda x: tuple(row_statistics.in_torch(x)), (logits.elem,), {}, found, "row_statistics")
-    return tuple(PretendTensor(one, logits.device, machine) for one in found)
+class _PretendLauncher(Launcher):
+    """Counts what a Triton kernel launches, with its torch version's result."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def works(self, device: torch.device) -> bool:
+        return True
+
+    def run(self, kernel: Kernel[Any, Any], *args: Any, **kwargs: Any) -> Any:
+        machine, given = self.machine, inspect.signature(kernel.reference).bind(*args, **kwargs).arguments
+        device = next(value.device for value in given.values() if isinstance(value, torch.Tensor))
+        inner = {name: value.elem if isinstance(value, PretendTensor) else value for name, value in given.items()}
+        for _ in range(kernel.launches):
+            machine.by_triton(kernel.name, device)
+        if machine.capture is not None:
+            for name in kernel.writes:
+                machine.capture.writes(inner[name])
+        found = kernel.reference(**inner)
+        if machine.capture is not None:
+            machine.capture.kernels += kernel.launches
+            machine.capture.owns(found, of=inner)
+            machine.capture.record(kernel.reference, (), inner, found, kernel.name)
+        return tree_map(
+            lambda one: PretendTensor(one, device, machine) if isinstance(one, torch.Tensor) else one, found
+        )
