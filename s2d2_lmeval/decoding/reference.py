@@ -27,6 +27,7 @@ from s2d2_lmeval.errors import ConfigError
 
 if TYPE_CHECKING:
     from s2d2_lmeval.decoding.options.config import DecodingConfig
+    from s2d2_lmeval.families import Facts
 
 
 class FixedSource:
@@ -91,13 +92,15 @@ class Rules:
     commits_apart: bool
     """A finished block is committed by a separate forward; drafts commit nothing."""
     commits_last_block: bool
-    """So is a block that no other follows."""
+    """So is a block that no other follows, unless it ends with a stop token."""
+    commits_stopped_block: bool
+    """So is one with a stop token."""
     finishes_blocks: bool
     """Sub-blocks continue after the last requested token, to the end of the block."""
 
 
-def rules_of(config: DecodingConfig, edits: bool) -> Rules:
-    """What the options require, in a scheme that ``edits`` decided tokens or does not.
+def rules_of(config: DecodingConfig, facts: Facts) -> Rules:
+    """What the options require of checkpoints with these ``facts``.
 
     Raises:
         ConfigError: a draft is to read places that the schedule does not run.
@@ -112,8 +115,9 @@ def rules_of(config: DecodingConfig, edits: bool) -> Rules:
     return Rules(
         drafts_whole_block=collapsed or (config.sampled and not config.keyed),
         commits_apart=reference,
-        commits_last_block=reference and not edits,
-        finishes_blocks=reference and config.decoder != "ar",  # which nobody published
+        commits_last_block=reference and facts.commits_last_block != "never",
+        commits_stopped_block=reference and facts.commits_last_block == "always",
+        finishes_blocks=reference,
     )
 
 

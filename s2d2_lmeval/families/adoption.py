@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.facts import AUTOREGRESSIVE, FAMILY_FIELD, Facts, Family
 from s2d2_lmeval.families.files import misfit
-from s2d2_lmeval.families.registry import FAMILIES, check_class, family_named, identify, mark
+from s2d2_lmeval.families.registry import FAMILIES, check_class, family_named, identify, mark, shown_family
 
 _adopted: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
 
@@ -69,7 +69,8 @@ def adopt(
 def _family_of(config: Mapping[str, Any], source: str, name: str | None, autoregressive: bool) -> Family:
     if name is not None:
         return family_named(name)
-    if config.get(FAMILY_FIELD) is None:
+    shown = shown_family(config, source)
+    if config.get(FAMILY_FIELD) is None and (shown is None or autoregressive):
         native = [
             family
             for family in FAMILIES.values()

@@ -6,13 +6,13 @@ Code outside this package reads the facts and never checks for a family.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.errors import CheckpointError, shown
 from s2d2_lmeval.families.config_map import configured, is_whole, positions
+from s2d2_lmeval.families.records import BLOCK_FIELDS, MASK_FIELDS, block_lengths, first, mask_of_tokenizer
 from s2d2_lmeval.registry import DECODERS
 
 if TYPE_CHECKING:
@@ -28,25 +28,21 @@ NO_MASK = -1
 FAMILY_FIELD = "block_diffusion_family"
 ADAPTER_FIELD = "block_diffusion_adapter"
 
-TRAINING_FILES = ("training_args.json", "training_config.json", "train_config.json", "trainer_config.json", "args.json")
-"""Files that trainers write next to the weights (never the pickled training_args.bin)."""
-_MASK_FIELDS = ("mask_token_id", "mask_id")
-_BLOCK_FIELDS = ("block_length", "block_size", "bd_size")
-# Variants are published as <name>-b<length>; fine-tunes carry the name on, in the middle or in a folder above.
-_NAMED = re.compile(
-    r"(?:^|[-_.])(?:b|bd|blk|block(?:[-_]?(?:size|length|len))?[-_=]?)(\d{1,3})(?=$|[-_.])", re.IGNORECASE
-)
-_PUBLISHED = (4, 8, 16, 32, 64, 128)
-# The same field names the length of text chunks in trainers of autoregressive models.
-_LONGEST_RECORDED = 256
 # Where the decoders of a scheme count blocks from.
-_ALIGNMENTS = {"block": "absolute", "editing": "absolute", "subblock": "absolute", "pipelined": "prompt"}
-_ALIGNMENTS[AUTOREGRESSIVE] = "prompt"
+_ALIGNMENTS = {
+    **dict.fromkeys(("block", "editing", "subblock"), "absolute"),
+    **dict.fromkeys(("pipelined", "seeded", "strided", "reordered", AUTOREGRESSIVE), "prompt"),
+}
 
 
 def fitting(scheme: str, drafted: bool = False) -> tuple[str, ...]:
     """Names of the decoders of a scheme; ``drafted``: those that need a drafter."""
     return tuple(name for name in DECODERS.names(scheme) if DECODERS[name].needs_drafter == drafted)
+
+
+def preferred(decoder: str | None, names: tuple[str, ...]) -> tuple[str, ...]:
+    """``names`` with ``decoder`` first, if it is one of them."""
+    return tuple(sorted(names, key=lambda name: name != decoder))
 
 
 @dataclass(frozen=True)
@@ -69,13 +65,27 @@ class Facts:
         mask_token_id: id of the mask token, inside the vocabulary; :data:`NO_MASK` for autoregressive models.
         block_length: tokens per block that the checkpoint was trained for.
         vocab_size: width of a logits row (the padded vocabulary, not the tokenizer's).
-        token_shift: True if the logits of row t-1 predict token t, False if those of row t do.
+        token_shift: True if the logits of row t-1 of text that is seen token-causally predict token t, False if those
+            of row t, a mask, do. It is what ``ar``, verification and scoring read.
+        draft_shift: likewise for the masks of a draft, which may differ: True if a mask predicts the token after it,
+            False if its own. None: as ``token_shift``.
+        window_causal: True if the masks of a draft see earlier masks only.
+        prefix_causal: True if the model was trained to see earlier text token-causally, whatever the block length.
+        block_alignment: where blocks are counted from: ``"absolute"`` (position 0), ``"prompt"`` (the first one starts
+            right after the prompt), ``"prompt_end"`` (likewise, and the prompt's own are counted back from there).
+            None: as the scheme has it.
+        draft_adapter: the LoRA adapter that only draft rows go through, if one was loaded.
         stop_token_ids: ids that end a generation (of generation_config.json, then of config.json; the published ones
             where neither names any).
         max_context: the checkpoint's number of positions, prompt and answer together.
         scheme: how a generation is laid out: ``"block"`` (one block after the other), ``"editing"`` (blocks whose
             decided tokens may change), ``"subblock"`` (blocks in parts, and a token between them), ``"pipelined"``
-            (several blocks at once), ``"autoregressive"`` (no blocks).
+            (several blocks at once), ``"seeded"`` (a block begins with the token that the text before it predicts),
+            ``"strided"`` (verified tokens and masks after them, no blocks), ``"reordered"`` (a window whose decided
+            tokens move to the front, no blocks), ``"autoregressive"`` (no blocks).
+        default_decoder: the decoder that is used if none is asked for; None: the first that fits the scheme.
+        commits_last_block: whether the published code stores the keys of a block that no other follows: ``"always"``,
+            ``"never"``, or ``"unless_stopped"`` (by a stop token).
         defaults: the family's published setting for this block length, as decoding options.
         drafter: what is known about the drafter that was loaded with it, if one was.
         adapter: likewise for a LoRA adapter that was merged into the weights.
@@ -100,22 +110,29 @@ class Facts:
     caveat: str = ""
     context_limit: int | None = None
     block_length_from: str = field(default="as given", compare=False)
+    draft_shift: bool | None = None
+    window_causal: bool = False
+    prefix_causal: bool = False
+    block_alignment: str | None = None
+    draft_adapter: str | None = None
+    default_decoder: str | None = None
+    commits_last_block: str = "always"
+
+    def __post_init__(self) -> None:
+        if self.draft_shift is None:
+            object.__setattr__(self, "draft_shift", self.token_shift)
+        if self.block_alignment is None:
+            object.__setattr__(self, "block_alignment", _ALIGNMENTS[self.scheme])
 
     def with_drafter(self, drafter: DrafterFacts) -> Facts:
         """The facts of this model together with a drafter."""
         return replace(self, drafter=drafter)
 
     @property
-    def block_alignment(self) -> str:
-        """``"absolute"`` where blocks start at multiples of the block length, ``"prompt"`` where the first block starts
-        right after the prompt.
-        """
-        return _ALIGNMENTS[self.scheme]
-
-    @property
     def decoders(self) -> tuple[str, ...]:
         """Names of the decoders that fit, the default one first: with a drafter, those that use it."""
-        return fitting(self.scheme, drafted=True) * (self.drafter is not None) + fitting(self.scheme)
+        with_drafter = fitting(self.scheme, drafted=True) * (self.drafter is not None)
+        return with_drafter + preferred(self.default_decoder, fitting(self.scheme))
 
 
 @dataclass(frozen=True)
@@ -127,10 +144,12 @@ class Family:
         model_types: published ``model_type`` values of config.json.
         classes: published names of the model's class; another one in config.json is refused (empty: any is accepted).
         doubt: config.json and its source -> why this is another model under the same names, or None.
+        claims: config.json and its source -> whether this is the family, though config.json has another one's type.
         native_class: name of the transformers class with the same arithmetic.
         config_class: that class's configuration.
         config_map: maps a published config.json to it, or refuses it.
-        token_shift, scheme: as in :class:`Facts`.
+        token_shift, draft_shift, window_causal, prefix_causal, block_alignment, scheme, default_decoder,
+            commits_last_block: as in :class:`Facts`.
         defaults: block length -> the published setting as decoding options.
         presets: name -> decoding options of a published configuration.
         key_mapping: regular expression of a published weight name -> native name (``from_pretrained(key_mapping=)``).
@@ -138,6 +157,7 @@ class Family:
         published_stop_ids: likewise its stop token.
         published_block_length: block length where config.json lacks it. Applied to the vocabulary sizes above only,
             unless ``fixed_block_length``: then there never was another one.
+        block_fields: fields of config.json that give the block length; empty where they say something else.
         caveat_without_adapter: the checkpoint's caveat unless an adapter was merged into it.
         shares_weights: False where the published weights are split or stacked to fit the native class, so that a model
             under published names cannot be adopted without a copy.
@@ -160,6 +180,14 @@ class Family:
     shares_weights: bool = True
     classes: tuple[str, ...] = ()
     doubt: Callable[[Mapping[str, Any], str], str | None] = lambda config, source: None
+    claims: Callable[[Mapping[str, Any], str], bool] = lambda config, source: False
+    block_fields: tuple[str, ...] = BLOCK_FIELDS
+    draft_shift: bool | None = None
+    window_causal: bool = False
+    prefix_causal: bool = False
+    block_alignment: str | None = None
+    default_decoder: str | None = None
+    commits_last_block: str = "always"
     published_stop_ids: Mapping[int, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -171,7 +199,7 @@ class Family:
     @property
     def decoders(self) -> tuple[str, ...]:
         """Names of the decoders that fit checkpoints without a drafter, the default one first."""
-        return fitting(self.scheme)
+        return preferred(self.default_decoder, fitting(self.scheme))
 
     @property
     def native_types(self) -> tuple[str, ...]:
@@ -217,7 +245,7 @@ class Family:
         mask, length, found = NO_MASK, 1, ""
         caveats = ["" if config.get(ADAPTER_FIELD) else self.caveat_without_adapter]
         if self.scheme != AUTOREGRESSIVE:
-            mask = self._mask_token_id(config, vocab, source, mask_token_id)
+            mask = self._mask_token_id(config, vocab, source, mask_token_id, records)
             length, found, doubt = self._block_length(config, vocab, source, block_length, records)
             caveats.append(doubt)
         context, limit = positions(native)
@@ -238,7 +266,13 @@ class Family:
             caveat="; ".join(filter(None, caveats)),
             native_class=self.native_class,
             token_shift=self.token_shift,
+            draft_shift=self.draft_shift,
+            window_causal=self.window_causal,
+            prefix_causal=self.prefix_causal,
+            block_alignment=self.block_alignment,
             scheme=self.scheme,
+            default_decoder=self.default_decoder,
+            commits_last_block=self.commits_last_block,
         )
 
     def _stop_token_ids(
@@ -256,8 +290,17 @@ class Family:
         stops = tuple(dict.fromkeys(stop for stop in ids if stop not in (None, mask)))
         return stops or ((self.published_stop_ids[vocab],) if vocab in self.published_stop_ids else ())
 
-    def _mask_token_id(self, config: Mapping[str, Any], vocab: int, source: str, given: int | None) -> int:
-        mask = given if given is not None else _first(config, _MASK_FIELDS)
+    def _mask_token_id(
+        self,
+        config: Mapping[str, Any],
+        vocab: int,
+        source: str,
+        given: int | None,
+        records: Mapping[str, Mapping[str, Any]],
+    ) -> int:
+        mask = given if given is not None else first(config, MASK_FIELDS)
+        if mask is None:
+            mask = mask_of_tokenizer(records)
         if mask is None:
             mask = self.published_mask_ids.get(vocab)
         if mask is None:
@@ -281,7 +324,7 @@ class Family:
         records: Mapping[str, Mapping[str, Any]],
     ) -> tuple[int, str, str]:
         """The block length, its source, and a caveat."""
-        found = list(_block_lengths(config, records, source))
+        found = list(block_lengths(config, records, source)) if self.block_fields else []
         if given is not None:
             found = [("as given", given)]
         elif self.fixed_block_length:
@@ -306,50 +349,3 @@ class Family:
                 "the name of this one says it; give block_length=… if it was trained for another"
             )
         return int(length), origin, caveat
-
-
-def names_block_length(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json names the block length."""
-    return _first(config, _BLOCK_FIELDS) is not None
-
-
-def names_blocks(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json names a mask token or a block length, which an autoregressive model does not have."""
-    return _first(config, _MASK_FIELDS) is not None or names_block_length(config)
-
-
-def _block_lengths(
-    config: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]], source: str
-) -> Iterator[tuple[str, Any]]:
-    """Where a block length is written and what it is there, the most trustworthy first: in config.json, in other files
-    (``records``), in the name of the folder or hub id ``source``.
-    """
-    own = _first(config, _BLOCK_FIELDS)
-    if own is not None:
-        yield "config.json", own
-    for name, record in records.items():
-        for value in _recorded(record):
-            yield name, value
-    path = Path(source)
-    names = [str(path.absolute()), str(path.resolve())] if path.exists() else [source]
-    for named in [*names, config.get("_name_or_path")]:
-        for part in reversed(Path(named).parts) if isinstance(named, str) else ():
-            lengths = [int(digits) for digits in _NAMED.findall(part) if int(digits) in _PUBLISHED]
-            if lengths:
-                yield f"the name {part}", lengths[-1]
-                return
-
-
-def _recorded(record: Any, depth: int = 0) -> Iterator[int]:
-    if not isinstance(record, Mapping) or depth > 3:
-        return
-    value = _first(record, _BLOCK_FIELDS)
-    if is_whole(value, 1, _LONGEST_RECORDED):
-        yield value
-    for inner in record.values():
-        yield from _recorded(inner, depth + 1)
-
-
-def _first(config: Mapping[str, Any], names: Iterable[str]) -> Any:
-    """The value of the first of ``names`` that the configuration has; None without any."""
-    return next((config[name] for name in names if config.get(name) is not None), None)

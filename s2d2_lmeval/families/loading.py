@@ -20,7 +20,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from s2d2_lmeval.errors import CheckpointError, ConfigError, first_line, without_messages
 from s2d2_lmeval.families.adapters import merge_adapter
-from s2d2_lmeval.families.facts import ADAPTER_FIELD, TRAINING_FILES, Facts, Family, names_block_length
+from s2d2_lmeval.families.facts import ADAPTER_FIELD, AUTOREGRESSIVE, Facts, Family
 from s2d2_lmeval.families.files import (
     HUB_OPTIONS,
     Stored,
@@ -31,6 +31,7 @@ from s2d2_lmeval.families.files import (
     stored_weights,
     weight_files,
 )
+from s2d2_lmeval.families.records import TOKENIZER_FILES, TRAINING_FILES, names_block_length, names_mask
 from s2d2_lmeval.families.registry import identify, mark
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -124,11 +125,13 @@ def _described(
     overrides: dict[str, int | None],
 ) -> tuple[Family, PreTrainedConfig, Facts]:
     config = read_config(source, **hub)
-    chosen = identify(config, source, family)
+    chosen = identify(config, source, family, overrides["block_length"])
     native = chosen.native_config(config)
     small = ["generation_config.json"]
     if overrides["block_length"] is None and not names_block_length(config) and not chosen.fixed_block_length:
         small += TRAINING_FILES
+    if overrides["mask_token_id"] is None and not names_mask(config) and chosen.scheme != AUTOREGRESSIVE:
+        small += TOKENIZER_FILES
     found = {name: read_json(source, name, **hub) for name in small}
     records = {name: record for name, record in found.items() if record is not None}
     if adapter is not None:

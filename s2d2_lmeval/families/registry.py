@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.errors import CheckpointError, shown
-from s2d2_lmeval.families.autoregressive import TARGETS
-from s2d2_lmeval.families.d2f import DREAM, LLADA
-from s2d2_lmeval.families.facts import ADAPTER_FIELD, AUTOREGRESSIVE, FAMILY_FIELD, Facts, Family, names_blocks
-from s2d2_lmeval.families.fast_dllm_v2 import FAST_DLLM_V2
-from s2d2_lmeval.families.llada2 import LLADA2
-from s2d2_lmeval.families.sdar import SDAR, SDAR_MOE
+from s2d2_lmeval.families.facts import ADAPTER_FIELD, AUTOREGRESSIVE, FAMILY_FIELD, Facts, Family
+from s2d2_lmeval.families.known.autoregressive import TARGETS
+from s2d2_lmeval.families.known.d2f import DREAM, LLADA
+from s2d2_lmeval.families.known.fast_dllm_v2 import FAST_DLLM_V2
+from s2d2_lmeval.families.known.idlm import IDLM
+from s2d2_lmeval.families.known.llada2 import LLADA2
+from s2d2_lmeval.families.known.nemotron import NEMOTRON
+from s2d2_lmeval.families.known.sdar import SDAR, SDAR_MOE
+from s2d2_lmeval.families.known.stable_diffcoder import STABLE_DIFFCODER
+from s2d2_lmeval.families.known.tiny_a2d import TINY_A2D
+from s2d2_lmeval.families.known.wedlm import WEDLM
+from s2d2_lmeval.families.records import names_blocks
 from s2d2_lmeval.registry import Registry
 
 if TYPE_CHECKING:
@@ -43,7 +49,8 @@ def register(family: Family) -> Family:
     return family
 
 
-for _family in (SDAR, SDAR_MOE, FAST_DLLM_V2, LLADA2, LLADA, DREAM, *TARGETS):
+_KNOWN = (SDAR, SDAR_MOE, FAST_DLLM_V2, LLADA2, LLADA, DREAM, NEMOTRON, *TINY_A2D, STABLE_DIFFCODER, IDLM, *WEDLM)
+for _family in (*_KNOWN, *TARGETS):
     register(_family)
 
 
@@ -65,12 +72,15 @@ def family_named(name: str) -> Family:
     return FAMILIES[name]
 
 
-def identify(config: Mapping[str, Any], source: str = "", family: str | None = None) -> Family:
+def identify(
+    config: Mapping[str, Any], source: str = "", family: str | None = None, block_length: int | None = None
+) -> Family:
     """The family of a published config.json.
 
-    The user may name it, by ``family`` or the field of config.json. Otherwise the ``model_type`` decides, unless the
-    class in config.json, or something else in it or in the name ``source``, shows that this is another model under the
-    same type.
+    The user may name it, by ``family`` or the field of config.json, and say by ``block_length`` that it denoises
+    blocks. Otherwise the names of classes and the fields that only one family has say more than the ``model_type``,
+    which several share; and a class that is nobody's, or something else in config.json or in the name ``source``,
+    refutes the type.
 
     Raises:
         CheckpointError: an unknown family, or a contradiction; the message names the known ones and says what to do.
@@ -79,11 +89,25 @@ def identify(config: Mapping[str, Any], source: str = "", family: str | None = N
     if told:
         return family_named(told)
     model_type = config.get("model_type")
-    for known in FAMILIES.values():
-        if model_type in known.model_types and not (known.scheme == AUTOREGRESSIVE and names_blocks(config)):
-            check_class(known, config, source)
-            return known
-    raise _unknown(config)
+    known = shown_family(config, source)
+    if known is None:
+        typed = (one for one in FAMILIES.values() if model_type in one.model_types)
+        known = next((one for one in typed if not (one.scheme == AUTOREGRESSIVE and names_blocks(config))), None)
+    if known is None:
+        raise _unknown(config)
+    check_class(known, config if block_length is None else {**config, "block_length": block_length}, source)
+    return known
+
+
+def shown_family(config: Mapping[str, Any], source: str) -> Family | None:
+    """The family that fields, the name ``source`` or a class of its own show, whatever the ``model_type``."""
+    claimed = next((one for one in FAMILIES.values() if one.claims(config, source)), None)
+    if claimed is not None:
+        return claimed
+    named = {name.casefold() for name in (*_classes(config.get("auto_map")), *_strings(config.get("architectures")))}
+    owners = [one for one in FAMILIES.values() if named & {name.casefold() for name in one.classes}]
+    of_type = [one for one in owners if config.get("model_type") in one.model_types]
+    return next(iter(of_type or (owners if len(owners) == 1 else [])), None)
 
 
 def check_class(family: Family, config: Mapping[str, Any], source: str) -> None:
@@ -128,7 +152,7 @@ def _strings(value: Any) -> list[str]:
 
 def _unknown(config: Mapping[str, Any]) -> CheckpointError:
     model_type = config.get("model_type")
-    known = ", ".join(f"{family.name} ({'/'.join(family.model_types)})" for family in FAMILIES.values())
+    known = ", ".join(f"{one.name} ({'/'.join(one.model_types)})" for one in FAMILIES.values() if one.model_types)
     if str(model_type).startswith(_SELF_CONTAINED):
         return CheckpointError(
             f"model_type {model_type!r} is a diffusion model that transformers decodes by itself, with another kind of "

@@ -127,6 +127,27 @@ def llada2_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
+def ministral3(config: dict[str, Any]) -> dict[str, Any]:
+    return same(config) | {"rope_parameters": config["rope_parameters"], "sliding_window": None}
+
+
+def nemotron_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.replace("model.", "encoder.").replace("lm_head", "diffusion_head"): weights[name] for name in weights}
+
+
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 16.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 8,
+        "llama_4_scaling_beta": 0.1,
+    }
+}
 QWEN3 = {**COMMON, "head_dim": 16, "attention_bias": False, "block_size": 4}
 MOE = {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True}
 LLADA2 = {"num_experts": 12, "num_shared_experts": 1, "n_group": 3, "topk_group": 2, "first_k_dense_replace": 1}
@@ -144,6 +165,21 @@ LAYOUTS = {
     ),
     "llada": Layout("LlamaForCausalLM", {**LLADA, "model_type": "llada"}, llada_native, llada_names),
     "dream": Layout("Qwen2ForCausalLM", {**COMMON, "model_type": "Dream"}, same, dict),
+    "nemotron_labs_diffusion": Layout(
+        "Ministral3ForCausalLM", {**QWEN3, **YARN, "model_type": "nemotron_labs_diffusion"}, ministral3, nemotron_names
+    ),
+    "tiny_a2d": Layout("Qwen3ForCausalLM", {**QWEN3, "model_type": "a2d-qwen3"}, same, dict),
+    "stable_diffcoder": Layout(
+        "LlamaForCausalLM",
+        {**COMMON, "model_type": "llama", "architectures": ["StableDiffcoderForCausalLM"]},
+        same,
+        dict,
+    ),
+    "idlm": Layout("Qwen3ForCausalLM", {**QWEN3, "model_type": "sdar", "use_regular_causal": True}, same, dict),
+    "wedlm": Layout("Qwen3ForCausalLM", {**QWEN3, "model_type": "wedlm"}, same, dict),
+    "wedlm_qwen2": Layout(
+        "Qwen2ForCausalLM", {**COMMON, "model_type": "wedlm", "qk_norm": False, "attention_bias": True}, same, dict
+    ),
 }
 
 

@@ -23,22 +23,46 @@ def auto_map(path: str, auto: str = "AutoModelForCausalLM") -> dict[str, Any]:
 
 
 OTHERS = [
-    ({"model_type": "llama", "architectures": ["StableDiffcoderForCausalLM"]}, "StableDiffcoderForCausalLM"),
-    ({"model_type": "llama", **auto_map("modeling_x.StableDiffcoderForCausalLM")}, "StableDiffcoderForCausalLM"),
+    ({"model_type": "llama", "architectures": ["StableDiffoderForCausalLM"]}, "StableDiffoderForCausalLM"),
     ({"model_type": "qwen2", **auto_map("them/repo--modeling.Qwen2Model", "AutoModel")}, "Qwen2Model"),
     ({"model_type": "qwen3", "architectures": ["LlamaForCausalLMEagle3"]}, "LlamaForCausalLMEagle3"),
-    ({"model_type": "sdar", "architectures": ["SDARForCausalLM"], "use_regular_causal": True}, "SDARForCausalLM"),
-    ({"model_type": "sdar", "_name_or_path": "yifanyu/I-DLM-8B"}, "I-DLM"),
-    ({"model_type": "sdar", "_name_or_path": "someone/UNO-8b"}, "UNO"),
+    ({"model_type": "sdar_moe", "_name_or_path": "someone/I-DLM-30B"}, "I-DLM"),
     ({"model_type": "sdar", "block_size": 3}, "block_size=3"),
     ({"model_type": "sdar", "architectures": ["OtherForCausalLM"]}, "OtherForCausalLM"),
     ({"model_type": "Dream", "architectures": ["DreamForCausalLM"]}, "DreamForCausalLM"),
     ({"model_type": "Dream", "block_size": 32}, "block_size=32"),
     ({"model_type": "llada", "architectures": ["LLaDAMoEModelLM"]}, "LLaDAMoEModelLM"),
-    ({"model_type": "nemotron_labs_diffusion", "architectures": ["NemotronLabsDiffusionModel"]}, "NemotronLabs"),
-    ({"model_type": "a2d-qwen3", "architectures": ["A2DQwen3LMHeadModel"]}, "A2DQwen3LMHeadModel"),
-    ({"model_type": "wedlm", **auto_map("modeling_wedlm.WeDLMForCausalLM")}, "WeDLMForCausalLM"),
+    ({"model_type": "nemotron_labs_diffusion_vlm", "architectures": ["NemotronLabsDiffusionVLM"]}, "NemotronLabs"),
+    ({"model_type": "nemotron_labs_diffusion", "dlm_paradigm": "sbd_block_diff"}, "dlm_paradigm='sbd_block_diff'"),
+    ({"model_type": "a2d-qwen3", "architectures": ["A2DQwen3LMHeadModel"]}, "bd3lm"),
+    ({"model_type": "a2d-qwen3", "_name_or_path": "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1"}, "full attention"),
+    ({"model_type": "wedlm", "architectures": ["SDARForCausalLM"]}, "SDARForCausalLM"),
 ]
+
+SHOWN = [
+    ("stable_diffcoder", {"model_type": "llama", "architectures": ["StableDiffcoderForCausalLM"]}, ""),
+    ("stable_diffcoder", {"model_type": "llama", **auto_map("modeling_x.StableDiffcoderForCausalLM")}, ""),
+    ("idlm", {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "use_regular_causal": True}, ""),
+    ("idlm", {"model_type": "sdar", "block_size": 3, "_name_or_path": "yifanyu/I-DLM-8B"}, ""),
+    ("idlm", {"model_type": "sdar", "_name_or_path": "someone/UNO-8b"}, ""),
+    ("idlm", {"model_type": "sdar"}, "yifanyu/I-DLM-8B"),
+    ("idlm", {"model_type": "sdar"}, "/x/idlm-8b/checkpoint-5"),
+    ("idlm", {"model_type": "sdar"}, "/hub/models--a--I-DLM-8B/snapshots/ab12"),
+    ("idlm", {"model_type": "sdar"}, "a/my-uno-v1"),
+    ("sdar", {"model_type": "sdar"}, "them/SDAR-unofficial"),
+    ("sdar", {"model_type": "qwen3", "architectures": ["SDARForCausalLM"]}, ""),
+    ("sdar", {"model_type": "sdar", "architectures": ["SDARForCausalLM"]}, "Gen-Verse/TraDo-8B-Instruct"),
+    ("nemotron_labs_diffusion", {"model_type": "nemotron_labs_diffusion", "dlm_paradigm": "block_diff"}, ""),
+    ("tiny_a2d", {"model_type": "a2d-qwen3"}, "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1"),
+    ("tiny_a2d_qwen2", {"model_type": "a2d-qwen2", "architectures": ["A2DQwen2LMHeadModel"], "block_size": 32}, ""),
+    ("wedlm", {"model_type": "wedlm", "qk_norm": True, **auto_map("modeling_wedlm.WeDLMForCausalLM")}, ""),
+    ("wedlm_qwen2", {"model_type": "wedlm", "qk_norm": False, "attention_bias": True}, ""),
+]
+
+
+@pytest.mark.parametrize(("family", "config", "source"), SHOWN)
+def test_classes_fields_and_names_say_more_than_the_type(family: str, config: dict[str, Any], source: str) -> None:
+    assert identify(config, source).name == family
 
 
 @pytest.mark.parametrize(("config", "named"), OTHERS)
@@ -49,13 +73,27 @@ def test_other_models_under_a_known_type_are_refused(config: dict[str, Any], nam
     assert identify(config, family="sdar") is identify({**config, "block_diffusion_family": "sdar"}) is FAMILIES["sdar"]
 
 
-@pytest.mark.parametrize(
-    "source", ["yifanyu/I-DLM-8B", "/x/idlm-8b/checkpoint-5", "/hub/models--a--I-DLM-8B/snapshots/ab12", "a/my-uno-v1"]
-)
-def test_names_of_causal_relatives_of_sdar(source: str) -> None:
-    with pytest.raises(CheckpointError, match="I-DLM and UNO"):
-        identify({"model_type": "sdar"}, source)
-    assert identify({"model_type": "sdar"}, "them/SDAR-unofficial").name == "sdar"
+def test_a_block_length_says_that_an_a2d_model_denoises_blocks() -> None:
+    assert identify({"model_type": "a2d-qwen3"}, block_length=32).name == "tiny_a2d"
+    with pytest.raises(CheckpointError, match="full attention"):
+        identify({"model_type": "a2d-qwen3"}, "x-mdlm", block_length=32)
+
+
+def test_norms_and_biases_of_wedlm_go_together(publish) -> None:
+    for changes in ({"qk_norm": True, "attention_bias": True}, {"qk_norm": False, "attention_bias": False}):
+        with pytest.raises(CheckpointError, match="the one or the other"):
+            load_checkpoint(publish("wedlm", **changes).folder)
+
+
+def test_the_tokenizer_names_the_mask_where_config_json_does_not(publish) -> None:
+    folder = publish("stable_diffcoder", without=("mask_token_id",)).folder
+    with pytest.raises(CheckpointError, match="names no mask token"):
+        checkpoint_facts(folder)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"mask_token": {"content": "<m>"}}))
+    added = {"added_tokens_decoder": {"58": {"content": "<m>"}, "59": {"content": "<n>"}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(added))
+    assert checkpoint_facts(folder).mask_token_id == 58
+    assert checkpoint_facts(folder, mask_token_id=59).mask_token_id == 59
 
 
 @pytest.mark.parametrize(
@@ -88,10 +126,13 @@ def test_another_router_is_refused_whatever_is_said(publish, field: str, told: s
 
 def test_a_loaded_model_of_another_class_is_refused(publish) -> None:
     native = publish("llada").native
+    native.config.architectures = ["OtherForCausalLM"]
+    with pytest.raises(CheckpointError, match="OtherForCausalLM"):
+        adopt(native, mask_token_id=60, autoregressive=True)
+    with pytest.raises(CheckpointError, match="llada or stable_diffcoder"):
+        adopt(native, mask_token_id=60)
     native.config.architectures = ["StableDiffcoderForCausalLM"]
-    for autoregressive in (True, False):
-        with pytest.raises(CheckpointError, match="StableDiffcoderForCausalLM"):
-            adopt(native, mask_token_id=60, autoregressive=autoregressive)
+    assert adopt(native, mask_token_id=60)[1].family == "stable_diffcoder"
     assert adopt(native, mask_token_id=60, family="llada")[1].family == "llada"
 
 

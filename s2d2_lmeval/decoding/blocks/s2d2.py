@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.blocks.denoising import DENOISING, BlockDenoiser
@@ -67,7 +68,7 @@ class S2D2(BlockDenoiser):
         self.verify_all_masks = config.ssd_threshold_all_spans and config.ssd_ratio_threshold >= 0
         self.resamples = config.allow_resample or config.acceptance == "greedy"
         decides_one = self.resamples or self.keeps_rejected
-        self.tops_up = not decides_one or int(scheduled_count(0, config)) > 1
+        self.tops_up = not decides_one or int(scheduled_count(np.arange(config.steps), config).max()) > 1
         """Whether the schedule can require more tokens than the minimum that a verification decides."""
         # The inputs of routing at every place: estimated acceptance and normalised entropy.
         self.estimate = self.uncertainty = torch.zeros((rows.count, rows.block_length), device=rows.device)

@@ -10,8 +10,6 @@ The logits of row t-1 predict token t. This makes three differences from block d
   confident one. For :class:`Rows` and the routing policies the sub-block is the block.
 * The verifier needs no mask queries: row t-1 of the drafted text gives the autoregressive distribution of token t.
 
-At block length one only first tokens remain: that is ``ar``, one forward per token.
-
 A stop token ends the answer at the step that leaves no mask before it, not at the end of the block.
 """
 
@@ -40,10 +38,9 @@ from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.registry import DECODERS
 
 
-@DECODERS.register("ar", "subblock")
 @DECODERS.register("dynamic", "subblock", options=(*DENOISING, ConfidenceOption, SubblockOptions))
 class SubblockDenoiser(BlockDenoiser):
-    """The decoders ``dynamic`` and ``ar`` of shifted models. The rows' "block" is a sub-block here."""
+    """The decoder ``dynamic`` of shifted models. The rows' "block" is a sub-block here."""
 
     shifted = True
     notation = staticmethod(reference.order_of_subblocks)
@@ -55,7 +52,7 @@ class SubblockDenoiser(BlockDenoiser):
         length = config.small_block_size or config.block_length
         part = dataclasses.replace(config, block_length=length, denoising_steps=None, small_block_size=None)
         super().__init__(setup, part)
-        self.samples_first = config.sampled and (config.decoder == "ar" or config.sample_first_token)
+        self.samples_first = config.sampled and config.sample_first_token
         self.limit = np.zeros(setup.slots, dtype=np.int64)
         """The end of the last requested token."""
         self.narrow = np.zeros(setup.slots, dtype=bool)

@@ -9,7 +9,7 @@ from typing import Any
 from s2d2_lmeval.decoding.options.option import option
 
 _UNDIVIDED = ("block",)
-_IN_TURN = ("block", "subblock")
+_IN_TURN = ("block", "subblock", "seeded")
 _SUBBLOCK = ("subblock",)
 _EDITING = ("editing",)
 
@@ -58,6 +58,21 @@ class StepOptions:
         "maximum number of steps per block; none: as many as the block has tokens",
         schemes=_UNDIVIDED,
         low=1,
+    )
+    transfer_counts: str = option(
+        "block",
+        "how tokens are divided among the steps; block: those of a whole block, the remainder first; masks: likewise "
+        "those that the block has to decide; rounded: at each step the masks by the steps left, half to even",
+        schemes=_IN_TURN,
+        choices=("block", "masks", "rounded"),
+    )
+    short_last_block: bool = option(
+        False, "end the last block with the last requested token; otherwise it is whole, and cut", schemes=_UNDIVIDED
+    )
+    untempered_confidence: bool = option(
+        False,
+        "rate a sampled token by its probability at temperature one without filters, as an argmax always is",
+        schemes=(*_IN_TURN, "editing"),
     )
     cache_ver: bool = option(False, "commit with token-causal attention (AR-like caching)", schemes=_IN_TURN)
     draft_ver: bool = option(

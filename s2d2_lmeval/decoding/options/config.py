@@ -180,8 +180,10 @@ class DecodingConfig(
         given, beneath = layer(fields, options), layer(fields, of_run or {})
         base = given.get("base", beneath.get("base", _default_base(facts)))
         given = {**(own(given["decoder"], base, beneath) if "decoder" in given else beneath), **given}
-        decoder = given.get("decoder", next(iter(DECODERS)) if facts is None else facts.decoders[0])
         preset = given.pop("preset", None)
+        setting = {} if preset is None else preset_options(preset, facts)
+        default = next(iter(DECODERS)) if facts is None else facts.decoders[0]
+        decoder = given.get("decoder", setting.pop("decoder", default))
         refuse_foreign(decoder, base, given)
         below: dict[str, Any] = {}
         if facts is not None:
@@ -189,8 +191,7 @@ class DecodingConfig(
             if "decoder" in given and decoder not in facts.decoders:
                 raise ConfigError(misfit(decoder, facts))
             below = published_setting(facts, given.get("block_length"))
-        if preset is not None:
-            below |= preset_options(preset, facts)
+        below |= setting
         if given.get("do_sample") and below.get("temperature", 1.0) < general.GREEDY:
             below.pop("temperature")  # asked for samples, not for the family's greedy setting
         return _made_from(preset, cls(**{**own(decoder, base, {**below, "base": base}), "decoder": decoder, **given}))

@@ -27,7 +27,10 @@ SYNONYMS = {
     "sequence_bias": "logit_bias",
 }
 
-SCHEMES = ("block", "editing", "subblock", "pipelined", "autoregressive")
+SCHEMES = (
+    *("block", "editing", "subblock", "pipelined", "seeded", "strided", "reordered"),
+    "autoregressive",
+)
 """How a family lays out a generation (:attr:`s2d2_lmeval.families.Facts.scheme`)."""
 
 LARGEST = 2**31 - 1

@@ -56,6 +56,10 @@ class SpiffyOptions:
         """What is wrong between these options and others."""
         if config.schedule == "lookahead":
             yield "schedule=lookahead is for verifications; spiffy skips a block's first draft under schedule=fused."
+        if config.short_last_block:
+            yield "short_last_block leaves no room for a whole draft state; spiffy needs short_last_block=false."
+        if config.transfer_counts != "block" and config.steps < config.block_length:
+            yield "transfer_counts depends on the masks that a block begins with; spiffy needs transfer_counts=block."
         if config.use_block_cache:
             yield (
                 "use_block_cache drafts against keys that an earlier forward left behind, and which forward that was "

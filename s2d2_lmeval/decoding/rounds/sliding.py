@@ -23,13 +23,14 @@ import torch
 
 from s2d2_lmeval.decoding.decoder import EXACT, DecoderSetup
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.option import SCHEMES
 from s2d2_lmeval.decoding.options.rounds import SlidingOptions
 from s2d2_lmeval.decoding.options.s2d2 import AcceptanceOption
 from s2d2_lmeval.decoding.passes import Plan
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed, Rejection
 from s2d2_lmeval.decoding.rounds.budgets import QueryBudget
-from s2d2_lmeval.decoding.rounds.target import Target
+from s2d2_lmeval.decoding.rounds.target import Target, unread_masks
 from s2d2_lmeval.decoding.steps import Outcome
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime import clock
@@ -50,7 +51,7 @@ PRICE_UNIT = 2.0**30
 
 @DECODERS.register(
     "sliding",
-    *("block", "editing", "subblock", "pipelined"),
+    *(scheme for scheme in SCHEMES if scheme != "autoregressive"),
     promise=f"the model's own autoregressive law, token for token the output of ar with the same seed{EXACT}",
     options=(AcceptanceOption, SlidingOptions),
     acceptances=("keyed", "rejection"),
@@ -79,7 +80,9 @@ class Sliding(Target):
         """The price per query of each row's tree, in tokens, when it was bought."""
         queries = None if config.row_budget == "auto" else int(config.row_budget)
         most = self.most_queries(config, rows.count)
-        self.budget = QueryBudget(queries, self.node_queries, self.window, most, config.shares_budget)
+        self.budget = QueryBudget(
+            queries, self.node_queries, self.window + unread_masks(self.facts), most, config.shares_budget
+        )
         if config.acceptance == "rejection" and config.sampled:
             law = torch.zeros(rows.count, self.window, self.facts.vocab_size, device=rows.device)
             self.acceptance = Rejection(config, self.source, self.depths, law)

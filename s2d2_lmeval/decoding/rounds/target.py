@@ -9,8 +9,8 @@ One round of a row:
 3. propose  the draft for the next round
 4. commit   the path's keys and values become prefix (compacted if the path is not contiguous)
 
-Decoders differ in step 3. Without drafts every round is one token: ``ar``, below. Drafts come from masks in the same
-forward (:mod:`~s2d2_lmeval.decoding.rounds.sliding`) or from a drafter in a separate forward
+Decoders differ in step 3. Without drafts every round is one token: ``ar`` of every family, below. Drafts come from
+masks in the same forward (:mod:`~s2d2_lmeval.decoding.rounds.sliding`) or from a drafter in a separate forward
 (:mod:`~s2d2_lmeval.decoding.rounds.dflash`, :mod:`~s2d2_lmeval.decoding.rounds.ddtree`). The target's choice is the
 argmax, or a draw from randomness keyed by request and position, so the output is the same for every tree.
 
@@ -27,6 +27,7 @@ import torch
 from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decoder, DecoderSetup
 from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.option import SCHEMES
 from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent, ragged
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed
@@ -90,8 +91,9 @@ def plan_round(
     nodes      the drafted tokens, a tree at most ``depths`` deep; siblings share a position
     verifiers  un-shifted targets only: for the root and every node a mask at the position after it, which sees the path
                down to it; in shifted targets the node itself (for the root the last text token) predicts what follows
-    windows    per node with a window, ``window`` masks that see its path and each other: a draft of the tokens after
-               the target's choice there
+    windows    per node with a window, masks that see its path and each other (earlier ones only, if the facts say so),
+               whose ``window`` logits are a draft of the tokens after the target's choice there. Where shifted targets
+               have masks that predict their own token, one more comes first, in the place of that choice, unread
 
     Reads ``verify`` (the root, then the nodes) and ``window``. Sends of every row (count,) ``length``, ``limit``,
     ``key``, ``round``, the ``nodes`` and ``windows`` it runs and ``base``, the first of its window logits.
@@ -110,12 +112,16 @@ def plan_round(
     read_row, read_node = ragged((nodes + 1) * begun)
     if not shifted:
         builder.add((nodes + 1) * begun).set(position=length[read_row], kind=trees.VERIFIER, owner=read_node)
-    masks = builder.add(windows * window)
-    of_window, ahead = np.divmod(masks.local, max(window, 1))
+    unread = unread_masks(facts)
+    masks = builder.add(windows * (window + unread))
+    of_window, ahead = np.divmod(masks.local, max(window + unread, 1))
     masks.set(position=length[masks.row] + ahead + (not shifted), kind=trees.WINDOW, owner=of_window)
     first = builder.lay_out().offsets + texts + (-1 if shifted else nodes)
     builder.read("verify", read_row, read_node, first[read_row] + read_node)
-    builder.read("window", masks.row, masks.local, masks.query)
+    drafting = ahead >= unread
+    builder.read(
+        "window", masks.row[drafting], (masks.local - (of_window + 1) * unread)[drafting], masks.query[drafting]
+    )
     per_row = np.zeros((4, rows.count), dtype=np.int64)
     per_row[:, slots] = nodes, windows, (windows.cumsum() - windows) * window, begun
     told = {
@@ -127,35 +133,41 @@ def plan_round(
     }
     of_rows = {"length": lengths, "limit": rows.limit, "key": rows.key, "round": rows.round, "per_row": per_row}
     sent = builder.send(rows.device, slots=slots, **told, **of_rows)
-    tokens, visible = _add_trees(rows, sent, int(nodes.max(initial=0)) + 1, depths, bool(window))
+    causal = facts.window_causal if window else None
+    tokens, visible = _add_trees(rows, sent, int(nodes.max(initial=0)) + 1, depths, causal)
     return builder.plan(sent, phases, tokens, visible, texts, feeds_drafter=feeds_drafter)
 
 
+def unread_masks(facts: Facts) -> int:
+    """Masks of a window whose logits are not read (:func:`plan_round`)."""
+    return int(facts.token_shift and not facts.draft_shift)
+
+
 def _add_trees(
-    rows: RoundRows, sent: Sent, nodes: int, depths: int, windows: bool
+    rows: RoundRows, sent: Sent, nodes: int, depths: int, causal_windows: bool | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens (N,) and visibility (R, W, W) of a round, which only the device knows. Completes the positions, and
-    adds the trees to ``sent``: ``token``, ``parent``, ``depth`` (-1: not run) and ``holder`` (count, N + 1), and
-    ``above`` (count, n, n) of the first ``nodes`` (n) nodes, including the root.
+    """The tokens (N,) and visibility (R, W, W) of a round, which only the device knows; ``causal_windows`` None: there
+    are no windows. Completes the positions, and adds the trees to ``sent``: ``token``, ``parent``, ``depth`` (-1: not
+    run) and ``holder`` (count, N + 1), and ``above`` (count, n, n) of the first ``nodes`` (n) nodes, root included.
     """
     kind, owner = sent["kind"], sent["owner"]
     sent["nodes"], sent["windows"], sent["base"], sent["running"] = sent["per_row"].unsqueeze(2)
     sent["token"], sent["parent"] = rows.token, rows.parent
     index = torch.arange(rows.depth.shape[1], device=rows.device)
     depth = sent["depth"] = rows.depth.where(index <= sent["nodes"], -1)
-    if windows:
+    if causal_windows is not None:
         sent["holder"] = rows.holder * (sent["nodes"] > 0)  # without a node: the root
         owner = owner.where(kind != trees.WINDOW, sent["holder"][sent["slots"]].gather(1, owner))
     at = sent["slot"], owner.flatten()[sent["packed"]]
     sent["positions"] = sent["positions"] + depth[at].clamp_min(0)
     tokens = rows.token[at].where(kind.flatten()[sent["packed"]] == trees.NODE, sent["text"])
     above = sent["above"] = trees.ancestors(rows.parent[:, :nodes], depths)
-    return tokens, trees.tree_visibility(kind, owner, above, sent["slots"])
+    return tokens, trees.tree_visibility(kind, owner, above, sent["slots"], bool(causal_windows))
 
 
-@DECODERS.register("ar", "autoregressive", "pipelined", **AUTOREGRESSIVE)
+@DECODERS.register("ar", *SCHEMES, **AUTOREGRESSIVE)
 class Target(Decoder[RoundRows]):
-    """The decoder ``ar`` of autoregressive models, and the common part of all decoders with rounds."""
+    """The decoder ``ar``, a round without drafts, and the common part of all decoders with rounds."""
 
     feeds_drafter = False
     window = 0

@@ -100,17 +100,23 @@ def ancestors(parent: torch.Tensor, depths: int) -> torch.Tensor:
     return above
 
 
-def tree_visibility(kind: torch.Tensor, owner: torch.Tensor, above: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+def tree_visibility(
+    kind: torch.Tensor, owner: torch.Tensor, above: torch.Tensor, slots: torch.Tensor, causal_windows: bool = False
+) -> torch.Tensor:
     """Visibility of a round, (R, W, W), from the kind of each query and the node it belongs to, (R, W).
 
     Text is token-causal and seen by all. A node is seen by what belongs to itself or to a node below it. A verifier is
-    seen by itself and by its node's window, a window by itself. Row r's tree is that of ``above[slots[r]]``.
+    seen by itself and by its node's window, a window by itself, or by its later masks only (``causal_windows``). Row
+    r's tree is that of ``above[slots[r]]``.
     """
     query, key = owner.unsqueeze(2), owner.unsqueeze(1)
     of_query, of_key = kind.unsqueeze(2), kind.unsqueeze(1)
     place = torch.arange(kind.shape[1], device=kind.device)
-    text = (of_key == TEXT) & ((of_query != TEXT) | (place.unsqueeze(1) >= place))
+    earlier = place.unsqueeze(1) >= place
+    text = (of_key == TEXT) & ((of_query != TEXT) | earlier)
     window = (of_key >= VERIFIER) & (of_key < NOBODY) & (of_query == WINDOW) & (query == key)
+    if causal_windows:
+        window &= earlier
     visible = text | window
     if above.shape[1] > 1:
         visible |= (of_key == NODE) & (of_query != TEXT) & above[slots.view(-1, 1, 1), query, key]

@@ -7,7 +7,7 @@ import torch
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.general import GREEDY
 from s2d2_lmeval.decoding.sampling.random import Key, KeyedSource, RandomSource
-from s2d2_lmeval.decoding.sampling.row_statistics import likeliest
+from s2d2_lmeval.decoding.sampling.row_statistics import likeliest, probability_of
 
 
 def bias_of(config: DecodingConfig, vocabulary: int, device: torch.device) -> torch.Tensor | None:
@@ -114,7 +114,8 @@ def draft_tokens(
     """
     if not config.sampled:
         return likeliest(logits)
-    return drawn_tokens(logits, config, source, key)
+    tokens, confidence = drawn_tokens(logits, config, source, key)
+    return tokens, probability_of(logits, tokens) if config.untempered_confidence else confidence
 
 
 def ranked_tokens(

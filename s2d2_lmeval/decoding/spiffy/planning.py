@@ -25,12 +25,20 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.blocks.planning import block_plan, read_first, send_blocks, set_text, subblock_text, text_end
+from s2d2_lmeval.decoding.blocks.planning import (
+    block_plan,
+    end_of_block,
+    read_first,
+    send_blocks,
+    set_text,
+    subblock_text,
+    text_end,
+)
 from s2d2_lmeval.decoding.blocks.rows import Rows
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent
 from s2d2_lmeval.decoding.state import DRAFT
-from s2d2_lmeval.runtime.visibility import block_end, by_reach, in_branches
+from s2d2_lmeval.runtime.visibility import by_reach, in_branches
 
 WriteStates = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Puts so many states ``inside`` and ``finishing`` (rows,) that may follow ``block`` (rows, B) into the store, and
@@ -125,7 +133,7 @@ def plan_states(
     states.segment.set(
         source=np.where(drafted, rows.states_at + states.state * part + place, around),
         rank=states.position,
-        reach=np.where(causal, states.position, block_end(states.position, length)),
+        reach=np.where(causal, states.position, end_of_block(rows, slots, row, states.position, length)),
         branch=2 + states.state,
         open_state=np.where(committed, -1, slots[row] * rows.draft_states + states.state),
         place=place,

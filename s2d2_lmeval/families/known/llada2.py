@@ -141,6 +141,7 @@ LLADA2 = Family(
     },
     token_shift=False,
     scheme="editing",
+    commits_last_block="never",
     defaults=defaults,
     presets={"llada2-conservative": defaults(32, conservative=True), "llada2-quality": defaults(32)},
     published_mask_ids={157184: 156895},

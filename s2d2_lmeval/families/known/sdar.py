@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import Qwen3Config, Qwen3MoeConfig
 
-from s2d2_lmeval.families.config_map import NO_WINDOW, SIZES, translate
+from s2d2_lmeval.families.config_map import NO_WINDOW, SIZES, is_whole, translate
 from s2d2_lmeval.families.facts import Family
+from s2d2_lmeval.families.records import names_of
 
 _SIZES = (*SIZES, "head_dim")
 _OPTIONAL = ("hidden_act", "attention_bias")
@@ -39,7 +39,8 @@ def defaults(block_length: int) -> dict[str, Any]:
     }
 
 
-def _qwen3(config: Mapping[str, Any]) -> Qwen3Config:
+def qwen3(config: Mapping[str, Any]) -> Qwen3Config:
+    """Qwen3's configuration from one that names its fields as transformers does."""
     return translate(config, Qwen3Config, _SIZES, optional=_OPTIONAL, assumes=NO_WINDOW)
 
 
@@ -53,21 +54,24 @@ def _qwen3_moe(config: Mapping[str, Any]) -> Qwen3MoeConfig:
     )
 
 
-# Models with SDAR's class and type whose masks see earlier masks only and predict the next token.
 _CAUSAL = re.compile(r"(?<![a-z])i-?dlm|(?<![a-z])uno(?![a-z])", re.IGNORECASE)
 
 
-def _doubt(config: Mapping[str, Any], source: str) -> str | None:
-    names = [str(Path(source).absolute()) if Path(source).exists() else source, str(config.get("_name_or_path") or "")]
-    causal = [found[0] for name in names if (found := _CAUSAL.search(name))]
+def causal_relative(config: Mapping[str, Any], source: str) -> str | None:
+    """How a config.json of SDAR's type, or the name ``source``, shows I-DLM or UNO, whose masks see earlier masks only
+    and predict the next token.
+    """
     if config.get("use_regular_causal"):
         return "says use_regular_causal=true, as I-DLM and UNO do"
-    if causal:
-        return f"is called {causal[0]!r}, and I-DLM and UNO, which are other models, say the type of SDAR"
+    called = [found[0] for name in names_of(config, source) if (found := _CAUSAL.search(name))]
+    return f"is called {called[0]!r}, as I-DLM and UNO are, which say the type of SDAR" if called else None
+
+
+def _doubt(config: Mapping[str, Any], source: str) -> str | None:
     block = config.get("block_size")
-    if isinstance(block, int) and not isinstance(block, bool) and 1 <= block <= 3:
+    if is_whole(block, 1, 3):
         return f"says block_size={block}, which I-DLM is trained with and no SDAR is published with"
-    return None
+    return causal_relative(config, source)
 
 
 def _family(name: str, native_class: str, stem: str, **layout: Any) -> Family:
@@ -86,7 +90,7 @@ def _family(name: str, native_class: str, stem: str, **layout: Any) -> Family:
     )
 
 
-SDAR = _family("sdar", "Qwen3ForCausalLM", "SDAR", config_class=Qwen3Config, config_map=_qwen3)
+SDAR = _family("sdar", "Qwen3ForCausalLM", "SDAR", config_class=Qwen3Config, config_map=qwen3)
 # transformers stacks the published mlp.experts.N.* itself: its own Qwen3-MoE hub format is the same.
 SDAR_MOE = _family(
     "sdar_moe",

@@ -1,0 +1,1 @@
+"""The families that come with the package, a file for each layout."""
