@@ -75,6 +75,7 @@ def _family_of(config: Mapping[str, Any], source: str, name: str | None, autoreg
             family
             for family in FAMILIES.values()
             if config.get("model_type") in family.native_types and (family.scheme == AUTOREGRESSIVE) == autoregressive
+            if family.taken_for_granted
         ]
         if len(native) == 1:
             check_class(native[0], config, source)

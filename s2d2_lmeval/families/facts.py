@@ -159,6 +159,8 @@ class Family:
             unless ``fixed_block_length``: then there never was another one.
         block_fields: fields of config.json that give the block length; empty where they say something else.
         caveat_without_adapter: the checkpoint's caveat unless an adapter was merged into it.
+        taken_for_granted: False where a loaded model of the native class, with a mask token and no other sign of its
+            family, is taken for one of another.
         shares_weights: False where the published weights are split or stacked to fit the native class, so that a model
             under published names cannot be adopted without a copy.
     """
@@ -178,6 +180,7 @@ class Family:
     key_mapping: Mapping[str, str] = field(default_factory=dict, hash=False)
     caveat_without_adapter: str = ""
     shares_weights: bool = True
+    taken_for_granted: bool = True
     classes: tuple[str, ...] = ()
     doubt: Callable[[Mapping[str, Any], str], str | None] = lambda config, source: None
     claims: Callable[[Mapping[str, Any], str], bool] = lambda config, source: False

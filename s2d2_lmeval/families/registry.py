@@ -152,7 +152,7 @@ def _strings(value: Any) -> list[str]:
 
 def _unknown(config: Mapping[str, Any]) -> CheckpointError:
     model_type = config.get("model_type")
-    known = ", ".join(f"{one.name} ({'/'.join(one.model_types)})" for one in FAMILIES.values() if one.model_types)
+    known = ", ".join(f"{one.name} ({'/'.join(one.model_types) or 'by its fields'})" for one in FAMILIES.values())
     if str(model_type).startswith(_SELF_CONTAINED):
         return CheckpointError(
             f"model_type {model_type!r} is a diffusion model that transformers decodes by itself, with another kind of "

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from s2d2_lmeval import DecodingConfig, load
+from s2d2_lmeval.decoding.options.reading import names_of
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.families import FAMILIES, Facts, Family
 
@@ -18,9 +19,10 @@ PRESETS = [(family, name) for family in FAMILIES.values() for name in family.pre
 
 def facts_of(family: Family) -> Facts:
     """Of a made-up checkpoint of the published vocabulary."""
-    vocabulary = next(iter(family.published_mask_ids))
+    vocabulary = next(iter(family.published_mask_ids), 1000)
     records = {"generation_config.json": {"eos_token_id": 7}}
-    return family.facts({}, family.config_class(vocab_size=vocabulary), records, source="published")
+    native = family.config_class(vocab_size=vocabulary)
+    return family.facts({"mask_token_id": 5}, native, records, source="published")
 
 
 @pytest.mark.parametrize(("family", "name"), PRESETS, ids=lambda value: getattr(value, "name", value))
@@ -28,18 +30,22 @@ def test_a_preset_is_its_table_and_what_is_given_beside_it(family: Family, name:
     facts = facts_of(family)
     config = DecodingConfig.from_options({"preset": name}, facts)
     assert config.preset == name
-    assert {key: getattr(config, key) for key in family.presets[name]} == dict(family.presets[name])
+    # A family's options serve all of its decoders; those of others fall away.
+    of_decoder = {key: value for key, value in family.presets[name].items() if key in config.to_dict()}
+    assert {key: getattr(config, key) for key in of_decoder} == of_decoder
+    assert len(of_decoder) > 1
     assert config.stop_token_ids == (7,)
-    changed = DecodingConfig.from_options({"preset": name, "threshold": 0.123, "max_new_tokens": 9}, facts)
-    assert (changed.preset, changed.confidence_threshold, changed.max_new_tokens) == (name, 0.123, 9)
-    assert changed == config.replace(confidence_threshold=0.123, max_new_tokens=9)
+    changed = DecodingConfig.from_options({"preset": name, "top_p": 0.123, "max_new_tokens": 9}, facts)
+    assert (changed.preset, changed.top_p, changed.max_new_tokens) == (name, 0.123, 9)
+    assert changed == config.replace(top_p=0.123, max_new_tokens=9)
 
 
 def test_the_default_setting_is_a_preset_of_each_family() -> None:
     for family in dict.fromkeys(family for family, _ in PRESETS):
         facts = facts_of(family)
-        plain = DecodingConfig.from_options({"block_length": 32}, facts)
-        same = [DecodingConfig.from_options({"preset": name, "block_length": 32}, facts) for name in family.presets]
+        length = {"block_length": 32} if "block_length" in names_of(facts.decoders[0]) else {}
+        plain = DecodingConfig.from_options(length, facts)
+        same = [DecodingConfig.from_options({"preset": name, **length}, facts) for name in family.presets]
         assert plain.to_dict() in [{**config.to_dict(), "preset": None} for config in same]
 
 

@@ -46,6 +46,7 @@ IDLM = Family(
     defaults=defaults,
     presets={"idlm": defaults(4)},
     published_mask_ids={151936: 151669},
+    taken_for_granted=False,
     published_block_length=4,
     fixed_block_length=True,
     block_fields=(),  # block_size is that of a step of its training

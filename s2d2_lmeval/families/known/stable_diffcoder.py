@@ -45,6 +45,7 @@ STABLE_DIFFCODER = Family(
     presets={"stable-diffcoder": defaults(4), "stable-diffcoder-static": {**defaults(4), "decoder": "static"}},
     published_mask_ids={155136: 5},
     published_stop_ids={155136: 2},
+    taken_for_granted=False,
     published_block_length=4,
     fixed_block_length=True,
 )

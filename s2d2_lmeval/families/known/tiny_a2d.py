@@ -60,6 +60,7 @@ def _family(stem: str, config_class: type[PreTrainedConfig], config_map: Any) ->
         defaults=defaults,
         presets={"tiny-a2d": defaults(32)},
         published_mask_ids={151936: 151669} if stem == "Qwen3" else {},
+        taken_for_granted=False,
         published_block_length=32,
         fixed_block_length=True,
     )

@@ -70,6 +70,7 @@ def _family(name: str, norms: bool, config_class: type[PreTrainedConfig], config
         defaults=defaults,
         presets={"wedlm": defaults(16)},
         published_mask_ids={151936: 151665, 152064: 151665},
+        taken_for_granted=False,
         published_block_length=16,
         fixed_block_length=True,
     )

@@ -1,0 +1,116 @@
+"""Families whose text is token-causal: `ar` and `sliding` give the recorded next-token decoding, and that of the plain
+causal model.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import s2d2_lmeval
+
+DATA = Path(__file__).parent / "data"
+CAUSAL = ("nemotron_labs_diffusion", "idlm", "wedlm")
+PROMPTS = [[3, 1, 4, 1, 5, 9], [2, 7, 1], [61, 60, 59, 58, 57, 56, 55, 54, 53], [18, 81] * 20]
+
+
+@cache
+def model(family: str) -> s2d2_lmeval.BlockDiffusionModel:
+    return s2d2_lmeval.load(DATA / family / "checkpoint", device="cpu")
+
+
+def runs(family: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (DATA / family / "runs.jsonl").read_text().splitlines()]
+
+
+GREEDY = [
+    (family, run)
+    for family in CAUSAL
+    for run in runs(family)
+    if run["fn"] in ("ar", "ar_generate") and not {"temperature", "end_think_token_id"} & run["kwargs"].keys()
+]
+SHAPES = [
+    {"decoder": "ar"},
+    {"decoder": "sliding", "draft_shape": "chain", "window": 8},
+    {"decoder": "sliding", "draft_shape": "tree", "window": 8, "row_budget": 24},
+]
+
+
+@pytest.mark.parametrize("family", ["nemotron_labs_diffusion", "stable_diffcoder", "idlm", "wedlm"])
+def test_recorded_prefills(family: str) -> None:
+    """Names and configuration: the text of every recorded run through the native class."""
+    checked = 0
+    for run in runs(family):
+        recorded = run["prefill"]
+        if (
+            recorded is None
+            or run["kwargs"].get("causal_context") is False
+            or (family == "stable_diffcoder" and 96 in recorded["ids"])
+        ):
+            continue
+        ids = torch.tensor([recorded["ids"]])
+        mask = None
+        if family == "stable_diffcoder":  # blocks see themselves
+            block = torch.arange(ids.shape[1]) // run["kwargs"]["block_length"]
+            mask = (block[:, None] >= block[None])[None, None]
+        with torch.no_grad():
+            stock = model(family).hf_model
+            stock.config._attn_implementation = "sdpa"
+            try:
+                logits = stock(input_ids=ids, attention_mask=mask).logits[0]
+            finally:
+                stock.config._attn_implementation = "s2d2"
+        top = logits.softmax(-1).max(-1)
+        assert top.indices.tolist() == recorded["argmax"]
+        assert top.values.tolist() == pytest.approx(recorded["maxp"], abs=1e-5)
+        checked += 1
+    assert checked > 10
+
+
+@pytest.mark.parametrize(
+    ("family", "run"), GREEDY, ids=lambda value: value if isinstance(value, str) else value["name"]
+)
+def test_recorded_next_token_decoding(family: str, run: dict[str, Any]) -> None:
+    call = run["kwargs"]
+    stops = [call["eos_token_id"]] if "eos_token_id" in call else call.get("stop_token_ids", [1])
+    expected = run["output"][len(run["prompt"]) :] if run.get("output_has_prompt", True) else run["output"]
+    options = {"max_new_tokens": call["max_new_tokens"], "temperature": 0.0, "stop_token_ids": stops}
+    for shape in SHAPES:
+        answer = model(family).generate([run["prompt"]], {**options, **shape, "trim_stop_tokens": False})[0]
+        assert answer.token_ids == expected
+        assert answer.stats["nfe"] == (run["nfe"] if shape["decoder"] == "ar" else answer.stats["nfe"])
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_sliding_is_ar_is_the_plain_model_and_drafts_are_worth_something(family: str) -> None:
+    stock = model(family).hf_model
+    options = {"max_new_tokens": 20, "stop_token_ids": ()}
+    for sampling in ({"temperature": 0.0}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0}):
+        answers = [
+            [
+                one.token_ids
+                for one in model(family).generate(PROMPTS, {**options, **sampling, **shape}, seeds=[1, 2, 3, 4])
+            ]
+            for shape in SHAPES
+        ]
+        assert answers[0] == answers[1] == answers[2]
+        if sampling["temperature"]:
+            continue
+        stock.config._attn_implementation = "sdpa"
+        try:
+            for prompt, answer in zip(PROMPTS, answers[0], strict=True):
+                ids = stock.generate(
+                    torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, suppress_tokens=[96]
+                )
+                assert ids[0, len(prompt) :].tolist() == answer
+        finally:
+            stock.config._attn_implementation = "s2d2"
+    forwards = sum(
+        one.stats["nfe"] for one in model(family).generate(PROMPTS, {**options, **SHAPES[1], "temperature": 0.0})
+    )
+    assert forwards < 50  # of 80 tokens
