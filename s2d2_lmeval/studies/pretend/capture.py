@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_iter, tree_map
+
+from s2d2_lmeval.studies.pretend.nested import mapped, tensors_in
 
 GARBAGE = 0xFF
 """The byte that memory holds which nothing meaningful was written to: NaN, and -1 in whole numbers."""
@@ -72,8 +73,8 @@ class Capture:
 
     def owns(self, made: Any, of: Any = ()) -> None:
         """What of ``made`` does not lie in the memory of ``of`` was allocated in this capture."""
-        before = {tensor.untyped_storage()._cdata for tensor in _tensors(of)}
-        for tensor in _tensors(made):
+        before = {tensor.untyped_storage()._cdata for tensor in tensors_in(of)}
+        for tensor in tensors_in(made):
             storage = tensor.untyped_storage()
             if storage._cdata not in before:
                 self._own.setdefault(storage._cdata, storage)
@@ -88,7 +89,7 @@ class Capture:
         self, run: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, where: str
     ) -> None:
         """``run(*args, **kwargs)`` gave ``result``."""
-        self._steps.append(_Step(run, args, kwargs, list(_tensors(result)), where))
+        self._steps.append(_Step(run, args, kwargs, list(tensors_in(result)), where))
 
     def end(self) -> None:
         """Undo what the capture wrote, and let go of memory that is not the graph's own."""
@@ -107,8 +108,8 @@ class Capture:
         # Until all are released the tensors live, so that ids stay apart.
         steps = [
             step._replace(
-                args=tree_map(released, step.args),
-                kwargs=tree_map(released, step.kwargs),
+                args=mapped(released, step.args),
+                kwargs=mapped(released, step.kwargs),
                 results=[one if one is not None and self._is_own(one) else None for one in step.results],
             )
             for step in self._steps
@@ -139,14 +140,10 @@ class Capture:
                     freed = freed or tensor is None
                     return value.garbage() if tensor is None else tensor
 
-                results = step.run(*tree_map(present, step.args), **tree_map(present, step.kwargs))
+                results = step.run(*mapped(present, step.args), **mapped(present, step.kwargs))
                 if freed:
                     stale.append(step.where)
-                for made, new in zip(step.results, _tensors(results), strict=True):
+                for made, new in zip(step.results, tensors_in(results), strict=True):
                     if made is not None and made.untyped_storage()._cdata != new.untyped_storage()._cdata:
                         made.copy_(new)
         return stale
-
-
-def _tensors(results: Any) -> Iterator[torch.Tensor]:
-    return (value for value in tree_iter(results) if isinstance(value, torch.Tensor))

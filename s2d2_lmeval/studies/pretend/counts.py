@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -77,9 +78,15 @@ def _of_kind(counter: Counter[tuple[str, str]], kind: str) -> int:
 def place() -> str:
     """The innermost line, as ``file:line``, that belongs neither to torch nor to this folder."""
     frame = sys._getframe(1)
-    while frame.f_back is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((_OWN, _TORCH, "<")) and "contextlib" not in name and "functools" not in name:
-            break
+    while frame.f_back is not None and _short(frame.f_code.co_filename) is None:
         frame = frame.f_back
-    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-3:])}:{frame.f_lineno}"
+    return f"{_short(frame.f_code.co_filename) or '?'}:{frame.f_lineno}"
+
+
+@cache
+def _short(file: str) -> str | None:
+    """The end of a path; None for what only passes calls on."""
+    path = Path(file)
+    if file.startswith((_OWN, _TORCH, "<")) or path.name in ("contextlib.py", "functools.py"):
+        return None
+    return "/".join(path.parts[-3:])

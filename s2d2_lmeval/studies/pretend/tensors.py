@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_iter, tree_map, tree_unflatten
 
 from s2d2_lmeval.studies.pretend.counts import READ, place
 from s2d2_lmeval.studies.pretend.machine import Machine
+from s2d2_lmeval.studies.pretend.nested import mapped, tensors_in
 
 _WITHOUT_KERNEL = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_", "is_same_size"),
@@ -64,8 +64,8 @@ class PretendTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        tensors = (value for value in tree_iter((args, kwargs)) if isinstance(value, PretendTensor))
-        return operate(next(tensors).machine, func, args, kwargs or {})
+        ours = next(value for value in tensors_in((args, kwargs)) if isinstance(value, PretendTensor))
+        return operate(ours.machine, func, args, kwargs or {})
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PretendTensor({self.elem!r}, device={self.device})"
@@ -189,8 +189,8 @@ def operate(machine: Machine, func: Any, args: Sequence[Any], kwargs: Mapping[st
             found = func.decompose(*args, **kwargs)
         if found is not NotImplemented:
             return found
-    flat, form = tree_flatten((args, kwargs))
-    ours = [value for value in flat if isinstance(value, PretendTensor)]
+    given = list(tensors_in((args, kwargs)))
+    ours = [value for value in given if isinstance(value, PretendTensor)]
     device = kwargs.get("device")
     if not ours and (device is None or device.type != "cuda"):
         return _on_the_host(machine, func, args, dict(kwargs))
@@ -198,11 +198,7 @@ def operate(machine: Machine, func: Any, args: Sequence[Any], kwargs: Mapping[st
         return _moved(machine, func, args, dict(kwargs), device)
     if name == "copy_" and args[0].device.type != args[1].device.type:
         return _transferred(machine, args[0], args[1], bool(args[2] if len(args) > 2 else kwargs.get("non_blocking")))
-    on_host = [
-        value
-        for value in flat
-        if isinstance(value, torch.Tensor) and not isinstance(value, PretendTensor) and value.dim()
-    ]
+    on_host = [value for value in given if not isinstance(value, PretendTensor) and value.dim()]
     if name in _INDEXING:
         for table in on_host:
             machine.upload(table, asked_not_to_wait=False)
@@ -216,7 +212,7 @@ def operate(machine: Machine, func: Any, args: Sequence[Any], kwargs: Mapping[st
         machine.counts.reads["blocking", place()] += machine.capture is None
     elif name in _SIZED_BY_VALUES or (name, func._overloadname) == ("repeat_interleave", "Tensor"):
         machine.needs_values(name)
-    inner_args, inner_kwargs = tree_unflatten([_inner(machine, value) for value in flat], form)
+    inner_args, inner_kwargs = mapped(partial(_inner, machine), (tuple(args), kwargs))
     if device is not None:
         inner_kwargs["device"] = torch.device("cpu")
     return _on_a_device(machine, func, name, (inner_args, inner_kwargs), ours, device or ours[0].device)
@@ -232,8 +228,7 @@ def _on_a_device(
             if isinstance(value, torch.Tensor) and declared.alias_info is not None and declared.alias_info.is_write:
                 machine.capture.writes(value)
     found = func(*args, **kwargs)
-    results = [value for value in tree_iter(found) if isinstance(value, torch.Tensor)]
-    if not results or device.type != "cuda":
+    if next(tensors_in(found), None) is None or device.type != "cuda":
         return found
     if machine.capture is not None:
         machine.capture.owns(found, of=inner)
@@ -247,7 +242,7 @@ def _on_a_device(
             return value
         return known[id(value)] if id(value) in known else PretendTensor(value, device, machine)
 
-    return tree_map(outer, found)
+    return mapped(outer, found)
 
 
 def _on_the_host(machine: Machine, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

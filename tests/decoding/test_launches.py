@@ -1,0 +1,164 @@
+"""What a decode step asks of a GPU, on a pretend one: the CPU's tokens, nothing that it would refuse, few launches."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from s2d2_lmeval import BlockDiffusionModel, load
+from s2d2_lmeval.registry import DECODERS
+from s2d2_lmeval.studies.bench.launches import Row, count_launches
+from s2d2_lmeval.studies.pretend import move, pretend_cuda
+
+from . import drafting_tiny, editing_tiny, pipelined_cases, subblocks_drawn
+from .test_device_reads import EVERY, OPTIONS
+from .tiny import engine
+
+pytestmark = pytest.mark.filterwarnings("ignore:The draft graph")
+
+
+class Limits(NamedTuple):
+    """Per decode step: launches outside graphs, uploads, waits that bring nothing; the share of steps that replay."""
+
+    launches: float
+    uploads: float
+    blocking: float
+    replayed: float
+
+
+TARGET = Limits(launches=4, uploads=1, blocking=0, replayed=0.98)
+"""A step is one upload, one replay and one read."""
+
+TODAY = {
+    # Nothing but the forward is captured, facts go up from pageable memory, and wide steps find no bucket.
+    "ar": Limits(60, 5, 3, 0.98),
+    "static": Limits(130, 6, 3, 0.7),
+    "sequential": Limits(130, 6, 3, 0.7),
+    "dynamic": Limits(160, 7, 4, 0.6),
+    "entropy_bounded": Limits(190, 8, 4, 0.5),
+    "s2d2": Limits(500, 8, 4, 0.5),
+    "s2d2:reference": Limits(450, 7, 4, 0.4),
+    "s2d2:fused": Limits(320, 8, 4, 0.5),
+    "s2d2:lookahead": Limits(560, 9, 4, 0.3),
+    # Trees move keys after the read, layer by layer.
+    "sliding": Limits(820, 22, 18, 0.1),
+    "spiffy": Limits(620, 14, 10, 0.3),
+    # Drafters run without graphs.
+    "dflash": Limits(400, 9, 2, 0),
+    "ddtree": Limits(400, 15, 9, 0),
+}
+"""Where the target does not hold yet, by decoder and schedule."""
+
+RUNS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "ar": ((1, 8, 32), {}),
+    "dynamic": ((1, 8), {}),
+    "s2d2:reference": ((1, 8), {}),
+    "s2d2:fused": ((1, 8), {}),
+    "s2d2:lookahead": ((1, 8, 32), {}),
+    "s2d2:lookahead sampled": ((8,), {"do_sample": True}),
+    "sliding": ((1, 8, 32), {}),
+    "sliding sampled": ((1,), {"do_sample": True}),
+    "spiffy": ((1,), {}),
+    "dflash": ((1,), {}),
+    "ddtree": ((1, 8), {}),
+    "static": ((1,), {}),
+    "sequential": ((1,), {}),
+    "entropy_bounded": ((1,), {"eb_threshold": 0.5}),
+    "s2d2 by score": ((1,), {"do_verify_policy": "score_threshold"}),
+    "s2d2 with hysteresis": ((1,), {"do_verify_policy": "score_hysteresis"}),
+    "s2d2 by a bandit": ((1,), {"do_verify_policy": "contextual_bandit_ucb"}),
+    "s2d2 by throughput": ((1,), {"do_verify_policy": "throughput", "verify_cost_ratio": 1.2}),
+}
+"""Decoder and schedule -> batches that run every time (the other of 1, 8 and 32 are slow), and further options."""
+
+PROMPTS = [[5 + (7 * i + 3 * j) % 90 for j in range(6 + i % 9)] for i in range(33)]
+
+
+@cache
+def toy(draft: bool) -> BlockDiffusionModel:
+    return load("toy", draft="toy" if draft else None)
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(name, batch, marks=[] if batch in batches else [pytest.mark.slow])
+        for name, (batches, _) in RUNS.items()
+        for batch in (1, 8, 32)
+    ]
+
+
+def check(row: Row) -> None:
+    """Whatever a step costs, it has to be right."""
+    assert row.get("error") is None
+    assert row["capture_faults"] == row["device_mismatches"] == row["races"] == 0
+    assert row["same_tokens"]
+
+
+@pytest.mark.parametrize(("name", "batch"), cases())
+def test_a_step_on_the_toy(name: str, batch: int) -> None:
+    entry = name.partition(" ")[0]
+    decoder, _, schedule = entry.partition(":")
+    options = {"decoder": decoder, **({"schedule": schedule} if schedule else {}), "max_new_tokens": 8}
+    model = toy(draft=any(part.needs_drafter for part in DECODERS.all(decoder)))
+    row = count_launches(model, options | RUNS[name][1], batch, PROMPTS[: batch + 1])
+    check(row)
+    limits = TODAY.get(entry, TARGET)
+    assert row["launches_outside"] <= limits.launches
+    assert row["uploads"] <= limits.uploads
+    assert row["blocking"] <= limits.blocking
+    assert row["reads"] <= 1
+    assert row["replayed_share"] >= limits.replayed
+
+
+# ---- other schemes and devices ----
+
+MODELS: dict[str, Any] = {
+    "block": lambda: engine(max_batch=3, dtype=torch.float32),
+    "editing": lambda: editing_tiny.engine(max_batch=3),
+    "subblock": lambda: subblocks_drawn.engine(max_batch=3),
+    "pipelined": lambda: pipelined_cases.engine("dream", max_batch=3),
+    "autoregressive": lambda: drafting_tiny.pair(max_batch=3, dtype=torch.float32),
+}
+TINY_PROMPTS = [[(3 * i + j) % 19 for j in range(length)] for i, length in enumerate((3, 8, 11))]
+
+
+def of_scheme(scheme: str, decoder: str) -> tuple[BlockDiffusionModel, list[dict[str, Any]]]:
+    """A tiny model and the options of the runs."""
+    drafts = decoder in ("dflash", "ddtree")
+    model = drafting_tiny.pair(shifted=scheme == "autoregressive", max_batch=3) if drafts else MODELS[scheme]()
+    several = [{**given, "decoder": decoder, "max_new_tokens": 6} for given in OPTIONS[decoder]]
+    several = [options for options in several if "auto" not in options.values()]
+    if scheme == "subblock":
+        several = [options | ({"block_length": 8} if "block_length" in options else {}) for options in several]
+    return model, several if scheme == "block" and not drafts else several[-1:]
+
+
+@pytest.mark.parametrize(("scheme", "decoder"), [(scheme, one) for scheme, one in EVERY if one != "spiffy"])
+def test_every_family_on_the_second_device(scheme: str, decoder: str) -> None:
+    model, several = of_scheme(scheme, decoder)
+    for options in several:
+        check(count_launches(model, options, 2, TINY_PROMPTS, lambda name: "cuda:1", runs=2))
+
+
+@pytest.mark.parametrize("decoder", ["ar", "dynamic", "s2d2", "sliding"])
+def test_a_model_on_two_devices_with_its_head_on_the_second(decoder: str) -> None:
+    def place(name: str) -> str:
+        return "cuda:1" if name.startswith(("model.layers.1.", "model.norm.", "lm_head.")) else "cuda:0"
+
+    model, several = of_scheme("block", decoder)
+    for options in several:
+        check(count_launches(model, options, 2, TINY_PROMPTS, place, runs=1))
+
+
+def test_scores_on_two_devices_are_the_cpus() -> None:
+    pairs = [([1, 2, 3], [4, 5]), ([1, 2], [3]), ([6], [7, 8, 9])]
+    model = MODELS["block"]()
+    expected = model.score(pairs)
+    with pretend_cuda(devices=2) as counts:
+        found = move(model, lambda name: "cuda:1" if name.startswith("lm_head.") else "cuda:0").score(pairs)
+    assert [right for _, right in found] == [right for _, right in expected]
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-5)
+    assert counts.totals()["device_mismatches"] == 0
