@@ -32,8 +32,8 @@ logger = logging.getLogger("s2d2_lmeval")
 NAME = "s2d2"
 BACKENDS = ("sdpa", "flash")
 
-OLDEST = (8, 0)
-"""Compute capability that flash-attn asks for."""
+OLDEST, HOPPER = (8, 0), 9
+"""Compute capability that flash-attn 2 asks for, and the generation that flash-attn 3 is written for."""
 
 Part = tuple[torch.Tensor, torch.Tensor]
 """Attention (R, W, heads, dim) over some of the keys, and its log-sum-exp (R, heads, W), in float32."""
@@ -71,13 +71,14 @@ def choose_backend(attention: str, device: torch.device | None = None, dtype: to
     on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     half = dtype in (torch.bfloat16, torch.float16)
     if attention == "auto":
-        return "flash" if on_gpu and half and prefix_kernel() is not None else "sdpa"
-    if prefix_kernel() is None:
-        raise ConfigError(
-            "attention=flash needs flash-attn 2 or 3 and a GPU of compute capability 8.0 or more; use attention=sdpa."
-        )
+        return "flash" if on_gpu and half and prefix_kernel(dtype) is not None else "sdpa"
     if not (on_gpu and half):
         raise ConfigError("attention=flash runs on CUDA in bfloat16 or float16 only; use attention=sdpa.")
+    if prefix_kernel(dtype) is None:
+        raise ConfigError(
+            "attention=flash needs flash-attn 2 and a GPU of compute capability 8.0 or more, or flash-attn 3 and a "
+            "Hopper GPU (fa3-fwd: in bfloat16); use attention=sdpa."
+        )
     return "flash"
 
 
@@ -159,7 +160,7 @@ class AttentionContext:
             assert self.mask is not None
             bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
             bias = bias.masked_fill_(~self.mask, -torch.inf)
-            self._biases[dtype, groups] = bias.repeat(1, 1, groups, 1)
+            self._biases[dtype, groups] = bias if groups == 1 else bias.repeat(1, 1, groups, 1)
         return self._biases[dtype, groups]
 
 
@@ -208,13 +209,14 @@ def _sdpa(
     rows, widest, heads, dim = queries.shape
     keys, values = context.seen(key).transpose(1, 2), context.seen(value).transpose(1, 2)
     groups = heads // keys.shape[1]
+    grouped = queries.view(rows, widest, -1, groups, dim)
     if groups == 1 or widest > GROUPED:
-        bias = context.bias(queries.dtype, 1)
-        out = scaled_dot_product_attention(
-            queries.transpose(1, 2), keys, values, attn_mask=bias, scale=scaling, enable_gqa=groups > 1
-        )
-        return out.transpose(1, 2)
-    side_by_side = queries.view(rows, widest, -1, groups, dim).permute(0, 2, 3, 1, 4)
+        # One call for each head of a group: with a mask, `enable_gqa` leaves older GPUs only the kernel that
+        # materialises the scores, and repeated keys would be a copy of all that the rows see.
+        attend = partial(scaled_dot_product_attention, attn_mask=context.bias(queries.dtype, 1), scale=scaling)
+        found = [attend(head.transpose(1, 2), keys, values).transpose(1, 2) for head in grouped.unbind(3)]
+        return torch.stack(found, dim=3).flatten(2, 3)
+    side_by_side = grouped.permute(0, 2, 3, 1, 4)
     out = scaled_dot_product_attention(
         side_by_side.reshape(rows, -1, groups * widest, dim),
         keys,
@@ -229,7 +231,7 @@ def _flash(
     context: AttentionContext, queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
     """``queries`` and the answer are (R, W, heads, dim)."""
-    kernel = prefix_kernel()
+    kernel = prefix_kernel(queries.dtype)
     assert kernel is not None
     scale = queries.shape[-1] ** -0.5 if scaling is None else scaling
     prefix = kernel(queries, key, value, context.lengths, context.slots, scale)
@@ -239,8 +241,8 @@ def _flash(
 
 
 @cache
-def prefix_kernel() -> Callable[..., Part] | None:
-    """flash-attn 3 if it is there and works, else flash-attn 2, else None.
+def prefix_kernel(dtype: torch.dtype) -> Callable[..., Part] | None:
+    """flash-attn 3 if it is there and works on this GPU in ``dtype``, else flash-attn 2, else None.
 
     A kernel takes queries (R, W, heads, dim), the storage of keys and of values (slots, capacity, key-value heads,
     dim), lengths (R,), slots (R,) or None (the first R) and a scale; it gives the attention over the first ``lengths``
@@ -248,7 +250,13 @@ def prefix_kernel() -> Callable[..., Part] | None:
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < OLDEST:
         return None
-    found = map(_attend_of, ("flash_attn_interface", "flash_attn"))
+    hopper = torch.cuda.get_device_capability()[0] == HOPPER
+    libraries = {
+        "flash_attn_interface": hopper,
+        "fa3_fwd_interface": hopper and dtype == torch.bfloat16,  # flash-attn 3 as a wheel, built without float16
+        "flash_attn": True,
+    }
+    found = (_attend_of(library) for library, usable in libraries.items() if usable)
     return next((partial(_by_library, attend) for attend in found if attend is not None), None)
 
 

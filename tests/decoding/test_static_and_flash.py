@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def test_padded_shapes_change_no_token(case: str, backend: str, monkeypatch: pyt
     runner = Runner(CASES[case][0](max_batch=3).hf_model, static_shapes=True)
     assert runner.static is not None
     runner.static.backend = runner.attention = backend
-    monkeypatch.setattr(attention, "prefix_kernel", lambda: prefix_in_torch)
+    monkeypatch.setattr(attention, "prefix_kernel", lambda dtype: prefix_in_torch)
     got = around(case, runner).generate(PROMPTS, {**CASES[case][1], "max_new_tokens": 11})
     assert canvases(got) == answers(case)
     assert runner.static.forwards
@@ -86,7 +86,7 @@ def test_padded_shapes_change_no_token(case: str, backend: str, monkeypatch: pyt
 def test_attention_in_two_parts_changes_no_token(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = Runner(CASES[case][0](max_batch=3).hf_model)
     runner.attention = "flash"
-    monkeypatch.setattr(attention, "prefix_kernel", lambda: prefix_in_torch)
+    monkeypatch.setattr(attention, "prefix_kernel", lambda dtype: prefix_in_torch)
     got = around(case, runner).generate(PROMPTS, {**CASES[case][1], "max_new_tokens": 11})
     assert canvases(got) == answers(case)
 
@@ -225,6 +225,33 @@ def test_a_model_that_cannot_be_captured_runs_without(
     assert caplog.text.count("cannot be captured") == 1
 
 
+# ---- wide passes with grouped heads ----
+
+
+def test_grouped_heads_of_a_wide_pass_need_no_kernel_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a mask, ``enable_gqa`` leaves many GPUs only the kernel that materialises the scores."""
+    width = attention.GROUPED + 1
+    queries, keys, values, visible, prefix, _ = case(3, width, 6, 3, [7, 0, 20], None)
+    keys, values = keys.repeat(1, 4, 1, 1), values.repeat(1, 4, 1, 1)
+    context = attention.AttentionContext(3, width, 100, visible, prefix, prefix)
+    context.mask = attention.prefix_mask(visible, prefix, 100)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        queries.transpose(1, 2),
+        *(one[:3, :100].transpose(1, 2).repeat_interleave(3, dim=1) for one in (keys, values)),
+        attn_mask=context.mask,
+        scale=0.3,
+    )
+    plain = attention.scaled_dot_product_attention
+
+    def watched(*tensors: torch.Tensor, attn_mask: torch.Tensor, scale: float) -> torch.Tensor:
+        assert len({one.shape[1] for one in tensors}) == 1  # as many key heads as heads
+        return plain(*tensors, attn_mask=attn_mask, scale=scale)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
+    got = attention._sdpa(context, queries, keys, values, 0.3)
+    torch.testing.assert_close(got, expected.transpose(1, 2))
+
+
 # ---- flash ----
 
 
@@ -282,11 +309,11 @@ def test_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attention.choose_backend("sdpa", cuda) == "sdpa"
     with pytest.raises(ConfigError, match="is not a back end"):
         attention.choose_backend("flex")
-    monkeypatch.setattr(attention, "prefix_kernel", lambda: None)
+    monkeypatch.setattr(attention, "prefix_kernel", lambda dtype: None)
     assert attention.choose_backend("auto", cuda) == "sdpa"
     with pytest.raises(ConfigError, match="needs flash-attn"):
         attention.choose_backend("flash", cuda)
-    monkeypatch.setattr(attention, "prefix_kernel", lambda: prefix_in_torch)
+    monkeypatch.setattr(attention, "prefix_kernel", lambda dtype: prefix_in_torch)
     assert attention.choose_backend("auto", cuda) == "flash"
     assert attention.choose_backend("auto", cuda, torch.float32) == "sdpa"
     assert attention.choose_backend("auto", cpu) == "sdpa"
@@ -310,12 +337,37 @@ def test_a_library_that_does_not_work_is_not_used(
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    kernel = attention.prefix_kernel.__wrapped__
+    kernel = partial(attention.prefix_kernel.__wrapped__, torch.float16)
     assert (kernel() is None) == (said is not None)
     assert said is None or said in caplog.text
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert kernel() is None
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "taken"),
+    [
+        (torch.bfloat16, (9, 0), "fa3_fwd_interface"),
+        (torch.float16, (9, 0), "flash_attn"),  # the wheel of flash-attn 3 is built without
+        (torch.bfloat16, (8, 0), "flash_attn"),
+        (torch.bfloat16, (10, 0), "flash_attn"),
+    ],
+)
+def test_flash_attn_3_is_taken_where_it_runs(
+    dtype: torch.dtype, capability: tuple[int, int], taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for library in ("flash_attn", "fa3_fwd_interface"):
+        (tmp_path / f"{library}.py").write_text("def flash_attn_with_kvcache(): ...")
+        monkeypatch.delitem(sys.modules, library, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    kernel = attention.prefix_kernel.__wrapped__(dtype)
+    assert kernel is not None
+    assert kernel.args[0].__module__ == taken
+    for library in ("flash_attn", "fa3_fwd_interface"):
+        monkeypatch.delitem(sys.modules, library, raising=False)
 
 
 def test_the_librarys_arguments() -> None:
@@ -358,7 +410,7 @@ def test_captured_graphs_change_no_token(case: str) -> None:
 @pytest.mark.gpu
 @on_gpu
 def test_flash_attn_is_its_twin() -> None:
-    kernel = attention.prefix_kernel()
+    kernel = attention.prefix_kernel(torch.bfloat16)
     if kernel is None:
         pytest.skip("flash-attn is not installed")
     generator = torch.Generator("cuda").manual_seed(0)

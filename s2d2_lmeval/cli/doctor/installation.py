@@ -106,6 +106,7 @@ def attention() -> Iterator[Finding]:
     for name, module, package in (
         ("flash-attn 2", "flash_attn", "flash_attn"),
         ("flash-attn 3", "flash_attn_interface", "flash_attn_3"),
+        ("flash-attn 3 (forward only)", "fa3_fwd_interface", "fa3_fwd"),
     ):
         if find_spec(module) is None:
             yield finding(name, "not installed (optional)")
