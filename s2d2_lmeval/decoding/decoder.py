@@ -85,6 +85,13 @@ class Decoder(ABC, Generic[RowsT]):
     def capacity(self) -> int:
         """Positions that a row may write to in the cache."""
 
+    @property
+    def most_logits(self) -> tuple[int, int]:
+        """Logits that each of the rows in flight reads of one forward, at most, and from how many of them tokens are
+        drawn at once. ``max_batch=auto`` plans memory by it.
+        """
+        return 64, 64
+
     def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
         """Called before the first request: a decoder with an option set to ``auto`` measures forward costs here."""
 

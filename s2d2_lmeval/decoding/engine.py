@@ -16,23 +16,20 @@ from s2d2_lmeval.decoding.generation import Generation, Progress, Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.reading import misfit
 from s2d2_lmeval.decoding.prefixes import SharedPrefixes
-from s2d2_lmeval.decoding.sampling.filters import bias_of
+from s2d2_lmeval.decoding.sampling.filters import bias_of, tables_of
 from s2d2_lmeval.decoding.state import KIND_OF_PHASE
 from s2d2_lmeval.errors import CapacityError, ConfigError
 from s2d2_lmeval.families import Facts
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime import clock
-from s2d2_lmeval.runtime.memory import RowLimit, out_of_memory
+from s2d2_lmeval.runtime.memory import RowLimit, RowNeeds, out_of_memory
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
 
 logger = logging.getLogger("s2d2_lmeval")
 
 PREFILL_CHUNK, PREFILL_TOKENS = 512, 8192
-"""Maximum number of prompt tokens per row and forward, and per forward of all rows: activations are not planned for."""
-
-LOGITS_OF_A_ROW = 64
-"""Logits per row that memory is planned for; decoders of whole blocks may want two blocks."""
+"""Maximum number of prompt tokens per row and forward, and per forward of all rows."""
 
 
 class Engine:
@@ -140,8 +137,8 @@ class Engine:
         # The published draw order of a sequential source exists for one row only.
         most = 1 if not self.config.keyed else min(self.limit.most(self.runner.device), len(requests))
         if self.limit.automatic and most > 1:
-            wanted = max(2 * self.config.block_length, LOGITS_OF_A_ROW)
-            most = min(most, self.runner.rows_that_fit(decoder(setup).capacity, wanted))
+            needs = self._needs(decoder(replace(setup, slots=2)), min(setup.prefill_chunk, setup.longest))
+            most = min(most, self.runner.rows_that_fit(needs if published else replace(needs, together=PREFILL_TOKENS)))
         self.slots = most
         if not published:
             setup = replace(setup, prefill_chunk=max(min(PREFILL_CHUNK, PREFILL_TOKENS // most), 1))
@@ -151,6 +148,11 @@ class Engine:
         self.prefixes = SharedPrefixes(self.rows, None if published else self.rows.prefix_grain)
         self.runner.reserve(most, self.decoder.capacity)
         self.decoder.calibrate_costs(partial(self.runner.measure_costs, most))
+
+    def _needs(self, decoder: Decoder[Any], tokens: int) -> RowNeeds:
+        """What a row of ``decoder`` takes that brings at most so many ``tokens`` to a forward."""
+        read, drawn = decoder.most_logits
+        return RowNeeds(decoder.capacity, read + drawn * (tables_of(self.config) - 1), tokens)
 
     def _admit(self, requests: Sequence[Request], waiting: deque[int]) -> None:
         """Fill free slots with waiting requests."""

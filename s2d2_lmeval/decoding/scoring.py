@@ -20,13 +20,17 @@ from s2d2_lmeval.decoding.passes import PassBuilder, Plan
 from s2d2_lmeval.errors import CapacityError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.runtime import clock
-from s2d2_lmeval.runtime.memory import RowLimit, out_of_memory
+from s2d2_lmeval.runtime.memory import RowLimit, RowNeeds, out_of_memory
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
 from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, by_reach, in_branches
 
 CHUNK = 256
 """Maximum text tokens per row and forward, and maximum tokens of a branch; each scored token may add a mask."""
+
+TABLES = 4
+"""Tables of the size of a forward's logits that are alive at once (measured by ``tests/decoding/test_memory_plan.py``).
+"""
 
 Score = tuple[float, bool]
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -72,6 +76,11 @@ class _Row:
         self.done = self.spoken = self.branched = 0
         self.log_likelihood = dict.fromkeys(self.pairs, 0.0)
         self.greedy = dict.fromkeys(self.pairs, True)
+
+    @property
+    def reads(self) -> int:
+        """Logits that it takes in all."""
+        return len(self.scored) + sum(len(target) for _, target in self.branches)
 
     @property
     def complete(self) -> bool:
@@ -143,9 +152,7 @@ class Scorer:
         left = rows_of(pairs)
         while left:
             capacity = len(left[0].text) + 2 * CHUNK
-            most = self.limit.most(self.runner.device)
-            if self.limit.automatic and most > 1:
-                most = min(most, self.runner.rows_that_fit(capacity, CHUNK))
+            most = self._rows_at_once(left, capacity)
             if not self._run_batch(left[:most], capacity):
                 self._back_off(left[:most])
                 continue
@@ -156,6 +163,18 @@ class Scorer:
                         on_scored(number, scores[number])
             left = left[most:]
         return scores
+
+    def _rows_at_once(self, left: list[_Row], capacity: int) -> int:
+        """How many of the rows ``left`` to score next. A batch has the room of the one before unless twice as many fit:
+        texts fall in length, so that is seldom, and with new room everything begins cold.
+        """
+        most = self.limit.most(self.runner.device)
+        if not self.limit.automatic or most == 1:
+            return most
+        reads = min(max(row.reads for row in left), (1 + self.shifted) * CHUNK)
+        most = min(most, self.runner.rows_that_fit(RowNeeds(capacity, TABLES * reads, 2 * CHUNK)))
+        room = self.runner.cache
+        return room.slots if room.capacity >= capacity and room.slots <= most < 2 * room.slots else most
 
     def _run_batch(self, rows: list[_Row], capacity: int) -> bool:
         """Score ``rows`` in a batch; False if memory ran out."""

@@ -7,6 +7,7 @@ visible.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -96,7 +97,9 @@ class SlotCache:
         return 0
 
     @property
-    def bytes(self) -> int:
-        """Memory held, in bytes."""
-        tensors = [*self._keys.values(), *self._values.values()]
-        return sum(t.numel() * t.element_size() for t in tensors)
+    def bytes_on(self) -> Counter[torch.device]:
+        """Memory held on each device, in bytes."""
+        held: Counter[torch.device] = Counter()
+        for storage in (*self._keys.values(), *self._values.values()):
+            held[storage.device] += storage.nbytes
+        return held

@@ -30,7 +30,7 @@ from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.attention import AttentionContext
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.costs import CostCurve
-from s2d2_lmeval.runtime.memory import bytes_per_position
+from s2d2_lmeval.runtime.memory import RowNeeds, bytes_per_position
 from s2d2_lmeval.runtime.passes import DRAFTER, TARGET, Pass
 from s2d2_lmeval.runtime.runner import Runner
 
@@ -198,9 +198,9 @@ class DraftingRunner(Runner):
         self.drafter.release()
         super().release()
 
-    def rows_that_fit(self, capacity: int, wanted: int) -> int:
+    def rows_that_fit(self, needs: RowNeeds) -> int:
         ours, drafters = (bytes_per_position(model) for model in (self.model, self.drafter.model))
-        return super().rows_that_fit(round(capacity * (1 + drafters / ours)), wanted)
+        return super().rows_that_fit(replace(needs, capacity=round(needs.capacity * (1 + drafters / ours))))
 
     def begin(self, slot: int, source: int, length: int) -> None:
         super().begin(slot, source, length)

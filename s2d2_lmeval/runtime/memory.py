@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +16,23 @@ MOST_ROWS_ON_CPU, MOST_ROWS = 16, 128
 """Rows in flight beyond which a wider batch no longer decodes faster: a CPU computes, a GPU reads weights."""
 
 SHARE = 0.8
-"""Share of the free memory to plan for; the rest is for activations and fragmentation."""
-
-LOGIT_COPIES = 6
-"""Tables of the size of the wanted logits that a step holds at once, in float32: probabilities, noise, residuals."""
-
+"""Share of the free memory to plan for; the rest is for captured graphs and fragmentation."""
 
 _FAILED_ALLOCATIONS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 """How failed allocations end that have no class of their own: torch's on a CPU, and workspaces of CUDA's libraries."""
+
+
+@dataclass(frozen=True)
+class RowNeeds:
+    """What a row takes: ``capacity`` positions in the cache; ``logits`` rows over the vocabulary, in float32, that are
+    alive at once; and at most ``tokens`` of a forward, of which all rows together bring at most ``together`` (None: no
+    bound).
+    """
+
+    capacity: int
+    logits: int
+    tokens: int
+    together: int | None = None
 
 
 @dataclass
@@ -66,10 +77,49 @@ def bytes_per_position(model: PreTrainedModel) -> int:
     return int(2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize)
 
 
-def bytes_per_row(model: PreTrainedModel, capacity: int, wanted: int) -> int:
-    """Memory of a row: ``capacity`` positions in the cache, and what is made of ``wanted`` logits in a step."""
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    return capacity * bytes_per_position(model) + wanted * vocabulary * 4 * LOGIT_COPIES
+def bytes_per_token(model: PreTrainedModel, span: int) -> int:
+    """Memory of one token's activations in a forward that sees ``span`` positions: the most that a layer holds at once,
+    in its attention or its MLP, and the token's mask.
+    """
+    config = model.config.get_text_config()
+    width, itemsize = config.hidden_size, model.dtype.itemsize
+    dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    chosen = getattr(config, "num_experts_per_tok", None)
+    # Experts sort a copy of the token for each of them, and weigh what comes out.
+    experts = chosen * (3 * config.moe_intermediate_size + 6 * width) if chosen else 0
+    attention = 6 * config.num_attention_heads * dim
+    layer = 4 * width + max(attention, 3 * config.intermediate_size, experts)
+    return int(layer * itemsize + span * (2 + itemsize))
+
+
+def rows_that_fit(
+    model: PreTrainedModel, tables: torch.device, needs: RowNeeds, held: Mapping[torch.device, int]
+) -> int:
+    """How many rows with such ``needs`` memory holds, at least 1: on the fullest device, if ``model`` is spread over
+    several. Logits are worked on in ``tables``; ``held`` are bytes in use by device that will be free.
+    """
+    layers = Counter(map(place_of, model.get_decoder().layers))
+    position, token = bytes_per_position(model) // layers.total(), bytes_per_token(model, needs.capacity)
+    of_logits = needs.logits * int(model.config.get_text_config().vocab_size) * 4
+    heads = {tables, place_of(model.get_output_embeddings())}
+    found = []
+    for device in heads | layers.keys():
+        row = needs.capacity * position * layers[device] + of_logits * (device in heads)
+        free = int(SHARE * (free_bytes(device) + held.get(device, 0)))
+        found.append(_rows_within(free, row, token, needs))
+    return max(1, min(found))
+
+
+def place_of(module: torch.nn.Module) -> torch.device:
+    """Where ``module`` computes: where its weights are, or are taken to by accelerate."""
+    place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if place is None else torch.device(place)
+
+
+def _rows_within(free: int, row: int, token: int, needs: RowNeeds) -> int:
+    """Rows that ``free`` bytes hold if each takes ``row``, and every token of a forward ``token``."""
+    rows = free // (row + needs.tokens * token)
+    return rows if needs.together is None else max(rows, (free - needs.together * token) // row)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -14,7 +14,7 @@ from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend, grain_of
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, widths_to_measure
-from s2d2_lmeval.runtime.memory import SHARE, bytes_per_row, free_bytes
+from s2d2_lmeval.runtime.memory import RowNeeds, rows_that_fit
 from s2d2_lmeval.runtime.passes import TARGET, Layout, Pass
 from s2d2_lmeval.runtime.static import StaticShapes
 
@@ -81,13 +81,9 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def rows_that_fit(self, capacity: int, wanted: int) -> int:
-        """How many sequences of ``capacity`` positions, each asking for ``wanted`` logits a step, free memory holds; at
-        least 1.
-        """
-        devices = {parameter.device for parameter in self.model.parameters()}
-        free = sum(free_bytes(device) for device in devices) + self.cache.bytes
-        return max(1, int(SHARE * free) // bytes_per_row(self.model, capacity, wanted))
+    def rows_that_fit(self, needs: RowNeeds) -> int:
+        """How many sequences with such ``needs`` free memory holds, that of the present cache included; at least 1."""
+        return rows_that_fit(self.model, self.device, needs, self.cache.bytes_on)
 
     def begin(self, slot: int, source: int, length: int) -> None:
         """Empty ``slot`` for another sequence, but for the first ``length`` positions, taken from ``source``."""

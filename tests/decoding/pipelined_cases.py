@@ -61,7 +61,9 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
 
 def engine(family: str, max_batch: int = 8, seed: int = 0) -> BlockDiffusionModel:
     """The package's engine around :func:`tiny_model`, weights shared."""
-    return load(tiny_model(family, seed), family=family, max_batch=max_batch, mask_token_id=MASK, block_length=4)
+    plain = tiny_model(family, seed)
+    mask = plain.config.vocab_size - 1
+    return load(plain, family=family, max_batch=max_batch, mask_token_id=mask, block_length=4)
 
 
 @dataclass(frozen=True)

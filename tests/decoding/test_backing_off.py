@@ -109,16 +109,34 @@ def test_other_errors_are_not_taken_for_a_shortage(monkeypatch: pytest.MonkeyPat
 
 def test_auto_takes_what_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(holds=99, max_batch="auto")
-    monkeypatch.setattr(model._runner, "rows_that_fit", lambda capacity, wanted: 3)
+    monkeypatch.setattr(model._runner, "rows_that_fit", lambda needs: 3)
     model.trace.reset(keep_records=True)
     answers = model.generate(PROMPTS, {"block_length": 4, "max_new_tokens": 6})
     assert max(len(record.kinds) for record in model.trace.records) == 3
-    monkeypatch.setattr(model._runner, "rows_that_fit", lambda capacity, wanted: 1000)
+    monkeypatch.setattr(model._runner, "rows_that_fit", lambda needs: 1000)
     model.trace.reset(keep_records=True)
     assert [answer.token_ids for answer in answers] == [
         answer.token_ids for answer in model.generate(PROMPTS, {"block_length": 4, "max_new_tokens": 6})
     ]
     assert max(len(record.kinds) for record in model.trace.records) == len(PROMPTS)
+
+
+def test_shorter_texts_are_scored_in_the_room_of_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows of shorter texts would fit, but not twice as many."""
+    model, caches = small(holds=99, max_batch="auto"), []
+    reserve = model._runner.reserve
+    monkeypatch.setattr(model._runner, "rows_that_fit", lambda needs: 2 + (560 - needs.capacity) // 10)
+
+    def reserved(slots: int, capacity: int) -> None:
+        reserve(slots, capacity)
+        caches.append(model._runner.cache)
+
+    monkeypatch.setattr(model._runner, "reserve", reserved)
+    pairs = [([3] * length, [4, 5]) for length in range(40, 0, -1)]
+    scores = model.score(pairs)
+    assert [score for score, _ in scores] == pytest.approx([score for score, _ in engine().score(pairs)])
+    assert [cache.slots for cache in caches] == sorted(cache.slots for cache in caches)
+    assert 1 < len({id(cache) for cache in caches}) < len(caches)
 
 
 def test_scores_are_the_same_with_half_the_rows() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +15,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from s2d2_lmeval import load
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.runtime import memory, runner
-from s2d2_lmeval.runtime.memory import RowLimit, bytes_per_position, free_bytes, out_of_memory
+from s2d2_lmeval.runtime import memory
+from s2d2_lmeval.runtime.memory import (
+    RowLimit,
+    RowNeeds,
+    bytes_per_position,
+    bytes_per_token,
+    free_bytes,
+    out_of_memory,
+)
 from s2d2_lmeval.runtime.passes import Layout, Pass
 from s2d2_lmeval.runtime.runner import Runner
 
@@ -54,17 +62,39 @@ def test_bytes_of_a_position_are_those_that_the_cache_takes() -> None:
     machine = Runner(model)
     machine.reserve(2, 32)
     machine.measure_costs(2, 1)  # the first forward allocates
-    assert machine.cache.bytes == 3 * 32 * bytes_per_position(model)  # one slot more takes what stands for nothing
+    assert machine.cache.bytes_on == {
+        CPU: 3 * 32 * bytes_per_position(model)
+    }  # one slot more takes what stands for nothing
 
 
 def test_rows_follow_from_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Runner(tiny())
-    row = 32 * bytes_per_position(machine.model) + 4 * 50 * 4 * memory.LOGIT_COPIES
+    row, token = 32 * bytes_per_position(machine.model) + 24 * 50 * 4, bytes_per_token(machine.model, 32)
+    needs = RowNeeds(capacity=32, logits=24, tokens=5)
+
+    def fit(needs: RowNeeds, free: int) -> int:
+        monkeypatch.setattr(memory, "free_bytes", lambda device: int(free * 1.001 / memory.SHARE))
+        return machine.rows_that_fit(needs)
+
     for rows in (1, 2, 7):
-        monkeypatch.setattr(runner, "free_bytes", lambda device, rows=rows: int(1.01 * rows * row / memory.SHARE))
-        assert machine.rows_that_fit(32, 4) == rows
-    monkeypatch.setattr(runner, "free_bytes", lambda device: 0)
-    assert machine.rows_that_fit(32, 4) == 1
+        assert fit(needs, rows * (row + 5 * token)) == rows
+        # A forward takes no more tokens than of three rows.
+        assert fit(replace(needs, together=15), rows * row + min(rows, 3) * 5 * token) == rows
+    assert fit(needs, 0) == 1
+
+
+def test_the_fullest_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each device holds the cache of its layers; the logits lie where the tables and the head are."""
+    model, held = tiny(), {CPU: 0}
+    last, meta = model.model.layers[2], torch.device("meta")
+    last._hf_hook = SimpleNamespace(execution_device="meta")  # as accelerate places layers
+    needs = RowNeeds(capacity=32, logits=24, tokens=0)
+    layer = 32 * bytes_per_position(model) // 3
+    free = {CPU: 7 * (2 * layer + 24 * 50 * 4), meta: 5 * layer}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(free[device] * 1.001 / memory.SHARE))
+    assert memory.rows_that_fit(model, CPU, needs, held) == 5
+    free[meta] *= 2
+    assert memory.rows_that_fit(model, CPU, needs, held) == 7
 
 
 def test_this_machine_has_memory() -> None:

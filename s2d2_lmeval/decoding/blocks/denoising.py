@@ -112,6 +112,12 @@ class BlockDenoiser(Decoder[Rows]):
         """Positions that a row may write to in the cache: a pass may write a block, or its verifier, after the last."""
         return self.rows.length + (1 + self.verifies) * self.rows.block_length
 
+    @property
+    def most_logits(self) -> tuple[int, int]:
+        # Under lookahead a verifier brings the next block's draft.
+        blocks = 2 if self.verifies and self.config.schedule == "lookahead" else 1
+        return (blocks * self.rows.block_length,) * 2
+
     def admitted(self, slot: int) -> None:
         """A request has been admitted to ``slot``."""
         self._enter_draft(slot)

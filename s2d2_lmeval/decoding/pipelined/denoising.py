@@ -37,6 +37,9 @@ from s2d2_lmeval.registry import DECODERS
 if TYPE_CHECKING:
     pass
 
+OPEN_BLOCKS = 4
+"""Blocks of a row that memory is planned for; more are seldom open at once."""
+
 
 @DECODERS.register(
     "pipelined",
@@ -75,6 +78,12 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
     @property
     def capacity(self) -> int:
         return self.rows.length
+
+    @property
+    def most_logits(self) -> tuple[int, int]:
+        # A draft's logits wait for its verification.
+        places = min(self.rows.places, OPEN_BLOCKS * self.rows.block_length)
+        return (1 + self.verifies) * places, places
 
     def admitted(self, slot: int) -> None:
         self.rows.begin_iteration(np.array([slot]), self.config)

@@ -79,6 +79,10 @@ class DFlash(Target):
         """Tokens per position of the block that a tree may branch over."""
         return 1
 
+    @property
+    def most_logits(self) -> tuple[int, int]:
+        return (max(self.rows.depth.shape[1], self.depths),) * 2
+
     @staticmethod
     def most_depths(config: DecodingConfig, facts: Facts) -> int:
         assert facts.drafter is not None

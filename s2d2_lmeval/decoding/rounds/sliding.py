@@ -110,6 +110,12 @@ class Sliding(Target):
     def capacity(self) -> int:
         return self.rows.length + self.budget.most + 1
 
+    @property
+    def most_logits(self) -> tuple[int, int]:
+        # Rows share their budgets: one may read more, all together do not.
+        most = self.budget.queries or self.budget.most
+        return most + 1, max(most // self.node_queries + 1, self.window)
+
     def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
         """With ``row_budget=auto``, measure the cost of forwards at this batch size."""
         if self.budget.queries is None:

@@ -205,6 +205,10 @@ class Target(Decoder[RoundRows]):
         """Positions that a row may write to in the cache."""
         return self.rows.length + max(self.rows.depth.shape[1] * self.node_queries, self.depths) + self.depths + 1
 
+    @property
+    def most_logits(self) -> tuple[int, int]:
+        return (self.rows.depth.shape[1],) * 2
+
     def admitted(self, slot: int) -> None:
         """A request has been admitted to ``slot``."""
         self._enter_round(slot)

@@ -21,6 +21,13 @@ def bias_of(config: DecodingConfig, vocabulary: int, device: torch.device) -> to
     return bias.to(device)
 
 
+def tables_of(config: DecodingConfig) -> int:
+    """Tables of the size of some logits, themselves included, that are alive at once while tokens are drawn from them
+    and judged: at most, whatever the filters (measured by ``tests/decoding/test_memory_plan.py``).
+    """
+    return 12 if config.sampled else 4
+
+
 def probabilities(logits: torch.Tensor, config: DecodingConfig) -> torch.Tensor:
     """The distributions of ``logits`` (..., V) under the sampling options: the softmax of :func:`filtered`."""
     return filtered(logits, config).softmax(-1)

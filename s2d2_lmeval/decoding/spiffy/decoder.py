@@ -100,6 +100,10 @@ class Spiffy(BlockDenoiser):
         return self.rows.length + self.rows.block_length + self.rows.draft_states * max(self.widths)
 
     @property
+    def most_logits(self) -> tuple[int, int]:
+        return (1 + self.rows.draft_states) * self.rows.block_length, self.rows.block_length
+
+    @property
     def widths(self) -> tuple[int, int]:
         """Queries of a draft state that leaves a mask, and of one that does not."""
         return self.rows.block_length, 2 * self.rows.block_length
