@@ -21,6 +21,7 @@ from s2d2_lmeval.errors import ConfigError, RequestError, shown
 from s2d2_lmeval.families import Facts, adopt, load_checkpoint
 from s2d2_lmeval.families.facts import DrafterFacts
 from s2d2_lmeval.families.files import HUB_OPTIONS
+from s2d2_lmeval.ranks import Ranks
 from s2d2_lmeval.runtime.drafter import DraftingRunner
 from s2d2_lmeval.runtime.drafter_loading import load_drafter
 from s2d2_lmeval.runtime.memory import RowLimit
@@ -122,6 +123,11 @@ class BlockDiffusionModel:
         return self._runner.device
 
     @property
+    def ranks(self) -> Ranks:
+        """The processes that hold the model together."""
+        return self._runner.ranks
+
+    @property
     def networks(self) -> list[torch.nn.Module]:
         """Everything with weights: the model, and its drafter if there is one."""
         drafter = getattr(self._runner, "drafter", None)
@@ -175,6 +181,9 @@ class BlockDiffusionModel:
             raise RequestError(
                 f"{len(prompts)} prompts, {len(budgets)} budgets, {len(keys)} seeds: give one of each per prompt."
             )
+        if not self.ranks.alone and resolved.random_source not in ("keyed", "fixed"):
+            raise ConfigError("random_source: several ranks draw alike from keyed or fixed only; leave it out.")
+        stop = None if stop is None else self.ranks.ask_first(stop)
         requests = []
         for index, (prompt, budget, key) in enumerate(zip(prompts, budgets, keys, strict=True)):
             ids = _tokens(f"Prompt {index}", prompt)

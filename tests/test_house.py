@@ -18,12 +18,12 @@ OUTSIDE = ("recipes", "benchmarks")
 
 STOREYS = (
     ("errors",),
-    ("registry",),
+    ("registry", "ranks"),
     ("toy", "tasks"),
     ("families",),
     ("runtime",),
     ("decoding",),
-    ("model", "_autoload", ""),
+    ("model", "lockstep", "_autoload", ""),
     ("harness",),
     ("studies", "custom_generate", "task_configs"),
     ("cli",),

@@ -23,7 +23,7 @@ from s2d2_lmeval.families import Facts
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.memory import RowLimit, RowNeeds, out_of_memory
-from s2d2_lmeval.runtime.runner import Runner
+from s2d2_lmeval.runtime.runner import Runner, refuse_to_halve
 from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
 
 logger = logging.getLogger("s2d2_lmeval")
@@ -98,6 +98,7 @@ class Engine:
     def _back_off(self) -> None:
         """Out of memory: release everything and continue with half as many rows."""
         rows = self.slots
+        refuse_to_halve(self.runner, rows)
         self.runner.release()
         if rows <= 1:
             raise CapacityError(

@@ -21,7 +21,7 @@ from s2d2_lmeval.errors import CapacityError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.memory import RowLimit, RowNeeds, out_of_memory
-from s2d2_lmeval.runtime.runner import Runner
+from s2d2_lmeval.runtime.runner import Runner, refuse_to_halve
 from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
 from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, by_reach, in_branches
 
@@ -190,6 +190,7 @@ class Scorer:
 
     def _back_off(self, rows: list[_Row]) -> None:
         """Memory ran out with ``rows`` in flight: they begin again, half as many at a time."""
+        refuse_to_halve(self.runner, len(rows))
         self.runner.release()
         if len(rows) == 1:
             raise CapacityError("Memory ran out on a single text. Shorten it, or load the weights in a smaller type.")

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
 from transformers.quantizers import AutoHfQuantizer
 
-from s2d2_lmeval.errors import CheckpointError, ConfigError, first_line, without_messages
+from s2d2_lmeval.errors import CheckpointError, ConfigError, first_line, shown, without_messages
 from s2d2_lmeval.families.adapters import merge_adapter
 from s2d2_lmeval.families.facts import ADAPTER_FIELD, AUTOREGRESSIVE, Facts, Family
 from s2d2_lmeval.families.files import (
@@ -33,6 +34,7 @@ from s2d2_lmeval.families.files import (
 )
 from s2d2_lmeval.families.records import TOKENIZER_FILES, TRAINING_FILES, names_block_length, names_mask
 from s2d2_lmeval.families.registry import identify, mark
+from s2d2_lmeval.ranks import launched
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PACKED = 16  # quantized weights keep at most so many parameters in one stored number
@@ -47,6 +49,7 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     revision: str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
+    tp_plan: str | None = None,
     quantization_config: Any = None,
     mask_token_id: int | None = None,
     block_length: int | None = None,
@@ -63,6 +66,8 @@ def load_checkpoint(
         device: the device of the whole model; by default a GPU if there is one. Not together with ``device_map``.
         revision: branch, tag or commit of a hub id.
         device_map, quantization_config: as in ``from_pretrained``.
+        tp_plan: ``"auto"`` divides every layer among the processes that ``torchrun`` has started, by the plan that
+            transformers has for the class; all of them then call the same methods with the same arguments.
         mask_token_id, block_length: override or complete config.json.
         family: the family, if config.json does not determine it.
         adapter: folder or hub id of a LoRA adapter to merge into the weights, such as D2F's for LLaDA or Dream.
@@ -78,13 +83,22 @@ def load_checkpoint(
     source = resolve(source)
     from_pretrained = {**from_pretrained, "revision": revision, "trust_remote_code": False}
     hub = {name: from_pretrained[name] for name in HUB_OPTIONS if name in from_pretrained}
-    placed, asked_dtype = _placement(device, device_map), _dtype(dtype)
+    # The first GPU is not that of every rank: transformers places each one's part.
+    placed = _placement(device, device_map) if tp_plan is None else None
+    asked_dtype, on_cpu = _dtype(dtype), _on_cpu(placed) and (tp_plan is None or not torch.cuda.is_available())
     overrides = {"mask_token_id": mask_token_id, "block_length": block_length}
     chosen, native, facts = _described(source, hub, family, adapter, overrides)
     if facts.block_length_from == "assumed":
         warnings.warn(f"{source}: {facts.caveat}.", stacklevel=2)
     mark(native, facts)
     quantized = bool(quantization_config) or _is_quantized(native)
+    if tp_plan is not None:
+        for name, given in (("device", device), ("device_map", device_map), ("adapter", adapter)):
+            if given is not None:
+                raise ConfigError(f"tp_plan and {name}: give one of them. Every rank has a part of each layer.")
+        if quantized:
+            raise ConfigError("tp_plan divides plain weights only; spread quantized ones with device_map=auto.")
+        from_pretrained["distributed_config"] = _divided(source, native, tp_plan)
     files = weight_files(source, from_pretrained.get("variant"), **hub)
     _check_size(source, chosen, native, stored_weights(files, quantized=quantized))
     if revision is None:
@@ -92,7 +106,7 @@ def load_checkpoint(
     arguments = {
         **from_pretrained,
         "config": native,
-        "dtype": torch.float32 if asked_dtype == "auto" and _on_cpu(placed) else asked_dtype,
+        "dtype": torch.float32 if asked_dtype == "auto" and on_cpu else asked_dtype,
         "device_map": placed,
         "quantization_config": quantization_config,
     }
@@ -148,6 +162,31 @@ def _placement(device: str | torch.device | None, device_map: Any) -> Any:
     asked = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     placed = usable_device(asked)
     return None if placed.type == "cpu" else {"": placed}
+
+
+def _divided(source: str, native: PreTrainedConfig, tp_plan: Any) -> Any:
+    """Every layer divided among the processes of this run, by transformers' plan for the class.
+
+    Raises:
+        ConfigError: this run, this release of transformers or this checkpoint cannot be divided so.
+    """
+    if tp_plan != "auto":
+        raise ConfigError(f"tp_plan={shown(tp_plan)}: only auto is known here, transformers' plan for the class.")
+    ranks = launched()
+    if ranks == 1:
+        raise ConfigError(
+            "tp_plan=auto divides a model among processes: start one for each GPU with torchrun --nproc-per-node N."
+        )
+    if "tp_plan" not in DistributedConfig.__dataclass_fields__:
+        raise ConfigError("tp_plan=auto needs a newer transformers, with DistributedConfig(tp_plan=…); upgrade it.")
+    experts = "moe_intermediate_size" if getattr(native, "num_experts_per_tok", None) else "num_key_value_heads"
+    for name in ("num_attention_heads", "num_key_value_heads", experts):
+        if getattr(native, name) % ranks:
+            raise ConfigError(
+                f"{source} has {name}={getattr(native, name)}, which {ranks} processes cannot divide evenly; start a "
+                "number of processes that divides it."
+            )
+    return DistributedConfig(tp_plan="auto")
 
 
 def usable_device(device: str | torch.device) -> torch.device:

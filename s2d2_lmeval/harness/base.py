@@ -40,7 +40,7 @@ class HarnessModel(HFLM):
         check("dtype", dtype, OF_LOADING["dtype"])
         check("revision", revision, OF_LOADING["revision"])
         self.arguments = arguments = sort_arguments(pretrained, options)
-        accelerator = loading.join_processes()
+        accelerator = loading.join_processes(arguments)
         where = loading.choose_device(device, accelerator)
         rows = arguments.rows or rows_in_flight(batch_size, max_batch_size)
         loaded = loading.load_model(arguments, rows=rows, dtype=dtype, device=where, revision=revision)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from s2d2_lmeval.toy import embedded
 
@@ -117,6 +118,8 @@ def of_weights(models: Iterable[torch.nn.Module]) -> str:
     for model in models:
         for name, tensor in model.state_dict().items():
             if isinstance(tensor, torch.Tensor):
+                # Of a model that several ranks hold, this one's part.
+                tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 if not tensor.is_meta:  # weights on disk are those of the checkpoint that is named beside this
                     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from s2d2_lmeval import lockstep
 from s2d2_lmeval.errors import CheckpointError, ConfigError, first_line, shown, without_messages
 from s2d2_lmeval.families import Facts, load_checkpoint
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.families.loading import usable_device
 from s2d2_lmeval.harness.arguments import Arguments
 from s2d2_lmeval.model import BlockDiffusionModel, load
+from s2d2_lmeval.ranks import launched
 from s2d2_lmeval.runtime.memory import RowLimit
 from s2d2_lmeval.toy import embedded
 
@@ -49,7 +51,9 @@ def load_model(arguments: Arguments, *, rows: RowLimit, dtype: Any, device: str 
     source, loading = resolve(arguments.source), dict(arguments.loading)
     own = ("attention", "max_context", "static_shapes", "draft")
     options: dict[str, Any] = {"max_batch": rows, **{name: loading.pop(name) for name in own if name in loading}}
-    if "device_map" not in loading:
+    if "tp_plan" in loading and (arguments.custom is not None or arguments.model_class is not None):
+        raise ConfigError("custom_generate runs a model in one process; leave out tp_plan, or spread it: parallelize.")
+    if "device_map" not in loading and "tp_plan" not in loading:
         loading["device"] = choose_device(loading["device"], None) if loading.get("device") else device
     for fact, given in (("dtype", dtype), ("revision", revision)):
         if loading.setdefault(fact, given) != given and given not in (None, "auto"):
@@ -59,6 +63,7 @@ def load_model(arguments: Arguments, *, rows: RowLimit, dtype: Any, device: str 
         raise ConfigError("peft=… is for a checkpoint that is loaded here; merge the adapter into your model yourself.")
     if arguments.custom is None and arguments.model_class is None and not isinstance(source, torch.nn.Module):
         engine = load(source, **options, **loading, adapter=arguments.peft)
+        lockstep.join(engine)
         return Loaded(engine.hf_model, engine, name)
     # The engine installs its own attention on its model; a custom function gets the model without it.
     if isinstance(source, torch.nn.Module):
@@ -165,9 +170,11 @@ def resolve(source: Any) -> Any:
     return str(source) if isinstance(source, Path) else source
 
 
-def join_processes() -> Any:
-    """The accelerator of a run started by ``accelerate launch`` or ``torchrun``; None in a single process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+def join_processes(arguments: Arguments) -> Any:
+    """The accelerator of a run started by ``accelerate launch`` or ``torchrun``, whose processes share the requests;
+    None in a single process, and where they share the model.
+    """
+    if launched() == 1 or "tp_plan" in arguments.loading:
         return None
     from accelerate import Accelerator, InitProcessGroupKwargs
 

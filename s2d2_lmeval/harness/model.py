@@ -170,6 +170,7 @@ class S2D2LM(HarnessModel):
             **report.merge(several).summary(),
             "processes": self.world_size,
             "processes_counted": len(several),
+            "ranks": engine.ranks.size if engine is not None else 1,
             "cached_responses": responses.hits(self.cache_hook),
             "rows_in_flight": 1 if self.custom is not None or engine is None else engine.max_batch,
             "decoder": self.custom.name if self.custom is not None else decoding.decoder if decoding else None,

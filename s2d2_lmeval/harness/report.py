@@ -132,7 +132,8 @@ def header(
         lines.append(("layout", config.layout))
         lines.append(("in flight", f"{rows} rows, up to {model.max_context} positions each"))
     if model is not None:
-        lines.append(("runs on", f"{model.device}, attention {model.attention}"))
+        several = "" if model.ranks.alone else f"{model.ranks.size} ranks, the first on "
+        lines.append(("runs on", f"{several}{model.device}, attention {model.attention}"))
         if model.facts.caveat:
             lines.append(("but", model.facts.caveat))
     return "\n".join(["s2d2", *(f"  {name:<11} {value}" for name, value in lines)])

@@ -10,17 +10,30 @@ import time
 from collections.abc import Callable
 
 from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.ranks import ALONE, Ranks
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 logger = logging.getLogger("s2d2_lmeval")
 
 _chosen = "wall"
+_ranks = ALONE
 
 
 def now() -> float:
     """Seconds since some moment."""
     return CLOCKS[_chosen]()
+
+
+def agreed() -> float:
+    """:func:`now` as the first rank's clock says it, for what decisions depend on."""
+    return _ranks.of_first(now())
+
+
+def share(ranks: Ranks) -> None:
+    """From here on :func:`agreed` is agreed between ``ranks``."""
+    global _ranks
+    _ranks = ranks
 
 
 def since(started: float) -> float:

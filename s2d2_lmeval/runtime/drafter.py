@@ -26,6 +26,8 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
 )
 
+from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.ranks import ranks_of
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.attention import AttentionContext
 from s2d2_lmeval.runtime.cache import SlotCache
@@ -184,6 +186,8 @@ class DraftingRunner(Runner):
     """Runs passes on a target or on its drafter: they name the model that answers them."""
 
     def __init__(self, model: PreTrainedModel, drafter: DFlash, attention: str = "auto") -> None:
+        if not ranks_of(model).alone:
+            raise ConfigError("a drafter runs beside a whole target: leave out draft or tp_plan.")
         # Features are tapped from packed, eager forwards; the drafter narrows its masks by layer.
         super().__init__(model, attention, static_shapes=False)
         self.drafter = Runner(drafter, "sdpa", static_shapes=False)

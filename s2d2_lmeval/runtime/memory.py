@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from s2d2_lmeval.errors import ConfigError, shown
+from s2d2_lmeval.ranks import shards_of
 
 MOST_ROWS_ON_CPU, MOST_ROWS = 16, 128
 """Rows in flight beyond which a wider batch no longer decodes faster: a CPU computes, a GPU reads weights."""
@@ -74,7 +75,7 @@ def bytes_per_position(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize)
+    return int(2 * config.num_hidden_layers * heads // shards_of(model) * dim * model.dtype.itemsize)
 
 
 def bytes_per_token(model: PreTrainedModel, span: int) -> int:
@@ -86,9 +87,9 @@ def bytes_per_token(model: PreTrainedModel, span: int) -> int:
     dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
     chosen = getattr(config, "num_experts_per_tok", None)
     # Experts sort a copy of the token for each of them, and weigh what comes out.
-    experts = chosen * (3 * config.moe_intermediate_size + 6 * width) if chosen else 0
+    experts = chosen * (3 * config.moe_intermediate_size + 6 * width * shards_of(model)) if chosen else 0
     attention = 6 * config.num_attention_heads * dim
-    layer = 4 * width + max(attention, 3 * config.intermediate_size, experts)
+    layer = 4 * width + max(attention, 3 * config.intermediate_size, experts) // shards_of(model)
     return int(layer * itemsize + span * (2 + itemsize))
 
 

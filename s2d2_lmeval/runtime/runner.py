@@ -10,6 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
+from s2d2_lmeval.errors import CapacityError, ConfigError
+from s2d2_lmeval.ranks import ranks_of
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend, grain_of
 from s2d2_lmeval.runtime.cache import SlotCache
@@ -38,6 +40,10 @@ class Runner:
         self.model = model.eval()
         self.backbone = model.get_decoder()
         self.head = model.get_output_embeddings()
+        self.ranks = ranks_of(model)
+        if static_shapes and not self.ranks.alone:
+            raise ConfigError("static_shapes: forwards of several ranks are not captured; leave it out with tp_plan.")
+        clock.share(self.ranks)
         self.device = model.get_input_embeddings().weight.device
         self.grain = grain_of(self.device, model.dtype)
         self.cache = SlotCache(0, 0)
@@ -45,7 +51,7 @@ class Runner:
         """Time inside the model; on CUDA as of the last :meth:`synchronize`."""
         self._costs: dict[tuple[int, int], CostCurve] = {}
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        on_cuda = self.device.type == "cuda" and len(devices) == 1
+        on_cuda = self.device.type == "cuda" and len(devices) == 1 and self.ranks.alone
         self.static: StaticShapes | None = None
         if on_cuda if static_shapes is None else static_shapes:
             self.static = StaticShapes(self._run, self.attention, self.device, captures=on_cuda)
@@ -83,7 +89,7 @@ class Runner:
 
     def rows_that_fit(self, needs: RowNeeds) -> int:
         """How many sequences with such ``needs`` free memory holds, that of the present cache included; at least 1."""
-        return rows_that_fit(self.model, self.device, needs, self.cache.bytes_on)
+        return self.ranks.least(rows_that_fit(self.model, self.device, needs, self.cache.bytes_on))
 
     def begin(self, slot: int, source: int, length: int) -> None:
         """Empty ``slot`` for another sequence, but for the first ``length`` positions, taken from ``source``."""
@@ -130,7 +136,7 @@ class Runner:
             taken.append(clock.now() - started)
         self.cache.lengths[:] = 0
         self.synchronize()
-        return float(np.median(taken[1:]))
+        return self.ranks.of_first(float(np.median(taken[1:])))
 
     @torch.inference_mode()
     def forward(self, request: Pass) -> torch.Tensor:
@@ -178,3 +184,12 @@ class Runner:
         logits = self.head(hidden[0].index_select(0, wanted.to(hidden.device)))
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         return logits.to(self.device, non_blocking=True)  # a head may lie on another device than the decoder's tables
+
+
+def refuse_to_halve(runner: Runner, rows: int) -> None:
+    """CapacityError where memory ran out with ``rows`` in flight on one of several ranks: the others wait for it."""
+    if not runner.ranks.alone:
+        raise CapacityError(
+            f"Memory ran out on rank {runner.ranks.rank} of {runner.ranks.size} with {rows} requests in flight, and "
+            f"ranks cannot begin again one by one. Give max_batch={max(rows // 2, 1)} or less."
+        )

@@ -86,7 +86,6 @@ def test_missing_checkpoint() -> None:
     ("name", "value"),
     [
         *[
-            ("tp_plan", "auto"),
             ("delta", "x"),
             ("logits_cache", False),
             ("subfolder", "a"),

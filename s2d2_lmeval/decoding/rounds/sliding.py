@@ -127,7 +127,7 @@ class Sliding(Target):
             rows.resize(min(rows.token.shape[1] - 1, max((budget.most - 1) // self.node_queries, 1)))
 
     def plan(self) -> Plan:
-        self._began = clock.now()
+        self._began = clock.agreed()
         return super().plan()
 
     # ---- device ----
@@ -164,7 +164,7 @@ class Sliding(Target):
         rows, plan = self.rows, self._plan
         layout, keep = plan.request.layout, plan.request.keep
         if plan.count("verify"):
-            self.budget.step_took(clock.now() - self._began, layout.queries, int((keep - 1).clip(0).sum()))
+            self.budget.step_took(clock.agreed() - self._began, layout.queries, int((keep - 1).clip(0).sum()))
         for slot, width in zip(layout.slots.tolist(), layout.widths.tolist(), strict=True):
             rows.progress[slot].count("queries", width)
         return super()._synchronize(read)

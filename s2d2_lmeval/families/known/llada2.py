@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.config_map import NO_WINDOW, SIZES, translate
 from s2d2_lmeval.families.facts import Family
+from s2d2_lmeval.ranks import split_rows
 
 _SIZES = {name: name for name in (*SIZES, "head_dim", "moe_intermediate_size", "num_experts_per_tok", "n_group")}
 _SIZES |= {"topk_group": "topk_group", "n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}
@@ -54,7 +55,7 @@ class SplitQueryKeyValue(ConversionOps):
         weight = fused[0] if isinstance(fused, list) else fused
         query = config.num_attention_heads * config.head_dim
         key = config.num_key_value_heads * config.head_dim
-        parts = weight.split([query, key, key], dim=0)
+        parts = split_rows(weight, [query, key, key])
         return {target: part.contiguous() for target, part in zip(target_patterns, parts, strict=True)}
 
     @property
