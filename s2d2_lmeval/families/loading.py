@@ -66,8 +66,7 @@ def load_checkpoint(
         device: the device of the whole model; by default a GPU if there is one. Not together with ``device_map``.
         revision: branch, tag or commit of a hub id.
         device_map, quantization_config: as in ``from_pretrained``.
-        tp_plan: ``"auto"`` divides every layer among the processes that ``torchrun`` has started, by the plan that
-            transformers has for the class; all of them then call the same methods with the same arguments.
+        tp_plan: ``"auto"`` divides every layer among the processes of ``torchrun``, which all call the same methods.
         mask_token_id, block_length: override or complete config.json.
         family: the family, if config.json does not determine it.
         adapter: folder or hub id of a LoRA adapter to merge into the weights, such as D2F's for LLaDA or Dream.
@@ -81,36 +80,25 @@ def load_checkpoint(
         CheckpointError: if the checkpoint is unusable, with the reason in one sentence.
     """
     source = resolve(source)
-    from_pretrained = {**from_pretrained, "revision": revision, "trust_remote_code": False}
+    from_pretrained |= {"trust_remote_code": False} | ({} if revision is None else {"revision": revision})
     hub = {name: from_pretrained[name] for name in HUB_OPTIONS if name in from_pretrained}
-    # The first GPU is not that of every rank: transformers places each one's part.
-    placed = _placement(device, device_map) if tp_plan is None else None
-    asked_dtype, on_cpu = _dtype(dtype), _on_cpu(placed) and (tp_plan is None or not torch.cuda.is_available())
+    placed = _placement(device, device_map) if tp_plan is None else "auto"
+    asked_dtype = _dtype(dtype)
     overrides = {"mask_token_id": mask_token_id, "block_length": block_length}
     chosen, native, facts = _described(source, hub, family, adapter, overrides)
     if facts.block_length_from == "assumed":
         warnings.warn(f"{source}: {facts.caveat}.", stacklevel=2)
     mark(native, facts)
     quantized = bool(quantization_config) or _is_quantized(native)
-    if tp_plan is not None:
-        for name, given in (("device", device), ("device_map", device_map), ("adapter", adapter)):
-            if given is not None:
-                raise ConfigError(f"tp_plan and {name}: give one of them. Every rank has a part of each layer.")
-        if quantized:
-            raise ConfigError("tp_plan divides plain weights only; spread quantized ones with device_map=auto.")
-        from_pretrained["distributed_config"] = _divided(source, native, tp_plan)
     files = weight_files(source, from_pretrained.get("variant"), **hub)
     _check_size(source, chosen, native, stored_weights(files, quantized=quantized))
-    if revision is None:
-        del from_pretrained["revision"]
-    arguments = {
-        **from_pretrained,
-        "config": native,
-        "dtype": torch.float32 if asked_dtype == "auto" and on_cpu else asked_dtype,
-        "device_map": placed,
-        "quantization_config": quantization_config,
-    }
-    model = _load(chosen, source, arguments)
+    from_pretrained["dtype"] = torch.float32 if asked_dtype == "auto" and _on_cpu(placed) else asked_dtype
+    if tp_plan is None:
+        from_pretrained["device_map"] = placed
+    else:
+        beside = {"device": device, "device_map": device_map, "adapter": adapter, "quantized weights": quantized}
+        from_pretrained["distributed_config"] = _divided(source, native, tp_plan, beside)
+    model = _load(chosen, source, {**from_pretrained, "config": native, "quantization_config": quantization_config})
     if adapter is not None:
         merge_adapter(model, chosen, adapter, **{name: hub[name] for name in hub if name not in _OF_THE_BASE})
     return model, facts
@@ -164,14 +152,17 @@ def _placement(device: str | torch.device | None, device_map: Any) -> Any:
     return None if placed.type == "cpu" else {"": placed}
 
 
-def _divided(source: str, native: PreTrainedConfig, tp_plan: Any) -> Any:
-    """Every layer divided among the processes of this run, by transformers' plan for the class.
+def _divided(source: str, native: PreTrainedConfig, tp_plan: Any, beside: Mapping[str, Any]) -> Any:
+    """Every layer divided among the processes of this run, by transformers' plan for the class; nothing ``beside``.
 
     Raises:
         ConfigError: this run, this release of transformers or this checkpoint cannot be divided so.
     """
     if tp_plan != "auto":
         raise ConfigError(f"tp_plan={shown(tp_plan)}: only auto is known here, transformers' plan for the class.")
+    other = next((name for name, given in beside.items() if given), None)
+    if other is not None:
+        raise ConfigError(f"tp_plan and {other}: give one of them. Every rank has its part of each plain weight.")
     ranks = launched()
     if ranks == 1:
         raise ConfigError(
