@@ -36,7 +36,7 @@ TEST_ENV := $(OFFLINE) TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-ddtree check test lint test-fast test-slow bench toy draft-graphs docs clean report demo-sweep \
+.PHONY: help install demo demo-ddtree check test lint test-fast test-slow gpu bench toy draft-graphs docs clean report demo-sweep \
     bench-gsm8k bench-humaneval bench-ifeval sweep-gsm8k sweep-humaneval sweep-ifeval
 
 help:  ## list the targets
@@ -65,6 +65,9 @@ test-fast: $(VENV)/.installed  ## the tests without lint
 
 test-slow: $(VENV)/.installed  ## the slow tests, and those for a GPU where there is one
 	$(PYTEST) -q -m "slow or gpu"
+
+gpu:  ## measure what only a GPU can tell, in nine minutes, with PYTHON's torch and transformers; results in OUT/gpu
+	$(PYTHON) -m benchmarks.gpu --out $(OUT)/gpu
 
 bench: $(VENV)/.installed  ## measure decoders on this machine: the toy model, and a random 100M shape; tables in out/bench/
 	$(OFFLINE) $(BIN)/s2d2-lmeval bench --output out/bench/toy.json --plot out/bench/toy.png

@@ -42,9 +42,11 @@ _NUMBERS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    model = "a checkpoint, or sdar-100m or sdar-8b for random weights of that shape (default: toy)"
+    model = "a checkpoint, or sdar-100m, sdar-1.7b or sdar-8b for random weights of that shape (default: toy)"
     parser.add_argument("--model", type=nonempty, default="toy", help=model)
-    parser.add_argument("--draft", type=nonempty, metavar="PATH", help="a DFlash drafter for it, or toy")
+    parser.add_argument(
+        "--draft", type=nonempty, metavar="PATH", help="its DFlash drafter, or toy, or random for random weights"
+    )
     decoders = f"comma-separated DECODER[:SCHEDULE][+OPTION=VALUE…] (default: {COMPARED})"
     parser.add_argument("--decoders", metavar="LIST", help=decoders)
     parser.add_argument("--batch", metavar="LIST", help="rows in flight (default: 1,8)")
@@ -222,12 +224,14 @@ def _models(
 ) -> tuple[PreTrainedModel | None, BlockDiffusionModel]:
     """The plain transformers model, if there is one, and the package's on the same weights."""
     from s2d2_lmeval.model import load
-    from s2d2_lmeval.studies.bench.random_weights import SHAPES, random_model
+    from s2d2_lmeval.studies.bench.random_weights import SHAPES, random_model, with_random_drafter
 
     if name in SHAPES:
         plain = random_model(name, device, dtype)
+        if draft not in (None, "random"):
+            raise ConfigError(f"--draft {shown(draft)} was not made for {name}; give random, or leave it out.")
         if draft is not None:
-            raise ConfigError(f"--draft: no drafter is made for the random weights of {name}; leave it out.")
+            return None, with_random_drafter(plain)
         return plain, load(plain, family="sdar", mask_token_id=plain.config.vocab_size - 1, block_length=4)
     model = load(name, dtype=dtype, device=device, draft=draft)
     if draft is not None or model.facts.token_shift or model.facts.scheme != "block":

@@ -39,13 +39,13 @@ TODAY = {
     "sequential": Limits(130, 6, 3, 0.7),
     "dynamic": Limits(160, 7, 4, 0.6),
     "entropy_bounded": Limits(190, 8, 4, 0.5),
-    "s2d2": Limits(500, 8, 4, 0.5),
+    "s2d2": Limits(560, 8, 4, 0.4),
     "s2d2:reference": Limits(450, 7, 4, 0.4),
     "s2d2:fused": Limits(320, 8, 4, 0.5),
     "s2d2:lookahead": Limits(560, 9, 4, 0.3),
     # Trees move keys after the read, layer by layer.
     "sliding": Limits(820, 22, 18, 0.1),
-    "spiffy": Limits(620, 14, 10, 0.3),
+    "spiffy": Limits(700, 14, 10, 0.2),
     # Drafters run without graphs.
     "dflash": Limits(400, 9, 2, 0),
     "ddtree": Limits(400, 15, 9, 0),

@@ -224,6 +224,14 @@ def test_launches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not take --repeats, --device" in capsys.readouterr().err
 
 
+def test_a_random_drafter_for_random_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(tmp_path, "--draft", "random", "--decoders", "ar,ddtree,dflash", "--batch", "2")
+    assert [one["name"] for one in report["measurements"]] == ["ar", "ddtree", "dflash"]
+    assert report["measurements"][1]["forwards"]["drafter"] > 0
+    assert main(["bench", "--model", "tiny", "--draft", "toy"]) == 2
+    assert "give random" in capsys.readouterr().err
+
+
 def test_launches_of_everything_that_fits() -> None:
     entries = launches.every_entry(load("toy"))
     assert {entry.partition(":")[0] for entry in entries} == set(load("toy").facts.decoders)

@@ -15,7 +15,10 @@ import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from s2d2_lmeval.decoding.sampling.random import Key, KeyedSource
+from s2d2_lmeval.families import adopt
+from s2d2_lmeval.families.facts import DrafterFacts
 from s2d2_lmeval.model import BlockDiffusionModel
+from s2d2_lmeval.runtime.drafter import DFlash, DrafterShape, DraftingRunner
 from s2d2_lmeval.runtime.passes import Pass
 from s2d2_lmeval.runtime.runner import Runner
 
@@ -29,6 +32,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "head_dim": 64,
     },
+    "sdar-1.7b": {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "vocab_size": 151936,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
     "sdar-8b": {
         "hidden_size": 4096,
         "intermediate_size": 12288,
@@ -39,7 +51,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
     },
 }
-"""Name -> Qwen3 configuration. ``sdar-8b`` is JetLM/SDAR-8B-Chat's; ``sdar-100m`` keeps its proportions for a CPU."""
+"""Name -> Qwen3 configuration. ``sdar-8b`` and ``sdar-1.7b`` are those of JetLM's SDAR checkpoints; ``sdar-100m`` keeps
+their proportions for a CPU.
+"""
+
+DRAFTER_LAYERS, DRAFTER_BLOCK, FEATURES = 5, 16, 5
+"""Layers and block of the published DFlash drafters, and how many layers of their target they read."""
 
 SURE, UNSURE = 0.97, 0.5
 """Probability of a drafted token that is right, and of one that is wrong."""
@@ -59,6 +76,28 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrai
     with torch.device(device):
         model = Qwen3ForCausalLM._from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
+
+
+def random_drafter(target: PreTrainedModel) -> DFlash:
+    """A drafter with random weights for ``target``: almost nothing that it drafts is accepted."""
+    config, layers = target.config, min(DRAFTER_LAYERS, target.config.num_hidden_layers)
+    own = Qwen3Config(**{**config.to_dict(), "num_hidden_layers": layers, "layer_types": None})
+    read = torch.linspace(0, config.num_hidden_layers - 1, min(FEATURES, config.num_hidden_layers)).long().tolist()
+    sees = {"windows": (None,) * layers, "causal": (False,) * layers}
+    shape = DrafterShape(own, DRAFTER_BLOCK, config.vocab_size - 1, tuple(read), **sees)
+    with torch.device(target.device):
+        drafter = DFlash(shape).to(target.dtype)
+    for weight in drafter.parameters():
+        weight.data.fill_(1) if weight.dim() == 1 else weight.data.normal_(std=0.02)
+    return drafter.eval().requires_grad_(False).attach(target)
+
+
+def with_random_drafter(plain: PreTrainedModel) -> BlockDiffusionModel:
+    """``plain`` as an autoregressive target, beside a random drafter."""
+    target, facts = adopt(plain, autoregressive=True)
+    drafter = random_drafter(target)
+    facts = facts.with_drafter(DrafterFacts(drafter.shape.block_length, drafter.shape.mask_token_id))
+    return BlockDiffusionModel(target, facts, runner=DraftingRunner(target, drafter))
 
 
 class Script:
