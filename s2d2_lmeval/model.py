@@ -22,8 +22,8 @@ from s2d2_lmeval.families import Facts, adopt, load_checkpoint
 from s2d2_lmeval.families.facts import DrafterFacts
 from s2d2_lmeval.families.files import HUB_OPTIONS
 from s2d2_lmeval.ranks import Ranks
-from s2d2_lmeval.runtime.drafter import DraftingRunner
-from s2d2_lmeval.runtime.drafter_loading import load_drafter
+from s2d2_lmeval.runtime.drafting.dflash import DraftingRunner
+from s2d2_lmeval.runtime.drafting.loading import load_drafter
 from s2d2_lmeval.runtime.memory import RowLimit
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import Trace
@@ -71,7 +71,7 @@ def load(
         hub = {name: options[name] for name in HUB_OPTIONS if name in options and name not in ("revision", "subfolder")}
         drafter = load_drafter(draft, model, **hub)
         facts = facts.with_drafter(DrafterFacts(drafter.shape.block_length, drafter.shape.mask_token_id))
-        runner = DraftingRunner(model, drafter, attention)
+        runner = DraftingRunner(model, drafter, attention, static_shapes)
     return BlockDiffusionModel(
         model, facts, attention=attention, max_batch=max_batch, max_context=max_context, runner=runner
     )

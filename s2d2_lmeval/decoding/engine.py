@@ -18,10 +18,12 @@ from s2d2_lmeval.decoding.options.reading import misfit
 from s2d2_lmeval.decoding.prefixes import SharedPrefixes
 from s2d2_lmeval.decoding.sampling.filters import bias_of, tables_of
 from s2d2_lmeval.decoding.state import KIND_OF_PHASE
+from s2d2_lmeval.decoding.stepping import Stepper
 from s2d2_lmeval.errors import CapacityError, ConfigError
 from s2d2_lmeval.families import Facts
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime import clock
+from s2d2_lmeval.runtime.graphs import Tables
 from s2d2_lmeval.runtime.memory import RowLimit, RowNeeds, out_of_memory
 from s2d2_lmeval.runtime.runner import Runner, refuse_to_halve
 from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
@@ -33,7 +35,7 @@ PREFILL_CHUNK, PREFILL_TOKENS = 512, 8192
 
 
 class Engine:
-    """Decodes requests: admit, plan, forward, advance, retire."""
+    """Decodes requests: admit, plan, run, settle, retire."""
 
     def __init__(self, runner: Runner, facts: Facts, config: DecodingConfig, trace: Trace, limit: RowLimit) -> None:
         self.runner = runner
@@ -129,10 +131,10 @@ class Engine:
         """Prepare the run: the decoder, its slots, and cache space for the longest request."""
         decoder = self.decoder_class()
         self.config.check_fits(self.facts)
-        self.bias = bias_of(self.config, self.facts.vocab_size, self.runner.device)
         # Published code prefills a prompt in one forward.
         published = self.config.schedule == "reference"
-        setup = DecoderSetup(self.config, self.facts, requests, 1, self.runner.device, PREFILL_CHUNK)
+        dtype = torch.promote_types(self.runner.model.dtype, torch.float32)
+        setup = DecoderSetup(self.config, self.facts, requests, 1, Tables(self.runner.device), PREFILL_CHUNK, dtype)
         if published:
             setup = replace(setup, prefill_chunk=setup.longest)
         # The published draw order of a sequential source exists for one row only.
@@ -143,7 +145,12 @@ class Engine:
         self.slots = most
         if not published:
             setup = replace(setup, prefill_chunk=max(min(PREFILL_CHUNK, PREFILL_TOKENS // most), 1))
+        if self.runner.graphs is not None:
+            setup = replace(setup, tables=self.runner.graphs.tables)
         self.decoder = decoder(replace(setup, slots=most))
+        bias = bias_of(self.config, self.facts.vocab_size, self.runner.device)
+        bias = None if bias is None else setup.tables.put("bias", bias)
+        self.stepper = Stepper(self.decoder, self.config, self.runner, bias)
         self.rows = self.decoder.rows
         # Published code runs every prompt whole.
         self.prefixes = SharedPrefixes(self.rows, None if published else self.rows.prefix_grain)
@@ -172,21 +179,18 @@ class Engine:
             self.trace.admitted(len(request.prompt), shared)
 
     def _step(self) -> None:
-        """One engine step: plan, forward, advance, and record it in the trace."""
+        """One engine step: plan, run, settle, and record it in the trace."""
         started, model_seconds = clock.now(), self.runner.model_seconds
         plan = self.decoder.plan()
-        logits = self.runner.forward(plan.request)
-        if self.bias is not None:
-            logits = logits + self.bias.to(logits.device)
-        outcome = self.decoder.advance(logits)
+        kept = self.decoder.settle(self.stepper(plan))
         self.runner.synchronize()
-        self.runner.commit(plan.request, outcome.kept, outcome.path)
+        self.runner.commit(plan.layout.slots, kept, plan.model)
         self.trace.forwarded(
             ForwardRecord(
                 kinds=tuple(KIND_OF_PHASE[phase] for phase in plan.phases),
-                widths=plan.request.layout.widths,
+                widths=plan.layout.widths,
                 wanted=plan.wanted_counts,
-                kept=plan.request.keep + outcome.kept,
+                kept=plan.keep + kept,
                 seconds=clock.since(started),
                 model_seconds=self.runner.model_seconds - model_seconds,
             )

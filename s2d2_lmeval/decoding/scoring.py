@@ -20,8 +20,10 @@ from s2d2_lmeval.decoding.passes import PassBuilder, Plan
 from s2d2_lmeval.errors import CapacityError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.runtime import clock
+from s2d2_lmeval.runtime.graphs import upload
 from s2d2_lmeval.runtime.memory import RowLimit, RowNeeds, out_of_memory
 from s2d2_lmeval.runtime.runner import Runner, refuse_to_halve
+from s2d2_lmeval.runtime.shapes import Frame, Shape
 from s2d2_lmeval.runtime.trace import ForwardRecord, Trace
 from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, by_reach, in_branches
 
@@ -204,10 +206,14 @@ class Scorer:
         started, model_seconds = clock.now(), self.runner.model_seconds
         brought = [row.next(self.shifted, self.mask_token_id) for row in rows]
         plan = self._plan(brought, slots)
-        logits = self.runner.forward(plan.request)
+        frame = Frame(plan.layout, Shape.exact(plan.layout, len(plan.query), self.runner.cache, self.runner.grain))
+        told = upload(self.runner.device, {**plan.lay(frame, len(rows)), **frame.attention(self.runner.cache)})
+        visible = in_branches(by_reach(told["rank"], told["reach"]), told["branch"])
+        logits = self.runner.run(told["tokens"], told["positions"], told["read"], visible, told, frame)
+        self.runner.commit(slots, plan.keep)
         if self.mask_token_id != NO_MASK:
             logits[:, self.mask_token_id] = -torch.inf
-        targets = plan.sent["targets"]
+        targets = told["targets"]
         chosen = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1).double()
         best = logits.argmax(-1) == targets
         values = torch.stack([chosen, best.double()]).cpu().numpy()
@@ -219,16 +225,16 @@ class Scorer:
         self.trace.forwarded(
             ForwardRecord(
                 kinds=("score",) * len(rows),
-                widths=plan.request.layout.widths,
+                widths=plan.layout.widths,
                 wanted=plan.wanted_counts,
-                kept=plan.request.keep,
+                kept=plan.keep,
                 seconds=clock.since(started),
                 model_seconds=self.runner.model_seconds - model_seconds,
             )
         )
 
     def _plan(self, brought: list[_Queries], slots: np.ndarray) -> Plan:
-        """The pass, which sends the tokens (M,) whose probability its wanted logits say as ``targets``."""
+        """The pass, with the tokens (M,) whose probability its wanted logits say as ``targets``."""
         builder = PassBuilder(slots)
         row = np.repeat(np.arange(len(slots)), [len(one.queries) for one in brought])
         token, position, rank, reach, branch = np.array([query for one in brought for query in one.queries]).T
@@ -236,15 +242,11 @@ class Scorer:
         offsets = builder.lay_out().offsets
         reads = [(number, at, token) for number, one in enumerate(brought) for at, _, token in one.reads]
         read_row, at, targets = np.array(reads, dtype=np.int64).reshape(-1, 3).T
-        builder.read("scored", read_row, at, offsets[read_row] + at)
-        sent = builder.send(
-            self.runner.device,
-            targets=targets,
-            tokens=builder.column("token"),
-            rank=builder.padded("rank", NOBODY),
-            reach=builder.padded("reach", NOTHING),
-            branch=builder.padded("branch", 0),
+        builder.read("scored", read_row, np.zeros_like(at), offsets[read_row] + at, targets=targets)
+        return builder.plan(
+            phases=np.zeros_like(slots),
+            keep=np.array([one.keep for one in brought]),
+            places=1,
+            queries={"tokens": builder.column("token")},
+            tables={"rank": (0, NOBODY), "reach": (0, NOTHING), "branch": (0, 0)},
         )
-        visible = in_branches(by_reach(sent["rank"], sent["reach"]), sent["branch"])
-        keep = np.array([one.keep for one in brought])
-        return builder.plan(sent, np.zeros_like(slots), sent["tokens"], visible, keep)

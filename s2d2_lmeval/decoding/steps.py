@@ -1,9 +1,9 @@
-"""A denoising step of every row: the device's decisions, and the one read that brings them to the host."""
+"""A denoising step of every row: the device's decisions, and the table that brings them to the host."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -12,23 +12,6 @@ import torch
 from s2d2_lmeval.decoding.generation import NOTHING, Step
 
 Table = TypeVar("Table", torch.Tensor, np.ndarray)
-
-
-@dataclass
-class Outcome:
-    """The queries of an engine step that became prefix of each active row (R,).
-
-    ``kept`` counts leading queries that became prefix by being accepted. If they are not the leading queries after the
-    prefix, ``path`` lists them per row, counted from its end.
-    """
-
-    kept: np.ndarray
-    path: dict[int, np.ndarray] = field(default_factory=dict)
-
-    @classmethod
-    def zeros(cls, rows: int) -> Outcome:
-        """Nothing yet, for R rows."""
-        return cls(np.zeros(rows, dtype=np.int64))
 
 
 class StepTables(NamedTuple, Generic[Table]):
@@ -91,35 +74,38 @@ class StepResult:
     """False where logits were not numbers."""
 
 
-def read_back(
+def columns_of(
     verified: StepTables[torch.Tensor] | None,
     drafted: Sequence[StepTables[torch.Tensor]],
     span: torch.Tensor,
     moved: torch.Tensor,
     sound: torch.Tensor,
     made: torch.Tensor | None = None,
-) -> StepResult:
-    """Fetch everything in one transfer. Here the host waits for the device."""
+) -> torch.Tensor:
+    """Everything as one table (rows, any), which :func:`step_result` takes apart."""
     steps = [*drafted, *([] if verified is None else [verified])]
-    columns = [span, *(fact.unsqueeze(1) for fact in (moved, sound.expand_as(moved)))]
-    if made is not None:
-        columns.append(made.unsqueeze(1))
-    read = fetch([*columns, *(table for step in steps for table in step)])
-    host = [StepTables(*read[first : first + 5]) for first in range(len(columns), len(read), 5)]
+    facts = (moved, sound.expand_as(moved), torch.ones_like(moved) if made is None else made)
+    return pack([span, *(fact.unsqueeze(1) for fact in facts), *(table for step in steps for table in step)])
+
+
+def step_result(table: np.ndarray, length: int, verified: bool) -> StepResult:
+    """What :func:`columns_of` packed, for blocks of ``length``; ``verified`` says whether there was a verification."""
+    tables = [table[:, at : at + length] for at in range(length + 3, table.shape[1], length)]
+    steps = [StepTables(*tables[first : first + 5]) for first in range(0, len(tables), 5)]
+    moved, sound, made = table[:, length : length + 3].T
     return StepResult(
-        verified=None if verified is None else host.pop(),
-        drafted=host,
-        span=read[0].astype(bool),
-        moved=read[1][:, 0],
-        made=np.ones(len(span), dtype=np.int64) if made is None else read[3][:, 0],
-        sound=bool(read[2].all()),
+        verified=steps.pop() if verified else None,
+        drafted=steps,
+        span=table[:, :length].astype(bool),
+        moved=moved,
+        made=made,
+        sound=bool(sound.all()),
     )
 
 
-def fetch(columns: list[torch.Tensor]) -> list[np.ndarray]:
-    """Tables (rows, any) of whole numbers, fetched in one transfer."""
-    packed = torch.cat([column.long() for column in columns], dim=1).cpu().numpy()
-    return np.split(packed, np.cumsum([column.shape[1] for column in columns])[:-1], axis=1)
+def pack(columns: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tables (rows, any) of whole numbers side by side."""
+    return torch.cat([column.long() for column in columns], dim=1)
 
 
 def as_step(step: StepTables[np.ndarray], slot: int, kind: str, start: int, span: np.ndarray) -> Step:

@@ -12,20 +12,18 @@ Back ends:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from s2d2_lmeval.errors import ConfigError, first_line, shown
-from s2d2_lmeval.runtime.cache import SlotCache
-from s2d2_lmeval.runtime.passes import Pass
+from s2d2_lmeval.runtime.shapes import Frame
 
 logger = logging.getLogger("s2d2_lmeval")
 
@@ -106,30 +104,24 @@ class AttentionContext:
     _biases: dict[tuple[torch.dtype, int], torch.Tensor] = field(default_factory=dict, init=False)
 
     @classmethod
-    def build(cls, request: Pass, cache: SlotCache, backend: str = "sdpa", grain: int = 1) -> AttentionContext:
-        """Prepare the attention of ``request`` on ``cache``, before the forward that writes to it."""
-        layout, device = request.layout, request.tokens.device
-        rows, widest = len(layout.slots), layout.widest
-        prefix = cache.lengths[layout.slots]
-        span = min(-(-int((prefix + layout.widths).max()) // grain) * grain, cache.capacity)
-        ragged = layout.queries != rows * widest
-        in_order = np.array_equal(layout.slots, np.arange(rows))
-
-        def upload(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
-
-        lengths = upload(prefix)
+    def of(
+        cls, told: Mapping[str, torch.Tensor], visible: torch.Tensor, frame: Frame, backend: str = "sdpa"
+    ) -> AttentionContext:
+        """The attention of a forward laid out in ``frame``, from its arrays on the device (:meth:`Frame.attention`)
+        and from who sees whom, (R, W, W).
+        """
+        shape = frame.shape
         return cls(
-            rows=rows,
-            widest=widest,
-            span=span,
-            slots=None if in_order else upload(layout.slots),
-            spread=upload(layout.padded(np.arange(layout.queries), 0).reshape(-1)) if ragged else None,
-            gather=upload(layout.row_of * widest + layout.local) if ragged else None,
-            visible=request.visible,
-            lengths=lengths,
-            destinations=upload(cache.destinations(layout)),
-            mask=prefix_mask(request.visible, lengths, span) if backend == "sdpa" else None,
+            rows=shape.rows,
+            widest=shape.widest,
+            span=shape.span,
+            slots=None if frame.in_order else told["slots"],
+            spread=told["spread"] if frame.ragged else None,
+            gather=told["packed"] if frame.ragged else None,
+            visible=visible,
+            lengths=told["lengths"],
+            destinations=told["destinations"],
+            mask=prefix_mask(visible, told["lengths"], shape.span) if backend == "sdpa" else None,
             backend=backend,
         )
 

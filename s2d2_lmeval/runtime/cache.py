@@ -8,7 +8,6 @@ visible.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -17,9 +16,12 @@ from s2d2_lmeval.runtime.passes import Layout
 
 
 class SlotCache:
-    """Keys and values of ``slots`` sequences of up to ``capacity`` positions, in one tensor per layer.
+    """Keys and values of ``slots`` sequences of up to ``capacity`` positions.
 
     One slot more takes what queries write that stand for nothing: :attr:`scratch` is its first position.
+
+    ``layers`` alike share a tensor, so that what concerns all of them is one operation; 0: a tensor for each, where a
+    model lies on several devices.
 
     It answers the part of transformers' cache interface that the native models call while they run
     (:meth:`update`, :meth:`get_seq_length`).
@@ -27,12 +29,14 @@ class SlotCache:
 
     is_compileable = True
 
-    def __init__(self, slots: int, capacity: int) -> None:
+    def __init__(self, slots: int, capacity: int, layers: int = 0) -> None:
         self.slots = slots
         self.capacity = capacity
+        self.layers = layers
         self.lengths = np.zeros(slots, dtype=np.int64)
-        self._keys: dict[int, torch.Tensor] = {}
-        self._values: dict[int, torch.Tensor] = {}
+        self._banks: list[torch.Tensor] = []
+        """Storage of several layers each, (layers, 2, slots + 1, capacity, heads, dim)."""
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._destinations: torch.Tensor | None = None
 
     @property
@@ -56,40 +60,39 @@ class SlotCache:
 
         Return the storage (slots + 1, capacity, heads, dim).
         """
-        if layer not in self._keys:
-            # Allocated where the layer lives: a model may be spread over several devices.
-            heads, dim = keys.shape[1], keys.shape[3]
-            self._keys[layer] = keys.new_zeros(self.slots + 1, self.capacity, heads, dim)
-            self._values[layer] = values.new_zeros(self.slots + 1, self.capacity, heads, values.shape[3])
+        if layer not in self._layers:
+            self._allocate(layer, keys, values)
         assert self._destinations is not None
         destinations = self._destinations.to(keys.device)
-        for storage, fresh in ((self._keys[layer], keys), (self._values[layer], values)):
+        for storage, fresh in zip(self._layers[layer], (keys, values), strict=True):
             storage.view(-1, *storage.shape[2:]).index_copy_(0, destinations, fresh[0].transpose(0, 1))
-        return self._keys[layer], self._values[layer]
+        return self._layers[layer]
 
-    def commit(self, slots: np.ndarray, keep: np.ndarray, paths: Mapping[int, np.ndarray] | None = None) -> None:
-        """Let queries of the last forward become prefix: the first ``keep`` (R,) after it of each of ``slots`` (R,).
+    def _allocate(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Room for ``layer`` and, if they are alike, all layers, where the layer lives."""
+        size, (heads, dim) = (self.slots + 1, self.capacity), (keys.shape[1], keys.shape[3])
+        if keys.shape != values.shape:
+            made = [new.new_zeros(1, 1, *size, heads, new.shape[3]) for new in (keys, values)]
+            self._banks += made
+            self._layers[layer] = made[0][0, 0], made[1][0, 0]
+            return
+        together = range(self.layers) if not self._layers and layer < self.layers else [layer]
+        bank = keys.new_zeros(len(together), 2, *size, heads, dim)
+        self._banks.append(bank)
+        for index, number in enumerate(together):
+            self._layers[number] = bank[index, 0], bank[index, 1]
 
-        ``paths`` names other ones for some rows r, rising: the ``keep[r]`` queries at these distances from its end.
-        """
-        moves = [
-            (start + np.arange(len(path)), start + path)
-            for r, path in (paths or {}).items()
-            if (path != np.arange(len(path))).any()
-            for start in [slots[r] * self.capacity + self.lengths[slots[r]]]
-        ]
-        if moves:
-            to, origin = (torch.from_numpy(np.concatenate(part)) for part in zip(*moves, strict=True))
-            for storage in (*self._keys.values(), *self._values.values()):
-                flat = storage.view(-1, *storage.shape[2:])
-                flat.index_copy_(0, to.to(flat.device), flat.index_select(0, origin.to(flat.device)))
-        self.lengths[slots] += keep
+    def move(self, to: torch.Tensor, origin: torch.Tensor) -> None:
+        """Copy keys and values of the places ``origin`` (K,) to the places ``to`` (K,) of the flattened storage."""
+        for bank in self._banks:
+            flat = bank.view(-1, (self.slots + 1) * self.capacity, *bank.shape[4:])
+            flat.index_copy_(1, to.to(flat.device), flat.index_select(1, origin.to(flat.device)))
 
     def begin(self, slot: int, source: int = 0, length: int = 0) -> None:
         """Empty ``slot`` for another sequence, but for the first ``length`` positions, taken from ``source``."""
         if length and source != slot:
-            for storage in (*self._keys.values(), *self._values.values()):
-                storage[slot, :length] = storage[source, :length]
+            for bank in self._banks:
+                bank[:, :, slot, :length] = bank[:, :, source, :length]
         self.lengths[slot] = length
 
     def get_seq_length(self, *_: object) -> int:
@@ -100,6 +103,6 @@ class SlotCache:
     def bytes_on(self) -> Counter[torch.device]:
         """Memory held on each device, in bytes."""
         held: Counter[torch.device] = Counter()
-        for storage in (*self._keys.values(), *self._values.values()):
-            held[storage.device] += storage.nbytes
+        for bank in self._banks:
+            held[bank.device] += bank.nbytes
         return held

@@ -16,9 +16,10 @@ from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend, grain_of
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, widths_to_measure
+from s2d2_lmeval.runtime.graphs import Graphs, upload
 from s2d2_lmeval.runtime.memory import RowNeeds, rows_that_fit
 from s2d2_lmeval.runtime.passes import TARGET, Layout, Pass
-from s2d2_lmeval.runtime.static import StaticShapes
+from s2d2_lmeval.runtime.shapes import Frame, Shape
 
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -29,8 +30,8 @@ class Runner:
     The model's config object is taken over (``_attn_implementation`` lives on it): give each runner a model of its own.
 
     Args:
-        static_shapes: pad narrow passes to a few shapes, captured as graphs on CUDA
-            (:mod:`~s2d2_lmeval.runtime.static`); None: where a single CUDA device holds the model.
+        static_shapes: pad steps to a few shapes, captured as graphs on CUDA (:mod:`~s2d2_lmeval.runtime.graphs`);
+            None: where a single CUDA device holds the model.
     """
 
     def __init__(self, model: PreTrainedModel, attention: str = "auto", static_shapes: bool | None = None) -> None:
@@ -51,10 +52,12 @@ class Runner:
         """Time inside the model; on CUDA as of the last :meth:`synchronize`."""
         self._costs: dict[tuple[int, int], CostCurve] = {}
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._timing = False
         on_cuda = self.device.type == "cuda" and len(devices) == 1 and self.ranks.alone
-        self.static: StaticShapes | None = None
+        self._alike = int(model.config.get_text_config().num_hidden_layers) if len(devices) == 1 else 0
+        self.graphs: Graphs | None = None
         if on_cuda if static_shapes is None else static_shapes:
-            self.static = StaticShapes(self._run, self.attention, self.device, captures=on_cuda)
+            self.graphs = Graphs(self.device, captures=on_cuda)
 
     @contextmanager
     def as_current_device(self) -> Iterator[None]:
@@ -74,16 +77,16 @@ class Runner:
         """
         capacity = -(-capacity // self.grain) * self.grain
         if slots > self.cache.slots or capacity > self.cache.capacity:
-            if self.static is not None:
-                self.static.clear()  # its graphs hold the old cache, and both at once may be too much
-            self.cache = SlotCache(slots, capacity)
+            if self.graphs is not None:
+                self.graphs.clear()  # they hold the old cache, and both at once may be too much
+            self.cache = SlotCache(slots, capacity, self._alike)
         self.cache.lengths[:] = 0
 
     def release(self) -> None:
         """Give the cache's memory back, and that of captured graphs."""
         self.cache = SlotCache(0, 0)
-        if self.static is not None:
-            self.static.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -95,9 +98,34 @@ class Runner:
         """Empty ``slot`` for another sequence, but for the first ``length`` positions, taken from ``source``."""
         self.cache.begin(slot, source, length)
 
-    def commit(self, request: Pass, kept: np.ndarray, paths: Mapping[int, np.ndarray] | None = None) -> None:
-        """After the forward of ``request``: let more of its queries become prefix, as :meth:`SlotCache.commit` says."""
-        self.cache.commit(request.layout.slots, kept, paths)
+    def cache_of(self, model: str) -> SlotCache:
+        """The cache of ``model``; of interest to runners of more than one."""
+        return self.cache
+
+    def ends(self, frame: Frame, keep: np.ndarray, slots: int, feeds_drafter: bool = False) -> dict[str, np.ndarray]:
+        """What :meth:`keep` needs to be told of a pass that keeps ``keep`` (R,) leading queries: by slot, the place in
+        the cache after those.
+        """
+        layout, ends = frame.layout, np.zeros(slots, dtype=np.int64)
+        ends[layout.slots] = layout.slots * self.cache.capacity + self.cache.lengths[layout.slots] + keep
+        return {"end": ends}
+
+    def keep(self, told: Mapping[str, torch.Tensor], path: torch.Tensor | None) -> None:
+        """Move the keys and values of ``path`` (slots, D), if any, one after the other to the end of the prefix; each
+        is how far a query comes after it, -1 for none.
+        """
+        if path is None or not path.shape[1]:
+            return
+        end, scratch = told["end"].unsqueeze(1), self.cache.scratch
+        depth = torch.arange(path.shape[1], device=path.device)
+        self.cache.move(
+            torch.where(path >= 0, end + depth, scratch).flatten(),
+            torch.where(path >= 0, end + path, scratch).flatten(),
+        )
+
+    def commit(self, slots: np.ndarray, keep: np.ndarray, model: str = TARGET) -> None:
+        """Let ``keep`` (R,) more positions of each of ``slots`` (R,) become prefix."""
+        self.cache_of(model).lengths[slots] += keep
 
     @torch.inference_mode()
     def measure_costs(self, rows: int, most: int, *, model: str = TARGET) -> CostCurve:
@@ -141,18 +169,46 @@ class Runner:
     @torch.inference_mode()
     def forward(self, request: Pass) -> torch.Tensor:
         """Run one pass; return the wanted logits (M, V), at least in float32. The kept queries become prefix."""
-        started, mark = clock.now(), self._mark()
-        logits = None if self.static is None else self.static.forward(request, self.cache)
-        if logits is None:
-            context = AttentionContext.build(request, self.cache, self.attention, self.grain)
-            logits = self._run(request.tokens, request.positions, context, request.wanted)
-        self.cache.commit(request.layout.slots, request.keep)
+        layout = request.layout
+        frame = Frame(layout, Shape.exact(layout, len(request.wanted), self.cache, self.grain))
+        told = upload(self.device, frame.attention(self.cache))
+        logits = self.run(request.tokens, request.positions, request.wanted, request.visible, told, frame)
+        self.cache.lengths[layout.slots] += request.keep
+        return logits
+
+    def run(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        wanted: torch.Tensor,
+        visible: torch.Tensor,
+        told: Mapping[str, torch.Tensor],
+        frame: Frame,
+        model: str = TARGET,
+    ) -> torch.Tensor:
+        """The wanted logits (M, V) of the queries ``tokens`` (N,) at ``positions`` (N,), which see each other as
+        ``visible`` (R, W, W) says; ``told`` is what :meth:`Frame.attention` says of ``frame``, on the device;
+        ``model`` is for runners of more than one.
+        """
+        with self.timed():
+            return self._answer(tokens, positions, wanted, AttentionContext.of(told, visible, frame, self.attention))
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Counts what runs inside as the model's time (:attr:`model_seconds`), unless it is inside already."""
+        if self._timing:
+            yield
+            return
+        self._timing, started, mark = True, clock.now(), self._mark()
+        try:
+            yield
+        finally:
+            self._timing = False
         end = self._mark()
         if mark is None or end is None:
             self.model_seconds += clock.now() - started
         else:
             self._marks.append((mark, end))
-        return logits
 
     def synchronize(self) -> None:
         """Count the device's time of forwards in :attr:`model_seconds`; to be called when the device is through."""
@@ -169,10 +225,10 @@ class Runner:
         event.record()
         return event
 
-    def _run(
-        self, tokens: torch.Tensor, positions: torch.Tensor, context: AttentionContext, wanted: torch.Tensor
+    def _answer(
+        self, tokens: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor, context: AttentionContext
     ) -> torch.Tensor:
-        """The model on ``tokens`` (N,) at ``positions`` (N,): logits (M, V) of the queries ``wanted`` (M,)."""
+        """The model's logits (M, V) of the queries ``wanted`` (M,), as :meth:`run` says."""
         self.cache.write_to(context.destinations)
         hidden = self.backbone(
             input_ids=tokens.unsqueeze(0),

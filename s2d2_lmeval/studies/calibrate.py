@@ -28,7 +28,7 @@ from s2d2_lmeval.decoding.generation import Generation, Step
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.spiffy.decoder import EditingSpiffy, Spiffy, SubblockSpiffy
 from s2d2_lmeval.decoding.spiffy.graph import ROOT, DraftGraph, Node, Pairs, signature
-from s2d2_lmeval.decoding.steps import StepResult, StepTables
+from s2d2_lmeval.decoding.steps import StepTables
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.families import Facts
 from s2d2_lmeval.model import BlockDiffusionModel
@@ -56,9 +56,9 @@ class _Logging(Spiffy):
     def graph_of(cls, config: DecodingConfig, facts: Facts) -> DraftGraph:
         return DraftGraph((), config.block_length)
 
-    def _read(self, *given: Any) -> StepResult:
+    def settle(self, table: np.ndarray | None) -> np.ndarray:
         self._first_places, self._best = self.tables.places.cpu().numpy(), self.tables.tokens.cpu().numpy()
-        return super()._read(*given)
+        return super().settle(table)
 
     def _record(self, slot: int, step: StepTables[np.ndarray], kind: str) -> None:
         super()._record(slot, step, kind)

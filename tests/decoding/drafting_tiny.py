@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Qwen3Config
 from s2d2_lmeval import BlockDiffusionModel
 from s2d2_lmeval.families import adopt
 from s2d2_lmeval.families.facts import DrafterFacts
-from s2d2_lmeval.runtime.drafter import DFlash, DrafterShape, DraftingRunner
+from s2d2_lmeval.runtime.drafting.dflash import DFlash, DrafterShape, DraftingRunner
 
 from .tiny import tiny_model
 

@@ -10,7 +10,6 @@ import torch
 
 from s2d2_lmeval import BlockDiffusionModel
 from s2d2_lmeval.errors import CapacityError
-from s2d2_lmeval.runtime.passes import Pass
 from s2d2_lmeval.runtime.runner import Runner
 
 from .drawn import MASK
@@ -31,9 +30,9 @@ class SmallRunner(Runner):
 
     holds = 8
 
-    def forward(self, request: Pass) -> torch.Tensor:
-        logits = super().forward(request)
-        if len(request.layout.slots) > self.holds:
+    def run(self, *arguments: Any) -> torch.Tensor:
+        logits = super().run(*arguments)
+        if len(arguments[5].layout.slots) > self.holds:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return logits
 
@@ -99,10 +98,10 @@ def test_not_even_one_row() -> None:
 def test_other_errors_are_not_taken_for_a_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(holds=8)
 
-    def broken(request: Pass) -> torch.Tensor:
+    def broken(*_: object) -> torch.Tensor:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(model._runner, "forward", broken)
+    monkeypatch.setattr(model._runner, "run", broken)
     with pytest.raises(RuntimeError, match="something else"):
         model.generate(PROMPTS, {"block_length": 4, "max_new_tokens": 4})
 

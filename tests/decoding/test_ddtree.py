@@ -15,11 +15,12 @@ import torch
 
 from s2d2_lmeval import BlockDiffusionModel, load
 from s2d2_lmeval.decoding.generation import ACCEPTED
-from s2d2_lmeval.decoding.passes import Plan
+from s2d2_lmeval.decoding.passes import Sent
 from s2d2_lmeval.decoding.rounds import target as rounds
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed
 from s2d2_lmeval.errors import ConfigError, NumericalError
 from s2d2_lmeval.families import adopt
+from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.passes import TARGET, Layout, Pass
 from s2d2_lmeval.runtime.runner import Runner
 
@@ -104,9 +105,8 @@ def test_long_prompts_come_in_chunks_and_like_prompts_once(monkeypatch: pytest.M
 def test_every_node_says_what_a_plain_forward_of_its_path_says(shifted: bool, budget: int) -> None:
     model, plain, checked = pair(shifted), tiny_model(), 0
 
-    def check(plan: Plan, logits: torch.Tensor, rows: rounds.RoundRows) -> int:
-        tree = plan.sent
-        for row, node, said in zip(*plan.at("verify"), logits, strict=True):
+    def check(tree: Sent, logits: torch.Tensor, rows: rounds.RoundRows) -> int:
+        for row, node, said in zip(*tree.at("verify"), logits, strict=True):
             if tree["depth"][row, node] < 0:
                 continue  # a place without a node
             path, place = [], int(node)
@@ -122,10 +122,10 @@ def test_every_node_says_what_a_plain_forward_of_its_path_says(shifted: bool, bu
 
     judge, admitted, holder = Keyed.judge, rounds.Target.admitted, {}
 
-    def judging(self: Keyed, logits: torch.Tensor, plan: Plan) -> Any:
+    def judging(self: Keyed, logits: torch.Tensor, sent: Sent) -> Any:
         nonlocal checked
-        checked += check(plan, logits, holder["rows"])
-        return judge(self, logits, plan)
+        checked += check(sent, logits, holder["rows"])
+        return judge(self, logits, sent)
 
     def admitting(self: rounds.Target, slot: int) -> None:
         holder["rows"] = self.rows
@@ -137,6 +137,12 @@ def test_every_node_says_what_a_plain_forward_of_its_path_says(shifted: bool, bu
     assert checked > 4 * budget
 
 
+def compare(cache: SlotCache, slot: int, fresh: SlotCache, length: int) -> None:
+    for layer, storages in fresh._layers.items():
+        for mine, expected in zip(cache._layers[layer], storages, strict=True):
+            torch.testing.assert_close(mine[slot, :length], expected[0, :length])
+
+
 @contextmanager
 def checked_caches(model: BlockDiffusionModel) -> Iterator[None]:
     """After every round both caches hold what a fresh prefill of the same tokens does."""
@@ -145,42 +151,36 @@ def checked_caches(model: BlockDiffusionModel) -> Iterator[None]:
     drafter = runner.drafter.model  # type: ignore[attr-defined]
     commit = runner.commit
 
-    def committing(request: Pass, *arguments: Any) -> None:
-        commit(request, *arguments)
-        if request.model != TARGET:
+    def committing(slots: np.ndarray, keep: np.ndarray, model: str) -> None:
+        commit(slots, keep, model)
+        if model != TARGET:
             return
-        for slot in request.layout.slots.tolist():
+        for slot in slots.tolist() if committed else []:
             length = int(runner.cache.lengths[slot])
             assert runner.drafter.cache.lengths[slot] == length  # type: ignore[attr-defined]
             text = torch.tensor(committed[slot](length))
             fresh.reserve(1, length)
             fresh.forward(prefill(text))
-            for layer, keys in fresh.cache._keys.items():
-                torch.testing.assert_close(runner.cache._keys[layer][slot, :length], keys[0, :length])
-                torch.testing.assert_close(
-                    runner.cache._values[layer][slot, :length], fresh.cache._values[layer][0, :length]
-                )
+            compare(runner.cache, slot, fresh.cache, length)
             with torch.no_grad():
                 states = plain(text.view(1, -1), output_hidden_states=True).hidden_states
             features = torch.cat([states[index + 1][0] for index in drafter.shape.layer_ids], -1)
             scratch = type(runner.cache)(1, length)
             scratch.write_to(torch.arange(length))
             drafter.absorb(features, torch.arange(length).view(1, -1), scratch)
-            for layer, keys in scratch._keys.items():
-                mine = runner.drafter.cache._keys[layer][slot, :length]  # type: ignore[attr-defined]
-                torch.testing.assert_close(mine, keys[0, :length])
+            compare(runner.drafter.cache, slot, scratch, length)  # type: ignore[attr-defined]
 
     committed: dict[int, Any] = {}
     plain = tiny_model(layers=model.hf_model.config.num_hidden_layers)
-    advance = rounds.Target.advance
+    settle = rounds.Target.settle
 
-    def advancing(self: rounds.Target, logits: torch.Tensor) -> Any:
-        outcome = advance(self, logits)
+    def settling(self: rounds.Target, table: Any) -> Any:
+        kept = settle(self, table)
         for slot in range(self.rows.count):
             committed[slot] = lambda length, slot=slot: self.rows.tokens[slot][:length]
-        return outcome
+        return kept
 
-    with patch.object(runner, "commit", committing), patch.object(rounds.Target, "advance", advancing):
+    with patch.object(runner, "commit", committing), patch.object(rounds.Target, "settle", settling):
         yield
 
 
@@ -256,11 +256,12 @@ class Oracle:
     def __init__(self, runner: Runner, answers: dict[tuple[int, ...], list[int]], tokens: Any) -> None:
         self.runner, self.answers, self.tokens = runner, answers, tokens
 
-    def forward(self, request: Pass) -> torch.Tensor:
-        logits = Runner.forward(self.runner, request)
+    def answer(self, tokens: torch.Tensor, *others: Any) -> torch.Tensor:
+        logits = Runner._answer(self.runner, tokens, *others)
         known = torch.zeros_like(logits)
-        at = 0
-        for slot in request.layout.slots.tolist():
+        at, context = 0, others[-1]
+        slots = range(context.rows) if context.slots is None else context.slots.tolist()
+        for slot in slots:
             done = self.tokens(slot)
             ahead = self.answers[tuple(done[:3])][len(done) - 3 :]
             for token in [*ahead, *[0] * BLOCK][: BLOCK - 1]:
@@ -285,7 +286,7 @@ def test_a_drafter_that_knows_is_accepted_whole(options: dict[str, Any]) -> None
 
     runner = model._runner.drafter  # type: ignore[attr-defined]
     oracle = Oracle(runner, answers, lambda slot: holder["rows"].tokens[slot])
-    with patch.object(runner, "forward", oracle.forward), patch.object(rounds.Target, "admitted", admitting):
+    with patch.object(runner, "_answer", oracle.answer), patch.object(rounds.Target, "admitted", admitting):
         drafted = model.generate(prompts, options, max_new_tokens=1 + 3 * BLOCK)
     for one, other in zip(drafted, truth, strict=True):
         assert one.token_ids == other.token_ids[: 1 + 3 * BLOCK]

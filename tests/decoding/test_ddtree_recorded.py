@@ -50,8 +50,8 @@ def test_wrong_features_cost_acceptance_and_nothing_else(options: dict[str, Any]
     """A drafter that reads its layers in another order is a worse drafter; the output cannot tell."""
     right, wrong = recorded_pair(), load(DATA / "target", draft=DATA / "draft", max_batch=1)
     tap = wrong._runner.tap  # type: ignore[attr-defined]
-    rows = tap.rows
-    tap.rows = lambda index: rows(index).roll(64, dims=-1)  # two layers of 64: swapped
+    features = tap.features
+    tap.features = lambda: features().roll(64, dims=-1)  # two layers of 64: swapped
     prompts = [run["prompt"] for run in RUNS if run["method"] == "ar" and run["temperature"] == 0]
     told = {**options, "stop_token_ids": ()}
     answers = [model.generate(prompts, told, max_new_tokens=32) for model in (right, wrong)]

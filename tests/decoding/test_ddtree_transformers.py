@@ -12,8 +12,8 @@ from transformers import GenerationConfig, Qwen3ForCausalLM
 from transformers.generation import candidate_generator
 
 from s2d2_lmeval import load
-from s2d2_lmeval.runtime.drafter import DFlash
-from s2d2_lmeval.runtime.drafter_loading import load_drafter
+from s2d2_lmeval.runtime.drafting.dflash import DFlash
+from s2d2_lmeval.runtime.drafting.loading import load_drafter
 
 from .ddtree_recorded import DATA, STOP
 

@@ -45,7 +45,7 @@ def test_auto_stops_where_the_rate_stops_rising(seed: int) -> None:
     log_p, token = torch.randn(2, 3, 3, generator=generator).log_softmax(-1).sort(dim=-1, descending=True)
     tree = trees.grow(log_p, token, 6)
     seconds = torch.tensor([1.0 + 0.02 * max(queries - 4, 0) ** 1.5 for queries in range(15)])
-    chosen = nodes_worth_running(tree, seconds, 1)
+    chosen = nodes_worth_running(tree, torch.ones(2, dtype=torch.bool), seconds, 1)
 
     def rate(first: int, second: int) -> float:
         tokens = 2 + float(tree.value[0, :first].sum() + tree.value[1, :second].sum())
@@ -54,7 +54,9 @@ def test_auto_stops_where_the_rate_stops_rising(seed: int) -> None:
     best = max(rate(first, second) for first in range(7) for second in range(7))
     assert rate(*chosen.tolist()) == pytest.approx(best)
     free = torch.ones(15)
-    assert nodes_worth_running(tree, free, 1).tolist() == [6, 6], "what costs nothing is run"
+    assert nodes_worth_running(tree, torch.ones(2, dtype=torch.bool), free, 1).tolist() == [6, 6], "what is free is run"
+    first = nodes_worth_running(tree, torch.tensor([True, False]), free, 1)
+    assert first.tolist() == [6, 0], "a row that does not wait for a draft runs nothing"
 
 
 def test_ancestors_up_to_the_depth_of_the_tree() -> None:

@@ -24,6 +24,7 @@ from s2d2_lmeval import BlockDiffusionModel, load
 from s2d2_lmeval.decoding import scoring
 from s2d2_lmeval.decoding.engine import Engine
 from s2d2_lmeval.decoding.generation import Request
+from s2d2_lmeval.decoding.passes import Sent
 from s2d2_lmeval.decoding.sampling import row_statistics
 from s2d2_lmeval.runtime.memory import bytes_per_token
 from s2d2_lmeval.runtime.passes import Layout, Pass
@@ -79,20 +80,20 @@ def taken_and_planned(
 
     def prepared(engine: Engine, requests: Sequence[Request]) -> None:
         prepare(engine, requests)
-        decoder, advance = engine.decoder, engine.decoder.advance
+        decoder, decide = engine.decoder, engine.decoder.decide
         needs = engine._needs(decoder, 1)
         planned[:] = decoder.most_logits[0], needs.logits
 
-        def advanced(logits: torch.Tensor) -> Any:
+        def decided(sent: Sent, logits: torch.Tensor) -> Any:
             rows = engine.slots
             peak.begin()
             before = peak.bytes - logits.nbytes
-            outcome = advance(logits)
+            outcome = decide(sent, logits)
             read.append(len(logits) / rows)
             alive.append((peak.most - before) / (rows * VOCABULARY * logits.itemsize))
             return outcome
 
-        monkeypatch.setattr(decoder, "advance", advanced)
+        monkeypatch.setattr(decoder, "decide", decided)
 
     monkeypatch.setattr(Engine, "_prepare", prepared)
     with peak:
@@ -128,15 +129,15 @@ def test_logits_of_pipelines(decoder: str, sampling: dict[str, Any], monkeypatch
 @pytest.mark.parametrize("make", [blocks, subblocks])
 def test_logits_of_scoring(make: Callable[[], BlockDiffusionModel], monkeypatch: pytest.MonkeyPatch) -> None:
     model, peak, most = make(), Peak(), []
-    forward = model._runner.forward
+    run = model._runner.run
 
-    def watched(request: Pass) -> torch.Tensor:
-        logits = forward(request)
+    def watched(*arguments: Any) -> torch.Tensor:
+        logits = run(*arguments)
         most.append([peak.bytes - logits.nbytes, logits.nbytes])
         peak.begin()
         return logits
 
-    monkeypatch.setattr(model._runner, "forward", watched)
+    monkeypatch.setattr(model._runner, "run", watched)
     with peak:
         model.score([(PROMPTS[0], [5] * 60)])
     (before, size), *others = most

@@ -1,9 +1,13 @@
 """The pass builder: where segments and reads of several rows end up in one packed forward."""
 
 import numpy as np
+import pytest
 import torch
 
-from s2d2_lmeval.decoding.passes import PassBuilder, upload
+from s2d2_lmeval.decoding.passes import Cells, PassBuilder, Sent
+from s2d2_lmeval.runtime.cache import SlotCache
+from s2d2_lmeval.runtime.graphs import upload
+from s2d2_lmeval.runtime.shapes import Frame, Shape
 
 CPU = torch.device("cpu")
 
@@ -34,31 +38,43 @@ def test_segments_lie_one_after_the_other_within_each_row():
 
 def test_a_plan_reads_its_groups_in_order_and_counts_them_per_row():
     builder, _ = built()
-    sent = builder.send(CPU, extra=np.array([[1, 2]]))
-    visible = torch.zeros(2, 5, 5, dtype=torch.bool)
-    plan = builder.plan(sent, np.array([1, 2]), sent["positions"], visible, np.array([0, 1]), text=np.array([2, 3]))
-    assert plan.request.wanted.tolist() == [6, 7, 0]
-    assert [table.tolist() for table in plan.at("copy")] == [[9, 9], [0, 2]]
-    assert [table.tolist() for table in plan.at("none", "first")] == [[4], [3]]
+    plan = builder.plan(np.array([1, 2]), np.array([0, 1]), 4, known={"text": np.array([2, 3])})
+    assert plan.query.tolist() == [6, 7, 0]
     assert (plan.count("copy"), plan.count("none"), plan.count("first"), plan.count("absent")) == (2, 0, 1, 0)
-    assert [table.tolist() for table in plan.at("first", "absent")] == [[4], [3]]
-    assert [table.tolist() for table in plan.at("absent")] == [[], []]
+    assert plan.present == ("copy", "first")
     assert plan.wanted_counts.tolist() == [1, 2]
-    assert plan.sent["extra"].tolist() == [[1, 2]]
     assert plan.known["text"].tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_group_has_its_cells_whether_padded_or_not(padded: bool):
+    builder, _ = built()
+    plan = builder.plan(np.array([1, 2]), np.array([0, 1]), 4, rows={"extra": np.array([[1, 2]])})
+    cache = SlotCache(12, 64)
+    layout = builder.layout
+    shape = Shape.bucket(layout, 3, cache, 12) if padded else Shape.exact(layout, 3, cache)
+    assert shape is not None
+    frame = Frame(layout, shape)
+    sent = Sent(upload(CPU, plan.lay(frame, 12)), plan, frame)
+    assert sent["extra"].tolist() == [[1, 2]]
+    assert not len(sent.cells("none"))
+    assert (sent.has("copy"), sent.has("none")) == (True, False)
+    for name, expected in (("copy", {(9, 0), (9, 2)}), ("first", {(4, 3)})):
+        table = Cells(torch.zeros(12 * 4 + 1, dtype=torch.long), 4)
+        table.put(sent.cells(name), torch.ones(len(sent.cells(name)), dtype=torch.long))
+        assert {(slot, place) for slot, place in table.table.nonzero().tolist()} == expected
+        assert expected <= set(zip(*(part.tolist() for part in sent.at(name)), strict=True))
 
 
 def test_a_pass_that_reads_nothing():
     builder = PassBuilder(np.array([2]))
     builder.span(np.array([0]), np.array([4]))
     builder.lay_out()
-    plan = builder.plan(
-        builder.send(CPU), np.array([1]), torch.arange(4), torch.ones(1, 4, 4, dtype=torch.bool), np.array([4])
-    )
-    assert plan.request.wanted.tolist() == []
+    plan = builder.plan(np.array([1]), np.array([4]), 1)
+    assert plan.query.tolist() == []
     assert plan.wanted_counts.tolist() == [0]
 
 
 def test_one_transfer_keeps_the_shapes():
-    sent = upload(CPU, a=np.array([[True, False]]), b=np.arange(3), none=np.zeros((2, 0)))
+    sent = upload(CPU, {"a": np.array([[True, False]]), "b": np.arange(3), "none": np.zeros((2, 0), dtype=np.int64)})
     assert [sent[name].tolist() for name in ("a", "b", "none")] == [[[1, 0]], [0, 1, 2], [[], []]]

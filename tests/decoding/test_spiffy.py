@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from s2d2_lmeval import BlockDiffusionModel, DecodingConfig, load
 from s2d2_lmeval.decoding.engine import Engine
 from s2d2_lmeval.decoding.generation import Generation
+from s2d2_lmeval.decoding.passes import Sent
 from s2d2_lmeval.decoding.spiffy.decoder import Spiffy
 from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, load_graph, parse_graph
 from s2d2_lmeval.errors import ConfigError
@@ -151,7 +152,7 @@ def test_keys_of_a_block_finished_by_a_draft_are_those_of_its_commit(caching: bo
         model.generate([PROMPTS[1]], DecodingConfig(**decoder, **options), max_new_tokens=40)
         cache = model._runner.cache
         crossings += model.trace.totals().get("states_accepted", 0)
-        kept.append([keys[0, : cache.lengths[0]].clone() for keys in cache._keys.values()])
+        kept.append([keys[0, : cache.lengths[0]].clone() for keys, _ in cache._layers.values()])
     assert crossings > 5
     for ours, plain in zip(*kept, strict=True):
         shared = min(len(ours), len(plain))
@@ -167,11 +168,10 @@ def test_packed_states_have_the_logits_of_states_run_alone(
     compared: list[float] = []
 
     class Watching(Spiffy):
-        def advance(self, logits: torch.Tensor) -> Any:
-            plan = self._plan
-            if plan.sent["offered"].shape[1]:
-                compared.extend(_differences(self, plan, logits, model))
-            return super().advance(logits)
+        def decide(self, sent: Sent, logits: torch.Tensor) -> Any:
+            if sent.fixed[0]:
+                compared.extend(_differences(self, sent, logits, model))
+            return super().decide(sent, logits)
 
     model = load(tiny_model(seed=0), max_batch=3, mask_token_id=VOCABULARY - 1, block_length=4)
     path = tmp_path / "graph.json"
@@ -187,22 +187,23 @@ def test_packed_states_have_the_logits_of_states_run_alone(
     assert max(compared) < 1e-9
 
 
-def _differences(decoder: Spiffy, plan: Any, logits: torch.Tensor, model: BlockDiffusionModel) -> list[float]:
+def _differences(decoder: Spiffy, sent: Sent, logits: torch.Tensor, model: BlockDiffusionModel) -> list[float]:
     """Largest difference of the logits of each inside draft state from those of a plain forward of prefix and state."""
     rows, found = decoder.rows, []
-    at_row, at_place = plan.sent["slot"].tolist(), plan.sent["place"].tolist()
+    at_row, at_place = sent["slots_read"].tolist(), sent["places_read"].tolist()
+    plan = decoder._plan
     plain = tiny_model(seed=0)
-    for index, slot in enumerate(plan.request.layout.slots.tolist()):
+    for index, slot in enumerate(plan.layout.slots.tolist()):
         start = int(rows.start[slot])
         for state in range(int(plan.known["inside"][index])):
             block = decoder.states[slot, state].tolist()
-            text = torch.tensor([rows.store[slot, :start].tolist() + block])
+            text = torch.tensor([[*rows.store[slot, :start].tolist(), *block]])
             visible = _visible(start, block, decoder.config)
             bias = torch.zeros(1, 1, *visible.shape, dtype=torch.float64).masked_fill(~visible, -torch.inf)
             alone = plain(input_ids=text, attention_mask=bias).logits[0]
             for entry, (row, place) in enumerate(zip(at_row, at_place, strict=True)):
                 if row == slot and rows.wanted[slot, place]:
-                    packed = logits[plan.sent["lookup"][entry, state + 1]]
+                    packed = logits[sent["lookup"][state + 1, entry]]
                     found.append(float((packed - alone[start + place]).abs().max()))
     return found
 

@@ -15,6 +15,7 @@ import torch
 from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, load_graph, parse_graph
 from s2d2_lmeval.decoding.spiffy.states import Eligibility, RankTables, StateDrafter
 from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.runtime.graphs import Tables
 
 MASK = 99
 
@@ -103,7 +104,7 @@ def test_nodes_are_filled_with_the_places_and_tokens_of_the_latest_distribution(
     graph = DraftGraph.of([[(0, 0)], [(0, 0), (1, 1)], [(1, 0)]], 4)
     block = torch.tensor([[7, MASK, MASK, MASK]])
     ranked = tables([[0.0, 0.0], [-0.5, -1.0], [-0.7, -0.8], [-0.1, -2.0]], [3, 1, 2, 0])
-    states = StateDrafter(graph, 4, False, torch.device("cpu")).draft(
+    states = StateDrafter(graph, 4, False, Tables(torch.device("cpu"))).draft(
         block, block == MASK, ranked, torch.tensor([3]), torch.tensor([0])
     )
     found = {tuple(state) for state in states[0].tolist()}
@@ -127,7 +128,7 @@ def test_pruning_keeps_the_best_nodes_by_the_papers_score_and_their_parents() ->
         ranked = tables(log_p.tolist(), [2, 0, 3, 1])
         kept = int(rng.integers(1, 8))
         block = torch.full((1, 4), MASK)
-        states = StateDrafter(graph, 4, False, torch.device("cpu")).draft(
+        states = StateDrafter(graph, 4, False, Tables(torch.device("cpu"))).draft(
             block, block == MASK, ranked, torch.tensor([kept]), torch.tensor([0])
         )
         order = ranked.places[0].tolist()

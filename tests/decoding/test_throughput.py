@@ -13,12 +13,14 @@ from s2d2_lmeval import DecodingConfig
 from s2d2_lmeval.decoding.routing.policies import BINS, AcceptanceCurve, DraftView, ThroughputPolicy
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.runtime.costs import CostCurve
+from s2d2_lmeval.runtime.graphs import Tables
 
 from . import pipelined_cases
 from .drawn import MASK
 from .tiny import engine
 
 CPU, L = torch.device("cpu"), 4
+ONE = torch.ones(1, dtype=torch.long)
 OPTIONS: dict[str, Any] = {
     "block_length": L,
     "do_verify_policy": "throughput",
@@ -27,14 +29,16 @@ OPTIONS: dict[str, Any] = {
 
 
 def policy(rows: int = 1, **options: Any) -> ThroughputPolicy:
-    return ThroughputPolicy(DecodingConfig(**{**OPTIONS, **options}), rows, L, CPU)
+    return ThroughputPolicy(DecodingConfig(**{**OPTIONS, **options}), rows, L, Tables(CPU))
 
 
 def view(guess: list[float], denoised: int = 1, masks: int = L) -> DraftView:
     """A row with ``masks`` masks, which are its span."""
     span = (torch.arange(L) < masks).unsqueeze(0)
     table = torch.tensor([guess])
-    return DraftView(torch.tensor([True]), span, span, table, table, None, torch.tensor([0]), torch.tensor([denoised]))
+    return DraftView(
+        torch.tensor([True]), span, span, table, table, None, torch.tensor([0]), torch.tensor([denoised]), ONE
+    )
 
 
 def settled(one: ThroughputPolicy, pace: float = 1.0) -> ThroughputPolicy:
@@ -94,7 +98,7 @@ def test_costs_come_from_the_measured_curve() -> None:
 
 
 def test_the_curve_learns_what_is_accepted() -> None:
-    curve = AcceptanceCurve(1, False, CPU)
+    curve = AcceptanceCurve(1, False, Tables(CPU))
     guess = torch.tensor([[0.9] * L])
     assert curve(guess)[0, 0] == 1  # the benefit of the doubt
     everything = torch.ones(1, L, dtype=torch.bool)

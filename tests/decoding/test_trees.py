@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from s2d2_lmeval.decoding.rounds import budgets as tree_budget
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.trees import NOBODY, NODE, TEXT, VERIFIER, WINDOW, ancestors, tree_visibility
+from s2d2_lmeval.runtime.graphs import Tables
+
+TABLES = Tables(torch.device("cpu"))
 
 
 def marginals(seed: int, rows: int, depths: int, choices: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +93,7 @@ def offers(tree: trees.Tree, row: int, terms: tree_budget.Terms) -> list[tuple[i
             ends[int(tree.parent[row, place])] -= reach[place + 1]
         for size in range(count + 2):
             for windows in itertools.combinations(range(count + 1), size):
-                tokens = sum(reach[1:]) + terms.draft_value * sum(ends[node] for node in windows)
+                tokens = sum(reach[1:]) + float(terms.draft_value) * sum(ends[node] for node in windows)
                 found.append((count, windows, terms.node * count + terms.window * size, tokens))
     return found
 
@@ -101,7 +104,11 @@ def offers(tree: trees.Tree, row: int, terms: tree_budget.Terms) -> list[tuple[i
     nodes=st.integers(1, 5),
     budgets=st.lists(st.integers(0, 22), min_size=3, max_size=3),
     terms=st.builds(
-        tree_budget.Terms, st.integers(1, 2), st.integers(1, 5), st.sampled_from([0.0, 0.7, 4.0]), st.just(99)
+        tree_budget.Terms,
+        st.integers(1, 2),
+        st.integers(1, 5),
+        st.sampled_from([0.0, 0.7, 4.0]).map(torch.tensor),
+        st.just(99),
     ),
 )
 def test_a_budget_of_its_own_is_spent_best(seed: int, nodes: int, budgets: list[int], terms: tree_budget.Terms) -> None:
@@ -124,7 +131,7 @@ def test_a_budget_of_its_own_is_spent_best(seed: int, nodes: int, budgets: list[
         tree_budget.Terms,
         st.integers(1, 2),
         st.integers(1, 5),
-        st.sampled_from([0.0, 0.7, 4.0]),
+        st.sampled_from([0.0, 0.7, 4.0]).map(torch.tensor),
         st.sampled_from([7, 99]),
     ),
 )
@@ -153,7 +160,7 @@ def test_at_every_price_rows_buy_what_brings_more_than_it_costs(
 @given(seed=st.integers(0, 10**6), budget=st.integers(0, 60))
 def test_a_shared_budget_is_kept_and_a_larger_one_never_brings_less(seed: int, budget: int) -> None:
     tree = trees.grow(*marginals(seed, 4, 4, 3), 12)
-    bids = tree_budget.bid(tree, tree_budget.Terms(2, 3, 4.0, 40))
+    bids = tree_budget.bid(tree, tree_budget.Terms(2, 3, torch.tensor(4.0), 40))
     brought = []
     for limit in (budget, budget + 9):
         price = tree_budget.price_within(bids, torch.tensor(limit))
@@ -165,7 +172,7 @@ def test_a_shared_budget_is_kept_and_a_larger_one_never_brings_less(seed: int, b
 def test_the_price_for_the_rate_is_the_best_of_all_prices() -> None:
     """Free forwards buy everything, forwards whose every query is dear buy nothing, and a bend is found."""
     tree = trees.grow(*marginals(1, 2, 4, 3), 12)
-    bids = tree_budget.bid(tree, tree_budget.Terms(2, 3, 4.0, 40))
+    bids = tree_budget.bid(tree, tree_budget.Terms(2, 3, torch.tensor(4.0), 40))
     fixed, queries = torch.tensor([4]), torch.arange(120.0)
     spent = {}
     for name, seconds in {
@@ -173,7 +180,7 @@ def test_the_price_for_the_rate_is_the_best_of_all_prices() -> None:
         "dear": 1 + 10 * queries,
         "bent": 1 + (queries - 20).clamp_min(0),
     }.items():
-        price = tree_budget.price_for_rate(bids, seconds, fixed, rate=2.0)
+        price = tree_budget.price_for_rate(bids, seconds, fixed, rate=torch.tensor(2.0))
         spent[name] = int(bids.queries.index_select(1, price).sum())
         worth = bids.tokens.sum(0) - 2.0 * seconds[bids.queries.sum(0) + 4]
         assert worth[price] == worth.max()
@@ -193,14 +200,15 @@ def test_the_price_for_the_rate_is_the_best_of_all_prices() -> None:
 def test_trees_grow_no_larger_than_can_pay(cost: Callable[[np.ndarray], np.ndarray], most: int) -> None:
     """Two rows, windows of 15 masks and two queries a node; before the first round 5 tokens are expected of one."""
     budget = tree_budget.QueryBudget(None, node=2, window=15, most=128, shared=True)
-    budget.calibrate_costs(cost(np.arange(2 * 128 + 1.0)), 2, torch.device("cpu"))
+    budget.calibrate_costs(cost(np.arange(2 * 128 + 1.0)), 2, TABLES)
     assert budget.most == most
 
 
 def bought_at(budget: tree_budget.QueryBudget, tree: trees.Tree, rows: int) -> tuple[int, int, float]:
     """Nodes and windows that all of ``rows`` buy together, and the price of a query."""
     running = torch.ones(rows, dtype=torch.bool)
-    nodes, windows, price = budget.buy(tree, (tree.value > 0).any(1, keepdim=True), running)
+    learned = torch.from_numpy(budget.learned()).view(torch.float64)
+    nodes, windows, price = budget.buy(tree, (tree.value > 0).any(1, keepdim=True), running, *learned)
     return int(nodes.sum()), int(windows.sum()), float(price)
 
 
@@ -208,7 +216,7 @@ def test_auto_gives_up_drafting_where_it_does_not_pay_and_tries_again() -> None:
     """Two rows whose forwards cost 20 and one for every query; no draft ever stands."""
     budget = tree_budget.QueryBudget(None, node=2, window=15, most=64, shared=True)
     seconds = 20 + np.arange(2 * 64 + 1.0)
-    budget.calibrate_costs(seconds, 2, torch.device("cpu"))
+    budget.calibrate_costs(seconds, 2, TABLES)
     undrafted = trees.empty(2, 20, torch.device("cpu"), torch.float32)
     drafted = trees.grow(*marginals(1, 2, 5, 4), 20)
     tried = []
@@ -229,14 +237,14 @@ def test_auto_gives_up_drafting_where_it_does_not_pay_and_tries_again() -> None:
 
 def test_the_price_paid_is_the_time_that_was_bought() -> None:
     tree = trees.grow(*marginals(1, 2, 4, 3), 12)
-    bids = tree_budget.bid(tree, tree_budget.Terms(2, 3, 4.0, 40))
+    bids = tree_budget.bid(tree, tree_budget.Terms(2, 3, torch.tensor(4.0), 40))
     seconds = 1 + 0.5 * (torch.arange(200.0) - 10).clamp_min(0)  # the first ten queries are free
     fixed, all_of_it = torch.tensor([4]), torch.tensor([0])
     bought = int(bids.queries[:, 0].sum())
-    price = tree_budget.price_paid(bids, seconds, fixed, 2.0, all_of_it)
+    price = tree_budget.price_paid(bids, seconds, fixed, torch.tensor(2.0), all_of_it)
     assert float(price) == pytest.approx(2.0 * 0.5 * (bought + 4 - 10) / bought)
     nothing = torch.tensor([bids.prices.numel() - 1])
-    assert float(tree_budget.price_paid(bids, seconds, fixed, 2.0, nothing)) == 0
+    assert float(tree_budget.price_paid(bids, seconds, fixed, torch.tensor(2.0), nothing)) == 0
 
 
 def test_prompts_do_not_count_in_the_rate() -> None:
@@ -244,7 +252,7 @@ def test_prompts_do_not_count_in_the_rate() -> None:
     with_prompt, without = (tree_budget.QueryBudget(None, 2, 15, 64, shared=True) for _ in range(2))
     seconds = 3.0 + np.arange(200.0)
     for budget in (with_prompt, without):
-        budget.calibrate_costs(seconds, 1, torch.device("cpu"))
+        budget.calibrate_costs(seconds, 1, TABLES)
     with_prompt.step_took(float(seconds[80]), 80, 63)
     without.step_took(float(seconds[17]), 17, 0)
     tree = trees.grow(*marginals(3, 1, 5, 4), 20)

@@ -48,7 +48,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
 
 def test_a_decoder_is_one_short_file() -> None:
-    assert len(code("Add a decoder").splitlines()) <= LONGEST
+    assert len([line for line in code("Add a decoder").splitlines() if line]) <= LONGEST
 
 
 @pytest.mark.usefixtures("added")

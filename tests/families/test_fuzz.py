@@ -22,7 +22,7 @@ from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, load_graph
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families import checkpoint_facts, load_checkpoint
 from s2d2_lmeval.model import BlockDiffusionModel
-from s2d2_lmeval.runtime.drafter_loading import load_drafter
+from s2d2_lmeval.runtime.drafting.loading import load_drafter
 from s2d2_lmeval.runtime.runner import Runner
 
 from ..fuzzing import Tries

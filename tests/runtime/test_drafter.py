@@ -15,8 +15,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import s2d2_lmeval
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.runtime.cache import SlotCache
-from s2d2_lmeval.runtime.drafter import DFlash, FeatureTap
-from s2d2_lmeval.runtime.drafter_loading import default_layer_ids, drafter_shape, load_drafter
+from s2d2_lmeval.runtime.drafting.dflash import DFlash, FeatureTap
+from s2d2_lmeval.runtime.drafting.loading import default_layer_ids, drafter_shape, load_drafter
 from s2d2_lmeval.runtime.passes import Layout, Pass
 from s2d2_lmeval.runtime.runner import Runner
 
@@ -137,7 +137,7 @@ def test_a_pass_is_the_published_forward(variant: str, tmp_path: Path) -> None:
         model(text.view(1, -1))
         for part in (torch.arange(0, 6), torch.arange(6, len(text))):
             runner.cache.write_to(slot * runner.cache.capacity + part)
-            drafter.absorb(tap.rows(part), part.view(1, -1), runner.cache)
+            drafter.absorb(tap.features()[part], part.view(1, -1), runner.cache)
         runner.cache.lengths[slot] = len(text)
     layout = Layout(np.arange(2), np.array([BLOCK, BLOCK]))
     positions = torch.cat([len(text) + torch.arange(BLOCK) for text in texts])
@@ -153,7 +153,7 @@ def test_features_are_the_hidden_states_of_transformers() -> None:
     states = model(text, output_hidden_states=True).hidden_states
     kept = torch.tensor([1, 4, 8])
     expected = torch.cat([states[index + 1][0, kept] for index in (0, 2, 4)], -1)
-    assert torch.equal(tap.rows(kept), expected)
+    assert torch.equal(tap.features()[kept], expected)
 
 
 def test_layers_that_the_configuration_does_not_name() -> None:
@@ -231,7 +231,7 @@ def test_a_cache_that_was_begun_from_another_slot() -> None:
     cache.update(torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2), 0)
     cache.begin(1, 0, 3)
     assert cache.lengths[1] == 3
-    assert cache._keys[0][1, :3].eq(1).all()
+    assert cache._layers[0][0][1, :3].eq(1).all()
 
 
 def test_loading_leaves_the_global_generator_alone() -> None:

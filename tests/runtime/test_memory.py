@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,7 +148,7 @@ def test_logits_go_to_where_tokens_came_in() -> None:
     spread.backbone = lambda **_: SimpleNamespace(last_hidden_state=torch.zeros(1, 1, 32, device="meta"))
     place = torch.zeros(1, dtype=torch.long)
     with pytest.raises(NotImplementedError, match="out of meta tensor"):
-        spread._run(place, place, SimpleNamespace(destinations=place), place)
+        spread._answer(place, place, place, SimpleNamespace(destinations=place))
 
 
 def test_a_run_makes_its_gpu_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +175,7 @@ def test_a_run_makes_its_gpu_the_current_one(monkeypatch: pytest.MonkeyPatch) ->
 def test_runs_are_inside_of_it(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load("toy", max_batch=1)
     inside: list[bool] = []
-    forward = Runner.forward
+    run_pass = Runner.run
 
     @contextmanager
     def entered(runner: Runner) -> Iterator[None]:
@@ -182,13 +183,13 @@ def test_runs_are_inside_of_it(run: str, monkeypatch: pytest.MonkeyPatch) -> Non
         yield
         runner.entered = False
 
-    def noted(runner: Runner, request: Pass) -> torch.Tensor:
+    def noted(runner: Runner, *arguments: Any) -> torch.Tensor:
         inside.append(runner.entered)
-        return forward(runner, request)
+        return run_pass(runner, *arguments)
 
     monkeypatch.setattr(Runner, "entered", False, raising=False)
     monkeypatch.setattr(Runner, "as_current_device", entered)
-    monkeypatch.setattr(Runner, "forward", noted)
+    monkeypatch.setattr(Runner, "run", noted)
     if run == "generate":
         model.generate([[5, 6, 7]], {"decoder": "ar", "max_new_tokens": 2})
     else:

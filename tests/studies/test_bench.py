@@ -241,13 +241,13 @@ def test_launches_of_everything_that_fits() -> None:
 
 def test_what_a_gpu_stumbles_over_is_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(shapes.random_model("tiny", torch.device("cpu"), torch.float32), mask_token_id=63, block_length=4)
-    real = Runner.forward
+    real = Runner.run
 
-    def forward(self: Any, request: Any) -> torch.Tensor:
-        logits: torch.Tensor = real(self, request)
+    def run_pass(self: Any, *arguments: Any) -> torch.Tensor:
+        logits: torch.Tensor = real(self, *arguments)
         return logits + torch.zeros(1, logits.shape[1], device="cpu")
 
-    monkeypatch.setattr(Runner, "forward", forward)
+    monkeypatch.setattr(Runner, "run", run_pass)
     row = launches.count_launches(model, {"decoder": "ar", "max_new_tokens": 4}, 1, [[1, 2, 3]])
     assert "same device" in row["error"]
     assert row["device_mismatches"] == 1

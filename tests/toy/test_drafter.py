@@ -14,7 +14,7 @@ from recipes.toy.export import load_network
 from recipes.toy.network import Network, Shape
 from s2d2_lmeval.families import load_checkpoint
 from s2d2_lmeval.runtime.cache import SlotCache
-from s2d2_lmeval.runtime.drafter_loading import load_drafter
+from s2d2_lmeval.runtime.drafting.loading import load_drafter
 from s2d2_lmeval.runtime.passes import Layout, Pass
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.toy import checkpoint_path, drafter_path

@@ -1,7 +1,6 @@
 """Block denoising: draft every mask of the block, decide some of them, repeat (SDAR and its remasking strategies).
 
-One object decodes all rows in flight. :meth:`BlockDenoiser.plan` says what to forward, :meth:`BlockDenoiser.advance`
-takes the logits. A step of a row:
+One object decodes all rows in flight. A step of a row:
 
 1. draft   tokens and their confidence at every mask of the block
 2. choose  which masks to decide, by the remasking strategy
@@ -24,7 +23,7 @@ from s2d2_lmeval.decoding import reference
 from s2d2_lmeval.decoding.blocks.planning import plan_blocks
 from s2d2_lmeval.decoding.blocks.remasking import Undecided, choose
 from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
-from s2d2_lmeval.decoding.decoder import Decoder, DecoderSetup
+from s2d2_lmeval.decoding.decoder import Decided, Decoder, DecoderSetup
 from s2d2_lmeval.decoding.generation import DENOISED
 from s2d2_lmeval.decoding.options.blocks import (
     BlockOption,
@@ -34,13 +33,14 @@ from s2d2_lmeval.decoding.options.blocks import (
     StepOptions,
 )
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.decoding.passes import Plan
+from s2d2_lmeval.decoding.passes import Cells, Plan, Sent
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import draft_tokens
 from s2d2_lmeval.decoding.state import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY
-from s2d2_lmeval.decoding.steps import Decisions, Outcome, StepResult, StepTables, as_step, read_back
+from s2d2_lmeval.decoding.steps import Decisions, StepResult, StepTables, as_step, columns_of, step_result
 from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.registry import DECODERS
+from s2d2_lmeval.runtime.visibility import by_reach
 
 DENOISING = (ScheduleOption, BlockOption, StepOptions)
 """Options of every decoder of whole blocks."""
@@ -92,6 +92,7 @@ class BlockDenoiser(Decoder[Rows]):
             short_last=self.whole.short_last_block,
             whole_length=block,
         )
+        self._tables, self._dtype = setup.tables, setup.dtype
         rows.prefix_grain = block if absolute else 1 if self.whole.token_causal else None
         rows.published_order = partial(self.notation, verifies=self.verifies)
         self.prefill_chunk = setup.prefill_chunk
@@ -102,10 +103,17 @@ class BlockDenoiser(Decoder[Rows]):
         self.verify_all_masks = False
         # The latest draft of every row: tokens, their probability, and the entropy (nats) of their distribution if the
         # strategy asks for it. ``sound`` is false once logits were not numbers.
-        shape = (rows.count, rows.block_length)
-        self.drafted = torch.zeros(shape, dtype=torch.long, device=rows.device)
-        self.confidence = self.entropy = torch.zeros(shape, device=rows.device)
-        self.sound = torch.ones((), dtype=torch.bool, device=rows.device)
+        self._drafted = self._cells("drafted", torch.long)
+        self._confidence, self._entropy = (self._cells(name) for name in ("confidence", "entropy"))
+        self.drafted, self.confidence, self.entropy = (
+            cells.table for cells in (self._drafted, self._confidence, self._entropy)
+        )
+        self.sound = setup.tables.full("sound", (), True, torch.bool)
+
+    def _cells(self, name: str, dtype: torch.dtype | None = None) -> Cells:
+        """A table of every place of the blocks, of the logits' type if not given."""
+        size = self.rows.count * self.rows.block_length + 1
+        return Cells(self._tables.full(name, (size,), 0, dtype or self._dtype), self.rows.block_length)
 
     @property
     def capacity(self) -> int:
@@ -127,55 +135,50 @@ class BlockDenoiser(Decoder[Rows]):
         self._plan = plan_blocks(self.rows, self.config, self.prefill_chunk)
         return self._plan
 
-    def advance(self, logits: torch.Tensor) -> Outcome:
-        """Take the wanted logits (M, V) of the planned forward; move every row to its next phase. Reads the device
-        once.
-
-        Raises:
-            NumericalError: the logits are not numbers.
-        """
-        sent = self._plan.sent
-        block = self.rows.store.view(-1)[sent["block"]]
-        self._suppress_mask_token(logits, block)
-        facts = (sent[name] for name in ("block", "position", "step", "count", "given", "key"))
-        return self._synchronize(self._decide(BlockState(block, *facts), logits))
-
     # ---- device ----
+
+    def assemble(self, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
+        return sent["tokens"], by_reach(sent["rank"], sent["reach"])
+
+    def decide(self, sent: Sent, logits: torch.Tensor) -> Decided:
+        self._sent = sent
+        sent["drafting"], sent["verifying"] = sent["drafting"].bool(), sent["verifying"].bool()
+        if len(logits):
+            self._suppress_mask_token(logits, sent["block"])
+        facts = (sent[name] for name in ("block", "position", "step", "count", "given", "key"))
+        return self._decide(BlockState(*facts), logits)
 
     def _suppress_mask_token(self, logits: torch.Tensor, block: torch.Tensor) -> None:
         """Suppress the mask token: always or, if the options allow predicting it, once a block's schedule is over.
 
         Otherwise a model that keeps predicting the mask would loop forever.
         """
-        plan, masked = self._plan, logits[:, self.rows.mask_token_id]
+        sent, masked = self._sent, logits[:, self.rows.mask_token_id]
         if self.config.suppress_mask_token:
             masked.fill_(-torch.inf)
         else:
-            # The next block's draft, after the others, is at its first step.
-            current = self._overdue(block, plan.sent["step"])[plan.at("verify", "draft")[0]]
-            masked[: len(current)].masked_fill_(current, -torch.inf)
+            # The next block's draft is at its first step.
+            overdue = self._overdue(block, sent["step"])[sent["read_slot"]]
+            masked.masked_fill_(overdue & sent["current"].bool(), -torch.inf)
 
     def _overdue(self, block: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Rows (rows,) whose ``block`` (rows, B) has masks although all steps of its schedule are over."""
         return ((step >= self.config.steps) & (block == self.rows.mask_token_id)).any(-1)
 
-    def _decide(self, state: BlockState, logits: torch.Tensor) -> StepResult:
+    def _decide(self, state: BlockState, logits: torch.Tensor) -> Decided:
         """The device part of a step of the rows that drafted."""
-        plan, drafted = self._plan, []
-        if plan.count("draft"):
-            decisions = self._step(state, logits, plan.at("draft"), plan.sent["drafting"])
-            self._write(state, decisions)
+        sent, drafted = self._sent, []
+        if sent.has("fresh"):
+            decisions = self._step(state, logits[sent.part("fresh")], sent["drafting"])
             drafted.append(decisions.tables(self.drafted))
         nowhere = torch.zeros_like(state.block, dtype=torch.bool)
         return self._read(None, drafted, nowhere, nowhere[:, 0])
 
-    def _step(
-        self, state: BlockState, logits: torch.Tensor, at: tuple[torch.Tensor, ...], drafting: torch.Tensor
-    ) -> Decisions:
-        """One denoising step, without verification, of the rows ``drafting`` (rows,) from the ``logits`` (M, V) of
-        the places ``at``: a function of the blocks in ``state``, whoever put them there.
+    def _step(self, state: BlockState, logits: torch.Tensor, drafting: torch.Tensor) -> Decisions:
+        """One denoising step, without verification, of the rows ``drafting`` (rows,) from the fresh ``logits`` (M, V):
+        a function of the blocks in ``state``, whoever put them there.
         """
-        self._observe(state, logits, at)
+        self._observe(state, logits, *self._fresh())
         decisions = Decisions(state.block, self.rows.mask_token_id)
         self._revise(decisions, state, drafting)
         self._denoise(decisions, state.count, drafting)
@@ -188,26 +191,25 @@ class BlockDenoiser(Decoder[Rows]):
         span: torch.Tensor,
         moved: torch.Tensor,
         made: torch.Tensor | None = None,
-    ) -> StepResult:
-        """The engine step's one read of the device."""
-        return read_back(verified, drafted, span, moved, self.sound, made)
+    ) -> Decided:
+        """What the host is to read."""
+        return Decided(columns_of(verified, drafted, span, moved, self.sound, made))
+
+    def _fresh(self) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """(slots, places) and cells of the fresh logits."""
+        return self._sent.at("fresh"), self._sent.cells("fresh")
 
     def _observe(
-        self, state: BlockState, logits: torch.Tensor, at: tuple[torch.Tensor, ...], valid: torch.Tensor | None = None
+        self, state: BlockState, logits: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor], cells: torch.Tensor
     ) -> None:
-        """Draft a token at the places ``at`` from their ``logits``, only where ``valid`` (M,) if given."""
-
-        def put(table: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-            table = table.to(values.dtype)
-            return table.index_put(at, values if valid is None else torch.where(valid, values, table[at]))
-
+        """Draft a token from each of the fresh ``logits`` (M, V) of the places ``at``, into ``cells`` (M,)."""
         tokens, confidence = self._draw(logits, state.draws(random.DRAFT).take(at))
-        self.drafted = put(self.drafted, tokens)
-        self.confidence = put(self.confidence, confidence)
-        self.sound = self.sound & ~confidence.isnan().any()
+        self._drafted.put(cells, tokens)
+        self._confidence.put(cells, confidence)
+        self.sound.logical_and_(~confidence.isnan().any())
         if self.config.strategy == "entropy_bounded" and not self.config.collapse_entropy:
             p = logits.softmax(-1)
-            self.entropy = put(self.entropy, -torch.special.xlogy(p, p).sum(-1))
+            self._entropy.put(cells, -torch.special.xlogy(p, p).sum(-1))
 
     def _draw(self, logits: torch.Tensor, key: random.Key) -> tuple[torch.Tensor, torch.Tensor]:
         """A token (M,) and its probability (M,) from each row of ``logits`` (M, V)."""
@@ -228,23 +230,19 @@ class BlockDenoiser(Decoder[Rows]):
         step = Undecided(masks, count, confidence, self.entropy, self.config, at_most_count=self.verifies)
         return choose(self.config.strategy, step)
 
-    def _write(self, state: BlockState, decisions: Decisions) -> None:
-        """Write the block where passes read it: into the canvas and, with every mask drafted, after it."""
-        rows = self.rows
-        rows.store.view(-1)[state.index] = decisions.block
-        rows.store[:, rows.length : rows.length + rows.block_length] = torch.where(
-            decisions.masks, self.drafted, decisions.block
-        )
-
     # ---- host ----
 
-    def _synchronize(self, read: StepResult) -> Outcome:
+    def settle(self, table: np.ndarray | None) -> np.ndarray:
+        assert table is not None
+        return self._synchronize(step_result(table, self.rows.block_length, self._plan.count("verify") > 0))
+
+    def _synchronize(self, read: StepResult) -> np.ndarray:
         """Bring the host's mirror up to date and move every active row to its next phase."""
-        rows, slots = self.rows, self._plan.request.layout.slots
+        rows, slots = self.rows, self._plan.layout.slots
         if not read.sound:
             raise NumericalError
-        rows.cached[slots] += self._plan.request.keep
-        outcome = Outcome.zeros(len(slots))
+        rows.cached[slots] += self._plan.keep
+        accepted = np.zeros(len(slots), dtype=np.int64)
         after = {
             PREFILL: self._after_prefill,
             COMMIT: self._after_commit,
@@ -254,18 +252,18 @@ class BlockDenoiser(Decoder[Rows]):
         for row, slot in enumerate(slots.tolist()):
             phase = int(rows.phase[slot])
             rows.progress[slot].forwards[KIND_OF_PHASE[phase]] += 1
-            after[phase](row, slot, read, outcome)
-        return outcome
+            after[phase](row, slot, read, accepted)
+        return accepted
 
-    def _after_prefill(self, row: int, slot: int, read: StepResult, outcome: Outcome) -> None:
+    def _after_prefill(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
         """A piece of the prompt of row ``slot`` is in the cache."""
         self._enter_draft(slot)
 
-    def _after_commit(self, row: int, slot: int, read: StepResult, outcome: Outcome) -> None:
+    def _after_commit(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
         """A finished block of row ``slot`` is in the cache."""
         self._next_block(slot)
 
-    def _after_draft(self, row: int, slot: int, read: StepResult, outcome: Outcome) -> None:
+    def _after_draft(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
         """A draft of row ``slot`` has come in: verify it, or its step is over."""
         rows = self.rows
         self._record(slot, read.drafted[0], "draft")
@@ -278,7 +276,7 @@ class BlockDenoiser(Decoder[Rows]):
         else:
             self._after_step(slot)
 
-    def _after_verify(self, row: int, slot: int, read: StepResult, outcome: Outcome) -> None:
+    def _after_verify(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
         """A verification of row ``slot`` has come in: its step is over."""
         rows = self.rows
         assert read.verified is not None
@@ -288,17 +286,18 @@ class BlockDenoiser(Decoder[Rows]):
             stands = (rows.block[slot] == read.verified.draft[slot]) & ~rows.masks[slot]
             standing = int(np.append(stands, False).argmin())
             end = min(rows.start[slot] + standing, rows.cached[slot] + self._plan.known["text"][row])
-            outcome.kept[row] = max(end - rows.cached[slot], 0)
-            rows.cached[slot] += outcome.kept[row]
+            accepted[row] = max(end - rows.cached[slot], 0)
+            rows.cached[slot] += accepted[row]
         self._after_step(slot)
         if read.moved[slot] and not rows.complete[slot]:
-            self._after_draft(row, slot, read, outcome)
+            self._after_draft(row, slot, read, accepted)
 
     def _record(self, slot: int, step: StepTables[np.ndarray], kind: str) -> None:
         """Take in a step of row ``slot``."""
         rows = self.rows
         rows.progress[slot].steps.append(as_step(step, slot, kind, int(rows.start[slot]), rows.span[slot]))
-        rows.block[slot] = step.after[slot]
+        block = step.after[slot]
+        rows.write(slot, block, np.where(block == rows.mask_token_id, step.draft[slot], block))
 
     def _after_step(self, slot: int) -> None:
         """A denoising step of row ``slot`` is over: go on in the block, or with the next."""

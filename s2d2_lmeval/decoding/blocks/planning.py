@@ -1,21 +1,22 @@
 """Plan the next pass from the state of the rows: queries, positions, visibility, wanted logits.
 
-Everything is laid out on the host in numpy, for all rows at once, and goes to the device in one transfer.
+Everything is laid out on the host in numpy, for all rows at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
-import torch
 
 from s2d2_lmeval.decoding.blocks.rows import Rows
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Segment, Sent
+from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Segment
 from s2d2_lmeval.decoding.state import COMMIT, DRAFT, PREFILL, VERIFY
-from s2d2_lmeval.runtime.passes import TARGET
-from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, block_end, by_reach
+from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, block_end
 
 
 def scheduled_count(
@@ -94,7 +95,8 @@ def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> Plan:
             the unread rows)
     ahead   lookahead: if the verification may finish the block, the masks of the next one, seeing the text
 
-    Reads ``verify``, ``draft`` and ``ahead``; knows ``text`` (R,), the queries of the first segment.
+    Reads ``verify`` and ``fresh``, the drafts of this block and the next, of which ``current`` is this block's; knows
+    ``text`` (R,), the queries of the first segment. Sends ``carries``, the rows with an ``ahead``.
     """
     slots, length = rows.active(), rows.block_length
     phase, cached, start = rows.phase[slots], rows.cached[slots], rows.start[slots]
@@ -117,17 +119,19 @@ def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> Plan:
         ahead.set(source=mask, rank=ahead.position, reach=end_of_block(rows, slots, ahead.row, ahead.position, length))
 
     builder.lay_out()
+    row, place = np.nonzero(wanted & drafting[:, None])
+    fresh = [(row, place, (text.first + start - cached)[row] + place, np.ones_like(row))]
     if verifies:
-        builder.read("verify", copy_row, copy_place, copies.query)
-    draft_row, draft_place = np.nonzero(wanted & drafting[:, None])
-    builder.read("draft", draft_row, draft_place, (text.first + start - cached)[draft_row] + draft_place)
-    if verifies:
-        builder.read("ahead", ahead.row, ahead.local, ahead.query)
-    sent = send_blocks(rows, config, builder)
+        builder.read("verify", copy_row, copy_place, copies.query, current=np.ones_like(copy_row))
+        fresh.append((ahead.row, ahead.local, ahead.query, np.zeros_like(ahead.row)))
+    row, place, query, current = map(np.concatenate, zip(*fresh, strict=True))
+    builder.read("fresh", row, place, query, current=current)
+    carrying = np.zeros(rows.count, dtype=np.int64)
+    carrying[slots] = carries
     # Under lookahead the draft already runs the decided prefix of the block token-causally: it stays.
     settled = np.where(lookahead, start + masks.argmax(1), start)
     keep = np.where(verifying, 0, np.where(drafting, settled, end) - cached)
-    return block_plan(builder, sent, rows, by_reach(sent["rank"], sent["reach"]), keep, text=end - cached)
+    return block_plan(builder, rows, config, keep, known={"text": end - cached}, more={"carries": carrying})
 
 
 def plan_subblocks(rows: Rows, config: DecodingConfig, whole: DecodingConfig, chunk: int, narrow: np.ndarray) -> Plan:
@@ -141,7 +145,7 @@ def plan_subblocks(rows: Rows, config: DecodingConfig, whole: DecodingConfig, ch
                      comes alone, with the keys of that rest before it
     verify           the block up to the last drafted token's predecessor, token-causal
 
-    Reads ``verify``, ``draft`` and ``first``; knows the rows whose ``first`` (R,) token comes.
+    Reads ``verify``, ``fresh`` and ``first``; knows the rows whose ``first`` (R,) token comes.
     """
     slots, part = rows.active(), rows.block_length
     phase, cached, start = rows.phase[slots], rows.cached[slots], rows.start[slots]
@@ -160,18 +164,19 @@ def plan_subblocks(rows: Rows, config: DecodingConfig, whole: DecodingConfig, ch
         set_text(segment, rows, slots, whole)
 
     builder.lay_out()
-    for name, among in (("verify", verifying), ("draft", drafting)):
+    for name, among in (("verify", verifying), ("fresh", drafting)):
         row, place = np.nonzero(wanted & among[:, None])
         # The query before a token predicts it; if the pass has none, its own.
         before = np.maximum(start[row] + place - 1, np.where(narrow, start, block)[row])
         inside = last[row] & (before >= start[row])
         query = np.where(inside, (subblock.first - start)[row], (text.first - begin)[row]) + before
-        builder.read(name, row, place, query)
+        builder.read(name, row, place, query, current=np.ones_like(row))
     first = read_first(builder, rows, end)
-    # Progress is the decided share of the sub-block, including prompt tokens.
-    sent = send_blocks(rows, config, builder, given=np.zeros(rows.count))
     keep = np.where(verifying, 0, np.where(drafting, block, end) - cached)
-    return block_plan(builder, sent, rows, by_reach(sent["rank"], sent["reach"]), keep, first=first)
+    # Progress is the decided share of the sub-block, including prompt tokens.
+    return block_plan(
+        builder, rows, config, keep, known={"first": first}, more={"given": np.zeros(rows.count, dtype=np.int64)}
+    )
 
 
 def subblock_text(rows: Rows, slots: np.ndarray, whole: DecodingConfig, chunk: int) -> tuple[np.ndarray, np.ndarray]:
@@ -188,40 +193,54 @@ def read_first(builder: PassBuilder, rows: Rows, end: np.ndarray) -> np.ndarray:
     phase = rows.phase[slots]
     due = ((phase == PREFILL) | (phase == COMMIT)) & (end == rows.start[slots]) & rows.masks[slots, 0]
     row = np.flatnonzero(due)
-    builder.read("first", row, np.zeros_like(row), (layout.offsets + layout.widths - 1)[row])
+    builder.read("first", row, np.zeros_like(row), (layout.offsets + layout.widths - 1)[row], begins=np.ones_like(row))
     return due
 
 
-def send_blocks(rows: Rows, config: DecodingConfig, builder: PassBuilder, **more: np.ndarray) -> Sent:
-    """Send the pass to the device, with what decoders need to know about every row, active or not; ``more`` overrides
-    some of it.
+def block_plan(
+    builder: PassBuilder,
+    rows: Rows,
+    config: DecodingConfig,
+    keep: np.ndarray,
+    *,
+    known: dict[str, Any],
+    queries: Mapping[str, np.ndarray] = MappingProxyType({}),
+    tables: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+    lists: Mapping[str, tuple[np.ndarray, int]] = MappingProxyType({}),
+    moves: bool = False,
+    fixed: tuple[int, ...] = (),
+    more: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Plan:
+    """The plan of a pass that feeds from the rows' store.
 
-    ``block`` (rows, B) store index of the current block, ``position`` (rows, B), ``step`` (rows, 1), ``key`` (rows, 1),
-    ``count`` (rows,) tokens the schedule asks for, ``given`` (rows,) prompt tokens in the block, ``drafting`` and
-    ``verifying`` (rows,) bool, ``verify_slots`` the rows that verify; ``source`` (N,), ``rank`` and ``reach`` (R, W).
+    It tells of every row, active or not: ``block`` (rows, B) tokens of the current block, ``position`` (rows, B),
+    ``step`` (rows, 1), ``key`` (rows, 1), ``count`` (rows,) tokens the schedule asks for, ``given`` (rows,) prompt
+    tokens in the block, ``drafting`` and ``verifying`` (rows,), and ``more``, which overrides some of it; lists
+    ``verify_slots``, the rows that verify; and ``tokens`` (N,), ``rank`` and ``reach`` (R, W) of queries.
     """
     position = rows.start[:, None] + np.arange(rows.block_length)
-    facts = {
+    source = np.minimum(builder.column("source"), rows.states_at - 1)
+    tokens = rows.store[builder.slots[builder.layout.row_of], source]
+    told = {
         "position": position,
-        "block": np.arange(rows.count)[:, None] * rows.stride + position,
+        "block": rows.block,
         "drafting": rows.phase == DRAFT,
         "verifying": rows.phase == VERIFY,
-        "verify_slots": np.flatnonzero(rows.phase == VERIFY),
         "step": rows.step[:, None],
         "count": scheduled_count(rows.step, config, rows.fresh),
         "key": rows.key[:, None],
         "given": (rows.prompt - rows.start).clip(0, rows.block_length),
-        "source": builder.slots[builder.layout.row_of] * rows.stride + builder.column("source"),
-        "rank": builder.padded("rank", NOBODY),
-        "reach": builder.padded("reach", NOTHING),
+        "in_flight": np.array([len(builder.slots)]),
     }
-    sent = builder.send(rows.device, **{**facts, **more})
-    return {**sent, "drafting": sent["drafting"].bool(), "verifying": sent["verifying"].bool()}
-
-
-def block_plan(
-    builder: PassBuilder, sent: Sent, rows: Rows, visible: torch.Tensor, keep: np.ndarray, **known: np.ndarray
-) -> Plan:
-    """The plan of a pass that feeds from the rows' store."""
-    tokens = rows.store.view(-1)[sent["source"]]
-    return builder.plan(sent, rows.phase[builder.slots], tokens, visible, keep, TARGET, **known, feeds_drafter=False)
+    return builder.plan(
+        rows.phase[builder.slots],
+        keep,
+        rows.block_length,
+        queries={"tokens": tokens, **queries},
+        tables={"rank": (0, NOBODY), "reach": (0, NOTHING), **tables},
+        rows={**told, **more},
+        lists={"verify_slots": (np.flatnonzero(rows.phase == VERIFY), 0), **lists},
+        known=known,
+        moves=moves,
+        fixed=fixed,
+    )

@@ -1,7 +1,7 @@
-"""The state of the rows in flight of block decoders, on the device and mirrored on the host.
+"""The state of the rows in flight of block decoders.
 
-The host knows every row's phase, block and lengths, so it can plan the next pass without reading from the device, which
-holds the tokens. One small read per engine step keeps the mirror up to date.
+The host knows every row's phase, block and tokens, so it can plan the next pass without reading from the device. One
+small read per engine step keeps it up to date.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from s2d2_lmeval.decoding.state import SequenceState
 
 
 class Rows(SequenceState):
-    """State of ``count`` sequences of up to ``length`` positions in blocks of ``block_length`` (B).
+    """State of ``count`` sequences of up to ``length`` positions in blocks of ``block_length`` (B), on the host.
 
     Blocks are counted from position 0 if ``absolute``, else back and forth from the prompt's end; ``whole_length`` is
     that of whole blocks if these are parts. With ``short_last`` the last block ends with the requested tokens; what its
     tables hold beyond is :attr:`filler`, which no pass feeds.
 
-    ``store`` (count, length + B + 1 + D * B) on the device holds each row's canvas (prompt, decided tokens, masks),
-    after it the current block with every mask drafted, one mask token, and D drafted states of the block: everything
-    that a pass may feed, addressed by one index.
+    ``store`` (count, length + B + 1) holds each row's canvas (prompt, decided tokens, masks), after it the current
+    block with every mask drafted, and one mask token: everything that a pass may feed, addressed by one index. Places
+    from :attr:`states_at` on are those of drafted states, which only the device knows.
     """
 
     def __init__(
@@ -40,16 +40,18 @@ class Rows(SequenceState):
         whole_length: int | None = None,
     ) -> None:
         super().__init__(count)
+        self.device = device
         self.length = -(-length // block_length) * block_length
         self.block_length = self.prefix_grain = block_length
         self.mask_token_id = mask_token_id
-        self.device = device
         self.absolute, self.short_last = absolute, short_last
         self.whole_length = whole_length or block_length
         self.filler = int(mask_token_id == 0)
         self.states_at = self.length + block_length + 1
-        """Where the drafted states begin in the store."""
-        self.hold_states(0)
+        """Where the drafted states begin."""
+        self.draft_states = 0
+        """Maximum number of drafted states of a row."""
+        self.store = np.full((count, self.states_at), mask_token_id, dtype=np.int64)
         self.start = np.zeros(count, dtype=np.int64)
         """First position of the current block."""
         self.total = np.zeros(count, dtype=np.int64)
@@ -67,17 +69,6 @@ class Rows(SequenceState):
         self.span = np.zeros((count, block_length), dtype=bool)
         """Places of the block that are being verified."""
 
-    def hold_states(self, count: int) -> None:
-        """Make room for so many drafted states of each row, before the first request."""
-        self.draft_states = count
-        shape = (self.count, self.states_at + count * self.block_length)
-        self.store = torch.full(shape, self.mask_token_id, dtype=torch.long, device=self.device)
-
-    @property
-    def stride(self) -> int:
-        """Distance of two rows in the flattened store."""
-        return self.store.shape[1]
-
     @property
     def masks(self) -> np.ndarray:
         """(count, B) undecided places of the current block."""
@@ -92,7 +83,7 @@ class Rows(SequenceState):
         total = prompt + request.max_new_tokens
         self.total[slot] = total if self.short_last else start - (start - total) // block * block
         self.store[slot, : self.length] = self.mask_token_id
-        self.store[slot, :prompt] = torch.tensor(request.prompt, dtype=torch.long)
+        self.store[slot, :prompt] = request.prompt
         self.store[slot, self.total[slot] : self.length] = self.filler
         self.tokens[slot] = list(request.prompt[:start])
         self.begin_block(slot, start)
@@ -100,6 +91,12 @@ class Rows(SequenceState):
     def block_start(self, length: int) -> np.ndarray:
         """(count,) where the blocks of ``length`` that hold the current blocks begin."""
         return (self.start + self.offset) // length * length - self.offset
+
+    def write(self, slot: int, block: np.ndarray, draft: np.ndarray) -> None:
+        """The current block is ``block`` (B,) now; ``draft`` (B,) is the same with every mask drafted."""
+        self.block[slot] = block
+        self.store[slot, self.start[slot] : self.start[slot] + self.block_length] = block
+        self.store[slot, self.length : self.length + self.block_length] = draft
 
     def begin_block(self, slot: int, start: int) -> None:
         """Open the block at ``start``; it holds the rest of the prompt, then masks."""
@@ -131,8 +128,6 @@ class BlockState:
 
     block: torch.Tensor
     """(rows, B) tokens."""
-    index: torch.Tensor
-    """(rows, B) their places in the flattened store."""
     position: torch.Tensor
     """(rows, B)"""
     step: torch.Tensor
@@ -155,7 +150,6 @@ class BlockState:
         return replace(
             self,
             block=self.block.masked_fill(across, mask_token_id),
-            index=self.index + across * length,
             position=self.position + across * length,
             step=self.step.masked_fill(across, 0),
             count=self.count.masked_fill(moved, first_count),

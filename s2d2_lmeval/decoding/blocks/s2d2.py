@@ -24,19 +24,20 @@ from s2d2_lmeval.decoding.blocks.denoising import DENOISING, BlockDenoiser
 from s2d2_lmeval.decoding.blocks.planning import scheduled_count
 from s2d2_lmeval.decoding.blocks.remasking import ranks
 from s2d2_lmeval.decoding.blocks.rows import BlockState
-from s2d2_lmeval.decoding.decoder import DecoderSetup
+from s2d2_lmeval.decoding.decoder import Decided, DecoderSetup, Kept
 from s2d2_lmeval.decoding.generation import ACCEPTED, HIGH_CONFIDENCE, KEPT, RATIO, RESAMPLED
 from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, EditingOptions, EntropyOptions, SubblockOptions
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.pipelined import PipelinedOptions, PipelinedVerifierOptions
 from s2d2_lmeval.decoding.options.s2d2 import AcceptanceOption, RemaskingOption, RoutingOptions, VerifierOptions
+from s2d2_lmeval.decoding.passes import Cells
 from s2d2_lmeval.decoding.routing.estimators import acceptance_estimate, normalised
 from s2d2_lmeval.decoding.routing.policies import DraftView, policy_of
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.acceptance import acceptance_ratio, judge, residual
 from s2d2_lmeval.decoding.sampling.filters import filtered
 from s2d2_lmeval.decoding.sampling.row_statistics import arg_max, probability_of, row_statistics
-from s2d2_lmeval.decoding.steps import Decisions, StepResult, StepTables
+from s2d2_lmeval.decoding.steps import Decisions, StepTables
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
 
@@ -64,18 +65,18 @@ class S2D2(BlockDenoiser):
     def __init__(self, setup: DecoderSetup, part: DecodingConfig | None = None) -> None:
         super().__init__(setup, part)
         config, rows = self.config, self.rows
-        self.policy = policy_of(config, "block", rows.count, rows.block_length, rows.device)
+        self.policy = policy_of(config, "block", rows.count, rows.block_length, setup.tables)
         self.verify_all_masks = config.ssd_threshold_all_spans and config.ssd_ratio_threshold >= 0
         self.resamples = config.allow_resample or config.acceptance == "greedy"
         decides_one = self.resamples or self.keeps_rejected
         self.tops_up = not decides_one or int(scheduled_count(np.arange(config.steps), config).max()) > 1
         """Whether the schedule can require more tokens than the minimum that a verification decides."""
         # The inputs of routing at every place: estimated acceptance and normalised entropy.
-        self.estimate = self.uncertainty = torch.zeros((rows.count, rows.block_length), device=rows.device)
+        self._estimate, self._uncertainty = (self._cells(name) for name in ("estimate", "uncertainty"))
         self.statistics = row_statistics(torch.empty(0, 1, device=rows.device))
         # Draft logits wait here for the verification that follows at once; ``logit_of`` is where those of a place are.
-        self.draft_logits = torch.empty(0, device=rows.device)
-        self.logit_of = torch.zeros_like(self.drafted)
+        self.draft_logits = Kept(setup, "draft_logits", self.resamples and config.acceptance != "greedy")
+        self.logit_of = self._cells("logit_of", torch.long)
 
     def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
         self.policy.calibrate_costs(measure_costs, self.rows.block_length if self.config.schedule == "lookahead" else 0)
@@ -84,25 +85,23 @@ class S2D2(BlockDenoiser):
         super().admitted(slot)
         self.policy.reset(slot)
 
-    def _decide(self, state: BlockState, logits: torch.Tensor) -> StepResult:
-        plan, mask = self._plan, self.rows.mask_token_id
-        verifies, aheads = plan.count("verify"), plan.count("ahead")
+    def _decide(self, state: BlockState, logits: torch.Tensor) -> Decided:
+        sent, mask = self._sent, self.rows.mask_token_id
         verified, drafted = None, []
         span = torch.zeros_like(state.block, dtype=torch.bool)
         moved = span[:, 0]
-        if verifies:
+        if sent.has("verify"):
             decisions = Decisions(state.block, mask)
-            self._verify(decisions, state, logits[:verifies])
-            self._finish_step(decisions, state, plan.sent["verifying"], verified=True)
-            self._write(state, decisions)
+            self._verify(decisions, state, logits[sent.part("verify")])
+            self._finish_step(decisions, state, sent["verifying"], verified=True)
             verified = decisions.tables(self.drafted)
             state = replace(state, block=decisions.block)
-            if aheads:
+            if self.config.schedule == "lookahead":
                 as_drafted = (decisions.block == verified.draft).all(-1)
-                moved = moved.index_fill(0, plan.at("ahead")[0], True) & as_drafted & ~decisions.masks.any(-1)
+                moved = sent["carries"].bool() & as_drafted & ~decisions.masks.any(-1)
                 state = state.next_block(moved, mask, int(scheduled_count(0, self.config)))
-        if plan.count("draft") or aheads:
-            span, tables = self._draft(state, logits[verifies:], plan.sent["drafting"] | moved)
+        if sent.has("fresh"):
+            span, tables = self._draft(state, logits[sent.part("fresh")], sent["drafting"] | moved)
             drafted.append(tables)
         return self._read(verified, drafted, span, moved)
 
@@ -110,14 +109,15 @@ class S2D2(BlockDenoiser):
         self, state: BlockState, logits: torch.Tensor, drafting: torch.Tensor
     ) -> tuple[torch.Tensor, StepTables[torch.Tensor]]:
         """Take the new drafts of the rows ``drafting`` (rows,); route them or finish their step."""
-        at = self._plan.at("draft", "ahead")
-        self._observe(state, logits, at, drafting[at[0]])
+        at, cells = self._fresh()
+        # The next block's draft counts only where the row has moved on to it.
+        cells = cells.where(drafting[at[0]], self.rows.count * self.rows.block_length)
+        self._observe(state, logits, at, cells)
         decisions = Decisions(state.block, self.rows.mask_token_id)
         self._revise(decisions, state, drafting)
-        span = self._route(decisions.masks, state, logits, at, drafting)
+        span = self._route(decisions.masks, state, logits, cells, drafting)
         if not self.policy.always:  # otherwise every row with masks waits for a verification
             self._finish_step(decisions, state, drafting & ~span.any(-1), verified=False)
-        self._write(state, decisions)
         return span, decisions.tables(self.drafted)
 
     def _draw(self, logits: torch.Tensor, key: random.Key) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,20 +135,19 @@ class S2D2(BlockDenoiser):
         masks: torch.Tensor,
         state: BlockState,
         logits: torch.Tensor,
-        at: tuple[torch.Tensor, ...],
+        cells: torch.Tensor,
         drafting: torch.Tensor,
     ) -> torch.Tensor:
         """The span (rows, B) of every drafting row that is to be verified; empty elsewhere."""
         config, vocabulary = self.config, logits.shape[1]
         if "acceptance" in self.policy.reads:
-            estimate = acceptance_estimate(self.statistics, vocabulary, self.confidence[at], config)
-            self.estimate = self.estimate.to(estimate.dtype).index_put(at, estimate)
+            estimate = acceptance_estimate(self.statistics, vocabulary, self._confidence[cells], config)
+            self._estimate.put(cells, estimate)
         if "entropy" in self.policy.reads:
-            uncertainty = normalised(self.statistics.entropy, vocabulary)
-            self.uncertainty = self.uncertainty.to(uncertainty.dtype).index_put(at, uncertainty)
-        self.draft_logits = logits
-        number = torch.arange(len(logits), device=logits.device)
-        self.logit_of = torch.zeros_like(self.logit_of).index_put(at, number)
+            self._uncertainty.put(cells, normalised(self.statistics.entropy, vocabulary))
+        self.draft_logits.put(logits)
+        self.logit_of.flat.zero_()
+        self.logit_of.put(cells, torch.arange(len(logits), device=logits.device))
         span = first_run(masks)
         denoised = None
         if "denoised" in self.policy.reads:
@@ -158,11 +157,11 @@ class S2D2(BlockDenoiser):
             masks=masks,
             span=span,
             confidence=self.confidence,
-            acceptance=self.estimate,
-            entropy=self.uncertainty,
+            acceptance=self._estimate.table,
+            entropy=self._uncertainty.table,
             decided=(~masks).sum(-1) - state.given,
             denoised=denoised,
-            in_flight=len(self._plan.phases),
+            in_flight=self._sent["in_flight"],
         )
         return span & (self.policy.decide(view) & drafting).unsqueeze(1)
 
@@ -179,16 +178,16 @@ class S2D2(BlockDenoiser):
 
     def _verify(self, decisions: Decisions, state: BlockState, logits: torch.Tensor) -> None:
         """Decide the accepted prefix of each verified span and the token after it, from the verifier's ``logits``."""
-        config, drafted, at = self.config, self.drafted, self._plan.at("verify")
-        masks = decisions.masks & self._plan.sent["verifying"].unsqueeze(1)
+        config, drafted, cells = self.config, self.drafted, self._sent.cells("verify")
+        masks = decisions.masks & self._sent["verifying"].unsqueeze(1)
         span = first_run(masks)
         verifier = self._law(logits)
-        p = probability_of(verifier, drafted[at])
-        self.sound = self.sound & ~p.isnan().any()
-        ratio = acceptance_ratio(p, self.confidence[at], config.ssd_ratio_tempering_factor)
-        ratio = torch.zeros_like(self.confidence).index_put(at, ratio)
+        p = probability_of(verifier, self._drafted[cells])
+        self.sound.logical_and_(~p.isnan().any())
+        ratio = acceptance_ratio(p, self._confidence[cells], config.ssd_ratio_tempering_factor)
+        ratio = Cells.like(self.confidence).put(cells, ratio)
         if config.acceptance == "greedy":
-            replacement = torch.zeros_like(drafted).index_put(at, arg_max(logits))
+            replacement = Cells.like(drafted).put(cells, arg_max(logits))
             verdict = judge(replacement == drafted, span)
         else:
             drawn = self.source.uniform(state.draws(random.ACCEPT), span).to(ratio.dtype)
@@ -210,13 +209,13 @@ class S2D2(BlockDenoiser):
 
         ``verifier`` (M, V) are the verifier's logits under the sampling options.
         """
-        rows, length = self._plan.sent["verify_slots"], self.rows.block_length
+        rows, length = self._sent["verify_slots"], self.rows.block_length
         rows = self.source.drawing(rows, rejected[rows] < length)
         at = rows, rejected[rows].clamp_max(length - 1)
         number = torch.arange(len(verifier), device=verifier.device)
-        logit_of = torch.zeros_like(self.logit_of).index_put(self._plan.at("verify"), number)
+        logit_of = Cells.like(self.drafted).put(self._sent.cells("verify"), number)
         p = verifier[logit_of[at]].softmax(-1)
-        q = self._draft_law(self.draft_logits[self.logit_of[at]]).softmax(-1)
+        q = self._draft_law(self.draft_logits.values[self.logit_of.table[at]]).softmax(-1)
         tokens = self.source.categorical(residual(p, q), state.draws(random.RESAMPLE).take(at))
         return self.drafted.index_put(at, tokens)
 

@@ -25,15 +25,15 @@ from s2d2_lmeval.decoding.blocks.denoising import DENOISING, BlockDenoiser
 from s2d2_lmeval.decoding.blocks.planning import plan_subblocks
 from s2d2_lmeval.decoding.blocks.rows import BlockState
 from s2d2_lmeval.decoding.blocks.s2d2 import S2D2
-from s2d2_lmeval.decoding.decoder import DecoderSetup
+from s2d2_lmeval.decoding.decoder import Decided, DecoderSetup
 from s2d2_lmeval.decoding.generation import AUTOREGRESSIVE
 from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, SubblockOptions
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.decoding.passes import Plan
+from s2d2_lmeval.decoding.passes import Cells, Plan
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import draft_tokens
 from s2d2_lmeval.decoding.state import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL
-from s2d2_lmeval.decoding.steps import Decisions, Outcome, StepResult, StepTables
+from s2d2_lmeval.decoding.steps import Decisions, StepResult, StepTables
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.registry import DECODERS
 
@@ -74,14 +74,14 @@ class SubblockDenoiser(BlockDenoiser):
 
     def _suppress_mask_token(self, logits: torch.Tensor, block: torch.Tensor) -> None:
         """As in the base class; also, a first token is never the mask, which could not be denoised."""
-        denoised = len(logits) - self._plan.count("first")
-        super()._suppress_mask_token(logits[:denoised], block)
-        logits[denoised:, self.rows.mask_token_id] = -torch.inf
+        super()._suppress_mask_token(logits, block)
+        if self._sent.has("first"):
+            masked = logits[:, self.rows.mask_token_id]
+            masked.masked_fill_(self._sent["begins"].bool(), -torch.inf)
 
-    def _decide(self, state: BlockState, logits: torch.Tensor) -> StepResult:
-        denoised = len(logits) - self._plan.count("first")
-        self._first_logits, self._state = logits[denoised:], state
-        return super()._decide(state, logits[:denoised])
+    def _decide(self, state: BlockState, logits: torch.Tensor) -> Decided:
+        self._first_logits, self._state = logits[self._sent.part("first")], state
+        return super()._decide(state, logits)
 
     def _read(
         self,
@@ -90,54 +90,54 @@ class SubblockDenoiser(BlockDenoiser):
         span: torch.Tensor,
         moved: torch.Tensor,
         made: torch.Tensor | None = None,
-    ) -> StepResult:
+    ) -> Decided:
         """First tokens use the tables of the first step, because a row has one or the other."""
-        if self._plan.count("first"):
+        if self._sent.has("first"):
             none = Decisions(self._state.block, self.rows.mask_token_id).tables(self.drafted)
             drafted = [self._begin_blocks(drafted[0] if drafted else none), *drafted[1:]]
         return super()._read(verified, drafted, span, moved, made)
 
     def _begin_blocks(self, tables: StepTables[torch.Tensor]) -> StepTables[torch.Tensor]:
-        """Write the first token of the rows that are due one, into the store and ``tables``."""
-        state, logits, at = self._state, self._first_logits, self._plan.at("first")
-        slots = at[0]
+        """Write the first token of the rows that are due one, into ``tables``."""
+        state, logits, at, cells = self._state, self._first_logits, self._sent.at("first"), self._sent.cells("first")
         if self.samples_first:
             key = state.draws(random.DRAFT).take(at)
             tokens, confidence = draft_tokens(logits, self.config, self.source, key)
         else:
             confidence, tokens = logits.max(-1)
-        self.sound = self.sound & ~confidence.isnan().any()
-        self.rows.store.view(-1)[state.index[at]] = tokens
-        first = torch.zeros_like(self._plan.sent["drafting"]).index_fill(0, slots, True)
-        after = tables.after.index_put(at, tokens)
+        self.sound.logical_and_(~confidence.isnan().any())
+        token, first = (Cells.like(tables.after) for _ in range(2))
+        token.put(cells, tokens)
+        begins = first.put(cells, torch.ones_like(cells)).bool()
+        after = torch.where(begins, token.table, tables.after)
         return tables._replace(
-            draft=torch.where(first.unsqueeze(1), after, tables.draft),  # the rest is not drafted yet
+            draft=torch.where(begins.any(-1, keepdim=True), after, tables.draft),  # the rest is not drafted yet
             after=after,
-            marks=tables.marks.index_put(at, torch.full_like(slots, AUTOREGRESSIVE)),
+            marks=tables.marks.masked_fill(begins, AUTOREGRESSIVE),
         )
 
     # ---- host ----
 
-    def _synchronize(self, read: StepResult) -> Outcome:
-        slots, rows = self._plan.request.layout.slots, self.rows
+    def _synchronize(self, read: StepResult) -> np.ndarray:
+        slots, rows = self._plan.layout.slots, self.rows
         start, narrow = rows.start[slots], self.narrow[slots]
-        outcome = super()._synchronize(read)
+        accepted = super()._synchronize(read)
         if self.config.use_block_cache:
             # Keys of the rest of the block stay after the prefix from one draft of a sub-block to its next, once the
             # sub-block's first token is there: no query inside it predicts that one.
             goes_on = (self._plan.phases == DRAFT) & (rows.phase[slots] == DRAFT) & ~rows.complete[slots]
             self.narrow[slots] = goes_on & (rows.start[slots] == start) & ~rows.masks[slots, 0]
             rest = self.whole.block_length - rows.block_length
-            outcome.kept += (self.narrow[slots].astype(np.int64) - narrow) * rest
-        return outcome
+            accepted += (self.narrow[slots].astype(np.int64) - narrow) * rest
+        return accepted
 
-    def _after_prefill(self, row: int, slot: int, read: StepResult, outcome: Outcome) -> None:
+    def _after_prefill(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
         if self._plan.known["first"][row]:
-            self._after_commit(row, slot, read, outcome)
+            self._after_commit(row, slot, read, accepted)
         else:
             self._enter_draft(slot)
 
-    def _after_commit(self, row: int, slot: int, read: StepResult, outcome: Outcome) -> None:
+    def _after_commit(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
         """The first token of a block has come in."""
         self._record(slot, read.drafted[0], KIND_OF_PHASE[self._plan.phases[row]])
         self._go_on(slot, begun=True)

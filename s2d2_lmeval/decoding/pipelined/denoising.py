@@ -13,29 +13,45 @@ A block sees the prompt and every block up to itself. Once a stop token is decid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from s2d2_lmeval.decoding import reference
 from s2d2_lmeval.decoding.blocks.remasking import ranks
-from s2d2_lmeval.decoding.decoder import Decoder, DecoderSetup
+from s2d2_lmeval.decoding.decoder import Decided, Decoder, DecoderSetup
 from s2d2_lmeval.decoding.generation import DENOISED, HIGH_CONFIDENCE, NOTHING, PublishedStep, Step
 from s2d2_lmeval.decoding.options.blocks import BlockOption, ConfidenceOption, ScheduleOption
 from s2d2_lmeval.decoding.options.pipelined import PipelinedOptions
-from s2d2_lmeval.decoding.passes import Plan
+from s2d2_lmeval.decoding.passes import Cells, Plan, Sent
 from s2d2_lmeval.decoding.pipelined.planning import plan_pipeline
 from s2d2_lmeval.decoding.pipelined.rows import PipelineRows
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import probabilities
 from s2d2_lmeval.decoding.state import KIND_OF_PHASE, VERIFY
-from s2d2_lmeval.decoding.steps import Decisions, Outcome, StepTables, as_step, fetch
+from s2d2_lmeval.decoding.steps import Decisions, StepTables, as_step, pack
 from s2d2_lmeval.errors import ConfigError, NumericalError
 from s2d2_lmeval.registry import DECODERS
+from s2d2_lmeval.runtime.visibility import by_reach, with_group
 
-if TYPE_CHECKING:
-    pass
+
+@dataclass(frozen=True)
+class Reads:
+    """Where logits (M,) belong: ``slots`` and ``places`` of the window, ``generated`` in a table (count, G + 1) and
+    ``cells`` in one of the window (count, W).
+    """
+
+    slots: torch.Tensor
+    places: torch.Tensor
+    generated: torch.Tensor
+    cells: torch.Tensor
+
+    @property
+    def index(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As an index into the window."""
+        return self.slots, self.places
+
 
 OPEN_BLOCKS = 4
 """Blocks of a row that memory is planned for; more are seldom open at once."""
@@ -67,13 +83,14 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         self.rows = rows = PipelineRows(setup)
         rows.published_order = self._published_order
         # The latest draft at every generated place; the last column takes what belongs nowhere.
-        shape = (rows.count, rows.places + 1)
-        self.tokens = torch.zeros(shape, dtype=torch.long, device=rows.device)
-        self.confidence = torch.zeros(shape, device=rows.device)
-        self.score = torch.zeros(shape, device=rows.device)
-        self.sound = torch.ones((), dtype=torch.bool, device=rows.device)
+        shape, tables = (rows.count, rows.places + 1), setup.tables
+        self.tokens = tables.full("tokens", shape)
+        self.confidence, self.score = (tables.full(name, shape, 0, setup.dtype) for name in ("confidence", "score"))
+        self.sound = tables.full("sound", (), True, torch.bool)
         # Token shift: logits of the place after the keys, which the last forward that committed has given.
-        self.kept_logits = torch.zeros(rows.count, facts.vocab_size * facts.token_shift, device=rows.device)
+        kept = (rows.count, facts.vocab_size * facts.token_shift)
+        self.kept_logits = tables.full("kept_logits", kept, 0, setup.dtype)
+        self.steady = tables.keep
 
     @property
     def capacity(self) -> int:
@@ -99,68 +116,77 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         if long.any() and not long.all():
             verifying = rows.phase[slots] == VERIFY
             slots = slots[verifying if verifying.any() else long]
-        self._plan = plan_pipeline(rows, self.config, self.token_shift, slots)
+        self._plan = plan_pipeline(rows, self.config, self.token_shift, slots, self.steady)
         return self._plan
 
     # ---- device ----
 
-    def advance(self, logits: torch.Tensor) -> Outcome:
-        plan, mask = self._plan, self.rows.mask_token_id
-        sent = plan.sent
+    def assemble(self, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
+        visible = by_reach(sent["rank"], sent["reach"])
+        visible = with_group(visible, sent["group"]) if self.config.target_block_size > 1 else visible
+        return sent["tokens"], visible
+
+    def decide(self, sent: Sent, logits: torch.Tensor) -> Decided:
+        mask, self._sent = self.rows.mask_token_id, sent
+        sent.update({name: sent[name].bool() for name in ("open", "forced", "stalled", "drafting", "verifying")})
+        verify_kept, draft_kept, saves = sent.fixed
         if self.config.suppress_mask_token:
             logits[:, mask] = -torch.inf
         else:
             # Else a model that keeps predicting the mask would loop forever.
             logits[:, mask].masked_fill_(sent["stalled"][sent["read_slot"]], -torch.inf)
-        verify, draft = logits.split([plan.count("verify"), plan.count("draft")])
-        verify, self._verify_at = self._with_kept("verify", verify)
-        if sent["save"].numel():
-            self.kept_logits = self.kept_logits.to(draft.dtype)
-            self.kept_logits[sent["save"][0]] = draft[sent["save"][1]]
-        draft, self._draft_at = self._with_kept("draft", draft)
-        block = self.rows.store.view(-1)[sent["cell"]].masked_fill(~sent["open"], -1)
-        decisions = Decisions(block, mask)
+        verify, self._verify_at = self._with_kept("verify", logits, verify_kept)
+        if saves:
+            self.kept_logits[sent["save_slot"]] = logits[sent["save"]]
+        draft, self._draft_at = self._with_kept("draft", logits, draft_kept)
+        decisions = Decisions(sent["block"], mask)
         if len(draft):
             self._observe(draft)
         span = self._decide(decisions, verify, draft)
-        self._write(decisions)
         tables = decisions.tables(self._of(self.tokens))
-        return self._synchronize(fetch([span, self.sound.expand_as(sent["key"]), *tables]))
+        return Decided(pack([span, self.sound.expand_as(sent["key"]), *tables]))
 
-    def _with_kept(self, name: str, logits: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """This forward's logits after those that were kept from an earlier one; the (rows, places) of all."""
-        rows, (slots, places) = self._plan.sent[f"{name}_kept"], self._plan.at(name)
-        if not len(rows):
-            return logits, (slots, places)
-        kept = self.kept_logits[rows]
-        kept[:, self.rows.mask_token_id].masked_fill_(self._plan.sent["stalled"][rows], -torch.inf)
-        return torch.cat([kept, logits]), (torch.cat([rows, slots]), torch.cat([torch.zeros_like(rows), places]))
+    def _with_kept(self, name: str, logits: torch.Tensor, kept: int) -> tuple[torch.Tensor, Reads]:
+        """A group's logits, after those that were ``kept`` from an earlier forward if there are any."""
+        sent, nowhere = self._sent, self.rows.places
+        (slots, places), cells, part = sent.at(name), sent.cells(name), sent.part(name)
+        generated = sent["generated"][part].where(cells < sent["column"].numel(), nowhere)
+        if not kept:
+            return logits[part], Reads(slots, places, generated, cells)
+        rows = sent[f"{name}_kept"]
+        first = self.kept_logits[rows]
+        first[:, self.rows.mask_token_id].masked_fill_(sent["stalled"][rows], -torch.inf)
+        reads = (rows, slots), (torch.zeros_like(rows), places), (sent[f"{name}_kept_at"], generated)
+        return torch.cat([first, logits[part]]), Reads(*map(torch.cat, (*reads, (rows * sent.places, cells))))
 
     def _of(self, table: torch.Tensor) -> torch.Tensor:
         """The window (count, W) of a table (count, G + 1)."""
-        return table.gather(1, self._plan.sent["column"])
+        return table.gather(1, self._sent["column"])
+
+    def _window(self, reads: Reads, values: torch.Tensor, fill: int = 0) -> torch.Tensor:
+        """A table (count, W) of the ``values`` (M,) that ``reads`` gave."""
+        like = self._sent["column"]
+        return Cells(values.new_full((like.numel() + 1,), fill), like.shape[1]).put(reads.cells, values)
 
     def _draws(self, purpose: int) -> random.Key:
         """Names draws at every place of the window: a place is drawn at most once per purpose and iteration."""
-        sent = self._plan.sent
+        sent = self._sent
         return random.Key(purpose, sent["key"], sent["position"], sent["step"])
 
     def _observe(self, logits: torch.Tensor) -> None:
         """Draft a token at every mask of the drafting rows: its probability, and the score by which it is ranked."""
         config, at = self.config, self._draft_at
         law = probabilities(logits, config) if config.sampled or config.nucleus_first else logits.softmax(-1)
-        tokens = self._drawn(law, self._draws(random.DRAFT).take(at)) if config.sampled else logits.argmax(-1)
+        tokens = self._drawn(law, self._draws(random.DRAFT).take(at.index)) if config.sampled else logits.argmax(-1)
         confidence = score = law.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         if config.neg_entropy:
             score = (law * (law + 1e-10).log()).sum(-1)
         elif config.margin_confidence:
             first, second = law.topk(2, dim=-1).values.unbind(-1)
             score = first - second
-        self.sound = self.sound & ~confidence.isnan().any()
-        where = (at[0], self._plan.sent["column"][at])
-        self.tokens = self.tokens.index_put(where, tokens)
-        self.confidence = self.confidence.to(confidence.dtype).index_put(where, confidence)
-        self.score = self.score.to(score.dtype).index_put(where, score)
+        self.sound.logical_and_(~confidence.isnan().any())
+        for table, values in ((self.tokens, tokens), (self.confidence, confidence), (self.score, score)):
+            table.view(-1).index_copy_(0, at.generated, values)
 
     def _drawn(self, law: torch.Tensor, key: random.Key) -> torch.Tensor:
         if self.verifies or self.config.keyed:
@@ -175,7 +201,7 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         high = masks & (self._of(self.confidence) > self.config.confidence_threshold)
         best = self._ranks(self._of(self.score), masks) == 0
         unsure = ~self._per_block(high).any(-1, keepdim=True)
-        forced = masks & self._plan.sent["forced"] & (self._per_block(best) & unsure).view(best.shape)
+        forced = masks & self._sent["forced"] & (self._per_block(best) & unsure).view(best.shape)
         decisions.decide(high, tokens, HIGH_CONFIDENCE)
         decisions.decide(forced, tokens, DENOISED)
         return torch.zeros_like(masks)
@@ -188,30 +214,25 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         """Rank (count, W) of each place by descending ``scores`` within its block."""
         return ranks(self._per_block(scores), self._per_block(among)).view(scores.shape)
 
-    def _write(self, decisions: Decisions) -> None:
-        """Put the window where passes read it: into the canvas, and with every mask drafted after it."""
-        flat, sent, mask = self.rows.store.view(-1), self._plan.sent, self.rows.mask_token_id
-        filled = torch.where(decisions.masks, self._of(self.tokens), decisions.block)
-        flat[sent["cell"]] = decisions.block.masked_fill(~sent["open"], mask)
-        flat[sent["drafted"]] = filled.masked_fill(~sent["open"], mask)
-
     # ---- host ----
 
-    def _synchronize(self, read: list[np.ndarray]) -> Outcome:
+    def settle(self, table: np.ndarray | None) -> np.ndarray:
         """Bring the host's mirror up to date and move every row of the pass on."""
-        rows, slots = self.rows, self._plan.request.layout.slots
-        spans, sound, *tables = read
+        assert table is not None
+        rows, slots, width = self.rows, self._plan.layout.slots, self._plan.places
+        spans, sound, *tables = np.split(table, [width, *range(width + 1, table.shape[1], width)], axis=1)
         if not sound.all():
             raise NumericalError
-        rows.cached[slots] += self._plan.request.keep
+        rows.cached[slots] += self._plan.keep
         over, widths = [], (rows.end - rows.base).tolist()
         for slot in slots.tolist():
             progress, base, kind = rows.progress[slot], int(rows.base[slot]), KIND_OF_PHASE[rows.phase[slot]]
             window, span = slice(base, base + widths[slot]), spans[slot, : widths[slot]].astype(bool)
-            step = StepTables(*(table[:, : widths[slot]] for table in tables))
+            step = StepTables(*(one[:, : widths[slot]] for one in tables))
             progress.forwards[kind] += 1
             progress.steps.append(as_step(step, slot, kind, int(rows.prompt[slot]) + base, rows.span[slot, window]))
-            rows.generated[slot, window] = step.after[slot]
+            after = step.after[slot]
+            rows.write(slot, base, after, np.where(after == rows.mask_token_id, step.draft[slot], after))
             rows.span[slot, window] = span
             progress.drafts += self.verifies and kind == "draft"
             if span.any():
@@ -224,7 +245,7 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
             rows.begin_iteration(np.array(over), self.config)
         for slot in over:
             rows.complete_if_over(slot, self.config)
-        return Outcome.zeros(len(slots))
+        return np.zeros_like(slots)
 
     def _published_order(self, steps: Sequence[Step]) -> list[PublishedStep]:
         return reference.order_of_pipelines(steps, self.rows.block_length, self.verifies)

@@ -1,6 +1,6 @@
 """From where the rows of a pipelined decoder stand to their next pass.
 
-Everything is laid out on the host in numpy, for all rows at once, and goes to the device in one transfer.
+Everything is laid out on the host in numpy, for all rows at once.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.passes import PassBuilder, Plan
 from s2d2_lmeval.decoding.pipelined.rows import PipelineRows
 from s2d2_lmeval.decoding.state import DRAFT, VERIFY
-from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, by_reach, with_group
+from s2d2_lmeval.runtime.shapes import power
+from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING
 
 
-def plan_pipeline(rows: PipelineRows, config: DecodingConfig, shifted: bool, slots: np.ndarray) -> Plan:
+def plan_pipeline(
+    rows: PipelineRows, config: DecodingConfig, shifted: bool, slots: np.ndarray, steady: bool = False
+) -> Plan:
     """Lay out the next forward of ``slots`` (R,). A row brings up to two segments, in this order:
 
     text    drafting: everything from the first position without keys to the end of the last open block; decided blocks
@@ -25,8 +28,8 @@ def plan_pipeline(rows: PipelineRows, config: DecodingConfig, shifted: bool, slo
     Reads ``verify`` and ``draft``, at places of the window (:func:`window_tables`). Where the row before predicts a
     token (``shifted``), the first place after the keys has no row here: its logits were kept when the row before was
     committed. ``verify_kept`` and ``draft_kept`` are the rows that read those, at place 0 and before all others;
-    ``save`` (2, K) says which rows' logits of place 0 to keep now, and where they are among the draft's. Knows
-    ``groups``, how many draft logits each block has (of all rows, in order).
+    ``save_slot`` says which rows' logits of place 0 to keep now, and ``save`` where they are. Which of these three
+    there are is fixed. Knows ``groups``, how many draft logits each block has (of all rows, in order).
     """
     target = config.target_block_size
     verifying = rows.phase[slots] == VERIFY
@@ -46,29 +49,29 @@ def plan_pipeline(rows: PipelineRows, config: DecodingConfig, shifted: bool, slo
     masks.set(source=rows.stride - 1, rank=NOBODY, reach=prompt[masks.row] + block * target - 1, group=block + 1)
     layout = builder.lay_out()
 
+    tables, widest = window_tables(rows, config, slots, steady)
     row, place = np.nonzero(span)
     query = place - 1 - base[row] if shifted else place + (texts - copied)[row]
-    verify_kept = _read(builder, "verify", row, place - base[row], query)
+    lists = _read(builder, rows, "verify", row, place, query)
     undecided = (rows.generated[slots] == rows.mask_token_id) & (np.arange(rows.places) < rows.end[slots, None])
     row, place = np.nonzero(undecided & ~verifying[:, None])
     query = (prompt - cached)[row] + place - shifted
-    draft_kept = _read(builder, "draft", row, place - base[row], query)
+    lists |= _read(builder, rows, "draft", row, place, query)
     first = np.flatnonzero((place == base[row])[query >= 0] & shifted)
-    save = np.stack([slots[row[query >= 0][first]], first])
-    facts = {"verify_kept": verify_kept, "draft_kept": draft_kept, "save": save}
-    facts |= {"source": slots[layout.row_of] * rows.stride + builder.column("source")}
-    facts |= {name: builder.padded(name, fill) for name, fill in (("rank", NOBODY), ("reach", NOTHING), ("group", 0))}
-    sent = builder.send(rows.device, **window_tables(rows, config, slots), **facts)
-    sent |= {name: sent[name].bool() for name in ("open", "forced", "stalled", "drafting", "verifying")}
-    visible = by_reach(sent["rank"], sent["reach"])
-    visible = with_group(visible, sent["group"]) if target > 1 else visible
+    lists["save_slot"] = slots[row[query >= 0][first]]
+    lists["save"] = builder.groups["draft"].start + first
+    lists["verify_slots"] = np.flatnonzero(rows.phase == VERIFY)
+    present = tuple(int(len(lists[name]) > 0) for name in ("verify_kept", "draft_kept", "save"))
     return builder.plan(
-        sent,
         rows.phase[slots],
-        tokens=rows.store.view(-1)[sent["source"]],
-        visible=visible,
-        keep=np.where(verifying, 0, prompt + base - cached),
-        groups=np.unique(row * rows.blocks + place // rows.block_length, return_counts=True)[1],
+        np.where(verifying, 0, prompt + base - cached),
+        widest,
+        queries={"tokens": rows.store[slots[layout.row_of], builder.column("source")]},
+        tables={"rank": (0, NOBODY), "reach": (0, NOTHING), "group": (0, 0)},
+        rows=tables,
+        lists={name: (values, 0) for name, values in lists.items()},
+        known={"groups": np.unique(row * rows.blocks + place // rows.block_length, return_counts=True)[1]},
+        fixed=present,
     )
 
 
@@ -85,36 +88,42 @@ def _verifier_extents(
     return last // target * target - base, np.where(span.any(1), end - start, 0), start
 
 
-def _read(builder: PassBuilder, name: str, row: np.ndarray, place: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """Want the logits of ``place`` (K,), which the ``query``-th (K,) query of ``row`` (K,) gives; the slots of those
-    that were kept from an earlier forward, where it is negative.
+def _read(
+    builder: PassBuilder, rows: PipelineRows, name: str, row: np.ndarray, place: np.ndarray, query: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Want the logits of the generated ``place`` (K,), which the ``query``-th (K,) query of ``row`` (K,) gives. Returns
+    the slots ``…_kept`` of those that were kept from an earlier forward, where it is negative, and their place
+    ``…_kept_at`` in a table (count, G + 1).
     """
-    fresh = query >= 0
-    builder.read(name, row[fresh], place[fresh], (builder.layout.offsets[row] + query)[fresh])
-    return builder.slots[row[~fresh]]
+    fresh, slot = query >= 0, builder.slots[row]
+    at = slot * (rows.places + 1) + place
+    window = place - rows.base[slot]
+    queries = (builder.layout.offsets[row] + query)[fresh]
+    builder.read(name, row[fresh], window[fresh], queries, generated=at[fresh])
+    return {f"{name}_kept": slot[~fresh], f"{name}_kept_at": at[~fresh]}
 
 
-def window_tables(rows: PipelineRows, config: DecodingConfig, slots: np.ndarray) -> dict[str, np.ndarray]:
-    """What is undecided of the rows ``slots`` (R,): W places from their first undecided block on.
+def window_tables(
+    rows: PipelineRows, config: DecodingConfig, slots: np.ndarray, steady: bool
+) -> tuple[dict[str, np.ndarray], int]:
+    """What is undecided of the rows ``slots`` (R,): W places from their first undecided block on, and W itself, which
+    takes few values if ``steady``.
 
-    Tables (count, W): ``open`` where a row has a place; ``cell`` index of its token in the flattened store, ``drafted``
-    of the same place with masks drafted; ``column`` place among the generated ones (G where there is none);
-    ``position``; ``forced`` places of blocks that may be forced on. ``step`` and ``key`` (count, 1) name draws.
-    Rows (count,): ``stalled``, ``drafting`` and ``verifying``; ``verify_slots`` (K,) are the rows that verify.
+    Tables (count, W): ``open`` where a row has a place; ``block`` its token, -1 where there is none; ``column`` place
+    among the generated ones (G where there is none); ``position``; ``forced`` places of blocks that may be forced on.
+    ``step`` and ``key`` (count, 1) name draws. Rows (count,): ``stalled``, ``drafting`` and ``verifying``.
     """
     part = np.isin(np.arange(rows.count), slots)
-    verifying = (rows.phase == VERIFY) & part
     widths = np.where(part, rows.end - rows.base, 0)
-    offset = np.arange(int(widths.max()))
+    blocks = int(widths.max()) // rows.block_length
+    widest = min(power(blocks), rows.blocks) * rows.block_length if steady else blocks * rows.block_length
+    offset = np.arange(widest)
     is_open = offset < widths[:, None]
     place = rows.base[:, None] + offset
-    begins = np.arange(rows.count)[:, None] * rows.stride
-    nowhere = begins + rows.stride - 1
     column = np.where(is_open, place, rows.places)
-    return {
+    tables = {
         "open": is_open,
-        "cell": np.where(is_open, begins + rows.prompt[:, None] + place, nowhere),
-        "drafted": np.where(is_open, begins + rows.length + place, nowhere),
+        "block": np.where(is_open, np.take_along_axis(np.pad(rows.generated, ((0, 0), (0, 1))), column, axis=1), -1),
         "column": column,
         "position": rows.prompt[:, None] + place,
         "forced": np.take_along_axis(np.pad(rows.forced(config), ((0, 0), (0, 1))), column, axis=1),
@@ -122,6 +131,6 @@ def window_tables(rows: PipelineRows, config: DecodingConfig, slots: np.ndarray)
         "key": rows.key[:, None],
         "stalled": rows.stalled,
         "drafting": (rows.phase == DRAFT) & part,
-        "verifying": verifying,
-        "verify_slots": np.flatnonzero(verifying),
+        "verifying": (rows.phase == VERIFY) & part,
     }
+    return tables, widest

@@ -8,7 +8,6 @@ without asking the device.
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.generation import Request
@@ -19,9 +18,8 @@ from s2d2_lmeval.decoding.state import DRAFT, SequenceState
 class PipelineRows(SequenceState):
     """State of sequences with room for any of a run's requests, in blocks of ``block_length`` (B).
 
-    ``store`` (count, stride) on the device holds each row's canvas (prompt, generated tokens, masks), after it the
-    generated places with every mask drafted, and one mask token: all that a pass may want to feed, addressable by one
-    index.
+    ``store`` (count, stride) holds each row's canvas (prompt, generated tokens, masks), after it the generated places
+    with every mask drafted, and one mask token: all that a pass may want to feed, addressable by one index.
     """
 
     def __init__(self, setup: DecoderSetup) -> None:
@@ -29,13 +27,13 @@ class PipelineRows(SequenceState):
         requests, count, mask_token_id = setup.requests, self.count, setup.facts.mask_token_id
         self.block_length = block_length = setup.config.block_length
         self.mask_token_id = mask_token_id
-        self.device = device = setup.device
+        self.device = setup.device
         rooms = [-(-request.max_new_tokens // block_length) * block_length for request in requests]
         self.places = max(rooms)
         """G, the most generated places of a row."""
         self.length = max(len(request.prompt) + room for request, room in zip(requests, rooms, strict=True))
         self.stride = self.length + self.places + 1
-        self.store = torch.full((count, self.stride), mask_token_id, dtype=torch.long, device=device)
+        self.store = np.full((count, self.stride), mask_token_id, dtype=np.int64)
         self.generated = np.full((count, self.places), mask_token_id, dtype=np.int64)
         """(count, G) mirror of the generated tokens."""
         self.span = np.zeros((count, self.places), dtype=bool)
@@ -65,13 +63,22 @@ class PipelineRows(SequenceState):
         """Take a request; none of its blocks is open yet."""
         super().admit(slot, request)
         self.store[slot] = self.mask_token_id
-        self.store[slot, : len(request.prompt)] = torch.tensor(request.prompt, dtype=torch.long)
+        self.store[slot, : len(request.prompt)] = request.prompt
         self.tokens[slot] = list(request.prompt)
         self.generated[slot] = self.mask_token_id
         self.span[slot] = False
         self.limit[slot] = -(-request.max_new_tokens // self.block_length)
         self.opened[slot] = self.base[slot] = self.step[slot] = 0
         self.stalled[slot] = False
+
+    def write(self, slot: int, first: int, tokens: np.ndarray, draft: np.ndarray) -> None:
+        """The generated places from ``first`` on are ``tokens`` (W,) now; ``draft`` (W,) is the same with every mask
+        drafted.
+        """
+        places, canvas = slice(first, first + len(tokens)), int(self.prompt[slot])
+        self.generated[slot, places] = tokens
+        self.store[slot, canvas + first : canvas + first + len(tokens)] = tokens
+        self.store[slot, self.length + first : self.length + first + len(tokens)] = draft
 
     def shares(self) -> np.ndarray:
         """(count, 1 + blocks) decided share of every block; the first entry is the prompt, which is decided."""

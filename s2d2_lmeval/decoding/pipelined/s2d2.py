@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from s2d2_lmeval.decoding.blocks.s2d2 import first_run
-from s2d2_lmeval.decoding.decoder import DecoderSetup
+from s2d2_lmeval.decoding.decoder import DecoderSetup, Kept
 from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, RESAMPLED
 from s2d2_lmeval.decoding.pipelined.denoising import PipelinedDenoiser
 from s2d2_lmeval.decoding.routing.estimators import acceptance_estimate
@@ -37,11 +37,12 @@ class PipelinedS2D2(PipelinedDenoiser):
     def __init__(self, setup: DecoderSetup) -> None:
         super().__init__(setup)
         rows = self.rows
-        self.policy = policy_of(self.config, "pipelined", rows.count, rows.places, rows.device)
+        self.policy = policy_of(self.config, "pipelined", rows.count, rows.places, setup.tables)
         self.scores = "acceptance" in self.policy.reads
         # Draft logits wait here for the verification that follows at once; ``slot`` says which of them is of a place.
-        self.draft_logits = torch.empty(0, device=rows.device)
-        self.draft_slot = torch.zeros((rows.count, rows.places + 1), dtype=torch.long, device=rows.device)
+        keeps = self.config.allow_resample and self.config.acceptance != "greedy"
+        self.draft_logits = Kept(setup, "draft_logits", keeps)
+        self.draft_slot = setup.tables.full("draft_slot", (rows.count, rows.places + 1))
 
     @property
     def capacity(self) -> int:
@@ -53,29 +54,27 @@ class PipelinedS2D2(PipelinedDenoiser):
         self.policy.reset(slot)
 
     def _decide(self, decisions: Decisions, verify: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
-        span, sent = first_run(decisions.masks), self._plan.sent
+        span, sent = first_run(decisions.masks), self._sent
         if len(verify):
             self._verify(decisions, span & sent["verifying"].unsqueeze(1), verify)
         route = torch.zeros_like(span)
         if len(draft):
-            at = self._draft_at
-            self.draft_logits = draft
-            self.draft_slot = torch.zeros_like(self.draft_slot).index_put(
-                (at[0], sent["column"][at]), torch.arange(len(draft), device=draft.device)
-            )
+            self.draft_logits.put(draft)
+            number = torch.arange(len(draft), device=draft.device)
+            self.draft_slot.zero_().view(-1).index_copy_(0, self._draft_at.generated, number)
             route = self._route(decisions.masks, span, draft)
         self._top_up(decisions, ~route.any(-1, keepdim=True))
         return route
 
     def _route(self, masks: torch.Tensor, span: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
         """The span (count, W) of every drafting row that is to be verified; empty elsewhere."""
-        confidence, at, sent = self._of(self.confidence), self._draft_at, self._plan.sent
+        confidence, at, sent = self._of(self.confidence), self._draft_at, self._sent
         estimate = torch.zeros_like(confidence)
         if self.scores:
             config = self.config
             law = filtered(draft, config)
-            guess = acceptance_estimate(row_statistics(law), draft.shape[1], confidence[at], config)
-            estimate = estimate.index_put(at, guess)
+            guess = acceptance_estimate(row_statistics(law), draft.shape[1], confidence[at.index], config)
+            estimate = self._window(at, guess)
         decided = (sent["open"] & ~masks).sum(-1)
         view = DraftView(sent["drafting"], masks, span, confidence, estimate, None, decided)
         return span & (self.policy.decide(view) & sent["drafting"]).unsqueeze(1)
@@ -87,15 +86,15 @@ class PipelinedS2D2(PipelinedDenoiser):
         config, at = self.config, self._verify_at
         tokens, confidence = self._of(self.tokens), self._of(self.confidence)
         verifier = probabilities(logits, config)
-        p = verifier.gather(-1, tokens[at].unsqueeze(-1)).squeeze(-1)
-        self.sound = self.sound & ~p.isnan().any()
+        p = verifier.gather(-1, tokens[at.index].unsqueeze(-1)).squeeze(-1)
+        self.sound.logical_and_(~p.isnan().any())
         greedy = config.acceptance == "greedy"
         if greedy:
-            replacement = torch.full_like(tokens, -1).index_put(at, verifier.argmax(-1))
+            replacement = self._window(at, verifier.argmax(-1), -1)
             passes = replacement == tokens
         else:
-            tempered = acceptance_ratio(p, confidence[at], config.ssd_ratio_tempering_factor)
-            ratio = torch.zeros_like(confidence).index_put(at, tempered)
+            tempered = acceptance_ratio(p, confidence[at.index], config.ssd_ratio_tempering_factor)
+            ratio = self._window(at, tempered)
             passes = self.source.uniform(self._draws(random.ACCEPT), span).to(ratio.dtype) < ratio
         if config.ssd_threshold_draft_confidence:
             bar = config.draft_confidence_threshold
@@ -106,23 +105,23 @@ class PipelinedS2D2(PipelinedDenoiser):
         if config.allow_resample:
             rejected = span & (place == verdict.rejected.unsqueeze(1))
             if config.verify_confidence_threshold is not None:
-                believed = torch.zeros_like(confidence).index_put(at, p)
+                believed = self._window(at, p)
                 rejected = rejected & (believed >= config.verify_confidence_threshold)
             if not greedy:
                 replacement = self._resample(verifier, verdict, rejected)
             decisions.decide(rejected, replacement, RESAMPLED)
         if config.ssd_partial_ar_span:
-            later = span & passes & (place > verdict.rejected.unsqueeze(1)) & (self._plan.sent["step"] > 0)
+            later = span & passes & (place > verdict.rejected.unsqueeze(1)) & (self._sent["step"] > 0)
             decisions.decide(runs_of(later, config.ssd_partial_ar_span), tokens, ACCEPTED)
 
     def _resample(self, verifier: torch.Tensor, verdict: Verdict, rejected: torch.Tensor) -> torch.Tensor:
         """A token from the residual at the first rejected place of every verified row, in a table (count, W)."""
-        rows, tokens = self._plan.sent["verify_slots"], self._of(self.tokens)
+        rows, tokens = self._sent["verify_slots"], self._of(self.tokens)
         rows = self.source.drawing(rows, rejected[rows].any(-1))
         places = verdict.rejected[rows].clamp_max(rejected.shape[1] - 1)
         index = torch.arange(len(verifier), device=verifier.device)
-        slot_of = torch.zeros_like(tokens).index_put(self._verify_at, index)
-        draft = probabilities(self.draft_logits[self._of(self.draft_slot)[rows, places]], self.config)
+        slot_of = self._window(self._verify_at, index)
+        draft = probabilities(self.draft_logits.values[self._of(self.draft_slot)[rows, places]], self.config)
         leftover = residual(verifier[slot_of[rows, places]], draft)
         drawn = self.source.categorical(leftover, self._draws(random.RESAMPLE).take((rows, places)))
         return tokens.index_put((rows, places), drawn)
@@ -131,7 +130,7 @@ class PipelinedS2D2(PipelinedDenoiser):
         """Give blocks that may be forced on their minimum of tokens, or all confident ones where these are enough."""
         least = max(self.config.min_tokens_per_step, 1)
         score = self._of(self.score)
-        left = decisions.masks & self._plan.sent["forced"] & among
+        left = decisions.masks & self._sent["forced"] & among
         decided = self._per_block(decisions.masked_before & ~decisions.masks).sum(-1, keepdim=True)
         high = left & (score >= self.config.confidence_threshold)
         due = torch.minimum(least - decided, self._per_block(left).sum(-1, keepdim=True))

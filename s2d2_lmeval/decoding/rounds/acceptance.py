@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from s2d2_lmeval.decoding.passes import Plan, Sent
+from s2d2_lmeval.decoding.passes import Cells, Sent
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.acceptance import acceptance_ratio, residual
 from s2d2_lmeval.decoding.sampling.filters import probabilities
@@ -41,21 +41,21 @@ class Keyed:
         self.choices = choices
         self.coupled = coupled
 
-    def judge(self, logits: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    def judge(self, logits: torch.Tensor, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
         """Judge every row's tree by the target's ``logits`` (M, V) after root and nodes.
 
         Returns:
             ``path`` (count, 1 + D), the accepted nodes from the root down, 0 after the last, and ``bonus`` (count, 1),
             the target's token after it.
         """
-        at, sent = plan.at("verify"), plan.sent
         if self.config.sampled:
+            at = sent.at("verify")
             position = sent["length"][at[0]] + sent["depth"][at]
             key = random.Key(random.DRAFT, sent["key"][at[0]], position, torch.zeros_like(position))
             tokens = self.source.categorical(probabilities(logits, self.config), key)
         else:
             tokens = logits.argmax(-1)
-        chosen = torch.full_like(sent["token"], -1).index_put(at, tokens)
+        chosen = Cells.like(sent["token"], -1).put(sent.cells("verify"), tokens)
         path = walk(chosen, sent, self.depths)
         return path, chosen.gather(1, path.amax(1, keepdim=True))
 
@@ -98,10 +98,10 @@ class Rejection(Keyed):
         self.law = law
         """(count, S, V) distributions that the current drafts were drawn from."""
 
-    def judge(self, logits: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-        sent, p = plan.sent, probabilities(logits, self.config)
+    def judge(self, logits: torch.Tensor, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
+        p = probabilities(logits, self.config)
         order = torch.arange(len(p), device=p.device)
-        row_of = torch.zeros_like(sent["token"]).index_put(plan.at("verify"), order)
+        row_of = Cells.like(sent["token"]).put(sent.cells("verify"), order)
         drafted, token = sent["depth"][:, 1:] > 0, sent["token"][:, 1:, None]
         place = torch.arange(drafted.shape[1], device=p.device)
         # 1. Accept a drafted token x with probability min(1, p(x) / q(x)), up to the first that is not.
@@ -111,7 +111,9 @@ class Rejection(Keyed):
         key = random.Key(random.ACCEPT, sent["key"].unsqueeze(1), position, sent["round"].unsqueeze(1))
         ratio = acceptance_ratio(of_target, of_draft, 1.0)
         path = ((self.source.uniform(key, drafted) < ratio) & drafted).long().cumprod(1) * (place + 1)
-        path = torch.cat([torch.zeros_like(path[:, :1]), path], dim=1)
+        path = torch.cat([torch.zeros_like(path[:, :1]), path], dim=1)[
+            :, : min(self.depths + 1, sent["above"].shape[1])
+        ]
         end = path.amax(1, keepdim=True)
         # 2. Draw the next one from (p - q)+ where a token was rejected, from p after the last.
         after = p[row_of.gather(1, end).squeeze(1)]
@@ -123,7 +125,7 @@ class Rejection(Keyed):
 
     def candidates(self, logits: torch.Tensor, position: torch.Tensor, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
         law = probabilities(logits, self.config)
-        self.law = law.view(*position.shape, -1)
+        self.law.copy_(law.view(*position.shape, -1))
         owner, when = (sent[name].repeat_interleave(position.shape[1]) for name in ("key", "round"))
         token = self.source.categorical(law, random.Key(random.DRAFT, owner, position.flatten(), when))
         worth = torch.full((*position.shape, 1), math.log(PRIOR_ACCEPTANCE), device=law.device)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.rounds.trees import Tree
+from s2d2_lmeval.runtime.graphs import Tables
 
 PRICES = 64
 """Prices tried, in equal ratios."""
@@ -33,19 +34,19 @@ not, so a run that has stopped drafting occasionally tries again.
 
 @dataclass(frozen=True)
 class Terms:
-    """Costs and gains: queries per node, masks per window, the gain of a draft in tokens, and the maximum queries per
-    row.
+    """Costs and gains: queries per node, masks per window, the gain of a draft in tokens (a number), and the maximum
+    queries per row.
     """
 
     node: int
     window: int
-    draft_value: float
+    draft_value: torch.Tensor
     most: int
 
-    def prices(self, device: torch.device) -> torch.Tensor:
+    def prices(self) -> torch.Tensor:
         """(P,) ascending; no row buys anything at the last."""
-        highest = max(1 / self.node, self.draft_value / self.window)
-        return torch.logspace(0, 1, PRICES, 1 / CHEAPEST, device=device) * (CHEAPEST * highest * 1.01)
+        highest = (self.draft_value / self.window).clamp_min(1 / self.node)
+        return torch.logspace(0, 1, PRICES, 1 / CHEAPEST, device=highest.device) * (CHEAPEST * highest * 1.01)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def bid(tree: Tree, terms: Terms) -> Bids:
     m nodes with their best windows is a running sum over m.
     """
     value = tree.value.float()
-    prices = terms.prices(value.device)
+    prices = terms.prices()
     node = torch.arange(value.shape[1] + 1, device=value.device)
     elder = (tree.parent.unsqueeze(2) == tree.parent.unsqueeze(1)) & (node[1:].unsqueeze(1) > node[1:])
     taken = torch.where(elder, value.unsqueeze(1), 0).sum(2)
@@ -104,7 +105,7 @@ def price_within(bids: Bids, budget: torch.Tensor) -> torch.Tensor:
     return (bids.queries.sum(0) <= budget).long().argmax(0, keepdim=True)
 
 
-def price_for_rate(bids: Bids, seconds: torch.Tensor, fixed: torch.Tensor, rate: float) -> torch.Tensor:
+def price_for_rate(bids: Bids, seconds: torch.Tensor, fixed: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
     """(1,) index of the price with the most tokens, less ``rate`` tokens for every second that the round takes.
 
     ``seconds`` (Q,) of a forward of 0, 1, ... queries; ``fixed`` (1,) queries run at any price.
@@ -114,7 +115,7 @@ def price_for_rate(bids: Bids, seconds: torch.Tensor, fixed: torch.Tensor, rate:
 
 
 def price_paid(
-    bids: Bids, seconds: torch.Tensor, fixed: torch.Tensor, rate: float, price: torch.Tensor
+    bids: Bids, seconds: torch.Tensor, fixed: torch.Tensor, rate: torch.Tensor, price: torch.Tensor
 ) -> torch.Tensor:
     """(1,) what a query came to, in tokens, where rows bought at the index ``price`` (1,): the time that all together
     added to the forward, at ``rate``. (The price itself only bounds it: things are bought whole.)
@@ -184,7 +185,12 @@ class QueryBudget:
         """The gain of a draft in tokens: those accepted, minus the price of its nodes."""
         return max((PRIOR_GAIN * PRIOR_WEIGHT + self._gained) / (PRIOR_WEIGHT + self._drafts), 0.0)
 
-    def calibrate_costs(self, seconds: np.ndarray, rows: int, device: torch.device) -> None:
+    def learned(self) -> np.ndarray:
+        """The gain of a draft and the rate of tokens per second, float64 in the guise of whole numbers (2,)."""
+        rate = self._tokens / self._seconds if self.queries is None else 0.0
+        return np.array([self.draft_value, rate]).view(np.int64)
+
+    def calibrate_costs(self, seconds: np.ndarray, rows: int, tables: Tables) -> None:
         """Record the costs of forwards of 0, 1, ... queries with ``rows`` in flight.
 
         Lowers :attr:`most` to what can pay at all: a round is worth a bonus token and a path as long as the window, so
@@ -192,7 +198,7 @@ class QueryBudget:
         many times as long.
         """
         self._known = seconds
-        self._seconds_of = torch.from_numpy(seconds).to(device, torch.float32)
+        self._seconds_of = tables.put("seconds", torch.from_numpy(seconds).float())
         # Before the first round: what one round with drafts would give.
         expected = 1 + self.draft_value
         self._tokens = rows * expected
@@ -202,17 +208,18 @@ class QueryBudget:
         self.most = min(self.most, max(pays, self.window + self.node))
 
     def buy(
-        self, tree: Tree, drafted: torch.Tensor, running: torch.Tensor
+        self, tree: Tree, drafted: torch.Tensor, running: torch.Tensor, draft_value: torch.Tensor, rate: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Nodes (count, 1) and windows (count, N + 1) of every row, and the price of a query (1,).
+        """Nodes (count, 1) and windows (count, N + 1) of every row, and the price of a query (1,), by what has been
+        :meth:`learned`.
 
         Only ``running`` rows (count,) spend. Of a budget in queries, rows without a draft (``drafted`` (count, 1) is
         false) spend a window; else they run one if it pays.
         """
-        terms = Terms(self.node, self.window, self.draft_value, self.most - self.node)
+        terms = Terms(self.node, self.window, draft_value, self.most - self.node)
         if self.queries is None:
             bids = bid(tree, terms).of(running)
-            fixed, rate = running.sum(0, keepdim=True) * self.node, self._tokens / self._seconds
+            fixed = running.sum(0, keepdim=True) * self.node
             at = price_for_rate(bids, self._seconds_of, fixed, rate)
             return *at_price(tree, bids, at, terms), price_paid(bids, self._seconds_of, fixed, rate, at)
         share = self.queries - self.node

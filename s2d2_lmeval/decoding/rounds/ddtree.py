@@ -19,6 +19,7 @@ import torch
 
 from s2d2_lmeval.decoding.options.blocks import ScheduleOption
 from s2d2_lmeval.decoding.options.rounds import DrafterOptions, TreeOptions
+from s2d2_lmeval.decoding.passes import Sent
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.dflash import TARGETS_LAW, DFlash
 from s2d2_lmeval.registry import DECODERS
@@ -59,39 +60,45 @@ class DDTree(DFlash):
 
     @property
     def choices(self) -> int:
-        return max(self.rows.depth.shape[1] - 1, 1)
+        return max(self.rows.most_nodes, 1)
 
     def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
         """With ``tree_budget=auto``, measure the cost of rounds at this batch size."""
         if self.config.tree_budget == "auto":
-            rows, widest = self.rows.count, self.node_queries * self.rows.depth.shape[1]
+            rows, widest = self.rows.count, self.node_queries * (self.rows.most_nodes + 1)
             target = measure_costs(widest)(np.arange(rows * widest + 1))
             block = self.depths + 1
             draft = measure_costs(block, model=DRAFTER)(rows * block)
-            self.seconds_of = torch.from_numpy(target + draft).to(self.rows.device)
+            self.seconds_of = self.tables.put("seconds", torch.from_numpy(target + draft))
+        super().calibrate_costs(measure_costs)
 
     def _grow(self, log_p: torch.Tensor, token: torch.Tensor) -> trees.Tree:
         # In double precision, so that the order of nodes is that of exact sums.
-        log_p, nodes = log_p.double() * self.config.tree_sharpen, self.rows.depth.shape[1] - 1
+        log_p, nodes = log_p.double() * self.config.tree_sharpen, self.rows.most_nodes
         return trees.grow(log_p, token, nodes, seed_chain=self.config.tree_seed_chain)
 
-    def _nodes_to_run(self, tree: trees.Tree) -> np.ndarray | int:
+    def _nodes_to_run(self, tree: trees.Tree, sent: Sent) -> torch.Tensor | None:
         if self.seconds_of is None:
-            return tree.token.shape[1]
-        return nodes_worth_running(tree, self.seconds_of, self.node_queries).cpu().numpy()
+            return None
+        waiting = torch.arange(len(tree.value), device=tree.value.device) < sent["waiting_rows"]
+        return nodes_worth_running(tree, waiting, self.seconds_of, self.node_queries).unsqueeze(1)
 
 
-def nodes_worth_running(tree: trees.Tree, seconds_of: torch.Tensor, node_queries: int) -> torch.Tensor:
+def nodes_worth_running(
+    tree: trees.Tree, among: torch.Tensor, seconds_of: torch.Tensor, node_queries: int
+) -> torch.Tensor:
     """How many nodes of each row's ``tree`` (R, N) to run (R,), so that expected tokens per second are highest.
 
     Nodes of a row may be left out from the end; what one is worth is the least value up to it, so that a seeded chain
     is judged as it stands. ``seconds_of`` (Q,) are those of a round of 0, 1, ... queries.
     """
     rows = len(tree.value)
-    value, order = tree.value.cummin(1).values.flatten().sort(descending=True, stable=True)
+    value = tree.value.cummin(1).values * among.unsqueeze(1)
+    value, order = value.flatten().sort(descending=True, stable=True)
     taken = torch.arange(rows * tree.value.shape[1] + 1, device=value.device)
-    tokens = torch.cat([value.new_zeros(1), value]).cumsum(0) + rows
-    seconds = seconds_of[((taken + rows) * node_queries).clamp_max(len(seconds_of) - 1)]
+    running = among.sum()
+    tokens = torch.cat([value.new_zeros(1), value]).cumsum(0) + running
+    seconds = seconds_of[((taken + running) * node_queries).clamp_max(len(seconds_of) - 1)]
     best = (tokens / seconds).argmax()
     run = torch.zeros_like(value).scatter(0, order, (taken[1:] <= best).to(value.dtype))
     return (run.view(rows, -1) * (tree.value > 0)).sum(1).long()

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.decoder import EXACT, DecoderSetup
+from s2d2_lmeval.decoding.decoder import EXACT, Decided, DecoderSetup
 from s2d2_lmeval.decoding.options.blocks import ScheduleOption
 from s2d2_lmeval.decoding.options.rounds import DrafterOptions
-from s2d2_lmeval.decoding.passes import PassBuilder, Plan
+from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed
 from s2d2_lmeval.decoding.rounds.target import RoundRows, Target
 from s2d2_lmeval.decoding.state import KIND_OF_PHASE, PREFILL, PROPOSE, VERIFY
-from s2d2_lmeval.decoding.steps import Outcome
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.passes import DRAFTER
+from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, by_reach
 
 if TYPE_CHECKING:
     from s2d2_lmeval.decoding.options.config import DecodingConfig
@@ -45,10 +45,21 @@ def plan_draft(rows: RoundRows, mask_token_id: int, block: int) -> Plan:
     queries.set(token=np.where(masks, mask_token_id, last[queries.row]))
     builder.lay_out()
     builder.read("draft", queries.row[masks], queries.local[masks] - 1, queries.query[masks])
-    facts = {"slots": slots, "length": lengths[slots], "key": rows.key[slots]}
-    sent = builder.send(rows.device, token=builder.column("token"), **facts)
-    visible = torch.ones(len(slots), block, block, dtype=torch.bool, device=rows.device)
-    return builder.plan(sent, rows.phase[slots], sent["token"], visible, np.zeros_like(slots), DRAFTER)
+    return builder.plan(
+        rows.phase[slots],
+        np.zeros_like(slots),
+        block,
+        queries={"token": builder.column("token")},
+        tables={"rank": (0, NOBODY), "reach": (0, NOTHING)},
+        rows={"waiting_rows": np.array([len(slots)])},
+        lists={
+            "waiting": (slots, 0),
+            "base": (np.arange(len(slots)) * (block - 1), 0),
+            "length": (lengths[slots], 0),
+            "key": (rows.key[slots], 0),
+        },
+        model=DRAFTER,
+    )
 
 
 @DECODERS.register(
@@ -81,7 +92,7 @@ class DFlash(Target):
 
     @property
     def most_logits(self) -> tuple[int, int]:
-        return (max(self.rows.depth.shape[1], self.depths),) * 2
+        return (max(self.rows.most_nodes + 1, self.depths),) * 2
 
     @staticmethod
     def most_depths(config: DecodingConfig, facts: Facts) -> int:
@@ -100,34 +111,46 @@ class DFlash(Target):
         self._plan = plan_draft(self.rows, self.facts.drafter.mask_token_id, self.depths + 1)
         return self._plan
 
-    def advance(self, logits: torch.Tensor) -> Outcome:
+    def assemble(self, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
+        if sent.model != DRAFTER:
+            return super().assemble(sent)
+        return sent["token"], by_reach(sent["rank"], sent["reach"])
+
+    def decide(self, sent: Sent, logits: torch.Tensor) -> Decided:
         """After the drafter's forward plant its draft, without a read of the device; after the target's judge it."""
-        if self._plan.request.model != DRAFTER:
-            return super().advance(logits)
-        rows, sent, slots = self.rows, self._plan.sent, self._plan.request.layout.slots
-        self.sound = self.sound & ~logits.isnan().any()
-        position = sent["length"].unsqueeze(1) + torch.arange(self.depths, device=logits.device)
-        tree = self._grow(*self.acceptance.candidates(logits, position, sent))
-        rows.plant(sent["slots"], tree)
-        rows.nodes[slots] = self._nodes_to_run(tree)
+        if sent.model != DRAFTER:
+            return super().decide(sent, logits)
+        self.sound.logical_and_(~logits.isnan().any())
+        ahead = torch.arange(self.depths, device=logits.device)
+        position = sent["length"].unsqueeze(1) + ahead
+        of_rows = logits[(sent["base"].unsqueeze(1) + ahead).flatten()]
+        tree = self._grow(*self.acceptance.candidates(of_rows, position, sent))
+        self.rows.plant(sent["waiting"], tree)
+        return Decided(self._nodes_to_run(tree, sent))
+
+    def settle(self, table: np.ndarray | None) -> np.ndarray:
+        if self._plan.model != DRAFTER:
+            return super().settle(table)
+        rows, slots = self.rows, self._plan.layout.slots
+        rows.nodes[slots] = rows.most_nodes if table is None else table[: len(slots), 0]
         for slot in slots.tolist():
             rows.progress[slot].forwards[KIND_OF_PHASE[PROPOSE]] += 1
         rows.phase[slots] = VERIFY
-        return Outcome.zeros(len(slots))
+        return np.zeros_like(slots)
 
     def _grow(self, log_p: torch.Tensor, token: torch.Tensor) -> trees.Tree:
         """The tree (R, N) of drafts, the likeliest tokens (R, depths, choices) and their ``log_p``."""
         return trees.grow(log_p, token, self.depths)
 
-    def _nodes_to_run(self, tree: trees.Tree) -> np.ndarray | int:
-        """How many nodes of each row's tree are run."""
-        return self.depths
+    def _nodes_to_run(self, tree: trees.Tree, sent: Sent) -> torch.Tensor | None:
+        """How many nodes of each tree are run (R, 1); None for all."""
+        return None
 
     def _enter_round(self, slot: int) -> None:
         """Draft next, unless some prompt is left to run or a draft would be useless."""
         super()._enter_round(slot)
         rows = self.rows
         left = rows.limit[slot] - len(rows.tokens[slot])
-        useful = rows.depth.shape[1] > 1 and (left > 1 or self.config.schedule == "reference")
+        useful = rows.most_nodes > 0 and (left > 1 or self.config.schedule == "reference")
         if rows.phase[slot] != PREFILL and rows.progress[slot].steps and useful:
             rows.phase[slot] = PROPOSE

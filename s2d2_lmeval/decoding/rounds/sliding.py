@@ -16,6 +16,7 @@ With ``acceptance=rejection`` the distribution is that of ``ar``, but the draws 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +32,6 @@ from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed, Rejection
 from s2d2_lmeval.decoding.rounds.budgets import QueryBudget
 from s2d2_lmeval.decoding.rounds.target import Target, unread_masks
-from s2d2_lmeval.decoding.steps import Outcome
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.costs import MeasureCosts
@@ -84,7 +84,7 @@ class Sliding(Target):
             queries, self.node_queries, self.window + unread_masks(self.facts), most, config.shares_budget
         )
         if config.acceptance == "rejection" and config.sampled:
-            law = torch.zeros(rows.count, self.window, self.facts.vocab_size, device=rows.device)
+            law = setup.tables.full("law", (rows.count, self.window, self.facts.vocab_size), 0, setup.dtype)
             self.acceptance = Rejection(config, self.source, self.depths, law)
         else:
             choices = 1 if config.draft_shape == "chain" else CHOICES
@@ -120,25 +120,29 @@ class Sliding(Target):
         """With ``row_budget=auto``, measure the cost of forwards at this batch size."""
         if self.budget.queries is None:
             rows, budget = self.rows, self.budget
-            budget.calibrate_costs(
-                measure_costs(budget.most)(np.arange(rows.count * budget.most + 1)), rows.count, rows.device
-            )
+            seconds = measure_costs(budget.most)(np.arange(rows.count * budget.most + 1))
+            budget.calibrate_costs(seconds, rows.count, self.tables)
             # Trees grow only as large as can pay, because growing them takes time too.
-            rows.resize(min(rows.token.shape[1] - 1, max((budget.most - 1) // self.node_queries, 1)))
+            rows.most_nodes = min(rows.most_nodes, max((budget.most - 1) // self.node_queries, 1))
+        super().calibrate_costs(measure_costs)
 
     def plan(self) -> Plan:
         self._began = clock.agreed()
-        return super().plan()
+        plan = super().plan()
+        self._plan = replace(plan, rows={**plan.rows, "learned": self.budget.learned()})
+        return self._plan
 
     # ---- device ----
 
     def _propose(self, logits: torch.Tensor, end: torch.Tensor) -> list[torch.Tensor]:
-        sent, rows = self._plan.sent, self.rows
+        sent, rows = self._sent, self.rows
         index = torch.arange(rows.token.shape[1], device=rows.device)
         at_end = (sent["holder"] == end) & (index < sent["windows"])
         met = at_end.any(1, keepdim=True)
-        tree = self._draft(logits, met, sent["base"] + at_end.long().argmax(1, keepdim=True) * self.window, end)
-        nodes, windows, price = self.budget.buy(tree, met, sent["running"].squeeze(1).bool())
+        base = sent["base"] - sent.part("window").start
+        tree = self._draft(logits, met, base + at_end.long().argmax(1, keepdim=True) * self.window, end)
+        running, learned = sent["running"].squeeze(1).bool(), sent["learned"].view(torch.float64)
+        nodes, windows, price = self.budget.buy(tree, met, running, *learned)
         rows.plant(slice(None), tree)
         rows.holder.copy_(windows.long().argsort(dim=1, descending=True, stable=True))
         return [met, nodes, windows.sum(1, keepdim=True), (price * PRICE_UNIT).expand_as(nodes)]
@@ -147,7 +151,7 @@ class Sliding(Target):
         """Grow each row's next tree from the window at ``base`` (count, 1) of the window ``logits``, if the walk's
         ``end`` ``met`` one.
         """
-        sent, nodes = self._plan.sent, self.rows.token.shape[1] - 1
+        sent, nodes = self._sent, self.rows.most_nodes
         if not len(logits):
             return trees.empty(len(base), nodes, base.device, logits.dtype)
         ahead = torch.arange(self.window, device=base.device)
@@ -160,18 +164,18 @@ class Sliding(Target):
 
     # ---- host ----
 
-    def _synchronize(self, read: list[np.ndarray] | None) -> Outcome:
+    def settle(self, table: np.ndarray | None) -> np.ndarray:
         rows, plan = self.rows, self._plan
-        layout, keep = plan.request.layout, plan.request.keep
+        layout, keep = plan.layout, plan.keep
         if plan.count("verify"):
             self.budget.step_took(clock.agreed() - self._began, layout.queries, int((keep - 1).clip(0).sum()))
         for slot, width in zip(layout.slots.tolist(), layout.widths.tolist(), strict=True):
             rows.progress[slot].count("queries", width)
-        return super()._synchronize(read)
+        return super().settle(table)
 
-    def _after_round(self, slot: int, accepted: int, proposed: list[np.ndarray]) -> None:
+    def _after_round(self, slot: int, accepted: int, proposed: np.ndarray) -> None:
         rows, progress = self.rows, self.rows.progress[slot]
-        met, nodes, windows, price = (int(table[0]) for table in proposed)
+        met, nodes, windows, price = proposed.tolist()
         self.budget.round_ran(int(rows.nodes[slot]), accepted, self.price[slot])
         for name, more in (("windows", int(rows.windows[slot])), ("windows_used", met), ("windows_missed", 1 - met)):
             progress.count(name, more)

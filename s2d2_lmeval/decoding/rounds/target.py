@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decoder, DecoderSetup
+from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decided, Decoder, DecoderSetup
 from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.option import SCHEMES
@@ -33,10 +33,11 @@ from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, SequenceState
-from s2d2_lmeval.decoding.steps import Outcome, fetch
+from s2d2_lmeval.decoding.steps import pack
 from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.registry import DECODERS
+from s2d2_lmeval.runtime.costs import MeasureCosts
 
 if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
@@ -52,18 +53,20 @@ class RoundRows(SequenceState):
         self.prefix_grain = 1
         self.length = setup.longest
         self.device = setup.device
+        self._tables = setup.tables
         self.limit = np.zeros(self.count, dtype=np.int64)
         """Maximum length of the sequence."""
         self.round = np.zeros(self.count, dtype=np.int64)
         """Rounds run so far."""
-        self.resize(nodes)
-
-    def resize(self, nodes: int) -> None:
-        """Make room for so many nodes per tree and forget all trees."""
         self.nodes, self.windows = np.zeros((2, self.count), dtype=np.int64)
         """How many nodes and draft windows run: the first ones of the tables."""
-        shape = (4, self.count, nodes + 1)
-        self.token, self.parent, self.depth, self.holder = torch.zeros(shape, dtype=torch.long, device=self.device)
+        self.most_nodes = nodes
+        """Nodes that a tree has room for."""
+
+    def make_room(self) -> None:
+        """Allocate the tables for :attr:`most_nodes`, before the first request."""
+        shape = (4, self.count, self.most_nodes + 1)
+        self.token, self.parent, self.depth, self.holder = self._tables.full("tree", shape)
 
     def admit(self, slot: int, request: Request) -> None:
         """Take a request: its first round has no draft, but a window at the root."""
@@ -95,8 +98,9 @@ def plan_round(
                whose ``window`` logits are a draft of the tokens after the target's choice there. Where shifted targets
                have masks that predict their own token, one more comes first, in the place of that choice, unread
 
-    Reads ``verify`` (the root, then the nodes) and ``window``. Sends of every row (count,) ``length``, ``limit``,
-    ``key``, ``round``, the ``nodes`` and ``windows`` it runs and ``base``, the first of its window logits.
+    Reads ``verify`` (the root, then the nodes) and ``window``. Tells of every row (count,) ``length``, ``limit``,
+    ``key``, ``round``, and ``per_row`` (4, count) the nodes and windows it runs, the first of its window logits, and
+    whether it runs a round.
     """
     slots, lengths, shifted = rows.active(), rows.lengths(), facts.token_shift
     phases, cached, length = rows.phase[slots], rows.cached[slots], lengths[slots]
@@ -119,23 +123,21 @@ def plan_round(
     first = builder.lay_out().offsets + texts + (-1 if shifted else nodes)
     builder.read("verify", read_row, read_node, first[read_row] + read_node)
     drafting = ahead >= unread
-    builder.read(
-        "window", masks.row[drafting], (masks.local - (of_window + 1) * unread)[drafting], masks.query[drafting]
-    )
+    builder.read("window", masks.row[drafting], np.zeros_like(masks.row[drafting]), masks.query[drafting])
     per_row = np.zeros((4, rows.count), dtype=np.int64)
-    per_row[:, slots] = nodes, windows, (windows.cumsum() - windows) * window, begun
-    told = {
-        "slot": slots[builder.layout.row_of],
-        "packed": builder.layout.row_of * builder.layout.widest + builder.layout.local,
-        "text": builder.column("text", facts.mask_token_id),
-        "kind": builder.padded("kind", trees.NOBODY),
-        "owner": builder.padded("owner", 0),
-    }
-    of_rows = {"length": lengths, "limit": rows.limit, "key": rows.key, "round": rows.round, "per_row": per_row}
-    sent = builder.send(rows.device, slots=slots, **told, **of_rows)
-    causal = facts.window_causal if window else None
-    tokens, visible = _add_trees(rows, sent, int(nodes.max(initial=0)) + 1, depths, causal)
-    return builder.plan(sent, phases, tokens, visible, texts, feeds_drafter=feeds_drafter)
+    base = builder.groups["window"].start + (windows.cumsum() - windows) * window
+    per_row[:, slots] = nodes, windows, base, begun
+    return builder.plan(
+        phases,
+        texts,
+        rows.most_nodes + 1,
+        queries={"slot": slots[builder.layout.row_of], "text": builder.column("text", facts.mask_token_id)},
+        tables={"kind": (0, trees.NOBODY), "owner": (0, 0)},
+        rows={"length": lengths, "limit": rows.limit, "key": rows.key, "round": rows.round, "per_row": per_row},
+        moves=feeds_drafter or bool(depths),
+        feeds_drafter=feeds_drafter,
+        fixed=(int(nodes.max(initial=0)) + 1,),
+    )
 
 
 def unread_masks(facts: Facts) -> int:
@@ -143,14 +145,14 @@ def unread_masks(facts: Facts) -> int:
     return int(facts.token_shift and not facts.draft_shift)
 
 
-def _add_trees(
-    rows: RoundRows, sent: Sent, nodes: int, depths: int, causal_windows: bool | None
+def assemble_round(
+    rows: RoundRows, sent: Sent, depths: int, causal_windows: bool | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens (N,) and visibility (R, W, W) of a round, which only the device knows; ``causal_windows`` None: there
     are no windows. Completes the positions, and adds the trees to ``sent``: ``token``, ``parent``, ``depth`` (-1: not
-    run) and ``holder`` (count, N + 1), and ``above`` (count, n, n) of the first ``nodes`` (n) nodes, root included.
+    run) and ``holder`` (count, N + 1), and ``above`` (count, n, n) of the first n nodes, including the root.
     """
-    kind, owner = sent["kind"], sent["owner"]
+    kind, owner, packed = sent["kind"], sent["owner"], sent["packed"]
     sent["nodes"], sent["windows"], sent["base"], sent["running"] = sent["per_row"].unsqueeze(2)
     sent["token"], sent["parent"] = rows.token, rows.parent
     index = torch.arange(rows.depth.shape[1], device=rows.device)
@@ -158,10 +160,10 @@ def _add_trees(
     if causal_windows is not None:
         sent["holder"] = rows.holder * (sent["nodes"] > 0)  # without a node: the root
         owner = owner.where(kind != trees.WINDOW, sent["holder"][sent["slots"]].gather(1, owner))
-    at = sent["slot"], owner.flatten()[sent["packed"]]
+    at = sent["slot"], owner.flatten()[packed]
     sent["positions"] = sent["positions"] + depth[at].clamp_min(0)
-    tokens = rows.token[at].where(kind.flatten()[sent["packed"]] == trees.NODE, sent["text"])
-    above = sent["above"] = trees.ancestors(rows.parent[:, :nodes], depths)
+    tokens = rows.token[at].where(kind.flatten()[packed] == trees.NODE, sent["text"])
+    above = sent["above"] = trees.ancestors(rows.parent[:, : sent.fixed[0]], depths)
     return tokens, trees.tree_visibility(kind, owner, above, sent["slots"], bool(causal_windows))
 
 
@@ -179,10 +181,11 @@ class Target(Decoder[RoundRows]):
         self.facts = facts
         self.prefill_chunk = setup.prefill_chunk
         self.source = random.source_of(config.random_source, config.seed)
+        self.tables = setup.tables
         self.depths = self.most_depths(config, facts)
         self.rows = RoundRows(setup, self.most_nodes(config, facts, setup.slots))
         self.acceptance = Keyed(config, self.source, self.depths)
-        self.sound = torch.tensor(True, device=self.rows.device)
+        self.sound = setup.tables.full("sound", (), True, torch.bool)
         """Whether all logits were numbers."""
 
     @classmethod
@@ -203,11 +206,14 @@ class Target(Decoder[RoundRows]):
     @property
     def capacity(self) -> int:
         """Positions that a row may write to in the cache."""
-        return self.rows.length + max(self.rows.depth.shape[1] * self.node_queries, self.depths) + self.depths + 1
+        return self.rows.length + max((self.rows.most_nodes + 1) * self.node_queries, self.depths) + self.depths + 1
+
+    def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
+        self.rows.make_room()
 
     @property
     def most_logits(self) -> tuple[int, int]:
-        return (self.rows.depth.shape[1],) * 2
+        return (self.rows.most_nodes + 1,) * 2
 
     def admitted(self, slot: int) -> None:
         """A request has been admitted to ``slot``."""
@@ -221,24 +227,22 @@ class Target(Decoder[RoundRows]):
 
     # ---- device ----
 
-    def advance(self, logits: torch.Tensor) -> Outcome:
-        """Take the wanted logits (M, V) of the planned forward: judge and propose. Reads the device once.
+    def assemble(self, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
+        return assemble_round(self.rows, sent, self.depths, self.facts.window_causal if self.window else None)
 
-        Raises:
-            NumericalError: the logits are not numbers.
-        """
-        plan = self._plan
-        if not len(logits):  # prefill chunks only
-            return self._synchronize(None)
+    def decide(self, sent: Sent, logits: torch.Tensor) -> Decided:
+        if not sent.present:  # prefill chunks only
+            return Decided(None)
+        self._sent = sent
         if self.facts.mask_token_id != NO_MASK:
             logits[:, self.facts.mask_token_id] = -torch.inf
-        verify, window = logits.split([plan.count("verify"), plan.count("window")])
-        path, bonus = self.acceptance.judge(verify, plan)
-        tokens = torch.cat([plan.sent["token"].gather(1, path), bonus], dim=1)
-        depth = plan.sent["depth"][:, : plan.sent["above"].shape[1]]
+        verify, window = logits[sent.part("verify")], logits[sent.part("window")]
+        path, bonus = self.acceptance.judge(verify, sent)
+        tokens = torch.cat([sent["token"].gather(1, path), bonus], dim=1)
+        depth = sent["depth"][:, : sent["above"].shape[1]]
         proposed = self._propose(window, path.amax(1, keepdim=True))
-        self.sound = self.sound & ~verify.isnan().any()
-        return self._synchronize(fetch([self.sound.expand_as(bonus), path, tokens, depth, *proposed]))
+        self.sound.logical_and_(~verify.isnan().any())
+        return Decided(pack([self.sound.expand_as(bonus), path, tokens, depth, *proposed]), path[:, 1:] - 1)
 
     def _propose(self, logits: torch.Tensor, end: torch.Tensor) -> list[torch.Tensor]:
         """Draft the next round from the window ``logits``, given the walks' ``end`` (count, 1); returns columns
@@ -248,32 +252,33 @@ class Target(Decoder[RoundRows]):
 
     # ---- host ----
 
-    def _synchronize(self, read: list[np.ndarray] | None) -> Outcome:
+    def settle(self, table: np.ndarray | None) -> np.ndarray:
         """Take accepted paths over; move every row to its next round."""
-        rows, slots = self.rows, self._plan.request.layout.slots
-        outcome = Outcome.zeros(len(slots))
-        rows.cached[slots] += self._plan.request.keep
+        rows, slots = self.rows, self._plan.layout.slots
+        kept = np.zeros(len(slots), dtype=np.int64)
+        rows.cached[slots] += self._plan.keep
+        nodes = self._plan.fixed[0]
+        long = min(self.depths, nodes - 1) + 1
         for row, slot in enumerate(slots.tolist()):
             rows.progress[slot].forwards[KIND_OF_PHASE[rows.phase[slot]]] += 1
             if rows.phase[slot] != PREFILL:
-                assert read is not None
-                sound, path, tokens, depth, *proposed = (table[slot] for table in read)
+                assert table is not None
+                sound, path, tokens, depth, proposed = np.split(table[slot], np.cumsum([1, long, long + 1, nodes]))
                 if not sound[0]:
                     raise NumericalError
-                path = path[path > 0] - 1
-                outcome.path[row], outcome.kept[row] = path, len(path)
-                fresh = [*tokens[1 : 1 + len(path)].tolist(), int(tokens[-1])]
-                rows.cached[slot] += len(path)
+                kept[row] = accepted = int((path > 0).sum())
+                fresh = [*tokens[1 : 1 + accepted].tolist(), int(tokens[-1])]
+                rows.cached[slot] += accepted
                 rows.record(slot, fresh, depth, self.facts.mask_token_id)
                 stops = rows.extend(slot, fresh, self.config.stop_token_ids)
                 rows.complete[slot] = stops or len(rows.tokens[slot]) >= rows.limit[slot]
                 rows.round[slot] += 1
-                self._after_round(slot, len(path), proposed)
+                self._after_round(slot, accepted, proposed)
             if not rows.complete[slot]:
                 self._enter_round(slot)
-        return outcome
+        return kept
 
-    def _after_round(self, slot: int, accepted: int, proposed: list[np.ndarray]) -> None:
+    def _after_round(self, slot: int, accepted: int, proposed: np.ndarray) -> None:
         """Row ``slot`` has ended a round with so many tokens accepted; ``proposed`` are its entries of the columns."""
         self.rows.nodes[slot] = 0
 

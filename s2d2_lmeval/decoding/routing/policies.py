@@ -17,6 +17,7 @@ from s2d2_lmeval.decoding.reference import verifies_short_span
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.registry import POLICIES
 from s2d2_lmeval.runtime.costs import MeasureCosts
+from s2d2_lmeval.runtime.graphs import Tables
 
 ONE_BLOCK = ("block", "editing", "subblock")
 """Schemes in which one block is open at a time."""
@@ -30,7 +31,7 @@ class DraftView:
     of masks;
     ``confidence``, ``acceptance`` (estimated) and ``entropy`` (normalised; None unless the policy reads it) (R, L);
     ``decided`` (R,) tokens decided in this block so far, the prompt's not counted; ``denoised`` (R,) tokens that the
-    step decides if it does not verify (None unless the policy reads it); ``in_flight`` rows that share a forward.
+    step decides if it does not verify (None unless the policy reads it); ``in_flight`` (1,) rows that share a forward.
     """
 
     drafting: torch.Tensor
@@ -41,7 +42,7 @@ class DraftView:
     entropy: torch.Tensor | None
     decided: torch.Tensor
     denoised: torch.Tensor | None = None
-    in_flight: int = 1
+    in_flight: torch.Tensor | None = None
 
 
 class RoutingPolicy(ABC):
@@ -56,7 +57,7 @@ class RoutingPolicy(ABC):
     always = False
     """Whether it always verifies every draft."""
 
-    def __init__(self, config: DecodingConfig, rows: int, length: int, device: torch.device) -> None:
+    def __init__(self, config: DecodingConfig, rows: int, length: int, tables: Tables) -> None:
         self.config = config
 
     @abstractmethod
@@ -81,7 +82,7 @@ class RoutingPolicy(ABC):
         """Forget a row's history, because another request starts there."""
 
 
-def policy_of(config: DecodingConfig, scheme: str, rows: int, length: int, device: torch.device) -> RoutingPolicy:
+def policy_of(config: DecodingConfig, scheme: str, rows: int, length: int, tables: Tables) -> RoutingPolicy:
     """The policy that the option ``do_verify_policy`` names.
 
     Raises:
@@ -90,7 +91,7 @@ def policy_of(config: DecodingConfig, scheme: str, rows: int, length: int, devic
     entry = POLICIES.find(config.do_verify_policy, scheme)
     if entry is None:
         raise ConfigError(f"do_verify_policy={config.do_verify_policy} is made for one block at a time; use another.")
-    policy: RoutingPolicy = entry.implementation(config, rows, length, device)
+    policy: RoutingPolicy = entry.implementation(config, rows, length, tables)
     return policy
 
 
@@ -120,8 +121,8 @@ class SpanLengthPolicy(RoutingPolicy):
     Legacy: skip a short span only if enough masks are confident.
     """
 
-    def __init__(self, config: DecodingConfig, rows: int, length: int, device: torch.device) -> None:
-        super().__init__(config, rows, length, device)
+    def __init__(self, config: DecodingConfig, rows: int, length: int, tables: Tables) -> None:
+        super().__init__(config, rows, length, tables)
         self.always = config.min_ssd_span_length <= 1 and not config.legacy_ssd_span_strategy
 
     def decide(self, view: DraftView) -> torch.Tensor:
@@ -147,16 +148,16 @@ class ScorePolicy(RoutingPolicy):
 class HysteresisPolicy(ScorePolicy):
     """Start verifying above one score, stop below a lower one."""
 
-    def __init__(self, config: DecodingConfig, rows: int, length: int, device: torch.device) -> None:
-        super().__init__(config, rows, length, device)
-        self.on = torch.zeros(rows, dtype=torch.bool, device=device)
+    def __init__(self, config: DecodingConfig, rows: int, length: int, tables: Tables) -> None:
+        super().__init__(config, rows, length, tables)
+        self.on = tables.full("policy.on", (rows,), False, torch.bool)
 
     def decide(self, view: DraftView) -> torch.Tensor:
         value = score(view, self.config)
         decision = torch.where(
             self.on, value >= self.config.hysteresis_threshold_off, value > self.config.hysteresis_threshold_on
         )
-        self.on = torch.where(view.drafting, decision, self.on)
+        self.on.copy_(torch.where(view.drafting, decision, self.on))
         return decision
 
     def reset(self, row: int) -> None:
@@ -173,13 +174,14 @@ class BanditPolicy(RoutingPolicy):
 
     reads = frozenset({"entropy"})
 
-    def __init__(self, config: DecodingConfig, rows: int, length: int, device: torch.device) -> None:
-        super().__init__(config, rows, length, device)
+    def __init__(self, config: DecodingConfig, rows: int, length: int, tables: Tables) -> None:
+        super().__init__(config, rows, length, tables)
         buckets = config.ucb_span_length_bins * config.ucb_block_progress_bins * config.ucb_entropy_bins
-        self.pulls = torch.zeros(rows, 2, buckets, dtype=torch.float64, device=device)
-        self.gained = torch.zeros_like(self.pulls)
-        self.decisions = torch.zeros(rows, dtype=torch.float64, device=device)
-        self.bucket = torch.zeros(rows, dtype=torch.long, device=device)
+        self.pulls, self.gained = (
+            tables.full(f"policy.{name}", (rows, 2, buckets), 0, torch.float64) for name in ("pulls", "gained")
+        )
+        self.decisions = tables.full("policy.decisions", (rows,), 0, torch.float64)
+        self.bucket = tables.full("policy.bucket", (rows,))
 
     def _bucket_of(self, view: DraftView) -> torch.Tensor:
         config, length = self.config, view.masks.shape[-1]
@@ -199,7 +201,7 @@ class BanditPolicy(RoutingPolicy):
     def decide(self, view: DraftView) -> torch.Tensor:
         asked = view.drafting & view.span.any(-1)
         self.decisions += asked
-        self.bucket = torch.where(asked, self._bucket_of(view), self.bucket)
+        self.bucket.copy_(torch.where(asked, self._bucket_of(view), self.bucket))
         index = self.bucket.view(-1, 1, 1).expand(-1, 2, 1)
         pulls = self.pulls.gather(2, index).squeeze(2)
         bonus = (self.decisions.clamp_min(1).log().unsqueeze(1) / pulls.clamp_min(1)).sqrt()
@@ -234,10 +236,11 @@ class AcceptanceCurve:
     request, so that decisions do not depend on the batch.
     """
 
-    def __init__(self, rows: int, pooled: bool, device: torch.device) -> None:
+    def __init__(self, rows: int, pooled: bool, tables: Tables) -> None:
         self.pooled = pooled
-        self.tried = torch.zeros(rows, BINS, dtype=torch.float64, device=device)
-        self.accepted = torch.zeros_like(self.tried)
+        self.tried, self.accepted = (
+            tables.full(f"curve.{name}", (rows, BINS), 0, torch.float64) for name in ("tried", "accepted")
+        )
 
     @staticmethod
     def bin(guess: torch.Tensor) -> torch.Tensor:
@@ -285,22 +288,21 @@ class ThroughputPolicy(RoutingPolicy):
 
     reads = frozenset({"acceptance", "denoised"})
 
-    def __init__(self, config: DecodingConfig, rows: int, length: int, device: torch.device) -> None:
-        super().__init__(config, rows, length, device)
+    def __init__(self, config: DecodingConfig, rows: int, length: int, tables: Tables) -> None:
+        super().__init__(config, rows, length, tables)
         self.lookahead = config.schedule == "lookahead"
         self.replaces = config.allow_resample or config.acceptance == "greedy"
         given = config.verify_cost_ratio
         # Measured costs are not reproducible, so statistics are pooled across rows.
         self.pooled = given is None
         size, number = (rows + 1, length + 1), torch.float64
-        self.costs = torch.full(size, 1.0 if given is None else given, dtype=number, device=device)
+        self.costs = tables.full("policy.costs", size, 1.0 if given is None else given, number)
         """The cost of a verification, in drafts, by rows in flight and masks to verify."""
-        self.curve = AcceptanceCurve(rows, self.pooled, device)
+        self.curve = AcceptanceCurve(rows, self.pooled, tables)
         # The rate starts at one token per draft.
-        self.decided = torch.ones(rows, dtype=number, device=device)
-        self.spent = torch.ones_like(self.decided)
-        self.index = torch.zeros(rows, length, dtype=torch.long, device=device)
-        self.price = torch.zeros(rows, dtype=number, device=device)
+        self.decided, self.spent = (tables.full(f"policy.{name}", (rows,), 1, number) for name in ("decided", "spent"))
+        self.index = tables.full("policy.index", (rows, length))
+        self.price = tables.full("policy.price", (rows,), 0, number)
 
     def calibrate_costs(self, measure_costs: MeasureCosts, ahead: int) -> None:
         """Unless it is given, measure the cost of a verification relative to a draft, at this batch size."""
@@ -310,7 +312,7 @@ class ThroughputPolicy(RoutingPolicy):
             seconds = measure_costs(2 * length + ahead)
             flight, masks = np.arange(rows + 1)[:, None], np.arange(length + 1)[None, :]
             ratio = seconds(flight * (length + masks + ahead)) / seconds(flight * np.full_like(masks, length))
-            self.costs = torch.from_numpy(ratio).to(self.index.device)
+            self.costs.copy_(torch.from_numpy(ratio))
 
     @property
     def pace(self) -> torch.Tensor:
@@ -326,11 +328,12 @@ class ThroughputPolicy(RoutingPolicy):
         standing = torch.where(view.span, chance, 1).cumprod(-1)
         whole = standing[:, -1]
         gain = (standing * view.span).sum(-1) + (1 - whole) * self.replaces
-        price = self.costs[view.in_flight].index_select(0, view.span.sum(-1))
+        assert view.in_flight is not None
+        price = self.costs.index_select(0, view.in_flight).squeeze(0).index_select(0, view.span.sum(-1))
         if self.lookahead:  # a block that is accepted whole saves the next one's draft
             price = price - whole * (view.span == view.masks).all(-1)
-        self.index = torch.where(asked.unsqueeze(1), self.curve.bin(view.acceptance), self.index)
-        self.price = torch.where(asked, price, self.price)
+        self.index.copy_(torch.where(asked.unsqueeze(1), self.curve.bin(view.acceptance), self.index))
+        self.price.copy_(torch.where(asked, price, self.price))
         return asked & (gain - view.denoised >= self.pace * price)
 
     def judged(self, span: torch.Tensor, accepted: torch.Tensor, rejected: torch.Tensor) -> None:
@@ -338,8 +341,8 @@ class ThroughputPolicy(RoutingPolicy):
         self.curve.learn(self.index, span & (place <= rejected.unsqueeze(1)), accepted)
 
     def reward(self, finished: torch.Tensor, verified: bool, decided: torch.Tensor) -> None:
-        self.decided = self.decided + finished * decided
-        self.spent = self.spent + finished * (1 + self.price if verified else 1)
+        self.decided += finished * decided
+        self.spent += finished * (1 + self.price if verified else 1)
 
     def reset(self, row: int) -> None:
         self.curve.reset(row)

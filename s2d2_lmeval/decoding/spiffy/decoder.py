@@ -26,22 +26,23 @@ from s2d2_lmeval.decoding.blocks.editing import EditingDenoiser
 from s2d2_lmeval.decoding.blocks.planning import scheduled_count
 from s2d2_lmeval.decoding.blocks.rows import BlockState
 from s2d2_lmeval.decoding.blocks.subblocks import SubblockDenoiser
-from s2d2_lmeval.decoding.decoder import EXACT, DecoderSetup
+from s2d2_lmeval.decoding.decoder import EXACT, Decided, DecoderSetup
 from s2d2_lmeval.decoding.generation import EDITED
 from s2d2_lmeval.decoding.options.blocks import ScheduleOption
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.spiffy import SpiffyOptions
-from s2d2_lmeval.decoding.passes import Plan
+from s2d2_lmeval.decoding.passes import Plan, Sent
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import ranked_tokens
 from s2d2_lmeval.decoding.spiffy.budget import DraftBudget
 from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, graph_for, states_at_most
-from s2d2_lmeval.decoding.spiffy.planning import plan_states
+from s2d2_lmeval.decoding.spiffy.planning import assemble_states, plan_states
 from s2d2_lmeval.decoding.spiffy.states import Eligibility, RankTables, StateDrafter
 from s2d2_lmeval.decoding.state import DRAFT
-from s2d2_lmeval.decoding.steps import Decisions, Outcome, StepResult, StepTables
+from s2d2_lmeval.decoding.steps import Decisions, StepResult, StepTables
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
+from s2d2_lmeval.runtime.shapes import power
 
 if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
@@ -79,16 +80,17 @@ class Spiffy(BlockDenoiser):
 
     def __init__(self, setup: DecoderSetup, part: DecodingConfig | None = None) -> None:
         super().__init__(setup, part)
-        rows, config, length, device = self.rows, self.config, self.rows.block_length, self.rows.device
+        rows, config, length = self.rows, self.config, self.rows.block_length
         graph = self.graph_of(setup.config, setup.facts)
-        rows.hold_states(states_at_most(graph, config.draft_nodes))
-        self.drafter = StateDrafter(graph, length, self.revises, device)
+        rows.draft_states = states_at_most(graph, config.draft_nodes)
+        self.drafter = StateDrafter(graph, length, self.revises, setup.tables)
         self.eligibility = Eligibility(graph, length, self.revises)
         self.budget = DraftBudget(graph, config.draft_nodes)
         self.ranks = max(self.least_ranks, self.drafter.vocabulary_ranks if graph.nodes else 0)
-        self.tables = RankTables.empty(rows.count, length, max(self.ranks, 1), device)
-        self.counts = torch.from_numpy(scheduled_count(np.arange(config.steps + 1), config)).to(device)
-        self.states = torch.zeros(rows.count, 0, length, dtype=torch.long, device=device)
+        self.tables = RankTables.empty(rows.count, length, max(self.ranks, 1), setup)
+        counts = scheduled_count(np.arange(config.steps + 1), config)
+        self.counts = setup.tables.put("counts", torch.from_numpy(counts))
+        self.states = torch.zeros(rows.count, 0, length, dtype=torch.long, device=rows.device)
 
     @classmethod
     def graph_of(cls, config: DecodingConfig, facts: Facts) -> DraftGraph:
@@ -118,11 +120,22 @@ class Spiffy(BlockDenoiser):
             self.rows.progress[slot].count(name, 0)
 
     def plan(self) -> Plan:
-        self._plan = plan_states(
-            *(self.rows, self.config, self.whole, self.shifted, self.prefill_chunk),
-            *(self._offers(), self._write_states),
+        rows, offers, steady = self.rows, self._offers(), self._tables.keep
+        drafts = offers[0] + offers[1] > 0
+        chain = 1 + min(self.drafter.widest, int(rows.masks[drafts].sum(1).max())) if drafts.any() else 1
+        plan = plan_states(
+            *(rows, self.config, self.whole, self.shifted, self.prefill_chunk, offers),
+            *(power(chain) if steady else chain, steady),
         )
+        self._plan = replace(plan, rows={**plan.rows, **self._more_of_rows()})
         return self._plan
+
+    def _more_of_rows(self) -> dict[str, np.ndarray]:
+        """What else the device is told of every row (rows,)."""
+        return {}
+
+    def assemble(self, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
+        return assemble_states(self.rows, self.config, sent, self._draft_states)
 
     def _offers(self) -> tuple[np.ndarray, np.ndarray]:
         """(rows,) states that every row drafts now: those that leave a mask, and those that do not."""
@@ -141,35 +154,34 @@ class Spiffy(BlockDenoiser):
         follows = self.rows.start + self.rows.block_length < self.rows.total
         return follows & (self.config.schedule == "fused")
 
-    def _write_states(self, block: torch.Tensor, inside: torch.Tensor, finishing: torch.Tensor) -> torch.Tensor:
-        """Put states that may follow ``block`` (rows, B) where passes read them; see :meth:`StateDrafter.draft`."""
+    def _draft_states(self, block: torch.Tensor, inside: torch.Tensor, finishing: torch.Tensor) -> torch.Tensor:
+        """States that may follow ``block`` (rows, B); see :meth:`StateDrafter.draft`."""
         masks = block == self.rows.mask_token_id
         drafted = self.drafter.draft(block, masks, self.tables, inside, finishing)
         self.states = drafted[:, : self.rows.draft_states]
-        self.rows.store[:, self.rows.states_at :] = self.states.flatten(1)
         return self.states
 
     # ---- device ----
 
-    @property
-    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows, places) that are read, each in several states."""
-        return self._plan.sent["slot"], self._plan.sent["place"]
+    def _fresh(self) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Each place is read in several states."""
+        slots, places = self._sent["slots_read"], self._sent["places_read"]
+        return (slots, places), slots * self.rows.block_length + places
 
     def _suppress_mask_token(self, logits: torch.Tensor, block: torch.Tensor) -> None:
         """As in the base class; schedule-dependent suppression happens as each row reaches its step."""
         if self.config.suppress_mask_token:
             logits[:, self.rows.mask_token_id] = -torch.inf
 
-    def _decide(self, state: BlockState, logits: torch.Tensor) -> StepResult:
+    def _decide(self, state: BlockState, logits: torch.Tensor) -> Decided:
         """As many steps of every row as have logits."""
+        sent = self._sent
         tables: list[StepTables[torch.Tensor]] = []
         # The draft state that each row is in, counted from 1 (0: where it began), and the one that ended its block.
         made = at = crossed = torch.zeros_like(state.count)
-        alive = self._plan.sent["drafting"]
-        for _ in range(self._longest_chain()):
-            decisions = self._step(state, self._logits_of(at, state, logits), self._places, alive)
-            self._write(state, decisions)
+        alive = sent["drafting"]
+        for _ in range(sent.fixed[1] if sent.has("fresh") else 0):
+            decisions = self._step(state, self._logits_of(at, state, logits), alive)
             tables.append(decisions.tables(self.drafted))
             made = made + alive
             step = state.step + alive.unsqueeze(1)
@@ -183,35 +195,35 @@ class Spiffy(BlockDenoiser):
             state = state.next_block(alive & ends, self.rows.mask_token_id, int(scheduled_count(0, self.config)))
         if tables and self.ranks:
             self._rank(state, self._logits_of(at, state, logits))
-        return self._read(None, tables, torch.zeros_like(state.block, dtype=torch.bool), crossed, made)
+        decided = self._read(None, tables, torch.zeros_like(state.block, dtype=torch.bool), crossed, made)
+        return replace(decided, path=self._kept_block(crossed)) if sent.moves else decided
 
-    def _longest_chain(self) -> int:
-        """Steps that may be made of one forward: from the current state, and from drafted states of rising size."""
-        plan = self._plan
-        if not plan.count("draft"):
-            return 0
-        if not plan.sent["offered"].shape[1]:
-            return 1
-        masks = self.rows.masks[plan.request.layout.slots[plan.known["inside"] + plan.known["finishing"] > 0]].sum(1)
-        return 1 + min(self.drafter.widest, int(masks.max()))
+    def _kept_block(self, crossed: torch.Tensor) -> torch.Tensor:
+        """(rows, B) the queries of the draft state ``crossed`` (rows,), counted from 1, as which the previous block
+        ended: its keys are already in the cache.
+        """
+        sent, length = self._sent, self.rows.block_length
+        first = sent["text_after"] + (2 * (crossed - 1) - sent["inside"]) * length
+        queries = first.unsqueeze(1) + torch.arange(length, device=crossed.device)
+        return torch.where(crossed.unsqueeze(1) > 0, queries, -1)
 
     def _logits_of(self, at: torch.Tensor, state: BlockState, logits: torch.Tensor) -> torch.Tensor:
         """Logits (M, V) of every place that is read, in the draft state ``at`` (rows,) of its row, 0 the first."""
-        mask, rows = self.rows.mask_token_id, self._places[0]
-        chosen = logits[self._plan.sent["lookup"].gather(1, at[rows].unsqueeze(1)).squeeze(1)]
+        mask, rows = self.rows.mask_token_id, self._sent["slots_read"]
+        chosen = logits[self._sent["lookup"].gather(0, at[rows].unsqueeze(0)).squeeze(0)]
         if not self.config.suppress_mask_token:
             chosen[:, mask] = chosen[:, mask].masked_fill(self._overdue(state.block, state.step)[rows], -torch.inf)
         return chosen
 
     def _match(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Whether ``block`` (rows, B) was drafted, as which state, and whether that state ends it; all (rows,)."""
-        plan = self._plan
-        if not plan.sent["offered"].shape[1]:
-            never = torch.zeros_like(plan.sent["drafting"])
+        sent = self._sent
+        if not sent.fixed[0]:
+            never = torch.zeros_like(sent["drafting"])
             return never, never.long(), never
         # A drafted token may be the mask itself, where the model may predict it; then nothing ends.
         masked = (block == self.rows.mask_token_id).any(-1, keepdim=True)
-        offered, ends = plan.sent["offered"].bool(), plan.sent["ends"].bool()
+        offered, ends = sent["offered"].bool(), sent["ends"].bool()
         same = (self.states[:, : offered.shape[1]] == block.unsqueeze(1)).all(-1) & offered
         same = same & ~(ends & masked)
         slot = same.long().argmax(-1)
@@ -223,20 +235,18 @@ class Spiffy(BlockDenoiser):
 
     def _rank(self, state: BlockState, logits: torch.Tensor) -> None:
         """Take in what the latest ``logits`` (M, V) make of the next step: which places and tokens come first."""
-        at, tables = self._places, self.tables
+        (at, _), tables = self._fresh(), self.tables
         key = state.draws(random.DRAFT).take(at)
         tokens, log_p = ranked_tokens(logits, self.config, self.source, key, self.ranks)
         confidence = self.confidence.index_put(at, log_p[:, 0].exp())
         _, order = self._choose(state.block == self.rows.mask_token_id, torch.ones_like(state.count), confidence)
-        self.tables = RankTables(
-            places=order.argsort(-1),
-            tokens=tables.tokens.index_put(at, tokens),
-            log_p=tables.log_p.to(log_p.dtype).index_put(at, log_p),
-        )
+        tables.places.copy_(order.argsort(-1))
+        tables.tokens.index_put_(at, tokens)
+        tables.log_p.index_put_(at, log_p)
 
     # ---- host ----
 
-    def _after_draft(self, row: int, slot: int, read: StepResult, outcome: Outcome) -> None:
+    def _after_draft(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
         """The steps of row ``slot`` that one forward gave: record each, and go on after the last."""
         rows, plan, made = self.rows, self._plan, 0
         progress, begun = rows.progress[slot], int(rows.start[slot])
@@ -245,30 +255,29 @@ class Spiffy(BlockDenoiser):
             self._after_step(slot)
             made += 1
         if read.moved[slot] and rows.start[slot] > begun:
-            self._keep_block(row, slot, int(read.moved[slot]) - 1, outcome)
+            self._keep_block(row, slot, accepted)
         self.budget.learn(made - 1)
         for name, count in zip(
             _COUNTS, (made, plan.known["inside"][row] + plan.known["finishing"][row], made - 1), strict=True
         ):
             progress.count(name, int(count))
 
-    def _keep_block(self, row: int, slot: int, state: int, outcome: Outcome) -> None:
-        """The previous block of row ``slot`` ended as draft ``state``, so its keys are already in the cache."""
-        rows, plan, length = self.rows, self._plan, self.rows.block_length
-        text, inside = int(plan.known["text"][row]), int(plan.known["inside"][row])
-        first = text - int(plan.request.keep[row]) + (2 * state - inside) * length
-        outcome.kept[row] = length
-        outcome.path[row] = first + np.arange(length)
-        rows.cached[slot] += length
+    def _keep_block(self, row: int, slot: int, accepted: np.ndarray) -> None:
+        """The previous block of row ``slot`` ended as a draft state."""
+        accepted[row] = self.rows.block_length
+        self.rows.cached[slot] += self.rows.block_length
 
 
 @DECODERS.register("spiffy", "editing")
 class EditingSpiffy(Spiffy, EditingDenoiser):
     """The decoder ``spiffy`` where decided tokens may be edited: the state is the whole block."""
 
-    def _decide(self, state: BlockState, logits: torch.Tensor) -> StepResult:
-        self._posted = torch.from_numpy(self.post_steps).to(state.block.device)
+    def _decide(self, state: BlockState, logits: torch.Tensor) -> Decided:
+        self._posted = self._sent["post_steps"]
         return super()._decide(state, logits)
+
+    def _more_of_rows(self) -> dict[str, np.ndarray]:
+        return {"post_steps": self.post_steps}
 
     def _open(self, decisions: Decisions, alive: torch.Tensor) -> torch.Tensor:
         """As :meth:`EditingDenoiser._block_finished` counts on the host."""
@@ -286,7 +295,7 @@ class SubblockSpiffy(SubblockDenoiser, Spiffy):
     own in this scheme, so no state goes beyond it.
     """
 
-    plan = Spiffy.plan
+    plan, assemble = Spiffy.plan, Spiffy.assemble
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -297,5 +306,5 @@ class SubblockSpiffy(SubblockDenoiser, Spiffy):
         end = self.rows.start + self.rows.block_length
         return (end % self.whole.block_length != 0) & ((end < self.limit) | self.rules.finishes_blocks)
 
-    def _keep_block(self, row: int, slot: int, state: int, outcome: Outcome) -> None:
+    def _keep_block(self, row: int, slot: int, accepted: np.ndarray) -> None:
         """The block is still open: no keys are kept."""

@@ -12,10 +12,10 @@ finishing  per draft state that leaves none: the finished block as it would be c
 Of shifted models the rows' "block" is a sub-block, and a draft state is a copy of the whole block around it, because
 every query of it sees all others. One that finishes the sub-block gives the next one's first logits.
 
-Plans read ``draft``, several logits per place: places are ``slot`` and ``place`` (M,), and ``lookup`` (M, 1 + S) says
-where the logits of each lie, in the row's current state and in each draft state. Of every row, ``offered`` (rows, S)
-says which slots for states are in use and ``ends`` (rows, S) which of these finish the block. Plans know how many
-states ``inside`` and ``finishing`` (R,) there are, and the queries ``text`` (R,).
+Plans read ``fresh``, several logits per place: places are ``slots_read`` and ``places_read`` (K,), and ``lookup`` (1 +
+S, K) says where the logits of each lie, in the row's current state and in each draft state. Of every row, ``offered``
+(rows, S) says which slots for states are in use and ``ends`` (rows, S) which of these finish the block. Plans know how
+many states ``inside`` and ``finishing`` (R,) there are, and the queries ``text`` (R,).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from s2d2_lmeval.decoding.blocks.planning import (
     block_plan,
     end_of_block,
     read_first,
-    send_blocks,
     set_text,
     subblock_text,
     text_end,
@@ -38,11 +37,12 @@ from s2d2_lmeval.decoding.blocks.rows import Rows
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent
 from s2d2_lmeval.decoding.state import DRAFT
+from s2d2_lmeval.runtime.shapes import power
 from s2d2_lmeval.runtime.visibility import by_reach, in_branches
 
-WriteStates = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Puts so many states ``inside`` and ``finishing`` (rows,) that may follow ``block`` (rows, B) into the store, and
-returns them, (rows, D, B); what is not asked for means nothing."""
+DraftStates = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Drafts so many states ``inside`` and ``finishing`` (rows,) that may follow ``block`` (rows, B), (rows, D, B); what is
+not asked for means nothing."""
 
 
 class States:
@@ -76,16 +76,16 @@ class States:
         places: tuple[np.ndarray, np.ndarray],
         wanted: np.ndarray,
         queries: tuple[np.ndarray, np.ndarray, np.ndarray],
+        most: int,
     ) -> dict[str, np.ndarray]:
         """Want the logits of ``places``, (rows, places) (M,), in all states that have some; ``wanted`` (M,) where
         those that leave a mask do. ``queries`` (M,) give each place's query in the text, in a state inside, and in a
-        finishing one.
+        finishing one; ``most`` states of a row are told of.
 
         Returns what :class:`~s2d2_lmeval.decoding.spiffy.decoder.Spiffy` needs to find them.
         """
         row, place = places
         text, inside, finishing = queries
-        most = int((self.inside + self.finishing).max(initial=0))
         state, before = np.arange(most), self.inside[row][:, None]
         copies = np.where(
             state < before,
@@ -98,8 +98,8 @@ class States:
         which = np.nonzero(read)
         lookup = np.zeros_like(query)
         lookup[which] = np.arange(len(which[0]))
-        builder.read("draft", row[which[0]], place[which[0]], query[which])
-        return {"slot": builder.slots[row], "place": place, "lookup": lookup}
+        builder.read("fresh", row[which[0]], place[which[0]], query[which])
+        return {"slots_read": builder.slots[row], "places_read": place, "lookup": lookup.T}
 
 
 def plan_states(
@@ -109,9 +109,11 @@ def plan_states(
     shifted: bool,
     chunk: int,
     offers: tuple[np.ndarray, np.ndarray],
-    write_states: WriteStates,
+    chain: int,
+    steady: bool = False,
 ) -> Plan:
-    """Lay out the next forward of all active rows, which offer so many draft states, inside and finishing (rows,).
+    """Lay out the next forward of all active rows, which offer so many draft states, inside and finishing (rows,), for
+    a ``chain`` of at most so many steps. Numbers of states told of take few values if ``steady``.
 
     Where the model is ``shifted`` the rows' "block" is a sub-block; ``whole`` is the configuration of whole blocks.
     """
@@ -124,7 +126,50 @@ def plan_states(
     inside, finishing = (count[slots] for count in offers)
     states = States(builder, block, inside, finishing, (length, length if shifted else 2 * length))
 
-    row, place = states.segment.row, states.position - start[states.segment.row]
+    _set_states(states, rows, slots, config, length, shifted)
+    builder.lay_out()
+    wanted = rows.wanted[slots] & drafting[:, None]
+    at_row, at = np.nonzero(wanted | (finishing > 0)[:, None])
+    # A shifted model predicts a token before it; in a state that finishes, tokens of what comes next are predicted.
+    before = (start - block)[at_row] + at - shifted
+    query = np.maximum(before, 0)
+    current = (text.first + block - cached)[at_row] + query
+    drafts = int((inside + finishing).max(initial=0))
+    slot = np.arange(min(power(drafts), rows.draft_states) if steady and drafts else drafts)
+    queries = (current, query, before + part)
+    read = states.read(builder, (at_row, at), wanted[at_row, at], queries, len(slot))
+    known: dict[str, np.ndarray] = {"inside": inside, "finishing": finishing, "text": end - cached}
+    keep = np.where(drafting, block, end) - cached
+    told = {"inside": offers[0], "finishing": offers[1], "text_after": np.zeros(rows.count, dtype=np.int64)}
+    told["text_after"][slots] = end - cached - keep
+    told |= {"offered": slot < (offers[0] + offers[1])[:, None], "ends": slot >= offers[0][:, None]}
+    if shifted:
+        known["first"] = read_first(builder, rows, end)
+        told["given"] = np.zeros(rows.count, dtype=np.int64)
+    # In the table of drafted states (rows, D, B).
+    of_state = builder.column("source") - rows.states_at
+    of_state += np.where(of_state >= 0, slots[builder.layout.row_of] * rows.draft_states * part, 0)
+    return block_plan(
+        builder,
+        rows,
+        config,
+        keep,
+        queries={"of_state": of_state},
+        known=known,
+        tables={"branch": (0, 0), "open_state": (-1, -1), "place": (0, 0)},
+        lists={name: (values, rows.count * part) for name, values in read.items()},
+        moves=bool(finishing.any()) and not shifted,
+        fixed=(len(slot), chain),
+        more=told,
+    )
+
+
+def _set_states(
+    states: States, rows: Rows, slots: np.ndarray, config: DecodingConfig, length: int, shifted: bool
+) -> None:
+    """Set tokens and visibility of the queries of draft states, in blocks of ``length``."""
+    part = rows.block_length
+    row, place = states.segment.row, states.position - rows.start[slots][states.segment.row]
     drafted = (place >= 0) & (place < part)
     # Around a sub-block the block is as it is; after a finished one, which is run as a commit would run it, come masks.
     around = states.position if shifted else rows.states_at - 1
@@ -138,52 +183,20 @@ def plan_states(
         open_state=np.where(committed, -1, slots[row] * rows.draft_states + states.state),
         place=place,
     )
-    builder.lay_out()
-    wanted = rows.wanted[slots] & drafting[:, None]
-    at_row, at = np.nonzero(wanted | (finishing > 0)[:, None])
-    # A shifted model predicts a token before it; in a state that finishes, tokens of what comes next are predicted.
-    before = (start - block)[at_row] + at - shifted
-    query = np.maximum(before, 0)
-    current = (text.first + block - cached)[at_row] + query
-    facts = states.read(builder, (at_row, at), wanted[at_row, at], (current, query, before + part))
-    known = {"inside": inside, "finishing": finishing, "text": end - cached}
-    if shifted:
-        known["first"] = read_first(builder, rows, end)
-        facts["given"] = np.zeros(rows.count)
-    sent, visible = _send_states(builder, rows, config, offers, write_states, facts)
-    return block_plan(builder, sent, rows, visible, np.where(drafting, block, end) - cached, **known)
 
 
-def _send_states(
-    builder: PassBuilder,
-    rows: Rows,
-    config: DecodingConfig,
-    offers: tuple[np.ndarray, np.ndarray],
-    write_states: WriteStates,
-    facts: dict[str, np.ndarray],
-) -> tuple[Sent, torch.Tensor]:
-    """Send the pass and ``facts`` to the device and fill in the draft states there; also who sees whom (R, W, W)."""
-    inside, finishing = offers
-    slot = np.arange(facts["lookup"].shape[1] - 1)
-    sent = send_blocks(
-        rows,
-        config,
-        builder,
-        **facts,
-        branch=builder.padded("branch", 0),
-        open_state=builder.padded("open_state", -1, -1),
-        state_place=builder.padded("place", 0),
-        inside=inside,
-        finishing=finishing,
-        offered=slot < (inside + finishing)[:, None],
-        ends=slot >= inside[:, None],
-    )
-    reach = sent["reach"]
-    if slot.size:
-        drafted = write_states(rows.store.view(-1)[sent["block"]], sent["inside"], sent["finishing"])
+def assemble_states(
+    rows: Rows, config: DecodingConfig, sent: Sent, draft_states: DraftStates
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fill in the draft states on the device: the tokens (N,), and who sees whom (R, W, W)."""
+    reach, tokens = sent["reach"], sent["tokens"]
+    if sent.fixed[0]:
+        drafted = draft_states(sent["block"], sent["inside"], sent["finishing"])
         if config.draft_ver:
             reach = _causal_up_to_first_mask(drafted == rows.mask_token_id, sent, reach)
-    return sent, in_branches(by_reach(sent["rank"], reach), sent["branch"])
+        of_state = sent["of_state"]
+        tokens = torch.where(of_state >= 0, drafted.flatten()[of_state.clamp_min(0)], tokens)
+    return tokens, in_branches(by_reach(sent["rank"], reach), sent["branch"])
 
 
 def _causal_up_to_first_mask(masks: torch.Tensor, sent: Sent, reach: torch.Tensor) -> torch.Tensor:
@@ -194,5 +207,5 @@ def _causal_up_to_first_mask(masks: torch.Tensor, sent: Sent, reach: torch.Tenso
     length = masks.shape[-1]
     first_mask = torch.where(masks.any(-1), masks.long().argmax(-1), length).view(-1)
     state = sent["open_state"]
-    causal = (state >= 0) & (sent["state_place"] < first_mask[state.clamp_min(0)])
+    causal = (state >= 0) & (sent["place"] < first_mask[state.clamp_min(0)])
     return torch.where(causal, sent["rank"], reach)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.spiffy.graph import DraftGraph
+from s2d2_lmeval.runtime.graphs import Tables
 
 
 @dataclass
@@ -27,11 +29,11 @@ class RankTables:
     log_p: torch.Tensor
 
     @classmethod
-    def empty(cls, rows: int, length: int, width: int, device: torch.device) -> RankTables:
+    def empty(cls, rows: int, length: int, width: int, setup: DecoderSetup) -> RankTables:
         """Before the first distribution."""
-        tokens = torch.zeros(rows, length, width, dtype=torch.long, device=device)
-        places = torch.arange(length, device=device).expand(rows, length)
-        return cls(places, tokens, torch.zeros(rows, length, width, device=device))
+        tables, shape = setup.tables, (rows, length, width)
+        places = tables.put("ranked.places", torch.arange(length).repeat(rows, 1))
+        return cls(places, tables.full("ranked.tokens", shape), tables.full("ranked.log_p", shape, 0, setup.dtype))
 
 
 class Eligibility:
@@ -67,8 +69,12 @@ class StateDrafter:
     geometric mean of that and of its best child's.
     """
 
-    def __init__(self, graph: DraftGraph, block_length: int, revises: bool, device: torch.device) -> None:
+    def __init__(self, graph: DraftGraph, block_length: int, revises: bool, tables: Tables) -> None:
         self.revises = revises
+
+        def put(name: str, values: np.ndarray) -> torch.Tensor:
+            return tables.put(f"graph.{name}", torch.from_numpy(values))
+
         count = len(graph.nodes)
         widest = max((len(node.pairs) for node in graph.nodes), default=0)
         place, token = np.full((2, count, widest), -1, dtype=np.int64)
@@ -80,15 +86,15 @@ class StateDrafter:
         used = place >= 0
         self.widest = widest
         self.vocabulary_ranks = int(token.max(initial=0)) + 1
-        self.used = torch.from_numpy(used).to(device)
+        self.used = put("used", used)
         # Nodes with ranks beyond the block are never eligible.
-        self.place = torch.from_numpy(place.clip(0, block_length - 1)).to(device)
-        self.token = torch.from_numpy(token.clip(0)).to(device)
-        self.size = self.used.sum(-1)
-        self.reach = torch.from_numpy(place.max(1, initial=-1) + 1).to(device)
-        self.has_parent = torch.from_numpy(above).to(device)
+        self.place = put("place", place.clip(0, block_length - 1))
+        self.token = put("token", token.clip(0))
+        self.size = put("size", used.sum(1))
+        self.reach = put("reach", place.max(1, initial=-1) + 1)
+        self.has_parent = put("has_parent", above)
         self.tiers = [
-            torch.from_numpy(np.flatnonzero(used.sum(1) == size)).to(device) for size in np.unique(used.sum(1))
+            put(f"tier.{size}", np.flatnonzero(used.sum(1) == size)) for size in np.unique(used.sum(1)).tolist()
         ]
 
     def draft(

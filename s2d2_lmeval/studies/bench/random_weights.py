@@ -18,8 +18,8 @@ from s2d2_lmeval.decoding.sampling.random import Key, KeyedSource
 from s2d2_lmeval.families import adopt
 from s2d2_lmeval.families.facts import DrafterFacts
 from s2d2_lmeval.model import BlockDiffusionModel
-from s2d2_lmeval.runtime.drafter import DFlash, DrafterShape, DraftingRunner
-from s2d2_lmeval.runtime.passes import Pass
+from s2d2_lmeval.runtime.attention import AttentionContext
+from s2d2_lmeval.runtime.drafting.dflash import DFlash, DrafterShape, DraftingRunner
 from s2d2_lmeval.runtime.runner import Runner
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -134,17 +134,16 @@ class ScriptedRunner(Runner):
     script: Script
     mask_token_id: int
 
-    def forward(self, request: Pass) -> torch.Tensor:
-        layout = request.layout
-        row = torch.from_numpy(layout.row_of).to(request.tokens.device)
-        local = torch.from_numpy(layout.local).to(request.tokens.device)
-        start = torch.from_numpy(self.cache.lengths[layout.slots]).to(request.tokens.device)
-        masks = torch.zeros(request.visible.shape[:2], dtype=torch.bool, device=row.device)
-        masks[row, local] = request.tokens == self.mask_token_id
-        seen = (request.visible & masks.unsqueeze(1)).sum(-1)[row, local]
-        logits = super().forward(request)
-        wanted = request.wanted
-        return self.script.logits(logits, request.positions[wanted], seen[wanted] > 1, start[row[wanted]])
+    def _answer(
+        self, tokens: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor, context: AttentionContext
+    ) -> torch.Tensor:
+        masks = context.padded(tokens == self.mask_token_id)
+        seen = (context.visible & masks.unsqueeze(1)).sum(-1).flatten()
+        start = context.lengths.repeat_interleave(context.widest, output_size=seen.numel())
+        if context.gather is not None:
+            seen, start = seen[context.gather], start[context.gather]
+        logits = super()._answer(tokens, positions, wanted, context)
+        return self.script.logits(logits, positions[wanted], seen[wanted] > 1, start[wanted])
 
 
 def follow_script(model: BlockDiffusionModel, script: Script) -> BlockDiffusionModel:

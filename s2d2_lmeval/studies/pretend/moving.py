@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from s2d2_lmeval.model import BlockDiffusionModel
-from s2d2_lmeval.runtime.drafter import DFlash, DraftingRunner
+from s2d2_lmeval.runtime.drafting.dflash import DFlash, DraftingRunner
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.studies.pretend.installed import machine_in_place
 from s2d2_lmeval.studies.pretend.tensors import PretendTensor, named_device

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,11 +14,12 @@ import torch
 from s2d2_lmeval import BlockDiffusionModel, Generation
 from s2d2_lmeval.decoding import scoring
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.runtime import attention, static
+from s2d2_lmeval.runtime import attention, graphs, shapes
 from s2d2_lmeval.runtime.cache import SlotCache
-from s2d2_lmeval.runtime.passes import Layout, Pass
+from s2d2_lmeval.runtime.graphs import upload
+from s2d2_lmeval.runtime.passes import Layout
 from s2d2_lmeval.runtime.runner import Runner
-from s2d2_lmeval.runtime.static import Bucket
+from s2d2_lmeval.runtime.shapes import Frame, Shape
 
 from . import editing_tiny, pipelined_cases, subblocks_drawn
 from .tiny import engine
@@ -72,14 +73,14 @@ def prefix_in_torch(
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", ["sdpa", "flash"])
 def test_padded_shapes_change_no_token(case: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static, "SHORTEST_SPAN", 8)
+    monkeypatch.setattr(shapes, "SHORTEST_SPAN", 8)
     runner = Runner(CASES[case][0](max_batch=3).hf_model, static_shapes=True)
-    assert runner.static is not None
-    runner.static.backend = runner.attention = backend
+    assert runner.graphs is not None
+    runner.attention = backend
     monkeypatch.setattr(attention, "prefix_kernel", lambda dtype: prefix_in_torch)
     got = around(case, runner).generate(PROMPTS, {**CASES[case][1], "max_new_tokens": 11})
     assert canvases(got) == answers(case)
-    assert runner.static.forwards
+    assert runner.graphs.steps
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -103,26 +104,23 @@ def test_scores_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- buckets ----
 
 
-def pass_of(slots: list[int], widths: list[int], wanted: int = 1) -> Pass:
-    layout = Layout(np.array(slots), np.array(widths))
-    tokens = torch.arange(layout.queries) % 19
-    visible = torch.ones(layout.widest, layout.widest, dtype=torch.bool).tril().expand(len(slots), -1, -1)
-    keep = np.zeros(len(slots), dtype=np.int64)
-    return Pass(layout, tokens, torch.from_numpy(layout.local), visible, torch.arange(wanted), keep)
+def bucket(slots: list[int], widths: list[int], wanted: int, cache: SlotCache) -> Shape | None:
+    return Shape.bucket(Layout(np.array(slots), np.array(widths)), wanted, cache, cache.slots)
 
 
 @pytest.mark.parametrize(
     ("slots", "widths", "wanted", "expected"),
     [
-        ([0], [1], 1, Bucket(1, 1, 256, 1)),
-        ([0, 2], [3, 5], 6, Bucket(4, 8, 256, 8)),
-        ([0, 1, 2, 3, 4], [16] * 5, 80, Bucket(6, 16, 256, 96)),  # no more rows than slots
-        ([0], [257], 1, None),
-        ([0, 1, 2, 3, 4, 5], [64, 1, 1, 1, 1, 1], 6, None),  # mostly padding
+        ([0], [1], 1, Shape(1, 1, 1, 256, 1, padded=True)),
+        ([0], [9], 0, Shape(12, 1, 12, 256, 0, padded=True)),  # a single row is as wide as its queries
+        ([0, 2], [3, 5], 6, Shape(8, 4, 8, 256, 6, padded=True)),
+        ([0, 1, 2, 3, 4], [16] * 5, 80, Shape(96, 6, 16, 256, 96, padded=True)),  # no more rows than slots
+        ([0, 5], [512, 1], 2, Shape(768, 6, 512, 256, 2, padded=True)),
+        ([0], [2049], 1, None),
     ],
 )
-def test_buckets(slots: list[int], widths: list[int], wanted: int, expected: Bucket | None) -> None:
-    assert Bucket.of(pass_of(slots, widths, wanted), SlotCache(6, 1000)) == expected
+def test_buckets(slots: list[int], widths: list[int], wanted: int, expected: Shape | None) -> None:
+    assert bucket(slots, widths, wanted, SlotCache(6, 256)) == expected
 
 
 def test_spans_double() -> None:
@@ -130,99 +128,123 @@ def test_spans_double() -> None:
     spans = []
     for length in (0, 255, 256, 600, 990):
         cache.lengths[0] = length
-        bucket = Bucket.of(pass_of([0], [1]), cache)
-        assert bucket is not None
-        spans.append(bucket.span)
+        found = bucket([0], [1], 1, cache)
+        assert found is not None
+        spans.append(found.span)
     assert spans == [256, 256, 512, 1000, 1000]
 
 
+def test_numbers_of_queries_come_in_rungs() -> None:
+    rungs = sorted({shapes.rung(least) for least in range(200)})
+    assert rungs == [0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    assert all(shapes.rung(least) >= least for least in range(200))
+
+
 def stored(cache: SlotCache) -> list[torch.Tensor]:
-    return [layer.clone() for layer in (*cache._keys.values(), *cache._values.values())]
+    return [part.clone() for layer in sorted(cache._layers) for part in cache._layers[layer]]
 
 
 def test_padding_writes_to_no_slot_but_the_scratch_one() -> None:
-    runner = Runner(engine().hf_model, static_shapes=True)
-    runner.reserve(4, 64)
-    plain = Runner(engine().hf_model)
-    plain.reserve(4, 64)
-    first, second = pass_of([0, 1, 2, 3], [9, 8, 7, 6]), pass_of([1, 3], [3, 1], wanted=4)
-    for machine in (runner, plain):
-        machine.forward(first)
-        machine.cache.lengths[:] = [9, 8, 7, 6]
-    before = stored(runner.cache)
-    torch.testing.assert_close(runner.forward(second), plain.forward(second))
+    machines = [Runner(engine().hf_model) for _ in range(2)]
+    layouts = Layout(np.arange(4), np.array([9, 8, 7, 6])), Layout(np.array([1, 3]), np.array([3, 1]))
+    answers, before = [], []
+    for machine, padded in zip(machines, (True, False), strict=True):
+        machine.reserve(4, 64)
+        for layout in layouts:
+            before = stored(machine.cache) if padded else before
+            shape = Shape.bucket(layout, 4, machine.cache, 4) if padded else Shape.exact(layout, 4, machine.cache)
+            assert shape is not None
+            frame = Frame(layout, shape)
+            arrays = {**frame.attention(machine.cache), "tokens": frame.queries(np.arange(layout.queries) % 19)}
+            arrays |= {"positions": frame.queries(layout.local), "read": frame.wanted(np.arange(4))}
+            told = upload(torch.device("cpu"), arrays)
+            visible = torch.ones(shape.widest, shape.widest, dtype=torch.bool).tril().repeat(shape.rows, 1, 1)
+            logits = machine.run(told["tokens"], told["positions"], told["read"], visible, told, frame)
+            machine.commit(layout.slots, layout.widths)
+        answers.append(logits[:4])
+    torch.testing.assert_close(*answers)
     touched = torch.zeros(5, 64, dtype=torch.bool)
     touched[1, 8:11] = touched[3, 6] = touched[4, 0] = True  # the two rows' queries, and scratch
-    for old, new in zip(before, stored(runner.cache), strict=True):
+    for old, new in zip(before, stored(machines[0].cache), strict=True):
         assert torch.equal(old[~touched], new[~touched])
-        assert not torch.equal(old[touched], new[touched])
-    for mine, theirs in zip(stored(runner.cache), stored(plain.cache), strict=True):
+    for mine, theirs in zip(*(stored(machine.cache) for machine in machines), strict=True):
         torch.testing.assert_close(mine[:4], theirs[:4])
 
 
-def test_a_bucket_is_captured_when_met_again_and_dropped_with_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    captured = []
+class Recorded:
+    """In place of a captured graph: replays by running the program again."""
 
-    def capture(self: static.StaticForward, pool: object) -> None:
-        captured.append(self.bucket)
-        self.graph = Replayed(self)  # type: ignore[assignment]
+    made: ClassVar[list[tuple[int, ...]]] = []
 
-    class Replayed:
-        """A graph that runs what it was made of."""
+    def __init__(self, step: graphs.Step, program: graphs.Program) -> None:
+        self.step, self.program = step, program
 
-        def __init__(self, forward: static.StaticForward) -> None:
-            self.forward = forward
+    def replay(self) -> None:
+        self.step.table = self.program(self.step.mail.told)
 
-        def replay(self) -> None:
-            self.forward.logits = self.forward.forward()
+    @staticmethod
+    def capture(step: graphs.Step, program: graphs.Program, pool: object) -> None:
+        Recorded.made.append(tuple(step.mail.device.shape))
+        step.graph = Recorded(step, program)  # type: ignore[assignment]
 
-    monkeypatch.setattr(static.StaticForward, "capture", capture)
+
+def doubled(told: dict[str, torch.Tensor]) -> torch.Tensor:
+    return told["x"] * 2
+
+
+def test_a_bucket_is_captured_after_its_first_step_and_dropped_with_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs.Step, "capture", Recorded.capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    runner = Runner(engine().hf_model, static_shapes=True)
-    assert runner.static is not None
-    runner.static.captures = True
-    runner.reserve(4, 64)
-    narrow, wide = pass_of([0], [1]), pass_of([0], [2])
-    once = runner.forward(narrow)
-    runner.forward(wide)
-    assert not captured
-    again = runner.forward(narrow)
-    third = runner.forward(narrow)
-    assert [bucket.width for bucket in captured] == [1]
-    torch.testing.assert_close(again, once)
-    assert third.data_ptr() != again.data_ptr()  # the caller keeps its own
-    runner.reserve(5, 64)
-    runner.forward(narrow)
-    assert len(runner.static.forwards) == 1
-    runner.release()
-    assert not runner.static.forwards
+    monkeypatch.setattr(Recorded, "made", [])
+    steps = graphs.Graphs(torch.device("cpu"), captures=True)
+    for values in (3, 4):
+        read = steps.run("narrow", {"x": np.array([values])}, doubled)
+        assert read is not None
+        assert read.tolist() == [2 * values]
+    assert Recorded.made == [(1,)]
+    steps.run("wide", {"x": np.arange(2)}, doubled)
+    assert (Recorded.made, len(steps.steps)) == ([(1,), (2,)], 2)
+    table = steps.tables.full("state", (3,), 7)
+    steps.run("wide", {"x": np.arange(2)}, doubled)
+    assert list(steps.steps) == ["wide"], "a new table has a new address"
+    table.zero_()
+    assert steps.tables.full("state", (3,), 7).data_ptr() == table.data_ptr()
+    assert table.tolist() == [7, 7, 7]
+    steps.run("wide", {"x": np.arange(2)}, doubled)
+    assert len(Recorded.made) == 3, "an emptied table has the old address"
 
 
 def test_the_least_recently_used_bucket_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static, "MOST_GRAPHS", 2)
-    runner = Runner(engine().hf_model, static_shapes=True)
-    assert runner.static is not None
-    runner.reserve(4, 64)
-    for width in (1, 2, 1, 4):
-        runner.forward(pass_of([0], [width]))
-    assert [bucket.width for bucket in runner.static.forwards] == [1, 4]
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    steps = graphs.Graphs(torch.device("cpu"), captures=False)
+    for name in ("a", "b", "a", "c"):
+        steps.run(name, {"x": np.arange(1)}, doubled)
+    assert list(steps.steps) == ["a", "c"]
 
 
 def test_a_model_that_cannot_be_captured_runs_without(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def capture(self: static.StaticForward, pool: object) -> None:
+    def capture(step: graphs.Step, program: graphs.Program, pool: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(static.StaticForward, "capture", capture)
+    monkeypatch.setattr(graphs.Step, "capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    runner = Runner(engine().hf_model, static_shapes=True)
-    assert runner.static is not None
-    runner.static.captures = True
-    runner.reserve(4, 64)
+    steps = graphs.Graphs(torch.device("cpu"), captures=True)
     for _ in range(3):
-        runner.forward(pass_of([0], [1]))
+        read = steps.run("narrow", {"x": np.array([3])}, doubled)
+        assert read is not None
+        assert read.tolist() == [6]
     assert caplog.text.count("cannot be captured") == 1
+
+
+def test_graphs_and_old_cache_are_gone_before_a_new_cache_is_made() -> None:
+    runner = Runner(engine().hf_model, static_shapes=True)
+    around("ar", runner).generate(PROMPTS[:2], {**CASES["ar"][1], "max_new_tokens": 4})
+    assert runner.graphs is not None
+    assert runner.graphs.steps
+    runner.reserve(5, 4096)
+    assert not runner.graphs.steps
 
 
 # ---- wide passes with grouped heads ----
@@ -401,10 +423,11 @@ def test_captured_graphs_change_no_token(case: str) -> None:
 
     plain = deepcopy(CASES[case][0](max_batch=3).hf_model).to("cuda")
     runner = Runner(plain)
-    assert runner.static is not None
-    got = around(case, runner).generate(PROMPTS, {**CASES[case][1], "max_new_tokens": 11})
-    assert canvases(got) == answers(case)
-    assert any(forward.graph is not None for forward in runner.static.forwards.values())
+    assert runner.graphs is not None
+    for _ in range(2):
+        got = around(case, runner).generate(PROMPTS, {**CASES[case][1], "max_new_tokens": 11})
+        assert canvases(got) == answers(case)
+    assert all(step.graph is not None for step in runner.graphs.steps.values())
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Qwen3Config
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.config_map import MOST_LAYERS, configured, is_number, is_whole
 from s2d2_lmeval.families.files import misfit, read_config, resolve, skeleton, stored_weights, weight_files
-from s2d2_lmeval.runtime.drafter import DFlash, DrafterShape
+from s2d2_lmeval.runtime.drafting.dflash import DFlash, DrafterShape
 from s2d2_lmeval.toy import embedded
 
 DEFAULT_BLOCK_LENGTH = 16

@@ -28,13 +28,13 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.ranks import ranks_of
-from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.attention import AttentionContext
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.costs import CostCurve
 from s2d2_lmeval.runtime.memory import RowNeeds, bytes_per_position
-from s2d2_lmeval.runtime.passes import DRAFTER, TARGET, Pass
+from s2d2_lmeval.runtime.passes import DRAFTER, TARGET
 from s2d2_lmeval.runtime.runner import Runner
+from s2d2_lmeval.runtime.shapes import Frame
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,10 @@ class FeatureTap:
     def _see(self, place: int, _: nn.Module, __: Any, output: Any) -> None:
         self._seen[place] = output[0] if isinstance(output, tuple) else output
 
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """Features (N, number of layers * hidden size) of the packed queries ``index`` (N,)."""
-        device = self._seen[0].device
-        seen = [self._seen[place] for place in range(len(self._hooks))]
-        return torch.cat([hidden[0].index_select(0, index.to(hidden.device)).to(device) for hidden in seen], dim=-1)
+    def features(self) -> torch.Tensor:
+        """Features (N, number of layers * hidden size) of the packed queries."""
+        seen = [self._seen[place][0] for place in range(len(self._hooks))]
+        return torch.cat([hidden.to(seen[0].device) for hidden in seen], dim=-1)
 
     def clear(self) -> None:
         """Release the last forward's tensors."""
@@ -185,12 +184,17 @@ class FeatureTap:
 class DraftingRunner(Runner):
     """Runs passes on a target or on its drafter: they name the model that answers them."""
 
-    def __init__(self, model: PreTrainedModel, drafter: DFlash, attention: str = "auto") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        drafter: DFlash,
+        attention: str = "auto",
+        static_shapes: bool | None = None,
+    ) -> None:
         if not ranks_of(model).alone:
             raise ConfigError("a drafter runs beside a whole target: leave out draft or tp_plan.")
-        # Features are tapped from packed, eager forwards; the drafter narrows its masks by layer.
-        super().__init__(model, attention, static_shapes=False)
-        self.drafter = Runner(drafter, "sdpa", static_shapes=False)
+        super().__init__(model, attention, static_shapes)
+        self.drafter = Runner(drafter, "sdpa", static_shapes=False)  # the drafter narrows its masks by layer
         self.tap = FeatureTap(self.backbone, drafter.shape.layer_ids)
 
     def reserve(self, slots: int, capacity: int) -> None:
@@ -214,44 +218,67 @@ class DraftingRunner(Runner):
         """As of a single model; ``model`` says which."""
         return self.drafter.measure_costs(rows, most) if model == DRAFTER else super().measure_costs(rows, most)
 
-    def forward(self, request: Pass) -> torch.Tensor:
-        if request.model == TARGET:
-            return super().forward(request)
-        return self.drafter.forward(request)
+    def cache_of(self, model: str) -> SlotCache:
+        return self.drafter.cache if model == DRAFTER else self.cache
+
+    def run(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        wanted: torch.Tensor,
+        visible: torch.Tensor,
+        told: Mapping[str, torch.Tensor],
+        frame: Frame,
+        model: str = TARGET,
+    ) -> torch.Tensor:
+        if model == TARGET:
+            return super().run(tokens, positions, wanted, visible, told, frame)
+        with self.timed():
+            context = AttentionContext.of(told, visible, frame, self.drafter.attention)
+            return self.drafter._answer(tokens, positions, wanted, context)
+
+    def ends(self, frame: Frame, keep: np.ndarray, slots: int, feeds_drafter: bool = False) -> dict[str, np.ndarray]:
+        """For the drafter also: by query, where in its cache a leading one goes that is kept (``feed``); by slot, the
+        place after those (``feed_end``), and the first query that is not kept (``query_end``).
+        """
+        ends = super().ends(frame, keep, slots)
+        if not feeds_drafter:
+            return ends
+        cache, layout = self.drafter.cache, frame.layout
+        stays = layout.local < keep[layout.row_of]
+        by_slot = np.zeros((2, slots), dtype=np.int64)
+        by_slot[0, layout.slots] = layout.slots * cache.capacity + cache.lengths[layout.slots] + keep
+        by_slot[1, layout.slots] = layout.offsets + keep
+        feed = frame.queries(np.where(stays, cache.destinations(layout), cache.scratch), cache.scratch)
+        return {**ends, "feed": feed, "feed_end": by_slot[0], "query_end": by_slot[1]}
+
+    def keep(self, told: Mapping[str, torch.Tensor], path: torch.Tensor | None) -> None:
+        super().keep(told, path)
+        if "feed" in told:
+            with self.timed():
+                self._hand_over(told, path)
+
+    def _hand_over(self, told: Mapping[str, torch.Tensor], path: torch.Tensor | None) -> None:
+        """Let the drafter absorb what has been added to the prefix: leading queries, then those of ``path``."""
+        cache, places = self.drafter.cache, told["feed"]
+        if path is not None and path.shape[1]:
+            # One query more takes what stands for nothing.
+            nobody, depth = len(places), torch.arange(path.shape[1], device=path.device)
+            query = torch.where(path >= 0, told["query_end"].unsqueeze(1) + path, nobody)
+            places = torch.nn.functional.pad(places, (0, 1))
+            places = places.index_copy(0, query.flatten(), (told["feed_end"].unsqueeze(1) + depth).flatten())[:nobody]
+        cache.write_to(places)
+        model = self.drafter.model
+        assert isinstance(model, DFlash)
+        model.absorb(self.tap.features(), (places % cache.capacity).unsqueeze(0), cache)
+
+    def commit(self, slots: np.ndarray, keep: np.ndarray, model: str = TARGET) -> None:
+        """Target and drafter hold the same text; a draft keeps nothing."""
+        self.cache.lengths[slots] += keep
+        self.drafter.cache.lengths[slots] += keep
 
     def synchronize(self) -> None:
         super().synchronize()
         self.drafter.synchronize()
         self.model_seconds += self.drafter.model_seconds
         self.drafter.model_seconds = 0.0
-
-    @torch.inference_mode()
-    def commit(self, request: Pass, kept: np.ndarray, paths: Mapping[int, np.ndarray] | None = None) -> None:
-        super().commit(request, kept, paths) if request.model == TARGET else self.drafter.commit(request, kept, paths)
-        if request.feeds_drafter:
-            started = clock.now()
-            self._hand_over(request, kept, paths or {})
-            self.model_seconds += clock.now() - started
-
-    def _hand_over(self, request: Pass, kept: np.ndarray, paths: Mapping[int, np.ndarray]) -> None:
-        """Let the drafter absorb what ``request`` has added to the prefix: leading queries, then those kept later."""
-        layout, cache = request.layout, self.drafter.cache
-        index, positions, slots = [], [], []
-        for row, slot in enumerate(layout.slots.tolist()):
-            first = np.arange(request.keep[row])
-            queries = np.concatenate([first, len(first) + paths.get(row, np.arange(kept[row]))])
-            index.append(layout.offsets[row] + queries)
-            positions.append(cache.lengths[slot] + np.arange(len(queries)))
-            slots.append(np.full(len(queries), slot))
-            cache.lengths[slot] += len(queries)
-        place, owner = np.concatenate(positions), np.concatenate(slots)
-        if not len(place):
-            return
-
-        def upload(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values.astype(np.int64)).to(self.drafter.device, non_blocking=True)
-
-        cache.write_to(upload(owner * cache.capacity + place))
-        model = self.drafter.model
-        assert isinstance(model, DFlash)
-        model.absorb(self.tap.rows(upload(np.concatenate(index))), upload(place).unsqueeze(0), cache)

@@ -1,0 +1,129 @@
+"""The shape of a forward: what its buffers depend on, and so does a graph that is captured of it.
+
+Eager forwards have the exact shape of what they run. Captured ones are padded to a *bucket*, one of a few shapes, so
+that a graph is used again: queries are packed, and padding is counted in queries, not in rows times the widest. In a
+bucket row i is slot i. Padding writes to the cache's scratch slot; nobody sees it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from s2d2_lmeval.runtime.cache import SlotCache
+from s2d2_lmeval.runtime.passes import Layout
+
+MOST_QUERIES = 2048
+"""Queries of the widest bucket; a wider forward computes long enough to hide its launches."""
+
+MOST_PADDED = 32768
+"""Rows times queries of the widest row, up to which attention is padded in a bucket."""
+
+SHORTEST_SPAN = 256
+"""A bucket reads at least so many cache positions; beyond, powers of two."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``queries`` packed, ``rows`` of up to ``widest`` queries, ``span`` cache positions, ``wanted`` logits. ``padded``
+    says that it is a bucket.
+    """
+
+    queries: int
+    rows: int
+    widest: int
+    span: int
+    wanted: int
+    padded: bool = False
+
+    @classmethod
+    def exact(cls, layout: Layout, wanted: int, cache: SlotCache, grain: int = 1) -> Shape:
+        """The shape of what runs; the span is a multiple of ``grain``."""
+        reached = int((cache.lengths[layout.slots] + layout.widths).max())
+        span = min(-(-reached // grain) * grain, cache.capacity)
+        return cls(layout.queries, len(layout.slots), layout.widest, span, wanted)
+
+    @classmethod
+    def bucket(cls, layout: Layout, wanted: int, cache: SlotCache, slots: int) -> Shape | None:
+        """The smallest bucket of at most ``slots`` rows that holds it; None where it would be too wide."""
+        queries, rows = rung(layout.queries), min(power(int(layout.slots.max()) + 1), slots)
+        widest = queries if rows == 1 else power(layout.widest)
+        if queries > MOST_QUERIES or rows * widest > MOST_PADDED:
+            return None
+        span = max(power(int((cache.lengths[layout.slots] + layout.widths).max())), SHORTEST_SPAN)
+        return cls(queries, rows, widest, min(span, cache.capacity), rung(wanted), padded=True)
+
+
+def power(least: int) -> int:
+    """The smallest power of two that is at least ``least``."""
+    return 1 << max(least - 1, 0).bit_length()
+
+
+def rung(least: int) -> int:
+    """The smallest power of two, or three quarters of one, that is at least ``least``; 0 of 0."""
+    whole = power(least) if least else 0
+    return whole * 3 // 4 if whole >= 8 and least <= whole * 3 // 4 else whole
+
+
+class Frame:
+    """Where the parts of a pass over ``layout`` lie in buffers of ``shape``."""
+
+    def __init__(self, layout: Layout, shape: Shape) -> None:
+        self.layout, self.shape = layout, shape
+        self.row_at = layout.slots if shape.padded else np.arange(len(layout.slots))
+        """(rows in flight,) row of each in the buffers."""
+
+    def queries(self, values: np.ndarray, fill: int = 0) -> np.ndarray:
+        """``values`` (N,) of the packed queries, with padding."""
+        return _extended(values, self.shape.queries, fill)
+
+    def table(self, values: np.ndarray, fill: int) -> np.ndarray:
+        """A table (R, W) from ``values`` (rows in flight, W or less)."""
+        if not self.shape.padded:
+            return values
+        table = np.full((self.shape.rows, self.shape.widest), fill, dtype=np.int64)
+        table[self.row_at, : values.shape[1]] = values
+        return table
+
+    def wanted(self, values: np.ndarray, fill: int = 0) -> np.ndarray:
+        """``values`` (..., M) of the wanted logits, with padding."""
+        return _extended(values, self.shape.wanted, fill)
+
+    def attention(self, cache: SlotCache) -> dict[str, np.ndarray]:
+        """What attention and cache need to know (:class:`~s2d2_lmeval.runtime.attention.AttentionContext`): prefix
+        ``lengths``, ``slots``, ``offsets`` and ``widths`` (R,); ``destinations`` (N,); ``packed`` (N,), the place of
+        every query in a table (R, W); and ``spread`` (R * W,), the query at every place, where rows are ragged.
+        """
+        layout, shape = self.layout, self.shape
+        of_rows = np.zeros((4, shape.rows), dtype=np.int64)
+        if shape.padded:
+            of_rows[1] = np.arange(shape.rows)
+        of_rows[:, self.row_at] = cache.lengths[layout.slots], layout.slots, layout.offsets, layout.widths
+        packed = self.queries(self.row_at[layout.row_of] * shape.widest + layout.local)
+        arrays = dict(zip(("lengths", "slots", "offsets", "widths"), of_rows, strict=True))
+        arrays |= {"destinations": self.queries(cache.destinations(layout), cache.scratch), "packed": packed}
+        if self.ragged:
+            arrays["spread"] = np.zeros(shape.rows * shape.widest, dtype=np.int64)
+            arrays["spread"][packed[: layout.queries]] = np.arange(layout.queries)
+        elif shape.padded:
+            arrays["packed"] = np.arange(shape.queries)
+        return arrays
+
+    @property
+    def ragged(self) -> bool:
+        """Whether packed queries are not simply a table (R, W) row by row."""
+        return self.shape.queries != self.shape.rows * self.shape.widest or (self.shape.padded and self.shape.rows > 1)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether row i is slot i."""
+        return self.shape.padded or bool((self.layout.slots == self.row_at).all())
+
+
+def _extended(values: np.ndarray, length: int, fill: int) -> np.ndarray:
+    """``values`` (..., n) extended to ``length`` by ``fill``."""
+    short = length - values.shape[-1]
+    if not short:
+        return values
+    return np.concatenate([values, np.full((*values.shape[:-1], short), fill, dtype=np.int64)], axis=-1)
