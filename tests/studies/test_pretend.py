@@ -272,6 +272,23 @@ def test_transfers_of_pinned_memory_can_be_captured(counts: Counts) -> None:
     assert counts.totals()["races"] == 1
 
 
+def test_no_value_matters_in_a_capture(counts: Counts) -> None:
+    x, out, index = ones(3), torch.zeros(3, device=GPU), 7 * ones(2, dtype=WHOLE)
+
+    def work() -> tuple[torch.Tensor, ...]:
+        out.scatter_(0, index, x[:2])
+        return x[index], x.gather(0, index), torch.stack([x, x])[:, index].sum(0)
+
+    graph, made = captured(work)
+    assert [tuple(one.shape) for one in made] == [(2,)] * 3
+    index.fill_(1)
+    graph.replay()
+    assert [one.tolist() for one in made] == [[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]]
+    assert out.tolist() == [0.0, 1.0, 0.0]
+    with pytest.raises(RuntimeError, match="size"):
+        captured(lambda: x + ones(2))
+
+
 FAULTS: dict[str, tuple[Callable[[], tuple[Any, ...]], Callable[..., Any]]] = {
     "an upload": (lambda: (on_host(3),), lambda x: x.to(GPU)),
     "an upload of pageable memory": (lambda: (on_host(3),), not_waiting),
@@ -358,3 +375,16 @@ def test_it_leaves_torch_as_it_was() -> None:
     assert [dict(vars(owner)) for owner in owners] == before
     with pytest.raises((RuntimeError, AssertionError)):
         torch.ones(1, device="cuda:3")
+
+
+def test_what_an_earlier_machine_left_behind_is_on_the_one_in_place() -> None:
+    with torch.inference_mode():
+        with pretend_cuda():
+            kept = ones(3)
+        with pretend_cuda() as counts:
+            graph, out = captured(lambda: torch.stack([kept, kept])[:, kept.long()])
+            graph.replay()
+            assert out.tolist() == [[1.0] * 3] * 2
+            assert counts.totals()["capture_faults"] == 0
+        with pytest.raises(RuntimeError, match="inside pretend_cuda"):
+            kept.add_(1)

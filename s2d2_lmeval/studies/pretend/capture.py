@@ -57,6 +57,25 @@ def _bytes(like: torch.Tensor, shape: Sequence[int], stride: Sequence[int]) -> i
     return (last + 1) * like.element_size()
 
 
+def without_values(run: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What ``run(*args, **kwargs)`` gives, but for its numbers: a capture runs nothing, so all of them are in range."""
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def shape_of(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return torch.device("meta") if isinstance(value, torch.device) else value
+        given.append((value.to("meta"), value))
+        return given[-1][0]
+
+    def memory_for(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        known = [tensor for shape, tensor in given if shape is value]
+        return known[0] if known else torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+
+    return mapped(memory_for, run(*mapped(shape_of, args), **mapped(shape_of, kwargs)))
+
+
 class Capture:
     """What was launched on a device between the begin and the end of a capture, and can be replayed after it.
 
@@ -70,6 +89,28 @@ class Capture:
         self._own: dict[int, torch.UntypedStorage] = {}
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self._outside: list[_Outside] = []
+
+    def ran(
+        self,
+        run: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        where: str,
+        writes: Sequence[torch.Tensor] = (),
+    ) -> Any:
+        """``run(*args, **kwargs)``, which writes to memory of ``writes``, as part of the graph."""
+        for tensor in writes:
+            self.writes(tensor)
+        try:
+            found = run(*args, **kwargs)
+        except (IndexError, RuntimeError) as error:
+            try:
+                found = without_values(run, args, kwargs)
+            except Exception:
+                raise error from None  # it is not the values that are wrong
+        self.owns(found, of=(args, kwargs))
+        self.record(run, args, kwargs, found, where)
+        return found
 
     def owns(self, made: Any, of: Any = ()) -> None:
         """What of ``made`` does not lie in the memory of ``of`` was allocated in this capture."""

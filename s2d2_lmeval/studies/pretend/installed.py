@@ -9,16 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from s2d2_lmeval.runtime.kernels.dispatch import Kernel, Launcher, launched_by
 from s2d2_lmeval.studies.pretend import streams
 from s2d2_lmeval.studies.pretend.counts import Counts
-from s2d2_lmeval.studies.pretend.machine import Machine
+from s2d2_lmeval.studies.pretend.machine import Machine, put_in_place
+from s2d2_lmeval.studies.pretend.nested import mapped
 from s2d2_lmeval.studies.pretend.tensors import PretendMode, PretendTensor, named_device
 
 MEMORY, FREE = 24 << 30, 20 << 30
-_installed: list[Machine] = []
 
 
 @contextmanager
@@ -30,32 +29,18 @@ def pretend_cuda(devices: int = 1) -> Iterator[Counts]:
     Raises:
         RuntimeError: inside another one.
     """
-    if _installed:
-        raise RuntimeError("a pretend device is in place already")
     torch._C._ensureCUDADeviceGuardSet()
     if torch.cuda.is_available():
         torch.cuda.init()
     machine = Machine(devices)
     with ExitStack() as stack:
-        _installed.append(machine)
-        stack.callback(_installed.clear)
+        stack.enter_context(put_in_place(machine))
         for owner, replacements in ((torch.cuda, _of_cuda(machine)), (torch, _of_torch(machine))):
             stack.enter_context(_replaced(owner, replacements))
         stack.enter_context(_replaced(torch.Tensor, _of_tensors(machine)))
         stack.enter_context(launched_by(_PretendLauncher(machine)))
         stack.enter_context(PretendMode(machine))
         yield machine.counts
-
-
-def machine_in_place() -> Machine:
-    """The machine of the :func:`pretend_cuda` that this is called in.
-
-    Raises:
-        RuntimeError: there is none.
-    """
-    if not _installed:
-        raise RuntimeError("no pretend device is in place: this works inside pretend_cuda() only")
-    return _installed[0]
 
 
 @contextmanager
@@ -174,14 +159,9 @@ class _PretendLauncher(Launcher):
         inner = {name: value.elem if isinstance(value, PretendTensor) else value for name, value in given.items()}
         for _ in range(kernel.launches):
             machine.by_triton(kernel.name, device)
-        if machine.capture is not None:
-            for name in kernel.writes:
-                machine.capture.writes(inner[name])
-        found = kernel.reference(**inner)
-        if machine.capture is not None:
-            machine.capture.kernels += kernel.launches
-            machine.capture.owns(found, of=inner)
-            machine.capture.record(kernel.reference, (), inner, found, kernel.name)
-        return tree_map(
-            lambda one: PretendTensor(one, device, machine) if isinstance(one, torch.Tensor) else one, found
-        )
+        if machine.capture is None:
+            found = kernel.reference(**inner)
+        else:
+            changed = [inner[name] for name in kernel.writes]
+            found = machine.capture.ran(kernel.reference, (), inner, kernel.name, changed)
+        return mapped(lambda one: PretendTensor(one, device) if isinstance(one, torch.Tensor) else one, found)

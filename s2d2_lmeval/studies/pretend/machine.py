@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -66,6 +68,7 @@ class Machine:
             self.issued += 1
             return
         self.counts.captured[kernel, place()] += 1
+        self.capture.kernels += 1
         if device.index != self.capture.device:
             self.fault(f"{kernel} on {device} in a capture on cuda:{self.capture.device}")
 
@@ -144,3 +147,33 @@ class Machine:
         self.issued += 1
         for freed in capture.replay():
             self.counts.capture_faults["replays on memory that was freed", freed] += 1
+
+
+_in_place: list[Machine] = []
+
+
+@contextmanager
+def put_in_place(machine: Machine) -> Iterator[None]:
+    """Lets all pretend tensors be on ``machine`` meanwhile, also those of an earlier one that somebody kept.
+
+    Raises:
+        RuntimeError: inside another one.
+    """
+    if _in_place:
+        raise RuntimeError("a pretend device is in place already")
+    _in_place.append(machine)
+    try:
+        yield
+    finally:
+        _in_place.clear()
+
+
+def machine_in_place() -> Machine:
+    """The machine of the :func:`~s2d2_lmeval.studies.pretend.pretend_cuda` that this is called in.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if not _in_place:
+        raise RuntimeError("no pretend device is in place: this works inside pretend_cuda() only")
+    return _in_place[0]

@@ -11,7 +11,7 @@ import torch
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.runtime.drafting.dflash import DFlash, DraftingRunner
 from s2d2_lmeval.runtime.runner import Runner
-from s2d2_lmeval.studies.pretend.installed import machine_in_place
+from s2d2_lmeval.studies.pretend.machine import machine_in_place
 from s2d2_lmeval.studies.pretend.tensors import PretendTensor, named_device
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -60,7 +60,7 @@ def move_module(module: Module, place: Place = lambda name: "cuda:0") -> Module:
                     continue
                 if id(tensor) not in pretend:
                     device = named_device(machine, place(f"{prefix}.{name}" if prefix else name))
-                    made = PretendTensor(tensor.detach(), device, machine)
+                    made = PretendTensor(tensor.detach(), device)
                     made._is_param = isinstance(tensor, torch.nn.Parameter)
                     pretend[id(tensor)] = made
                 store[name] = pretend[id(tensor)]

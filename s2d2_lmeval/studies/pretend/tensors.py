@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2d2_lmeval.studies.pretend.counts import READ, place
-from s2d2_lmeval.studies.pretend.machine import Machine
+from s2d2_lmeval.studies.pretend.machine import Machine, machine_in_place
 from s2d2_lmeval.studies.pretend.nested import mapped, tensors_in
 
 _WITHOUT_KERNEL = {
@@ -40,10 +40,9 @@ class PretendTensor(torch.Tensor):
     """Says that it lies on ``cuda:N``; its numbers are those of :attr:`elem`, on the CPU."""
 
     elem: torch.Tensor
-    machine: Machine
 
     @staticmethod
-    def __new__(cls, elem: torch.Tensor, device: torch.device, machine: Machine) -> PretendTensor:
+    def __new__(cls, elem: torch.Tensor, device: torch.device) -> PretendTensor:
         """``elem`` as a tensor on ``device``; they share their memory."""
         made: PretendTensor = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -55,8 +54,13 @@ class PretendTensor(torch.Tensor):
             device=device,
             requires_grad=False,
         )
-        made.elem, made.machine = elem, machine
+        made.elem = elem
         return made
+
+    @property
+    def machine(self) -> Machine:
+        """The one in place now."""
+        return machine_in_place()
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -64,8 +68,7 @@ class PretendTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        ours = next(value for value in tensors_in((args, kwargs)) if isinstance(value, PretendTensor))
-        return operate(ours.machine, func, args, kwargs or {})
+        return operate(machine_in_place(), func, args, kwargs or {})
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PretendTensor({self.elem!r}, device={self.device})"
@@ -124,14 +127,10 @@ class PretendTensor(torch.Tensor):
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         inner, advanced = self._inside(index)
-        found = self.elem[inner]
         if not advanced:
-            return self._made(found)
-        if self.machine.capture is not None:
-            self.machine.capture.owns(found)
-        _launch(self.machine, "index", self.device)
-        _record(self.machine, lambda tensor, at: tensor[at], (self.elem, inner), {}, found)
-        return self._made(found)
+            return self._made(self.elem[inner])
+        self.machine.launch("index", self.device)
+        return self._made(_run(self.machine, _get, (self.elem, inner), {}))
 
     def __setitem__(self, index: Any, value: Any) -> None:
         inner, advanced = self._inside(index)
@@ -141,14 +140,11 @@ class PretendTensor(torch.Tensor):
             _same_device(self.machine, "index_put_", [self, value])
         content = value.elem if isinstance(value, PretendTensor) else value
         moves = "copy_" if isinstance(value, torch.Tensor) else "fill_"
-        _launch(self.machine, "index_put_" if advanced else moves, self.device)
-        if self.machine.capture is not None:
-            self.machine.capture.writes(self.elem)
-        _record(self.machine, _put, (self.elem, inner, content), {}, None)
-        self.elem[inner] = content
+        self.machine.launch("index_put_" if advanced else moves, self.device)
+        _run(self.machine, _put, (self.elem, inner, content), {}, writes=[self.elem])
 
     def _made(self, elem: torch.Tensor) -> PretendTensor:
-        return PretendTensor(elem, self.device, self.machine)
+        return PretendTensor(elem, self.device)
 
     def _inside(self, index: Any) -> tuple[Any, bool]:
         """The index on :attr:`elem`, and whether it takes a kernel; indices from the host are uploads."""
@@ -223,24 +219,27 @@ def _on_a_device(
 ) -> Any:
     """A kernel, or a view."""
     args, kwargs = inner
-    if machine.capture is not None and func._schema.is_mutable:
-        for value, declared in zip(args, func._schema.arguments, strict=False):
-            if isinstance(value, torch.Tensor) and declared.alias_info is not None and declared.alias_info.is_write:
-                machine.capture.writes(value)
-    found = func(*args, **kwargs)
-    if next(tensors_in(found), None) is None or device.type != "cuda":
+    if func.is_view or name in _WITHOUT_KERNEL:
+        found = func(*args, **kwargs)
+        if machine.capture is not None:
+            machine.capture.owns(found, of=inner)
+    else:
+        changed = [
+            value
+            for value, declared in zip(args, func._schema.arguments, strict=False)
+            if isinstance(value, torch.Tensor) and declared.alias_info is not None and declared.alias_info.is_write
+        ]
+        found = _run(machine, func, args, kwargs, changed)
+        if device.type == "cuda" and next(tensors_in(found), None) is not None:
+            machine.launch(name, device)
+    if device.type != "cuda":
         return found
-    if machine.capture is not None:
-        machine.capture.owns(found, of=inner)
-    if not func.is_view and name not in _WITHOUT_KERNEL:
-        _launch(machine, name, device)
-        _record(machine, func, args, kwargs, found)
     known = {id(one.elem): one for one in ours}
 
     def outer(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return known[id(value)] if id(value) in known else PretendTensor(value, device, machine)
+        return known[id(value)] if id(value) in known else PretendTensor(value, device)
 
     return mapped(outer, found)
 
@@ -265,7 +264,7 @@ def _moved(
     if source.device.type == "cpu":
         # Another type is made where the tensor comes from, so what goes up is not its own memory.
         content = func(source, **kwargs) if another_type else source
-        made = PretendTensor(torch.empty_like(content), device, machine)
+        made = PretendTensor(torch.empty_like(content), device)
         if machine.capture is not None:
             machine.capture.owns(made.elem)
         return _transferred(machine, made, content, asked)
@@ -274,12 +273,8 @@ def _moved(
         target = torch.empty_like(there.elem)
         # What is not waited for goes to pinned memory, as torch has it.
         return _transferred(machine, machine.pin(target) if asked else target, there, asked)
-    found = func(source.elem, **kwargs)
-    if machine.capture is not None:
-        machine.capture.owns(found, of=source.elem)
-    _launch(machine, "_to_copy" if device == source.device else "copy between devices", source.device)
-    _record(machine, func, (source.elem,), kwargs, found)
-    return PretendTensor(found, device, machine)
+    machine.launch("_to_copy" if device == source.device else "copy between devices", source.device)
+    return PretendTensor(_run(machine, func, (source.elem,), kwargs), device)
 
 
 def _transferred(machine: Machine, target: torch.Tensor, source: torch.Tensor, asked_not_to_wait: bool) -> torch.Tensor:
@@ -317,15 +312,17 @@ def _inner(machine: Machine, value: Any) -> Any:
     return value
 
 
-def _launch(machine: Machine, kernel: str, device: torch.device) -> None:
-    machine.launch(kernel, device)
-    if machine.capture is not None:
-        machine.capture.kernels += 1
+def _run(
+    machine: Machine, run: Any, args: Sequence[Any], kwargs: Mapping[str, Any], writes: Sequence[torch.Tensor] = ()
+) -> Any:
+    """``run(*args, **kwargs)``, now or as part of a graph."""
+    if machine.capture is None:
+        return run(*args, **kwargs)
+    return machine.capture.ran(run, args, kwargs, place(), writes)
 
 
-def _record(machine: Machine, run: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-    if machine.capture is not None:
-        machine.capture.record(run, args, kwargs, result, place())
+def _get(tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    return tensor[index]
 
 
 def _put(tensor: torch.Tensor, index: Any, content: Any) -> None:
