@@ -102,6 +102,7 @@ class AttentionContext:
     mask: torch.Tensor | None = None
     backend: str = "sdpa"
     _biases: dict[tuple[torch.dtype, int], torch.Tensor] = field(default_factory=dict, init=False)
+    _elsewhere: dict[torch.device, AttentionContext] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(
@@ -126,14 +127,21 @@ class AttentionContext:
         )
 
     def to(self, device: torch.device) -> AttentionContext:
-        """The same on another device (models spread over several); itself where it lies there already."""
+        """The same on another device, for all layers there (models spread over several); itself where it lies there
+        already.
+        """
+        device = torch.device(device)
         if self.lengths.device == device:
             return self
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
+        if device not in self._elsewhere:
+            values = {one.name: getattr(self, one.name) for one in fields(self)}
+            moved: dict[str, Any] = {
+                name: value.to(device, non_blocking=True)
+                for name, value in values.items()
+                if isinstance(value, torch.Tensor)
+            }
+            self._elsewhere[device] = replace(self, **moved)
+        return self._elsewhere[device]
 
     def seen(self, storage: torch.Tensor) -> torch.Tensor:
         """What anybody sees of a layer's ``storage`` (slots, capacity, heads, dim): (R, C, heads, dim)."""

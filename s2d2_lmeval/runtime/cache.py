@@ -37,7 +37,7 @@ class SlotCache:
         self._banks: list[torch.Tensor] = []
         """Storage of several layers each, (layers, 2, slots + 1, capacity, heads, dim)."""
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._destinations: torch.Tensor | None = None
+        self._destinations: dict[torch.device, torch.Tensor] = {}
 
     @property
     def scratch(self) -> int:
@@ -51,7 +51,8 @@ class SlotCache:
 
     def write_to(self, destinations: torch.Tensor) -> None:
         """Where the next forward's queries go: ``destinations`` (N,) as slot * capacity + position."""
-        self._destinations = destinations
+        self._given = destinations
+        self._destinations = {destinations.device: destinations}
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
@@ -62,8 +63,9 @@ class SlotCache:
         """
         if layer not in self._layers:
             self._allocate(layer, keys, values)
-        assert self._destinations is not None
-        destinations = self._destinations.to(keys.device)
+        if keys.device not in self._destinations:
+            self._destinations[keys.device] = self._given.to(keys.device, non_blocking=True)
+        destinations = self._destinations[keys.device]
         for storage, fresh in zip(self._layers[layer], (keys, values), strict=True):
             storage.view(-1, *storage.shape[2:]).index_copy_(0, destinations, fresh[0].transpose(0, 1))
         return self._layers[layer]

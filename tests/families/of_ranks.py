@@ -36,7 +36,7 @@ def everything(folder: str, **loading: Any) -> dict[str, Any]:
     for options in OPTIONS:
         wanted = {**options, "max_new_tokens": 12, "stop_token_ids": []}
         answers = model.generate(PROMPTS, wanted, stop=stop)
-        found["heads"].append(model._runner.cache._keys[0].shape[2])
+        found["heads"].append(model._runner.cache._layers[0][0].shape[2])
         timed = options.get("row_budget") == "auto"  # its trees follow the clock
         stats = [{} if timed else {**one.stats, "seconds": 0} for one in answers]
         found[str(options)] = [[one.token_ids for one in answers], stats]
