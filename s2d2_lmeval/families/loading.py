@@ -17,7 +17,6 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
-from transformers.quantizers import AutoHfQuantizer
 
 from s2d2_lmeval.errors import CheckpointError, ConfigError, first_line, shown, without_messages
 from s2d2_lmeval.families.adapters import merge_adapter
@@ -32,6 +31,7 @@ from s2d2_lmeval.families.files import (
     stored_weights,
     weight_files,
 )
+from s2d2_lmeval.families.quantized import check_blocks, quantization_of, with_native_names
 from s2d2_lmeval.families.records import TOKENIZER_FILES, TRAINING_FILES, names_block_length, names_mask
 from s2d2_lmeval.families.registry import identify, mark
 from s2d2_lmeval.ranks import launched
@@ -89,9 +89,9 @@ def load_checkpoint(
     if facts.block_length_from == "assumed":
         warnings.warn(f"{source}: {facts.caveat}.", stacklevel=2)
     mark(native, facts)
-    quantized = bool(quantization_config) or _is_quantized(native)
+    quantized = bool(quantization_config) or quantization_of(native) is not None
     files = weight_files(source, from_pretrained.get("variant"), **hub)
-    _check_size(source, chosen, native, stored_weights(files, quantized=quantized))
+    _check_stored(source, chosen, native, stored_weights(files, quantized=quantized))
     from_pretrained["dtype"] = torch.float32 if asked_dtype == "auto" and _on_cpu(placed) else asked_dtype
     if tp_plan is None:
         from_pretrained["device_map"] = placed
@@ -244,21 +244,10 @@ def _load(family: Family, source: str, arguments: Mapping[str, Any]) -> PreTrain
     return model.eval()
 
 
-def _is_quantized(native: PreTrainedConfig) -> bool:
-    """Whether config.json says so; transformers takes weights of a kind that it does not know for plain ones."""
-    given = getattr(native, "quantization_config", None)
-    if given is None:
-        return False
-    try:
-        if AutoHfQuantizer.supports_quant_method(given):
-            return True
-    except Exception:  # not an object, or without a method
-        pass
-    raise CheckpointError(f"config.json says quantization_config={given!r}, which transformers cannot read.")
-
-
-def _check_size(source: str, family: Family, native: PreTrainedConfig, weights: Mapping[str, Stored]) -> None:
-    """Refuse a configuration whose size differs from its weights, before building a model of that size."""
+def _check_stored(source: str, family: Family, native: PreTrainedConfig, weights: Mapping[str, Stored]) -> None:
+    """Refuse a configuration whose size differs from its weights, before building a model of that size; and a
+    quantization that transformers would misread.
+    """
     stored = sum(math.prod(weight.shape) for weight in weights.values())
     native_class = getattr(transformers, family.native_class)
     model = skeleton(source, native.num_hidden_layers, len(weights), lambda: native_class._from_config(native))
@@ -267,6 +256,10 @@ def _check_size(source: str, family: Family, native: PreTrainedConfig, weights: 
         raise CheckpointError(
             f"{source}: config.json describes {described} parameters, but the weights are {stored} numbers."
         )
+    quantization = quantization_of(native)
+    if quantization is not None:
+        check_blocks(source, quantization, weights)
+        native.quantization_config = with_native_names(quantization, family)
 
 
 def _check_fit(family: Family, source: str, info: Mapping[str, Any]) -> None:

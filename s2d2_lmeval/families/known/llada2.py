@@ -103,6 +103,7 @@ def defaults(block_length: int, *, conservative: bool = False) -> dict[str, Any]
 
 def _glm4_moe(config: Mapping[str, Any]) -> LLaDA2Config:
     _refuse_relatives(config)
+    _refuse_quantized(config)
     return translate(
         {"partial_rotary_factor": 0.5, **config},
         LLaDA2Config,
@@ -113,6 +114,15 @@ def _glm4_moe(config: Mapping[str, Any]) -> LLaDA2Config:
         use_qk_norm=True,
         attention_bias=False,
     )
+
+
+def _refuse_quantized(config: Mapping[str, Any]) -> None:
+    """The fused projection would have to be split as it is stored, with scales for blocks of all three."""
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            "quantized LLaDA2 checkpoints hold queries, keys and values as one projection, which cannot be split here. "
+            "Load plain weights, with load_in_8bit=True if memory is short."
+        )
 
 
 def _refuse_relatives(config: Mapping[str, Any]) -> None:
