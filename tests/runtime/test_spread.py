@@ -27,7 +27,7 @@ def test_layers_on_two_devices(options: dict[str, Any], monkeypatch: pytest.Monk
     wanted = {**options, "max_new_tokens": 12, "stop_token_ids": []}
     expected = [answer.token_ids for answer in model.generate(PROMPTS, wanted)]
     built, moved = [], []
-    build, replace = AttentionContext.build, attention.replace
+    build, replace = AttentionContext.of, attention.replace
 
     def counted(*given: Any) -> AttentionContext:
         built.append(1)
@@ -37,7 +37,7 @@ def test_layers_on_two_devices(options: dict[str, Any], monkeypatch: pytest.Monk
         moved.append(changes["lengths"].device)
         return replace(context, **changes)
 
-    monkeypatch.setattr(AttentionContext, "build", counted)
+    monkeypatch.setattr(AttentionContext, "of", counted)
     monkeypatch.setattr(attention, "replace", noted)
     with pretend_cuda(devices=2) as counts:
         spread = move(model, place)
