@@ -44,7 +44,8 @@ class Runner:
         self.ranks = ranks_of(model)
         if static_shapes and not self.ranks.alone:
             raise ConfigError("static_shapes: forwards of several ranks are not captured; leave it out with tp_plan.")
-        clock.share(self.ranks)
+        if not self.ranks.alone:
+            clock.share(self.ranks)
         self.device = model.get_input_embeddings().weight.device
         self.grain = grain_of(self.device, model.dtype)
         self.cache = SlotCache(0, 0)

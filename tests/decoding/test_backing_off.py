@@ -10,6 +10,7 @@ import torch
 
 from s2d2_lmeval import BlockDiffusionModel
 from s2d2_lmeval.errors import CapacityError
+from s2d2_lmeval.ranks import Ranks
 from s2d2_lmeval.runtime.runner import Runner
 
 from .drawn import MASK
@@ -93,6 +94,16 @@ def test_not_even_one_row() -> None:
         small(holds=0).generate(PROMPTS[:1], {"block_length": 4, "max_new_tokens": 4})
     with pytest.raises(CapacityError, match="on a single text"):
         small(holds=0).score([([1], [2])])
+
+
+def test_one_of_several_ranks_does_not_begin_again() -> None:
+    """The others wait for it inside of a forward."""
+    model = small(holds=4)
+    model._runner.ranks = Ranks(rank=1, size=2)
+    with pytest.raises(CapacityError, match=r"rank 1 of 2 with 8 requests in flight.*Give max_batch=4 or less"):
+        model.generate(PROMPTS, {"block_length": 4, "max_new_tokens": 4})
+    with pytest.raises(CapacityError, match="rank 1 of 2"):
+        model.score([([1, 2, 3 + i], [4]) for i in range(7)])
 
 
 def test_other_errors_are_not_taken_for_a_shortage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,11 @@ import pytest
 
 from s2d2_lmeval import load
 from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.ranks import Ranks
+from s2d2_lmeval.runtime import clock, runner
+from s2d2_lmeval.runtime.drafting import dflash
+from s2d2_lmeval.runtime.drafting.dflash import DraftingRunner
+from s2d2_lmeval.runtime.runner import Runner
 
 from . import of_ranks
 from .conftest import Published
@@ -60,3 +65,20 @@ def test_what_cannot_be_divided_is_refused(
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(ConfigError, match=message):
         load(publish("sdar").folder, **{"tp_plan": "auto", **given})
+
+
+def test_what_several_ranks_cannot_have_is_refused(
+    publish: Callable[..., Published], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs, a drafter beside the target, draws from a generator of each process."""
+    model = load(publish("sdar").folder, device="cpu")
+    monkeypatch.setattr(clock, "_ranks", clock._ranks)
+    monkeypatch.setattr(runner, "ranks_of", lambda model: Ranks(rank=0, size=2))
+    monkeypatch.setattr(dflash, "ranks_of", lambda model: Ranks(rank=0, size=2))
+    with pytest.raises(ConfigError, match="static_shapes: forwards of several ranks are not captured"):
+        Runner(model.hf_model, static_shapes=True)
+    with pytest.raises(ConfigError, match="leave out draft or tp_plan"):
+        DraftingRunner(model.hf_model, model.hf_model)
+    model._runner.ranks = Ranks(rank=0, size=2)
+    with pytest.raises(ConfigError, match="several ranks draw alike from keyed or fixed only"):
+        model.generate([[5, 6]], {"random_source": "torch", "do_sample": True})
