@@ -37,6 +37,7 @@ def load(
     max_context: int | None = None,
     draft: str | Path | None = None,
     static_shapes: bool | None = None,
+    fused: str | bool = "auto",
     **options: Any,
 ) -> BlockDiffusionModel:
     """Load a block-diffusion checkpoint, or an autoregressive one as target of a drafter, into native transformers
@@ -53,6 +54,8 @@ def load(
             and ``ddtree``.
         static_shapes: pad narrow forwards to a few shapes, captured as graphs on CUDA; by default if the model is on a
             single CUDA device.
+        fused: ``auto``, ``on`` or ``off``: layers as few GPU kernels, with the numbers of the module
+            (:func:`~s2d2_lmeval.runtime.kernels.fused.fuse`); by default on CUDA where that works.
         options: ``dtype``, ``device``, ``revision``, ``device_map``, ``quantization_config``, ``family``, and all
             others of :func:`s2d2_lmeval.families.load_checkpoint`.
 
@@ -66,12 +69,12 @@ def load(
     else:
         model, facts = load_checkpoint(source, **options)
     if draft is None:
-        runner = Runner(model, attention, static_shapes)
+        runner = Runner(model, attention, static_shapes, fused)
     else:
         hub = {name: options[name] for name in HUB_OPTIONS if name in options and name not in ("revision", "subfolder")}
         drafter = load_drafter(draft, model, **hub)
         facts = facts.with_drafter(DrafterFacts(drafter.shape.block_length, drafter.shape.mask_token_id))
-        runner = DraftingRunner(model, drafter, attention, static_shapes)
+        runner = DraftingRunner(model, drafter, attention, static_shapes, fused)
     return BlockDiffusionModel(
         model, facts, attention=attention, max_batch=max_batch, max_context=max_context, runner=runner
     )
@@ -88,6 +91,7 @@ class BlockDiffusionModel:
         facts: Facts,
         *,
         attention: str = "auto",
+        fused: str | bool = "auto",
         max_batch: int | str | RowLimit = 8,
         max_context: int | None = None,
         runner: Runner | None = None,
@@ -105,7 +109,7 @@ class BlockDiffusionModel:
         self.facts = facts
         self.max_context = max_context or facts.max_context
         self.trace = Trace()
-        self._runner = runner or Runner(hf_model, attention)
+        self._runner = runner or Runner(hf_model, attention, fused=fused)
         self.rows = max_batch if isinstance(max_batch, RowLimit) else RowLimit(max_batch)
 
     @property
@@ -142,6 +146,11 @@ class BlockDiffusionModel:
     def attention(self) -> str:
         """The attention back end in use."""
         return self._runner.attention
+
+    @property
+    def fused(self) -> bool:
+        """Whether layers run as few kernels."""
+        return self._runner.fused
 
     def config(self, options: DecodingConfig | Mapping[str, Any] | None = None) -> DecodingConfig:
         """``options`` merged over the family's paper setting; a complete configuration is returned unchanged."""

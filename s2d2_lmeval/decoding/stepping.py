@@ -38,7 +38,8 @@ class Stepper:
         """Run the planned step; the decoder's table."""
         runner, layout, cache = self.runner, plan.layout, self.runner.cache_of(plan.model)
         rows = self.decoder.rows.count
-        shape = self.graphs and Shape.bucket(layout, len(plan.query), cache, rows)
+        reads_span = runner.attention_of(plan.model) == "sdpa"
+        shape = self.graphs and Shape.bucket(layout, len(plan.query), cache, rows, reads_span)
         frame = Frame(layout, shape or Shape.exact(layout, len(plan.query), cache, runner.grain))
         arrays = {**plan.lay(frame, rows), **frame.attention(cache)}
         if plan.moves:

@@ -46,7 +46,7 @@ OF_HARNESS: dict[str, Any] = {
 types of their values (None: checked elsewhere).
 """
 OF_LOADING: dict[str, Any] = {
-    **dict.fromkeys(("attention", "max_batch", "parallelize", "max_memory_per_gpu", "max_cpu_memory")),
+    **dict.fromkeys(("attention", "fused", "max_batch", "parallelize", "max_memory_per_gpu", "max_cpu_memory")),
     **dict.fromkeys(("static_shapes", "force_download", "local_files_only"), "bool"),
     **dict.fromkeys(("max_context", "mask_token_id"), "int"),
     **dict.fromkeys(("draft", "family", "device", "revision", "variant", "cache_dir", "offload_folder"), _NAME),

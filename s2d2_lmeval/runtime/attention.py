@@ -7,6 +7,8 @@ Back ends:
 ``flash``  in two parts, so that no mask over the prefix is needed: the long prefix, which every query of a row sees
            whole, by flash-attn with a length per row; and the few fellow queries, with their mask, in torch. Each part
            comes with the log of its sum of exponentials, by which the two are merged exactly.
+``triton`` in one kernel of our own (:mod:`~s2d2_lmeval.runtime.kernels.attention`): no mask over the prefix, no
+           padding, nothing that depends on how long a prefix is.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from s2d2_lmeval.errors import ConfigError, first_line, shown
+from s2d2_lmeval.runtime.kernels.attention import DIMS, Heads, attend, attends, prefix_mask
 from s2d2_lmeval.runtime.shapes import Frame
 
 logger = logging.getLogger("s2d2_lmeval")
 
 NAME = "s2d2"
-BACKENDS = ("sdpa", "flash")
+BACKENDS = ("sdpa", "flash", "triton")
 
 OLDEST, HOPPER = (8, 0), 9
 """Compute capability that flash-attn 2 asks for, and the generation that flash-attn 3 is written for."""
@@ -53,9 +56,25 @@ def grain_of(device: torch.device, dtype: torch.dtype) -> int:
     return 16 if dtype in (torch.bfloat16, torch.float16) else 1
 
 
-def choose_backend(attention: str, device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
+def heads_of(config: Any) -> Heads:
+    """The heads of a transformers ``config``."""
+    config = config.get_text_config()
+    heads = int(config.num_attention_heads)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads), int(dim)
+
+
+def choose_backend(
+    attention: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    heads: Heads = (32, 8, 128),
+) -> str:
     """Resolve ``attention`` (``auto`` or a back end) to a back end for weights of ``dtype`` on ``device`` (a GPU if
-    there is one).
+    there is one) with such ``heads``.
+
+    On CUDA, ``auto`` is ``triton`` where that works, else ``flash``, else ``sdpa``; elsewhere it is ``sdpa``. On a CPU
+    ``triton`` runs its kernel's torch reference.
 
     Raises:
         ConfigError: a name that is not a back end, or one that these weights or this machine cannot have.
@@ -66,7 +85,17 @@ def choose_backend(attention: str, device: torch.device | None = None, dtype: to
         )
     if attention == "sdpa":
         return "sdpa"
-    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    if attention == "triton" or (attention == "auto" and on_gpu):
+        if attends(heads, device, dtype):
+            return "triton"
+        if attention == "triton":
+            raise ConfigError(
+                f"attention=triton needs Triton with a C compiler, weights in bfloat16, float16 or float32 and a head "
+                f"dimension of {', '.join(map(str, DIMS))}; this is {dtype} and {heads[2]}. Use attention=sdpa."
+            )
     half = dtype in (torch.bfloat16, torch.float16)
     if attention == "auto":
         return "flash" if on_gpu and half and prefix_kernel(dtype) is not None else "sdpa"
@@ -87,7 +116,10 @@ class AttentionContext:
     ``spread`` (R * W,) packed index of each padded query, or None where all rows are equally wide; ``gather`` (N,) its
     inverse; ``slots`` (R,) or None where the rows are just the first R slots; ``visible`` (R, W, W) who sees whom;
     ``lengths`` (R,) prefix lengths; ``destinations`` (N,) where the queries' keys lie in the flattened storage;
-    ``span`` C, the number of cache positions that anybody sees; ``mask`` (R, 1, W, C) bool (None under ``flash``).
+    ``span`` C, the number of cache positions that anybody sees; ``mask`` (R, 1, W, C) bool, for ``sdpa`` only.
+
+    ``offsets`` and ``widths`` (R,) say where each row's queries lie. Under ``triton`` only, ``window`` and ``causal``
+    narrow the sight of a layer by ``positions`` (N,), see :func:`~s2d2_lmeval.runtime.kernels.attention.attend`.
     """
 
     rows: int
@@ -96,11 +128,16 @@ class AttentionContext:
     visible: torch.Tensor
     lengths: torch.Tensor
     destinations: torch.Tensor
+    offsets: torch.Tensor
+    widths: torch.Tensor
     slots: torch.Tensor | None = None
     spread: torch.Tensor | None = None
     gather: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     backend: str = "sdpa"
+    positions: torch.Tensor | None = None
+    window: int | None = None
+    causal: bool = False
     _biases: dict[tuple[torch.dtype, int], torch.Tensor] = field(default_factory=dict, init=False)
     _elsewhere: dict[torch.device, AttentionContext] = field(default_factory=dict, init=False)
 
@@ -116,9 +153,11 @@ class AttentionContext:
             rows=shape.rows,
             widest=shape.widest,
             span=shape.span,
-            slots=None if frame.in_order else told["slots"],
+            slots=None if frame.in_order and backend != "triton" else told["slots"],
             spread=told["spread"] if frame.ragged else None,
             gather=told["packed"] if frame.ragged else None,
+            offsets=told["offsets"],
+            widths=told["widths"],
             visible=visible,
             lengths=told["lengths"],
             destinations=told["destinations"],
@@ -164,19 +203,6 @@ class AttentionContext:
         return self._biases[dtype, groups]
 
 
-def prefix_mask(visible: torch.Tensor, lengths: torch.Tensor, span: int) -> torch.Tensor:
-    """Who sees which of the first ``span`` positions of its slot, (R, 1, W, span): the prefix, then the queries just
-    written as ``visible`` (R, W, W) says, then nothing.
-    """
-    rows, widest = visible.shape[:2]
-    column = torch.arange(span, device=visible.device) - lengths.unsqueeze(1)
-    fellow = column.clamp(0, widest - 1).unsqueeze(1).expand(rows, widest, span)
-    mask = visible.gather(2, fellow)
-    mask &= (column < widest).unsqueeze(1)
-    mask |= (column < 0).unsqueeze(1)
-    return mask.unsqueeze(1)
-
-
 def pass_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -194,12 +220,36 @@ def pass_attention(
     cache's storage. Returns (1, N, heads, dim), as transformers expects it.
     """
     context = pass_context.to(query.device)
-    queries = context.padded(query[0].transpose(0, 1))
+    packed = query[0].transpose(0, 1)
+    if context.backend == "triton":
+        return attended(context, packed, key, value, scaling).unsqueeze(0), None
+    queries = context.padded(packed)
     out = (_flash if context.backend == "flash" else _sdpa)(context, queries, key, value, scaling)
     out = out.reshape(-1, *out.shape[2:])
     if context.gather is not None:
         out = out.index_select(0, context.gather)
     return out.unsqueeze(0), None
+
+
+def attended(
+    context: AttentionContext, queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """``queries`` and the answer are packed, (N, heads, dim); under ``triton``."""
+    assert context.slots is not None
+    return attend(
+        queries,
+        key,
+        value,
+        context.slots,
+        context.lengths,
+        context.offsets,
+        context.widths,
+        context.visible,
+        queries.shape[-1] ** -0.5 if scaling is None else scaling,
+        positions=context.positions,
+        window=context.window,
+        causal=context.causal,
+    )
 
 
 def _sdpa(

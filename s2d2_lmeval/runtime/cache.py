@@ -61,14 +61,22 @@ class SlotCache:
 
         Return the storage (slots + 1, capacity, heads, dim).
         """
+        rooms, destinations = self.storage(layer, keys, values), self.places(keys.device)
+        for storage, fresh in zip(rooms, (keys, values), strict=True):
+            storage.view(-1, *storage.shape[2:]).index_copy_(0, destinations, fresh[0].transpose(0, 1))
+        return rooms
+
+    def storage(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where such ``keys`` and ``values`` (1, heads, N, dim) of ``layer`` lie: (slots + 1, capacity, heads, dim)."""
         if layer not in self._layers:
             self._allocate(layer, keys, values)
-        if keys.device not in self._destinations:
-            self._destinations[keys.device] = self._given.to(keys.device, non_blocking=True)
-        destinations = self._destinations[keys.device]
-        for storage, fresh in zip(self._layers[layer], (keys, values), strict=True):
-            storage.view(-1, *storage.shape[2:]).index_copy_(0, destinations, fresh[0].transpose(0, 1))
         return self._layers[layer]
+
+    def places(self, device: torch.device) -> torch.Tensor:
+        """What :meth:`write_to` was told, on ``device``."""
+        if device not in self._destinations:
+            self._destinations[device] = self._given.to(device, non_blocking=True)
+        return self._destinations[device]
 
     def _allocate(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Room for ``layer`` and, if they are alike, all layers, where the layer lives."""

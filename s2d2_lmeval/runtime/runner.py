@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from s2d2_lmeval.errors import CapacityError, ConfigError
 from s2d2_lmeval.ranks import ranks_of
 from s2d2_lmeval.runtime import clock
-from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend, grain_of
+from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend, grain_of, heads_of
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, widths_to_measure
 from s2d2_lmeval.runtime.graphs import Graphs, upload
+from s2d2_lmeval.runtime.kernels.fused import fuse
 from s2d2_lmeval.runtime.memory import RowNeeds, rows_that_fit
 from s2d2_lmeval.runtime.passes import TARGET, Layout, Pass
 from s2d2_lmeval.runtime.shapes import Frame, Shape
@@ -32,11 +33,18 @@ class Runner:
     Args:
         static_shapes: pad steps to a few shapes, captured as graphs on CUDA (:mod:`~s2d2_lmeval.runtime.graphs`);
             None: where a single CUDA device holds the model.
+        fused: whether layers run as few kernels (:func:`~s2d2_lmeval.runtime.kernels.fused.fuse`).
     """
 
-    def __init__(self, model: PreTrainedModel, attention: str = "auto", static_shapes: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attention: str = "auto",
+        static_shapes: bool | None = None,
+        fused: str | bool = "auto",
+    ) -> None:
         devices = {parameter.device for parameter in model.parameters()}
-        self.attention = choose_backend(attention, next(iter(devices)), model.dtype)
+        self.attention = choose_backend(attention, next(iter(devices)), model.dtype, heads_of(model.config))
         model.config._attn_implementation = NAME
         self.model = model.eval()
         self.backbone = model.get_decoder()
@@ -48,6 +56,8 @@ class Runner:
             clock.share(self.ranks)
         self.device = model.get_input_embeddings().weight.device
         self.grain = grain_of(self.device, model.dtype)
+        with self.as_current_device():
+            self.fused = fuse(model, fused, self.attention)
         self.cache = SlotCache(0, 0)
         self.model_seconds = 0.0
         """Time inside the model; on CUDA as of the last :meth:`synchronize`."""
@@ -98,6 +108,10 @@ class Runner:
     def begin(self, slot: int, source: int, length: int) -> None:
         """Empty ``slot`` for another sequence, but for the first ``length`` positions, taken from ``source``."""
         self.cache.begin(slot, source, length)
+
+    def attention_of(self, model: str) -> str:
+        """The attention back end of ``model``; of interest to runners of more than one."""
+        return self.attention
 
     def cache_of(self, model: str) -> SlotCache:
         """The cache of ``model``; of interest to runners of more than one."""

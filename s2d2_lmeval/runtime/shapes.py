@@ -45,13 +45,16 @@ class Shape:
         return cls(layout.queries, len(layout.slots), layout.widest, span, wanted)
 
     @classmethod
-    def bucket(cls, layout: Layout, wanted: int, cache: SlotCache, slots: int) -> Shape | None:
-        """The smallest bucket of at most ``slots`` rows that holds it; None where it would be too wide."""
+    def bucket(cls, layout: Layout, wanted: int, cache: SlotCache, slots: int, reads_span: bool = True) -> Shape | None:
+        """The smallest bucket of at most ``slots`` rows that holds it; None where it would be too wide. Attention that
+        goes as far as each row does, and does not read the same span of all (``reads_span``), has one for any length.
+        """
         queries, rows = rung(layout.queries), min(power(int(layout.slots.max()) + 1), slots)
         widest = queries if rows == 1 else power(layout.widest)
         if queries > MOST_QUERIES or rows * widest > MOST_PADDED:
             return None
-        span = max(power(int((cache.lengths[layout.slots] + layout.widths).max())), SHORTEST_SPAN)
+        reached = int((cache.lengths[layout.slots] + layout.widths).max()) if reads_span else cache.capacity
+        span = max(power(reached), SHORTEST_SPAN)
         return cls(queries, rows, widest, min(span, cache.capacity), rung(wanted), padded=True)
 
 

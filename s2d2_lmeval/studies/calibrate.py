@@ -148,8 +148,14 @@ def trace(
     for _ in range(len(names) - len(missing)):
         on_traced()
     if missing:
-        rows, context, attention = model.max_batch, model.max_context, model.attention
-        logging = _LoggingModel(model.hf_model, model.facts, attention=attention, max_batch=rows, max_context=context)
+        logging = _LoggingModel(
+            model.hf_model,
+            model.facts,
+            attention=model.attention,
+            fused=model.fused,
+            max_batch=model.max_batch,
+            max_context=model.max_context,
+        )
         # Nothing is drafted, so no costs are needed.
         options = config.replace(draft_nodes=0)
         logging.generate([prompts[n] for n in missing], options, seeds=missing, on_finished=finished)

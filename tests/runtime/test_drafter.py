@@ -118,9 +118,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "triton"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_a_pass_is_the_published_forward(variant: str, tmp_path: Path) -> None:
+def test_a_pass_is_the_published_forward(variant: str, attention: str, tmp_path: Path) -> None:
     """Two rows of different lengths, what is read absorbed in pieces, against one sequence at a time."""
     own = {"target_layer_ids": [1, 3], "mask_token_id": MASK, **VARIANTS[variant].get("dflash_config", {})}
     write(tmp_path, published(**{**VARIANTS[variant], "dflash_config": own}))
@@ -131,7 +132,7 @@ def test_a_pass_is_the_published_forward(variant: str, tmp_path: Path) -> None:
     expected = [by_hand(drafter, model, text, block) for text, block in zip(texts, blocks, strict=True)]
 
     tap = FeatureTap(model.model, drafter.shape.layer_ids)
-    runner = Runner(drafter, "sdpa")  # type: ignore[arg-type]
+    runner = Runner(drafter, attention)  # type: ignore[arg-type]
     runner.reserve(2, 32)
     for slot, text in enumerate(texts):
         model(text.view(1, -1))

@@ -41,6 +41,8 @@ def test_layers_on_two_devices(options: dict[str, Any], monkeypatch: pytest.Monk
     monkeypatch.setattr(attention, "replace", noted)
     with pretend_cuda(devices=2) as counts:
         spread = move(model, place)
+        built.clear()  # layers were compared with their modules
+        moved.clear()
         assert {parameter.device.index for parameter in spread.hf_model.parameters()} == {0, 1}
         assert [answer.token_ids for answer in spread.generate(PROMPTS, wanted)] == expected
         layers = spread._runner.cache._layers

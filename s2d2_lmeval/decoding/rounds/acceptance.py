@@ -18,7 +18,7 @@ import torch
 from s2d2_lmeval.decoding.passes import Cells, Sent
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.acceptance import acceptance_ratio, residual
-from s2d2_lmeval.decoding.sampling.filters import probabilities
+from s2d2_lmeval.decoding.sampling.filters import drawn_tokens, filtered, probabilities
 
 if TYPE_CHECKING:
     from s2d2_lmeval.decoding.options.config import DecodingConfig
@@ -52,7 +52,7 @@ class Keyed:
             at = sent.at("verify")
             position = sent["length"][at[0]] + sent["depth"][at]
             key = random.Key(random.DRAFT, sent["key"][at[0]], position, torch.zeros_like(position))
-            tokens = self.source.categorical(probabilities(logits, self.config), key)
+            tokens, _ = drawn_tokens(logits, self.config, self.source, key)
         else:
             tokens = logits.argmax(-1)
         chosen = Cells.like(sent["token"], -1).put(sent.cells("verify"), tokens)
@@ -63,12 +63,13 @@ class Keyed:
         """Log-values and tokens (R, S, K), best first, for S future positions (R, S) from draft ``logits`` (R * S, V);
         ``key`` and ``round`` (R,) of ``sent`` name the rows' draws.
         """
-        log_p = logits.log_softmax(-1)
         if self.coupled:
-            p, where = probabilities(logits, self.config), position.flatten()
+            where = position.flatten()
             owner = sent["key"].repeat_interleave(position.shape[1])
             key = random.Key(random.DRAFT, owner, where, torch.zeros_like(where))
-            log_p = (p.log() + self.source.gumbel(p, key)).log_softmax(-1)
+            logits = filtered(logits, self.config)
+            logits = logits + self.source.gumbel(logits, key)
+        log_p = logits.log_softmax(-1)
         best, token = log_p.topk(min(self.choices, log_p.shape[-1]), dim=-1)
         return best.view(*position.shape, -1), token.view(*position.shape, -1)
 

@@ -136,7 +136,6 @@ def ranked_tokens(
     if not config.sampled:
         log_p, tokens = logits.log_softmax(-1).topk(count, dim=-1)
         return tokens, log_p
-    distribution = probabilities(logits, config)
-    log_p = distribution.log()
-    tokens = (log_p + source.gumbel(distribution, key)).topk(count, dim=-1).indices
+    log_p = filtered(logits, config).log_softmax(-1)
+    tokens = (log_p + source.gumbel(log_p, key)).topk(count, dim=-1).indices
     return tokens, log_p.gather(-1, tokens)

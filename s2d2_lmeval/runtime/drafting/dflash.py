@@ -28,9 +28,10 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.ranks import ranks_of
-from s2d2_lmeval.runtime.attention import AttentionContext
+from s2d2_lmeval.runtime.attention import AttentionContext, heads_of
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.costs import CostCurve
+from s2d2_lmeval.runtime.kernels.attention import attends, within
 from s2d2_lmeval.runtime.memory import RowNeeds, bytes_per_position
 from s2d2_lmeval.runtime.passes import DRAFTER, TARGET
 from s2d2_lmeval.runtime.runner import Runner
@@ -146,16 +147,12 @@ def narrowed(context: AttentionContext, positions: torch.Tensor, window: int | N
     """``context`` for a layer that sees less: no further than ``window`` positions on either side, and if ``causal``
     nothing ahead. A key's position is its place in the slot; ``positions`` (N,) are those of the queries.
     """
+    if context.backend == "triton":
+        return replace(context, positions=positions, window=window, causal=causal)
     packed = positions if context.spread is None else positions.index_select(0, context.spread)
-    query = packed.view(context.rows, 1, context.widest, 1)
-    key = torch.arange(context.span, device=positions.device)
     assert context.mask is not None
-    visible = context.mask.to(positions.device)
-    if causal:
-        visible = visible & (key <= query)
-    if window is not None:
-        visible = visible & ((query - key).abs() < window)
-    return replace(context, mask=visible)
+    sight = within(packed.view(context.rows, context.widest), context.span, window, causal)
+    return replace(context, mask=context.mask.to(positions.device) & sight)
 
 
 class FeatureTap:
@@ -190,11 +187,14 @@ class DraftingRunner(Runner):
         drafter: DFlash,
         attention: str = "auto",
         static_shapes: bool | None = None,
+        fused: str | bool = "auto",
     ) -> None:
         if not ranks_of(model).alone:
             raise ConfigError("a drafter runs beside a whole target: leave out draft or tp_plan.")
-        super().__init__(model, attention, static_shapes)
-        self.drafter = Runner(drafter, "sdpa", static_shapes=False)  # the drafter narrows its masks by layer
+        super().__init__(model, attention, static_shapes, fused)
+        # The drafter narrows its sight by layer, which flash cannot.
+        own = self.attention == "triton" and attends(heads_of(drafter.config), self.device, drafter.dtype)
+        self.drafter = Runner(drafter, "triton" if own else "sdpa", static_shapes=False, fused=fused)
         self.tap = FeatureTap(self.backbone, drafter.shape.layer_ids)
 
     def reserve(self, slots: int, capacity: int) -> None:
@@ -217,6 +217,9 @@ class DraftingRunner(Runner):
     def measure_costs(self, rows: int, most: int, *, model: str = TARGET) -> CostCurve:
         """As of a single model; ``model`` says which."""
         return self.drafter.measure_costs(rows, most) if model == DRAFTER else super().measure_costs(rows, most)
+
+    def attention_of(self, model: str) -> str:
+        return self.drafter.attention if model == DRAFTER else self.attention
 
     def cache_of(self, model: str) -> SlotCache:
         return self.drafter.cache if model == DRAFTER else self.cache

@@ -148,7 +148,7 @@ class ScriptedRunner(Runner):
 
 def follow_script(model: BlockDiffusionModel, script: Script) -> BlockDiffusionModel:
     """A model on the same weights that answers by ``script``."""
-    runner = ScriptedRunner(model.hf_model, model.attention)
+    runner = ScriptedRunner(model.hf_model, model.attention, fused=model.fused)
     runner.script, runner.mask_token_id = script, model.facts.mask_token_id
     return BlockDiffusionModel(
         model.hf_model, model.facts, max_batch=model.max_batch, max_context=model.max_context, runner=runner

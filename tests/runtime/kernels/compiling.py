@@ -19,6 +19,43 @@ class Case(NamedTuple):
 
 def cases() -> Iterator[tuple[str, Case]]:
     """All kernels, by name."""
+    yield from of_layers()
+    yield from of_decisions()
+
+
+def of_layers() -> Iterator[tuple[str, Case]]:
+    from s2d2_lmeval.runtime.kernels import attention_triton, layer_triton
+
+    heads, key_heads, dim, split, splits = 32, 8, 128, 256, 16
+    rows = dict.fromkeys(("slots", "lengths", "offsets", "widths", "positions"), LONG)
+    numbers = dict.fromkeys(("rows", "capacity", "window", "visible_row", "visible_query"), "i32")
+    spaces = {"parts": WHOLE, "stats": WHOLE, "scale": "fp32", "visible": BYTES}
+    shape = {"HEADS": heads, "DIM": dim, "SPLIT": split, "SPLITS": splits}
+    for widest, apart, narrows, type_ in ((1, True, False, HALF), (64, False, False, HALF), (8, True, True, WHOLE)):
+        tile = attention_triton.tile_of(heads // key_heads, widest, dim, 2 if type_ == HALF else 4)
+        options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
+        kinds = {"APART": apart, "WINDOWED": narrows, "CAUSAL": narrows, "UP": False, "KEY_HEADS": key_heads, **tile}
+        tensors = dict.fromkeys(("queries", "keys", "values", "out"), type_)
+        case = Case(
+            attention_triton._attend_kernel, {**rows, **numbers, **spaces, **shape, **kinds, **tensors}, options
+        )
+        yield f"attention, {widest} queries of {type_}", case
+    merged = {"parts": WHOLE, "stats": WHOLE, "out": HALF, "rows": "i32", "AT_ONCE": 8, **shape}
+    merged |= dict.fromkeys(("lengths", "offsets", "widths"), LONG)
+    yield "merge", Case(attention_triton._merge_kernel, merged, {})
+
+    stream = dict.fromkeys(("stream", "added", "weight", "total", "normed"), HALF)
+    sizes = {"eps": "fp32", "SIZE": 4096, "BLOCK": 4096, "ADDS": True}
+    yield "add_norm", Case(layer_triton._add_norm_kernel, {**stream, **sizes}, {"num_warps": 8})
+    half = ("projected", "query_norm", "key_norm", "cos", "sin", "keys", "values", "queries")
+    rope = {**dict.fromkeys(half, HALF), "eps": "fp32", "destinations": LONG, "HALF": dim // 2, "BLOCK": dim // 2}
+    rope |= {"HEADS": heads, "KEY_HEADS": key_heads, "NORMS": True}
+    yield "rope_write", Case(layer_triton._rope_write_kernel, rope, {"num_warps": 1})
+    gates = {"gate_up": HALF, "out": HALF, "SIZE": 12288, "BLOCK": layer_triton.COLUMNS}
+    yield "silu_mul", Case(layer_triton._silu_mul_kernel, gates, {})
+
+
+def of_decisions() -> Iterator[tuple[str, Case]]:
     from s2d2_lmeval.decoding.sampling import random_triton, row_statistics_triton
 
     chunks = {"CHUNK": 4096, "CHUNKS": 38}
