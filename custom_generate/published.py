@@ -158,6 +158,35 @@ def more_options(arguments: Mapping[str, Any], temperature: float | None = None)
     return options
 
 
+class _GumbelDraws:
+    """The global generator: drafts by Gumbel noise in float64, drawn for every place of the block at once."""
+
+    def __init__(self, first_by_multinomial: bool) -> None:
+        self.first_by_multinomial = first_by_multinomial
+
+    def uniform(self, n: int) -> torch.Tensor:
+        return torch.rand(n)
+
+    def categorical(self, probabilities: torch.Tensor) -> torch.Tensor:
+        if self.first_by_multinomial and len(probabilities) == 1:
+            return torch.multinomial(probabilities, 1).squeeze(-1)
+        noise = torch.rand(probabilities.shape, dtype=torch.float64, device=probabilities.device)
+        return (probabilities.double().log() - (-noise.log()).log()).argmax(-1)
+
+
+def gumbel_draws(source: Any, first_by_multinomial: bool = False) -> Any:
+    """The random ``source`` of published code that drafts with Gumbel noise; a single row, the first token of a block,
+    may be drawn by torch.multinomial.
+    """
+    return _GumbelDraws(first_by_multinomial) if source == "torch" else source
+
+
+def decided_positions(answer: Generation, end: int) -> list[list[int]]:
+    """Of each step, the positions before ``end`` that it decided."""
+    steps = ([abs(int(place)) for place in step if place != "|"] for step in answer.decoding_order)
+    return [kept for step in steps if (kept := [place for place in step if place < end])]
+
+
 def one_prompt(input_ids: torch.Tensor) -> list[int]:
     """The ids of the only row of ``input_ids``.
 

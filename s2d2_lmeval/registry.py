@@ -198,7 +198,7 @@ DECODERS = Registrar(
         for module in (
             *("blocks.s2d2", "pipelined.denoising", "rounds.sliding", "spiffy.decoder", "blocks.editing"),
             *("blocks.denoising", "rounds.ddtree", "rounds.dflash", "rounds.target"),
-            *("blocks.subblocks", "pipelined.s2d2"),
+            *("blocks.subblocks", "pipelined.s2d2", "windows.linear", "windows.strided", "windows.reordered"),
         )
     ),
     entry=DecoderEntry,

@@ -129,6 +129,24 @@ def within_collapsed_entropy(confidence: torch.Tensor, order: torch.Tensor, boun
     return (order + 1) * entropy < bound
 
 
+def uniforms_until_refused(
+    source: Any, key: Any, tested: torch.Tensor, ratio: torch.Tensor, one_by_one: bool
+) -> torch.Tensor:
+    """Whether a uniform is below ``ratio`` (R, M), where ``tested`` (R, M). ``one_by_one``, as published: none is drawn
+    in a row after the first that is not.
+    """
+    if not one_by_one:
+        return (source.uniform(key, tested).to(ratio.dtype) < ratio) & tested
+    stands = torch.zeros_like(tested)
+    alive = torch.ones_like(tested[:, 0]) if tested.shape[1] else None
+    for place in range(tested.shape[1]):
+        needed = torch.zeros_like(tested)
+        needed[:, place] = tested[:, place] & alive
+        drawn = source.uniform(key, needed)[:, place].to(ratio.dtype)
+        stands[:, place] = alive = needed[:, place] & (drawn < ratio[:, place])
+    return stands
+
+
 def verifies_short_span(masks: torch.Tensor, confident: torch.Tensor, shortest: int) -> torch.Tensor:
     """``legacy_ssd_span_strategy``: a span shorter than ``shortest`` is verified (R,) anyway if too few
     ``masks`` (R, L) are ``confident`` (R, L).

@@ -113,4 +113,4 @@ def test_sliding_is_ar_is_the_plain_model_and_drafts_are_worth_something(family:
     forwards = sum(
         one.stats["nfe"] for one in model(family).generate(PROMPTS, {**options, **SHAPES[1], "temperature": 0.0})
     )
-    assert forwards < 50  # of 80 tokens
+    assert forwards < 60  # of 80 tokens

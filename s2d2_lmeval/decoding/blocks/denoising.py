@@ -336,4 +336,6 @@ class BlockDenoiser(Decoder[Rows]):
         """Draft next, or first run what must be in the cache and cannot share the draft's forward."""
         rows = self.rows
         rows.phase[slot] = DRAFT if rows.start[slot] - rows.cached[slot] <= self.longest_ride else PREFILL
-        rows.wanted[slot] = True if self.rules.drafts_whole_block else rows.masks[slot]
+        rows.wanted[slot] = rows.masks[slot]
+        if self.rules.drafts_whole_block:
+            rows.wanted[slot] = np.arange(rows.block_length) < rows.total[slot] - rows.start[slot]

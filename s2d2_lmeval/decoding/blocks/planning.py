@@ -166,8 +166,9 @@ def plan_subblocks(rows: Rows, config: DecodingConfig, whole: DecodingConfig, ch
     builder.lay_out()
     for name, among in (("verify", verifying), ("fresh", drafting)):
         row, place = np.nonzero(wanted & among[:, None])
-        # The query before a token predicts it; if the pass has none, its own.
-        before = np.maximum(start[row] + place - 1, np.where(narrow, start, block)[row])
+        # The query before a token predicts it; if the pass has none, or masks predict their own token, its own.
+        shift = name == "verify" or rows.shifted_drafts
+        before = np.maximum(start[row] + place - shift, np.where(narrow, start, block)[row])
         inside = last[row] & (before >= start[row])
         query = np.where(inside, (subblock.first - start)[row], (text.first - begin)[row]) + before
         builder.read(name, row, place, query, current=np.ones_like(row))

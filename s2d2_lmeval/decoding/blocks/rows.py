@@ -47,6 +47,8 @@ class Rows(SequenceState):
         self.absolute, self.short_last = absolute, short_last
         self.whole_length = whole_length or block_length
         self.filler = int(mask_token_id == 0)
+        self.shifted_drafts = True
+        """In shifted models: whether masks, too, predict the token after them."""
         self.states_at = self.length + block_length + 1
         """Where the drafted states begin."""
         self.draft_states = 0
@@ -87,6 +89,10 @@ class Rows(SequenceState):
         self.store[slot, self.total[slot] : self.length] = self.filler
         self.tokens[slot] = list(request.prompt[:start])
         self.begin_block(slot, start)
+
+    def begins_block(self, slot: int, position: int) -> bool:
+        """Whether a whole block of row ``slot`` begins at ``position``."""
+        return bool((position + self.offset[slot]) % self.whole_length == 0)
 
     def block_start(self, length: int) -> np.ndarray:
         """(count,) where the blocks of ``length`` that hold the current blocks begin."""

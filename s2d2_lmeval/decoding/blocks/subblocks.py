@@ -38,9 +38,11 @@ from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.registry import DECODERS
 
 
+@DECODERS.register("static", "seeded")
+@DECODERS.register("dynamic", "seeded")
 @DECODERS.register("dynamic", "subblock", options=(*DENOISING, ConfidenceOption, SubblockOptions))
 class SubblockDenoiser(BlockDenoiser):
-    """The decoder ``dynamic`` of shifted models. The rows' "block" is a sub-block here."""
+    """The decoders ``dynamic`` and ``static`` of shifted models. The rows' "block" is a sub-block here."""
 
     shifted = True
     notation = staticmethod(reference.order_of_subblocks)
@@ -50,9 +52,12 @@ class SubblockDenoiser(BlockDenoiser):
         if config.schedule == "lookahead":
             raise ConfigError("schedule=lookahead is not available for sub-blocks; use schedule=fused.")
         length = config.small_block_size or config.block_length
-        part = dataclasses.replace(config, block_length=length, denoising_steps=None, small_block_size=None)
+        steps = None if config.small_block_size else config.denoising_steps
+        part = dataclasses.replace(config, block_length=length, denoising_steps=steps, small_block_size=None)
         super().__init__(setup, part)
-        self.samples_first = config.sampled and config.sample_first_token
+        self.rows.shifted_drafts = bool(setup.facts.draft_shift)
+        seeded = setup.facts.scheme == "seeded"
+        self.samples_first = config.sampled and (config.sample_first_token or seeded)
         self.limit = np.zeros(setup.slots, dtype=np.int64)
         """The end of the last requested token."""
         self.narrow = np.zeros(setup.slots, dtype=bool)
@@ -138,7 +143,10 @@ class SubblockDenoiser(BlockDenoiser):
             self._enter_draft(slot)
 
     def _after_commit(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
-        """The first token of a block has come in."""
+        """The first token of a block has come in, or the last block is stored."""
+        if self.rows.ended[slot]:
+            self.rows.complete[slot] = True
+            return
         self._record(slot, read.drafted[0], KIND_OF_PHASE[self._plan.phases[row]])
         self._go_on(slot, begun=True)
 
@@ -153,7 +161,11 @@ class SubblockDenoiser(BlockDenoiser):
         decided = tokens.index(rows.mask_token_id) if rows.mask_token_id in tokens else part
         given = max(int(rows.prompt[slot]) - start, 0)
         stop = next((place for place in range(given, decided) if tokens[place] in stops), None)
-        if stop is not None:
+        if stop is not None and self.rules.commits_stopped_block:
+            rows.extend(slot, tokens[: stop + 1], stops)
+            self._begin_block(slot, start + part)
+            rows.ended[slot], rows.phase[slot] = True, COMMIT
+        elif stop is not None:
             self._complete(slot, stop + 1)
         elif start + decided >= self.limit[slot] and (begun or not self.rules.finishes_blocks):
             self._complete(slot, decided)
@@ -162,25 +174,29 @@ class SubblockDenoiser(BlockDenoiser):
         elif rows.extend(slot, tokens, ()):
             self._complete(slot, 0)
         else:
-            rows.begin_block(slot, start + part)
-            rows.progress[slot].blocks += (start + part) % self.whole.block_length == 0
+            self._begin_block(slot, start + part)
             self._enter_draft(slot)
+
+    def _begin_block(self, slot: int, start: int) -> None:
+        """Open the sub-block at ``start``."""
+        self.rows.begin_block(slot, start)
+        self.rows.progress[slot].blocks += self.rows.begins_block(slot, start)
 
     def _complete(self, slot: int, decided: int) -> None:
         """Nothing more to run; the first ``decided`` tokens of the sub-block belong to the answer."""
         rows = self.rows
         if decided:
             rows.extend(slot, rows.block[slot, :decided].tolist(), self.config.stop_token_ids)
-        begun = len(rows.tokens[slot]) % self.whole.block_length
+        begun = (len(rows.tokens[slot]) + int(rows.offset[slot])) % self.whole.block_length
         rows.progress[slot].blocks += begun > 1
         rows.ended[slot] = rows.complete[slot] = True
 
     def _enter_draft(self, slot: int) -> None:
         """Draft next, or first run what the draft needs: text before the block, and from it the block's first token."""
-        rows, block = self.rows, self.whole.block_length
-        start = int(rows.start[slot])
-        rows.phase[slot] = DRAFT if start // block * block - rows.cached[slot] <= self.longest_ride else PREFILL
-        if start % block == 0 and rows.block[slot, 0] == rows.mask_token_id:
+        rows, start = self.rows, int(self.rows.start[slot])
+        before = rows.block_start(self.whole.block_length)[slot] - rows.cached[slot]
+        rows.phase[slot] = DRAFT if before <= self.longest_ride else PREFILL
+        if rows.begins_block(slot, start) and rows.block[slot, 0] == rows.mask_token_id:
             rows.phase[slot] = PREFILL if start == rows.prompt[slot] else COMMIT
         rows.wanted[slot] = True if self.rules.drafts_whole_block else rows.masks[slot]
 

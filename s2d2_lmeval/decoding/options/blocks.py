@@ -56,7 +56,7 @@ class StepOptions:
     denoising_steps: int | None = option(
         None,
         "maximum number of steps per block; none: as many as the block has tokens",
-        schemes=_UNDIVIDED,
+        schemes=("block", "seeded"),
         low=1,
     )
     transfer_counts: str = option(

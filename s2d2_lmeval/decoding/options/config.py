@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from s2d2_lmeval.decoding.options import blocks, general, pipelined, rounds, s2d2, spiffy
+from s2d2_lmeval.decoding.options import blocks, general, pipelined, rounds, s2d2, spiffy, windows
 from s2d2_lmeval.decoding.options.option import SYNONYMS, checked
 from s2d2_lmeval.decoding.options.presets import preset_options, published_setting
 from s2d2_lmeval.decoding.options.reading import (
@@ -41,6 +41,9 @@ class DecodingConfig(
     s2d2.RoutingOptions,
     rounds.SlidingOptions,
     spiffy.SpiffyOptions,
+    windows.LinearOptions,
+    windows.StridedOptions,
+    windows.ReorderedOptions,
     rounds.TreeOptions,
     rounds.DrafterOptions,
     s2d2.VerifierOptions,

@@ -55,6 +55,7 @@ FAST_DLLM_V2 = Family(
     config_map=qwen2,
     token_shift=True,
     scheme="subblock",
+    commits_last_block="unless_stopped",
     defaults=defaults,
     presets={"fast-a": defaults(32, 4), "fast-b": defaults(32, 16), "fast-c": _long_spans_only()},
     published_mask_ids={152064: 151665, 151936: 151665},

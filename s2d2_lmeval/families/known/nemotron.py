@@ -26,6 +26,8 @@ def defaults(block_length: int) -> dict[str, Any]:
         "row_budget": max(64, 2 * block_length),
         "temperature": 0.0,
         "confidence_threshold": 0.9,
+        "transfer_counts": "masks",
+        "untempered_confidence": True,
         "cache_ver": True,
     }
 
@@ -58,7 +60,11 @@ NEMOTRON = Family(
     scheme="seeded",
     default_decoder="sliding",
     defaults=defaults,
-    presets={"nemotron": defaults(32)},
+    presets={
+        "nemotron": defaults(32),
+        "nemotron-dlm": {**defaults(32), "decoder": "dynamic"},
+        "nemotron-linear": {**defaults(32), "decoder": "linear_spec"},
+    },
     published_mask_ids={131072: 100},
     published_block_length=32,
 )

@@ -22,6 +22,8 @@ def defaults(block_length: int) -> dict[str, Any]:
         "block_length": block_length,
         "window": max(block_length, 2),
         "temperature": 0.0,
+        "entropy_threshold": 0.4,
+        "position_penalty": 0.02,
     }
 
 
@@ -68,7 +70,7 @@ def _family(name: str, norms: bool, config_class: type[PreTrainedConfig], config
         scheme="reordered",
         default_decoder="sliding",
         defaults=defaults,
-        presets={"wedlm": defaults(16)},
+        presets={"wedlm": defaults(16), "wedlm-reordered": {**defaults(16), "decoder": "reordered"}},
         published_mask_ids={151936: 151665, 152064: 151665},
         taken_for_granted=False,
         published_block_length=16,

@@ -1,0 +1,44 @@
+"""The decoding options of windows after token-causal text, under their published names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from s2d2_lmeval.decoding.options.option import option
+
+
+@dataclass(frozen=True)
+class LinearOptions:
+    """Drafts and verifications in turns (Nemotron-Labs-Diffusion)."""
+
+    draft_threshold: float = option(
+        0.0,
+        "probability from which a draft's mask is filled, in as many forwards as it takes; 0: all of them in one",
+        schemes=("seeded",),
+        low=0.0,
+        high=1.0,
+    )
+
+
+@dataclass(frozen=True)
+class StridedOptions:
+    """Strided decoding (I-DLM)."""
+
+    draft_tolerance: float = option(
+        1.0,
+        "factor on the draft's probability in the acceptance test; below 1 accepts more, and is not the model's law",
+        schemes=("strided",),
+        low=0.0,
+    )
+
+
+@dataclass(frozen=True)
+class ReorderedOptions:
+    """Windows whose decided tokens move to the front (WeDLM)."""
+
+    entropy_threshold: float = option(
+        0.4, "fill every mask of less entropy (nats), and at least the least", schemes=("reordered",), low=0.0
+    )
+    position_penalty: float = option(
+        0.02, "entropy added per place after the window's first mask", schemes=("reordered",), low=0.0
+    )

@@ -1,0 +1,1 @@
+"""Decoders of models whose text is token-causal, with a window of masks after it: the published ones."""

@@ -1,0 +1,119 @@
+"""Reordered windows (WeDLM): decided tokens move to the front of the window, so that all attention is token-causal.
+
+A step of a row, whose window of ``block_length`` places follows the text:
+
+1. slide    the decided places at the window's front leave: they join the answer, and as many masks enter at the end
+2. forward  the decided tokens (those that leave first), then the masks, each at its own position, every one seeing
+            those before it in this order; the keys of those that leave stay
+3. fill     every mask whose entropy, plus a penalty for its distance from the first mask, is below the threshold, and
+            at least the lowest one
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from s2d2_lmeval.decoding.decoder import DecoderSetup
+from s2d2_lmeval.decoding.generation import DENOISED, NOTHING, Step
+from s2d2_lmeval.decoding.options.blocks import BlockOption
+from s2d2_lmeval.decoding.options.windows import ReorderedOptions
+from s2d2_lmeval.decoding.passes import PassBuilder
+from s2d2_lmeval.decoding.sampling import random
+from s2d2_lmeval.decoding.sampling.filters import probabilities
+from s2d2_lmeval.decoding.steps import Outcome
+from s2d2_lmeval.decoding.windows.window import WindowDecoder
+from s2d2_lmeval.registry import DECODERS
+
+
+@DECODERS.register(
+    "reordered",
+    "reordered",
+    promise="the definition of WeDLM's streaming decoding; not the autoregressive law",
+    options=(BlockOption, ReorderedOptions),
+)
+class Reordered(WindowDecoder):
+    """The decoder ``reordered``. A row's window begins after its tokens; those leaving are its first ones."""
+
+    seeds = False
+
+    def __init__(self, setup: DecoderSetup) -> None:
+        self.width = setup.config.block_length
+        super().__init__(setup, 2 * self.width)
+        self.leaving = np.zeros(self.rows.count, dtype=np.int64)
+        """Decided places at the front of each row's window, which join the answer."""
+
+    @staticmethod
+    def layout(config: object) -> str:
+        return f"windows of {config.block_length}"  # type: ignore[attr-defined]
+
+    @property
+    def capacity(self) -> int:
+        return self.rows.length + 3 * self.width
+
+    def _lay_out(self, builder: PassBuilder, slots: np.ndarray, among: np.ndarray) -> np.ndarray:
+        rows = self.rows
+        window, leaving = rows.window[slots], self.leaving[slots] * among
+        width = self.width + leaving
+        place = np.arange(window.shape[1])
+        # Decided places first, then masks, both from left to right; what lies beyond the window comes last.
+        rank = (window == rows.mask_token_id) + 2 * (place >= width[:, None])
+        order = np.argsort(rank, axis=1, kind="stable")
+        self._window = segment = builder.add(among * width)
+        at = order[segment.row, segment.local]
+        segment.set(position=rows.cached[slots][segment.row] + at, token=window[segment.row, at])
+        segment.set(rank=segment.local, reach=segment.local, place=at)
+        return leaving
+
+    def _read(self, builder: PassBuilder, slots: np.ndarray) -> None:
+        window = self._window
+        masks = np.flatnonzero(np.asarray(window.columns["token"]) == self.rows.mask_token_id)
+        place = np.asarray(window.columns["place"])
+        builder.read("window", window.row[masks], place[masks], window.query[masks])
+
+    # ---- device ----
+
+    def _decide(self, logits: torch.Tensor) -> list[torch.Tensor]:
+        window, config = self._plan.sent["window"], self.config
+        if not len(logits):
+            return [window]
+        at = self._plan.at("window")
+        log_p = logits.log_softmax(-1)
+        entropy = torch.full(window.shape, torch.inf, dtype=log_p.dtype, device=window.device)
+        entropy[at] = -(log_p.exp() * log_p).nansum(-1)
+        place = torch.arange(window.shape[1], device=window.device)
+        masks = entropy.isfinite()
+        distance = place - masks.long().argmax(1, keepdim=True)
+        entropy = entropy + config.position_penalty * distance
+        least = entropy == entropy.amin(1, keepdim=True)
+        chosen = masks & ((entropy < config.entropy_threshold) | (least & (least.long().cumsum(1) == 1)))
+        tokens = torch.zeros_like(window)
+        if not config.sampled:
+            tokens[at] = logits.argmax(-1)
+        else:
+            sent, (slots, places) = self._plan.sent, at
+            key = random.Key(random.DRAFT, sent["key"][slots], sent["length"][slots] + places, sent["step"][slots])
+            tokens[at] = self.source.categorical(probabilities(logits, config), key)
+        return [torch.where(chosen, tokens, window)]
+
+    # ---- host ----
+
+    def _begin(self, slot: int) -> None:
+        self.rows.window[slot] = self.rows.mask_token_id
+        self.leaving[slot] = 0
+
+    def _after_window(self, row: int, slot: int, tables: list[np.ndarray], outcome: Outcome) -> None:
+        rows, (filled,) = self.rows, tables
+        gone, before, start = int(self.leaving[slot]), rows.window[slot].copy(), len(rows.tokens[slot])
+        rows.window[slot] = rows.mask_token_id
+        rows.window[slot, : self.width] = filled[gone : gone + self.width]
+        undecided = rows.window[slot, : self.width] == rows.mask_token_id
+        self.leaving[slot] = int(np.append(undecided, True).argmax())
+        if gone:
+            stops = rows.extend(slot, filled[:gone].tolist(), self.config.stop_token_ids)
+            rows.complete[slot] |= stops or len(rows.tokens[slot]) >= rows.limit[slot]
+        if not rows.complete[slot]:
+            width = self.width + gone
+            marks = np.where(before == filled, NOTHING, DENOISED)[:width].tolist()
+            then, now = before[:width].tolist(), filled[:width].tolist()
+            rows.progress[slot].steps.append(Step("draft", start, then, now, now, marks))

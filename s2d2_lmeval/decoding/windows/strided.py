@@ -1,0 +1,167 @@
+"""Strided decoding (I-DLM, arXiv 2604.11035): every forward verifies the last draft and drafts the next stride.
+
+A round of a row, whose last token, the pending one, has no keys yet:
+
+1. forward  the pending token, the drafted tokens and ``block_length - 1`` masks, token-causally
+2. accept   a drafted token x with probability min(1, p(x) / q(x)), p the law after the token before it and q the one
+            that it was drawn from; at temperature zero, if it is p's argmax
+3. reject   the first that is not is replaced by a draw from (p - q)+, and the masks were in vain: the next round has no
+            draft. If all are accepted, the next pending token is drawn after the last, and the masks give a new draft
+
+Both laws are filtered alike, so the answer's is that of ``ar``; published code takes the unfiltered softmax for p.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from s2d2_lmeval.decoding.decoder import EXACT, DecoderSetup
+from s2d2_lmeval.decoding.options.blocks import BlockOption, ScheduleOption
+from s2d2_lmeval.decoding.options.windows import StridedOptions
+from s2d2_lmeval.decoding.passes import PassBuilder
+from s2d2_lmeval.decoding.reference import uniforms_until_refused
+from s2d2_lmeval.decoding.sampling import random
+from s2d2_lmeval.decoding.sampling.acceptance import residual
+from s2d2_lmeval.decoding.sampling.filters import probabilities
+from s2d2_lmeval.decoding.steps import Outcome
+from s2d2_lmeval.decoding.windows.window import WindowDecoder
+from s2d2_lmeval.registry import DECODERS
+
+
+@DECODERS.register(
+    "strided",
+    "strided",
+    promise=f"the model's own autoregressive law; at temperature zero the output of ar{EXACT}",
+    options=(ScheduleOption, BlockOption, StridedOptions),
+)
+class Strided(WindowDecoder):
+    """The decoder ``strided``. A row's window is its pending token, the drafted ones and the masks."""
+
+    def __init__(self, setup: DecoderSetup) -> None:
+        self.masks = setup.config.block_length - 1
+        super().__init__(setup, 1 + 2 * self.masks)
+        self.drafted = np.zeros(self.rows.count, dtype=np.int64)
+        """Tokens that each row verifies next."""
+        shape = (self.rows.count, self.masks, self.vocab_size if self.config.sampled else 0)
+        self.law = torch.zeros(shape, device=self.rows.device)
+        """What the drafted tokens were drawn from."""
+        self.pending = np.zeros(self.rows.count, dtype=bool)
+        """Rows whose pending token ends the answer, which published code runs nevertheless."""
+
+    @staticmethod
+    def layout(config: object) -> str:
+        return f"strides of {config.block_length}"  # type: ignore[attr-defined]
+
+    def _lay_out(self, builder: PassBuilder, slots: np.ndarray, among: np.ndarray) -> np.ndarray:
+        rows = self.rows
+        self._window = window = builder.span(rows.cached[slots], among * (1 + self.drafted[slots] + self.masks))
+        window.set(token=rows.window[slots][window.row, window.local], rank=window.local, reach=window.local)
+        return np.zeros_like(slots)
+
+    def _read(self, builder: PassBuilder, slots: np.ndarray) -> None:
+        window = self._window
+        builder.read("window", window.row, window.local, window.query)
+
+    def _facts(self) -> dict[str, np.ndarray]:
+        return {"drafted": self.drafted}
+
+    # ---- device ----
+
+    def _decide(self, logits: torch.Tensor) -> list[torch.Tensor]:
+        plan, rows, device = self._plan, self.rows, self.rows.device
+        count, width = rows.window.shape
+        if not len(logits):
+            return [torch.zeros(count, width, dtype=torch.long, device=device)]
+        slots, place = plan.at("window")
+        row_of = torch.zeros(count, width, dtype=torch.long, device=device)
+        row_of[slots, place] = torch.arange(len(logits), device=device)
+        running = torch.zeros(count, dtype=torch.bool, device=device).index_fill(0, slots, True)
+        drafted = plan.sent["drafted"]
+        tested = torch.arange(self.masks, device=device) < (drafted * running).unsqueeze(1)
+        token = plan.sent["window"][:, 1 : 1 + self.masks]
+        after_last = drafted.unsqueeze(1) + torch.arange(1 + self.masks, device=device)
+        if not self.config.sampled:
+            best = logits.argmax(-1)[row_of]
+            accepted = ((best[:, : self.masks] == token) & tested).long().cumprod(1).sum(1, keepdim=True)
+            fresh = best.gather(1, after_last)
+            pending = best.gather(1, accepted)
+        else:
+            p = probabilities(logits, self.config)
+            accepted, pending, fresh = self._draw(p, row_of, tested, token, after_last, running)
+        return [torch.cat([accepted, pending, fresh[:, 1:]], dim=1)]
+
+    def _draw(
+        self,
+        p: torch.Tensor,
+        row_of: torch.Tensor,
+        tested: torch.Tensor,
+        token: torch.Tensor,
+        after_last: torch.Tensor,
+        running: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """How many of the ``tested`` (count, M) tokens are accepted, the next pending token (count, 1), and the draft
+        after it (count, 1 + M, without meaning in place 0) from the laws ``p`` of the window.
+        """
+        sent, masks = self._plan.sent, self.masks
+        length, key, step = sent["length"].unsqueeze(1), sent["key"].unsqueeze(1), sent["step"].unsqueeze(1)
+        place = torch.arange(masks, device=p.device)
+        of_target = p[row_of[:, :masks]].gather(2, token.unsqueeze(2)).squeeze(2)
+        of_draft = self.law.gather(2, token.unsqueeze(2)).squeeze(2) * self.config.draft_tolerance
+        ratio = of_target / of_draft.clamp_min(torch.finfo(p.dtype).tiny)
+        where = random.Key(random.ACCEPT, key, length + place, step)
+        stands = uniforms_until_refused(self.source, where, tested, ratio, not self.config.keyed)
+        accepted = stands.long().cumprod(1).sum(1, keepdim=True)
+        rejected = accepted < tested.sum(1, keepdim=True)
+        after = p[row_of.gather(1, accepted).squeeze(1)]
+        if masks:
+            at = accepted.clamp_max(masks - 1).unsqueeze(2).expand(-1, -1, p.shape[1])
+            corrected = residual(after, self.law.gather(1, at).squeeze(1) * self.config.draft_tolerance)
+            after = torch.where(rejected, corrected, after)
+        rows = self.source.drawing(torch.arange(len(after), device=p.device), running)
+        where = random.Key(random.RESAMPLE, key[rows, 0], (length + accepted)[rows, 0], step[rows, 0])
+        pending = torch.zeros_like(accepted)
+        pending[rows] = self.source.categorical(after[rows], where).unsqueeze(1)
+        fresh = torch.zeros_like(after_last)
+        if masks:
+            law = p[row_of.gather(1, after_last[:, 1:])]
+            going_on = running & ~rejected.squeeze(1)
+            rows = self.source.drawing(rows, going_on[rows])
+            position = (length + accepted)[rows] + 1 + place
+            words = (one.expand_as(position).reshape(-1) for one in (key[rows], position, step[rows]))
+            where = random.Key(random.DRAFT, *words)
+            drawn = self.source.categorical(law[rows].flatten(0, 1), where)
+            fresh[rows, 1:] = drawn.view(-1, masks)
+            self.law = torch.where(going_on.view(-1, 1, 1), law, self.law)
+        return accepted, pending, fresh
+
+    # ---- host ----
+
+    def _accept(self, slot: int, fresh: list[int], depths: np.ndarray | None = None) -> None:
+        super()._accept(slot, fresh, depths)
+        rows = self.rows
+        if self.config.schedule == "reference" and rows.complete[slot]:
+            before, kept = len(rows.tokens[slot]) - 1, rows.kept[slot]
+            over = before >= rows.limit[slot] or (kept is not None and kept[0] < before - rows.prompt[slot])
+            self.pending[slot], rows.complete[slot] = not over, over
+
+    def admitted(self, slot: int) -> None:
+        self.pending[slot] = False
+
+    def _begin(self, slot: int) -> None:
+        rows = self.rows
+        rows.window[slot] = rows.mask_token_id
+        rows.window[slot, 0] = rows.tokens[slot][-1]
+        self.drafted[slot] = 0
+
+    def _after_window(self, row: int, slot: int, tables: list[np.ndarray], outcome: Outcome) -> None:
+        (accepted, pending, *fresh), rows, drafted = tables[0].tolist(), self.rows, int(self.drafted[slot])
+        outcome.kept[row] = 1 + accepted
+        if self.pending[slot]:
+            rows.complete[slot] = True
+            return
+        self._accept(slot, [*rows.window[slot, 1 : 1 + accepted].tolist(), pending], np.arange(1, 1 + drafted))
+        self._begin(slot)
+        if accepted == drafted:
+            rows.window[slot, 1 : 1 + self.masks] = fresh
+            self.drafted[slot] = self.masks

@@ -1,0 +1,179 @@
+"""What the decoders of windows share: the prompt first, then a window of tokens and masks after the text, in every
+forward of a row; the host holds a mirror of it.
+
+A row's forward is either a chunk of its prompt, or its window, which subclasses lay out. After one read of the device
+every row moves on by itself.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from s2d2_lmeval.decoding.decoder import Decoder, DecoderSetup
+from s2d2_lmeval.decoding.generation import Request
+from s2d2_lmeval.decoding.passes import PassBuilder, Plan
+from s2d2_lmeval.decoding.sampling import random
+from s2d2_lmeval.decoding.sampling.filters import probabilities
+from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL, SequenceState
+from s2d2_lmeval.decoding.steps import Outcome, fetch
+from s2d2_lmeval.errors import NumericalError
+from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, by_reach
+
+
+class WindowRows(SequenceState):
+    """Sequences in flight and the window of each: ``window`` (count, W) tokens, the mask where none is decided."""
+
+    def __init__(self, setup: DecoderSetup, width: int) -> None:
+        super().__init__(setup.slots)
+        self.prefix_grain = 1
+        self.mask_token_id = setup.facts.mask_token_id
+        self.device = setup.device
+        self.length = setup.longest
+        self.limit = np.zeros(self.count, dtype=np.int64)
+        """Maximum length of the sequence."""
+        self.step = np.zeros(self.count, dtype=np.int64)
+        """Forwards of the window so far."""
+        self.window = np.full((self.count, width), self.mask_token_id, dtype=np.int64)
+
+    def admit(self, slot: int, request: Request) -> None:
+        """Take a request; its window is empty."""
+        super().admit(slot, request)
+        self.tokens[slot] = list(request.prompt)
+        self.limit[slot] = len(request.prompt) + request.max_new_tokens
+        self.step[slot] = 0
+        self.window[slot] = self.mask_token_id
+
+    def lengths(self) -> np.ndarray:
+        """(count,) tokens of every sequence, prompt included."""
+        return np.array([len(tokens) for tokens in self.tokens])
+
+
+class WindowDecoder(Decoder[WindowRows]):
+    """A decoder with one window per row."""
+
+    seeds: ClassVar[bool] = True
+    """Whether the text's last row gives the token that the window begins with."""
+
+    def __init__(self, setup: DecoderSetup, width: int) -> None:
+        self.config = setup.config
+        self.rows = WindowRows(setup, width)
+        self.prefill_chunk = setup.prefill_chunk
+        self.source = random.source_of(self.config.random_source, self.config.seed)
+        self.vocab_size = setup.facts.vocab_size
+
+    @property
+    def capacity(self) -> int:
+        return self.rows.length + 2 * self.rows.window.shape[1]
+
+    def plan(self) -> Plan:
+        rows, slots = self.rows, self.rows.active()
+        prefilling = rows.phase[slots] == PREFILL
+        cached = rows.cached[slots]
+        texts = np.minimum(rows.prompt[slots] - cached, self.prefill_chunk) * prefilling
+        builder = PassBuilder(slots)
+        pieces = [rows.tokens[slot][start : start + n] for slot, start, n in zip(slots, cached, texts, strict=True)]
+        text = builder.span(cached, texts)
+        text.set(token=np.concatenate(pieces), rank=text.local, reach=text.local)
+        keep = texts + self._lay_out(builder, slots, ~prefilling)
+        builder.lay_out()
+        due = np.flatnonzero(prefilling & (cached + texts == rows.prompt[slots]) & self.seeds)
+        builder.read("first", due, np.zeros_like(due), builder.layout.offsets[due] + texts[due] - 1)
+        self._read(builder, slots)
+        sent = builder.send(
+            rows.device,
+            tokens=builder.column("token"),
+            rank=builder.padded("rank", NOBODY),
+            reach=builder.padded("reach", NOTHING),
+            window=rows.window,
+            length=rows.lengths(),
+            key=rows.key,
+            step=rows.step,
+            phase=rows.phase,
+            **self._facts(),
+        )
+        visible = by_reach(sent["rank"], sent["reach"])
+        phases = rows.phase[slots].copy()
+        self._plan = builder.plan(sent, phases, sent["tokens"], visible, keep, due=due)
+        return self._plan
+
+    @abstractmethod
+    def _lay_out(self, builder: PassBuilder, slots: np.ndarray, among: np.ndarray) -> np.ndarray:
+        """Add the windows of the active rows ``among`` (R,), with ``position``, ``token``, ``rank`` and ``reach``.
+        Returns how many leading queries stay, whatever the logits (R,).
+        """
+
+    @abstractmethod
+    def _read(self, builder: PassBuilder, slots: np.ndarray) -> None:
+        """Request the window's logits."""
+
+    def _facts(self) -> dict[str, np.ndarray]:
+        """What else the device needs of every row."""
+        return {}
+
+    # ---- device ----
+
+    def advance(self, logits: torch.Tensor) -> Outcome:
+        plan, rows = self._plan, self.rows
+        if self.config.suppress_mask_token and len(logits):
+            logits[:, rows.mask_token_id] = -torch.inf
+        first, window = logits.split([plan.count("first"), len(logits) - plan.count("first")])
+        sound = ~logits.isnan().any().expand(rows.count, 1)
+        seed = torch.zeros(rows.count, 1, dtype=torch.long, device=rows.device)
+        if len(first):
+            slots = plan.at("first")[0]
+            position = plan.sent["length"][slots]
+            seed[slots] = self._choose(first, slots, position).unsqueeze(1)
+        read = fetch([sound, seed, *self._decide(window)])
+        return self._synchronize(read)
+
+    @abstractmethod
+    def _decide(self, logits: torch.Tensor) -> list[torch.Tensor]:
+        """The device part of a step, from the window's ``logits`` (M, V): columns (count, any) for the host."""
+
+    def _choose(self, logits: torch.Tensor, slots: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """The tokens (M,) that ``ar`` takes at ``position`` (M,) of the rows ``slots`` (M,), given their ``logits``."""
+        if not self.config.sampled:
+            return logits.argmax(-1)
+        key = random.Key(random.DRAFT, self._plan.sent["key"][slots], position, torch.zeros_like(position))
+        return self.source.categorical(probabilities(logits, self.config), key)
+
+    # ---- host ----
+
+    def _synchronize(self, read: list[np.ndarray]) -> Outcome:
+        rows, plan = self.rows, self._plan
+        slots, keep = plan.request.layout.slots, plan.request.keep
+        outcome = Outcome.zeros(len(slots))
+        sound, seed, *tables = read
+        if not sound.all():
+            raise NumericalError
+        rows.cached[slots] += keep
+        for row, slot in enumerate(slots.tolist()):
+            rows.progress[slot].forwards[KIND_OF_PHASE[plan.phases[row]]] += 1
+            if plan.phases[row] != PREFILL:
+                rows.step[slot] += 1
+                self._after_window(row, slot, [table[slot] for table in tables], outcome)
+                rows.cached[slot] += outcome.kept[row]
+            elif rows.cached[slot] == rows.prompt[slot]:
+                rows.phase[slot] = DRAFT
+                if self.seeds:
+                    self._accept(slot, [int(seed[slot, 0])])
+                self._begin(slot)
+        return outcome
+
+    def _begin(self, slot: int) -> None:
+        """The text of row ``slot`` is in the cache: set up its window."""
+
+    @abstractmethod
+    def _after_window(self, row: int, slot: int, tables: list[np.ndarray], outcome: Outcome) -> None:
+        """A forward of the window of ``slot`` has come in; ``tables`` are its entries of the columns."""
+
+    def _accept(self, slot: int, fresh: list[int], depths: np.ndarray | None = None) -> None:
+        """Append tokens to the answer of row ``slot``; it may be complete. ``depths`` of the drafted ones, from 1."""
+        rows = self.rows
+        rows.record(slot, fresh, np.zeros(0) if depths is None else depths, rows.mask_token_id)
+        stops = rows.extend(slot, fresh, self.config.stop_token_ids)
+        rows.complete[slot] |= stops or len(rows.tokens[slot]) >= rows.limit[slot]
