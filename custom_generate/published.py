@@ -49,6 +49,7 @@ _MEANINGS |= {
     "schedule": "reference (a forward per prefill, draft, verification and commit, as published), or one with fewer "
     "forwards and the same ids",
     "return_forward_stats": "also answer with the statistics",
+    "return_stats": "also answer with the statistics",
     "kwargs": "what an evaluation harness hands to every model is taken and has no effect; every other name is a "
     "decoding option",
 }

@@ -9,14 +9,28 @@ from typing import Any
 
 import pytest
 
-from s2d2_lmeval.custom_generate import d2f, ddtree, fast_dllm_v2, llada2, sdar, sliding, spiffy
+from s2d2_lmeval.custom_generate import (
+    d2f,
+    ddtree,
+    fast_dllm_v2,
+    idlm,
+    llada2,
+    nemotron,
+    sdar,
+    sliding,
+    spiffy,
+    stable_diffcoder,
+    tiny_a2d,
+    wedlm,
+)
 from s2d2_lmeval.custom_generate.published import published
 
 PUBLISHED: list[Callable[..., Any]] = [
     *(sdar.block_diffusion_generate, sdar.block_diffusion_generate_baseline),
     *(fast_dllm_v2.generate, fast_dllm_v2.generate_ssd_policy, llada2.generate_cached, llada2.generate_ssd_policy),
     *(d2f.generate_block_single, d2f.generate_block_speculative, ddtree.dflash_generate, ddtree.ddtree_generate),
-    *(spiffy.spiffy_generate, sliding.sliding_generate),
+    *(spiffy.spiffy_generate, sliding.sliding_generate, stable_diffcoder.generate_block, tiny_a2d.sample),
+    *(nemotron.ar_generate, nemotron.generate, nemotron.linear_spec_generate, idlm.generate, wedlm.generate),
 ]
 
 

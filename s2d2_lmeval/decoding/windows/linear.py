@@ -20,10 +20,9 @@ from s2d2_lmeval.decoding.blocks.remasking import ranks
 from s2d2_lmeval.decoding.decoder import EXACT, DecoderSetup
 from s2d2_lmeval.decoding.options.blocks import BlockOption
 from s2d2_lmeval.decoding.options.windows import LinearOptions
-from s2d2_lmeval.decoding.passes import PassBuilder
+from s2d2_lmeval.decoding.passes import Cells, PassBuilder, Sent
 from s2d2_lmeval.decoding.sampling.row_statistics import probability_of
 from s2d2_lmeval.decoding.state import DRAFT, VERIFY
-from s2d2_lmeval.decoding.steps import Outcome
 from s2d2_lmeval.decoding.windows.window import WindowDecoder
 from s2d2_lmeval.registry import DECODERS
 
@@ -65,34 +64,36 @@ class LinearSpeculation(WindowDecoder):
 
     # ---- device ----
 
-    def _decide(self, logits: torch.Tensor) -> list[torch.Tensor]:
-        plan = self._plan
-        draft, verify = logits.split([plan.count("draft"), plan.count("verify")])
-        block = plan.sent["window"]
-        if len(draft):
-            block = self._fill(block, draft)
-        chosen = torch.full_like(block, -1)
-        if len(verify):
-            slots, place = plan.at("verify")
+    def _decide(self, sent: Sent, logits: torch.Tensor) -> list[torch.Tensor]:
+        block = sent["window"]
+        if sent.has("draft"):
+            block = self._fill(sent, logits[sent.part("draft")])
+        chosen = Cells.like(block, -1)
+        if sent.has("verify"):
+            slots, place = sent.at("verify")
             # The token after the place's own.
-            chosen[slots, place] = self._choose(verify, slots, plan.sent["length"][slots] + place)
-        same = (chosen[:, :-1] == block[:, 1:]).long()
-        return [block, chosen, same.cumprod(1).sum(1, keepdim=True)]
+            tokens = self._choose(sent, logits[sent.part("verify")], slots, sent["length"][slots] + place)
+            chosen.put(sent.cells("verify"), tokens)
+        same = (chosen.table[:, :-1] == block[:, 1:]).long()
+        return [same.cumprod(1).sum(1, keepdim=True), block, chosen.table]
 
-    def _fill(self, block: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """``block`` (count, W) with the masks filled that this draft decides."""
-        (slots, place), masks = self._plan.at("draft"), block == self.rows.mask_token_id
-        tokens = torch.zeros_like(block)
-        tokens[slots, place] = self._choose(logits, slots, self._plan.sent["length"][slots] + place - 1)
+    def _fill(self, sent: Sent, logits: torch.Tensor) -> torch.Tensor:
+        """The blocks (count, W) with the masks filled that this draft decides."""
+        (slots, place), block, cells = sent.at("draft"), sent["window"], sent.cells("draft")
+        drawn = self._choose(sent, logits, slots, sent["length"][slots] + place - 1)
+        tokens = Cells.like(block).put(cells, drawn)
+        masks = (block == self.rows.mask_token_id) & sent["drafting"].bool().unsqueeze(1)
         threshold = self.config.draft_threshold
         if threshold > 0:
-            confidence = torch.zeros(block.shape, dtype=logits.dtype, device=block.device)
-            confidence[slots, place] = probability_of(logits, tokens[slots, place])
-            masks = masks & ((confidence >= threshold) | (ranks(confidence, masks) == 0))
-        drafting = (self._plan.sent["phase"] == DRAFT).unsqueeze(1)
-        return torch.where(masks & drafting, tokens, block)
+            confidence = Cells.like(torch.zeros(block.shape, dtype=logits.dtype, device=block.device))
+            sure = confidence.put(cells, probability_of(logits, drawn))
+            masks = masks & ((sure >= threshold) | (ranks(sure, masks) == 0))
+        return torch.where(masks, tokens, block)
 
     # ---- host ----
+
+    def _facts(self) -> dict[str, np.ndarray]:
+        return {"drafting": self.rows.phase == DRAFT}
 
     def _begin(self, slot: int) -> None:
         rows = self.rows
@@ -100,15 +101,15 @@ class LinearSpeculation(WindowDecoder):
         rows.window[slot, 0] = rows.tokens[slot][-1]
         rows.phase[slot] = DRAFT if rows.window.shape[1] > 1 else VERIFY
 
-    def _after_window(self, row: int, slot: int, tables: list[np.ndarray], outcome: Outcome) -> None:
-        block, chosen, accepted = tables
-        rows = self.rows
-        if self._plan.phases[row] == DRAFT:
+    def _after_window(self, slot: int, phase: int, decided: np.ndarray) -> int:
+        rows, accepted = self.rows, int(decided[0])
+        block, chosen = decided[1:].reshape(2, -1)
+        if phase == DRAFT:
             stuck = (rows.window[slot] == block).all()  # the model predicts the mask
             rows.window[slot] = block
             if stuck or not (block == rows.mask_token_id).any():
                 rows.phase[slot] = VERIFY
-            return
-        outcome.kept[row] = accepted[0] + 1
-        self._accept(slot, chosen[: accepted[0] + 1].tolist(), np.arange(1, len(block)))
+            return 0
+        self._accept(slot, chosen[: accepted + 1].tolist(), np.arange(1, len(block)))
         self._begin(slot)
+        return accepted + 1

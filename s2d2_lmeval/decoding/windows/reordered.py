@@ -18,10 +18,9 @@ from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.generation import DENOISED, NOTHING, Step
 from s2d2_lmeval.decoding.options.blocks import BlockOption
 from s2d2_lmeval.decoding.options.windows import ReorderedOptions
-from s2d2_lmeval.decoding.passes import PassBuilder
+from s2d2_lmeval.decoding.passes import Cells, PassBuilder, Sent
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import probabilities
-from s2d2_lmeval.decoding.steps import Outcome
 from s2d2_lmeval.decoding.windows.window import WindowDecoder
 from s2d2_lmeval.registry import DECODERS
 
@@ -73,28 +72,25 @@ class Reordered(WindowDecoder):
 
     # ---- device ----
 
-    def _decide(self, logits: torch.Tensor) -> list[torch.Tensor]:
-        window, config = self._plan.sent["window"], self.config
-        if not len(logits):
+    def _decide(self, sent: Sent, logits: torch.Tensor) -> list[torch.Tensor]:
+        window, config, cells = sent["window"], self.config, sent.cells("window")
+        if not sent.has("window"):
             return [window]
-        at = self._plan.at("window")
+        logits = logits[sent.part("window")]
         log_p = logits.log_softmax(-1)
-        entropy = torch.full(window.shape, torch.inf, dtype=log_p.dtype, device=window.device)
-        entropy[at] = -(log_p.exp() * log_p).nansum(-1)
-        place = torch.arange(window.shape[1], device=window.device)
-        masks = entropy.isfinite()
-        distance = place - masks.long().argmax(1, keepdim=True)
-        entropy = entropy + config.position_penalty * distance
-        least = entropy == entropy.amin(1, keepdim=True)
-        chosen = masks & ((entropy < config.entropy_threshold) | (least & (least.long().cumsum(1) == 1)))
-        tokens = torch.zeros_like(window)
-        if not config.sampled:
-            tokens[at] = logits.argmax(-1)
-        else:
-            sent, (slots, places) = self._plan.sent, at
+        rated = Cells.like(torch.zeros(window.shape, dtype=log_p.dtype, device=window.device), torch.inf)
+        entropy = rated.put(cells, -(log_p.exp() * log_p).nansum(-1))
+        place, masks = torch.arange(window.shape[1], device=window.device), entropy.isfinite()
+        entropy = entropy + config.position_penalty * (place - masks.long().argmax(1, keepdim=True))
+        first_least = place == entropy.argmin(1, keepdim=True)
+        chosen = masks & ((entropy < config.entropy_threshold) | first_least)
+        if config.sampled:
+            slots, places = sent.at("window")
             key = random.Key(random.DRAFT, sent["key"][slots], sent["length"][slots] + places, sent["step"][slots])
-            tokens[at] = self.source.categorical(probabilities(logits, config), key)
-        return [torch.where(chosen, tokens, window)]
+            tokens = self.source.categorical(probabilities(logits, config), key)
+        else:
+            tokens = logits.argmax(-1)
+        return [torch.where(chosen, Cells.like(window).put(cells, tokens), window)]
 
     # ---- host ----
 
@@ -102,8 +98,8 @@ class Reordered(WindowDecoder):
         self.rows.window[slot] = self.rows.mask_token_id
         self.leaving[slot] = 0
 
-    def _after_window(self, row: int, slot: int, tables: list[np.ndarray], outcome: Outcome) -> None:
-        rows, (filled,) = self.rows, tables
+    def _after_window(self, slot: int, phase: int, decided: np.ndarray) -> int:
+        rows, filled = self.rows, decided
         gone, before, start = int(self.leaving[slot]), rows.window[slot].copy(), len(rows.tokens[slot])
         rows.window[slot] = rows.mask_token_id
         rows.window[slot, : self.width] = filled[gone : gone + self.width]
@@ -117,3 +113,4 @@ class Reordered(WindowDecoder):
             marks = np.where(before == filled, NOTHING, DENOISED)[:width].tolist()
             then, now = before[:width].tolist(), filled[:width].tolist()
             rows.progress[slot].steps.append(Step("draft", start, then, now, now, marks))
+        return 0

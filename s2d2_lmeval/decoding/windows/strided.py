@@ -19,12 +19,12 @@ import torch
 from s2d2_lmeval.decoding.decoder import EXACT, DecoderSetup
 from s2d2_lmeval.decoding.options.blocks import BlockOption, ScheduleOption
 from s2d2_lmeval.decoding.options.windows import StridedOptions
-from s2d2_lmeval.decoding.passes import PassBuilder
+from s2d2_lmeval.decoding.passes import Cells, PassBuilder, Sent
 from s2d2_lmeval.decoding.reference import uniforms_until_refused
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.acceptance import residual
 from s2d2_lmeval.decoding.sampling.filters import probabilities
-from s2d2_lmeval.decoding.steps import Outcome
+from s2d2_lmeval.decoding.state import PREFILL
 from s2d2_lmeval.decoding.windows.window import WindowDecoder
 from s2d2_lmeval.registry import DECODERS
 
@@ -44,7 +44,7 @@ class Strided(WindowDecoder):
         self.drafted = np.zeros(self.rows.count, dtype=np.int64)
         """Tokens that each row verifies next."""
         shape = (self.rows.count, self.masks, self.vocab_size if self.config.sampled else 0)
-        self.law = torch.zeros(shape, device=self.rows.device)
+        self.law = setup.tables.full("law", shape, 0, setup.dtype)
         """What the drafted tokens were drawn from."""
         self.pending = np.zeros(self.rows.count, dtype=bool)
         """Rows whose pending token ends the answer, which published code runs nevertheless."""
@@ -64,35 +64,32 @@ class Strided(WindowDecoder):
         builder.read("window", window.row, window.local, window.query)
 
     def _facts(self) -> dict[str, np.ndarray]:
-        return {"drafted": self.drafted}
+        running = np.zeros(self.rows.count, dtype=bool)
+        running[self.rows.active()] = self.rows.phase[self.rows.active()] != PREFILL
+        return {"drafted": self.drafted, "running": running}
 
     # ---- device ----
 
-    def _decide(self, logits: torch.Tensor) -> list[torch.Tensor]:
-        plan, rows, device = self._plan, self.rows, self.rows.device
-        count, width = rows.window.shape
-        if not len(logits):
-            return [torch.zeros(count, width, dtype=torch.long, device=device)]
-        slots, place = plan.at("window")
-        row_of = torch.zeros(count, width, dtype=torch.long, device=device)
-        row_of[slots, place] = torch.arange(len(logits), device=device)
-        running = torch.zeros(count, dtype=torch.bool, device=device).index_fill(0, slots, True)
-        drafted = plan.sent["drafted"]
-        tested = torch.arange(self.masks, device=device) < (drafted * running).unsqueeze(1)
-        token = plan.sent["window"][:, 1 : 1 + self.masks]
-        after_last = drafted.unsqueeze(1) + torch.arange(1 + self.masks, device=device)
+    def _decide(self, sent: Sent, logits: torch.Tensor) -> list[torch.Tensor]:
+        window, running, drafted = sent["window"], sent["running"].bool(), sent["drafted"]
+        if not sent.has("window"):
+            return [torch.zeros_like(window[:, : 2 + self.masks])]
+        logits = logits[sent.part("window")]
+        place = torch.arange(1 + self.masks, device=window.device)
+        row_of = Cells.like(window).put(sent.cells("window"), torch.arange(len(logits), device=window.device))
+        tested = place[: self.masks] < (drafted * running).unsqueeze(1)
+        token, after_last = window[:, 1 : 1 + self.masks], drafted.unsqueeze(1) + place
         if not self.config.sampled:
             best = logits.argmax(-1)[row_of]
             accepted = ((best[:, : self.masks] == token) & tested).long().cumprod(1).sum(1, keepdim=True)
-            fresh = best.gather(1, after_last)
-            pending = best.gather(1, accepted)
-        else:
-            p = probabilities(logits, self.config)
-            accepted, pending, fresh = self._draw(p, row_of, tested, token, after_last, running)
-        return [torch.cat([accepted, pending, fresh[:, 1:]], dim=1)]
+            return [accepted, best.gather(1, accepted), best.gather(1, after_last)[:, 1:]]
+        p = probabilities(logits, self.config)
+        accepted, pending, fresh = self._draw(sent, p, row_of, tested, token, after_last, running)
+        return [accepted, pending, fresh[:, 1:]]
 
     def _draw(
         self,
+        sent: Sent,
         p: torch.Tensor,
         row_of: torch.Tensor,
         tested: torch.Tensor,
@@ -103,7 +100,7 @@ class Strided(WindowDecoder):
         """How many of the ``tested`` (count, M) tokens are accepted, the next pending token (count, 1), and the draft
         after it (count, 1 + M, without meaning in place 0) from the laws ``p`` of the window.
         """
-        sent, masks = self._plan.sent, self.masks
+        masks = self.masks
         length, key, step = sent["length"].unsqueeze(1), sent["key"].unsqueeze(1), sent["step"].unsqueeze(1)
         place = torch.arange(masks, device=p.device)
         of_target = p[row_of[:, :masks]].gather(2, token.unsqueeze(2)).squeeze(2)
@@ -132,7 +129,7 @@ class Strided(WindowDecoder):
             where = random.Key(random.DRAFT, *words)
             drawn = self.source.categorical(law[rows].flatten(0, 1), where)
             fresh[rows, 1:] = drawn.view(-1, masks)
-            self.law = torch.where(going_on.view(-1, 1, 1), law, self.law)
+            self.law.copy_(torch.where(going_on.view(-1, 1, 1), law, self.law))
         return accepted, pending, fresh
 
     # ---- host ----
@@ -154,14 +151,14 @@ class Strided(WindowDecoder):
         rows.window[slot, 0] = rows.tokens[slot][-1]
         self.drafted[slot] = 0
 
-    def _after_window(self, row: int, slot: int, tables: list[np.ndarray], outcome: Outcome) -> None:
-        (accepted, pending, *fresh), rows, drafted = tables[0].tolist(), self.rows, int(self.drafted[slot])
-        outcome.kept[row] = 1 + accepted
+    def _after_window(self, slot: int, phase: int, decided: np.ndarray) -> int:
+        (accepted, pending, *fresh), rows, drafted = decided.tolist(), self.rows, int(self.drafted[slot])
         if self.pending[slot]:
             rows.complete[slot] = True
-            return
+            return 1 + accepted
         self._accept(slot, [*rows.window[slot, 1 : 1 + accepted].tolist(), pending], np.arange(1, 1 + drafted))
         self._begin(slot)
         if accepted == drafted:
             rows.window[slot, 1 : 1 + self.masks] = fresh
             self.drafted[slot] = self.masks
+        return 1 + accepted

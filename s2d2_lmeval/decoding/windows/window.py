@@ -13,13 +13,13 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from s2d2_lmeval.decoding.decoder import Decoder, DecoderSetup
+from s2d2_lmeval.decoding.decoder import Decided, Decoder, DecoderSetup
 from s2d2_lmeval.decoding.generation import Request
-from s2d2_lmeval.decoding.passes import PassBuilder, Plan
+from s2d2_lmeval.decoding.passes import Cells, PassBuilder, Plan, Sent
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import probabilities
 from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL, SequenceState
-from s2d2_lmeval.decoding.steps import Outcome, fetch
+from s2d2_lmeval.decoding.steps import pack
 from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, by_reach
 
@@ -69,6 +69,10 @@ class WindowDecoder(Decoder[WindowRows]):
     def capacity(self) -> int:
         return self.rows.length + 2 * self.rows.window.shape[1]
 
+    @property
+    def most_logits(self) -> tuple[int, int]:
+        return (self.rows.window.shape[1],) * 2
+
     def plan(self) -> Plan:
         rows, slots = self.rows, self.rows.active()
         prefilling = rows.phase[slots] == PREFILL
@@ -83,21 +87,15 @@ class WindowDecoder(Decoder[WindowRows]):
         due = np.flatnonzero(prefilling & (cached + texts == rows.prompt[slots]) & self.seeds)
         builder.read("first", due, np.zeros_like(due), builder.layout.offsets[due] + texts[due] - 1)
         self._read(builder, slots)
-        sent = builder.send(
-            rows.device,
-            tokens=builder.column("token"),
-            rank=builder.padded("rank", NOBODY),
-            reach=builder.padded("reach", NOTHING),
-            window=rows.window,
-            length=rows.lengths(),
-            key=rows.key,
-            step=rows.step,
-            phase=rows.phase,
-            **self._facts(),
+        facts = {"length": rows.lengths(), "key": rows.key, "step": rows.step, "window": rows.window}
+        self._plan = builder.plan(
+            rows.phase[slots].copy(),
+            keep,
+            rows.window.shape[1],
+            queries={"token": builder.column("token")},
+            tables={"rank": (0, NOBODY), "reach": (0, NOTHING)},
+            rows={**facts, **self._facts()},
         )
-        visible = by_reach(sent["rank"], sent["reach"])
-        phases = rows.phase[slots].copy()
-        self._plan = builder.plan(sent, phases, sent["tokens"], visible, keep, due=due)
         return self._plan
 
     @abstractmethod
@@ -116,60 +114,65 @@ class WindowDecoder(Decoder[WindowRows]):
 
     # ---- device ----
 
-    def advance(self, logits: torch.Tensor) -> Outcome:
-        plan, rows = self._plan, self.rows
-        if self.config.suppress_mask_token and len(logits):
-            logits[:, rows.mask_token_id] = -torch.inf
-        first, window = logits.split([plan.count("first"), len(logits) - plan.count("first")])
-        sound = ~logits.isnan().any().expand(rows.count, 1)
-        seed = torch.zeros(rows.count, 1, dtype=torch.long, device=rows.device)
-        if len(first):
-            slots = plan.at("first")[0]
-            position = plan.sent["length"][slots]
-            seed[slots] = self._choose(first, slots, position).unsqueeze(1)
-        read = fetch([sound, seed, *self._decide(window)])
-        return self._synchronize(read)
+    def assemble(self, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
+        return sent["token"], by_reach(sent["rank"], sent["reach"])
+
+    def decide(self, sent: Sent, logits: torch.Tensor) -> Decided:
+        if not sent.present:  # prefill chunks only
+            return Decided(None)
+        if self.config.suppress_mask_token:
+            logits[:, self.rows.mask_token_id] = -torch.inf
+        sound = ~logits.isnan().any().expand(self.rows.count, 1)
+        seeds = Cells.like(sent["window"])
+        if sent.has("first"):
+            slots, _ = sent.at("first")
+            tokens = self._choose(sent, logits[sent.part("first")], slots, sent["length"][slots])
+            seeds.put(sent.cells("first"), tokens)
+        return Decided(pack([sound, seeds.table[:, :1], *self._decide(sent, logits)]))
 
     @abstractmethod
-    def _decide(self, logits: torch.Tensor) -> list[torch.Tensor]:
-        """The device part of a step, from the window's ``logits`` (M, V): columns (count, any) for the host."""
+    def _decide(self, sent: Sent, logits: torch.Tensor) -> list[torch.Tensor]:
+        """Decide about the windows, from the ``logits`` (M, V): columns (count, any) for the host."""
 
-    def _choose(self, logits: torch.Tensor, slots: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def _choose(self, sent: Sent, logits: torch.Tensor, slots: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """The tokens (M,) that ``ar`` takes at ``position`` (M,) of the rows ``slots`` (M,), given their ``logits``."""
         if not self.config.sampled:
             return logits.argmax(-1)
-        key = random.Key(random.DRAFT, self._plan.sent["key"][slots], position, torch.zeros_like(position))
+        key = random.Key(random.DRAFT, sent["key"][slots], position, torch.zeros_like(position))
         return self.source.categorical(probabilities(logits, self.config), key)
 
     # ---- host ----
 
-    def _synchronize(self, read: list[np.ndarray]) -> Outcome:
+    def settle(self, table: np.ndarray | None) -> np.ndarray:
         rows, plan = self.rows, self._plan
-        slots, keep = plan.request.layout.slots, plan.request.keep
-        outcome = Outcome.zeros(len(slots))
-        sound, seed, *tables = read
-        if not sound.all():
-            raise NumericalError
-        rows.cached[slots] += keep
+        slots = plan.layout.slots
+        kept = np.zeros(len(slots), dtype=np.int64)
+        rows.cached[slots] += plan.keep
         for row, slot in enumerate(slots.tolist()):
             rows.progress[slot].forwards[KIND_OF_PHASE[plan.phases[row]]] += 1
+            if table is not None and not table[slot, 0]:
+                raise NumericalError
             if plan.phases[row] != PREFILL:
+                assert table is not None
                 rows.step[slot] += 1
-                self._after_window(row, slot, [table[slot] for table in tables], outcome)
-                rows.cached[slot] += outcome.kept[row]
+                kept[row] = self._after_window(slot, int(plan.phases[row]), table[slot, 2:])
+                rows.cached[slot] += kept[row]
             elif rows.cached[slot] == rows.prompt[slot]:
                 rows.phase[slot] = DRAFT
                 if self.seeds:
-                    self._accept(slot, [int(seed[slot, 0])])
+                    assert table is not None
+                    self._accept(slot, [int(table[slot, 1])])
                 self._begin(slot)
-        return outcome
+        return kept
 
     def _begin(self, slot: int) -> None:
         """The text of row ``slot`` is in the cache: set up its window."""
 
     @abstractmethod
-    def _after_window(self, row: int, slot: int, tables: list[np.ndarray], outcome: Outcome) -> None:
-        """A forward of the window of ``slot`` has come in; ``tables`` are its entries of the columns."""
+    def _after_window(self, slot: int, phase: int, decided: np.ndarray) -> int:
+        """A forward of the window of ``slot`` in ``phase`` has come in; ``decided`` are its entries of the columns.
+        Returns how many of its queries become prefix by being accepted.
+        """
 
     def _accept(self, slot: int, fresh: list[int], depths: np.ndarray | None = None) -> None:
         """Append tokens to the answer of row ``slot``; it may be complete. ``depths`` of the drafted ones, from 1."""
