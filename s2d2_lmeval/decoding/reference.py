@@ -138,7 +138,7 @@ def uniforms_until_refused(
     if not one_by_one:
         return (source.uniform(key, tested).to(ratio.dtype) < ratio) & tested
     stands = torch.zeros_like(tested)
-    alive = torch.ones_like(tested[:, 0]) if tested.shape[1] else None
+    alive = tested.new_ones(len(tested))
     for place in range(tested.shape[1]):
         needed = torch.zeros_like(tested)
         needed[:, place] = tested[:, place] & alive

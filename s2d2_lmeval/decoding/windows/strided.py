@@ -125,8 +125,8 @@ class Strided(WindowDecoder):
             going_on = running & ~rejected.squeeze(1)
             rows = self.source.drawing(rows, going_on[rows])
             position = (length + accepted)[rows] + 1 + place
-            words = (one.expand_as(position).reshape(-1) for one in (key[rows], position, step[rows]))
-            where = random.Key(random.DRAFT, *words)
+            whose, when = (one.expand_as(position).flatten() for one in (key[rows], step[rows]))
+            where = random.Key(random.DRAFT, whose, position.flatten(), when)
             drawn = self.source.categorical(law[rows].flatten(0, 1), where)
             fresh[rows, 1:] = drawn.view(-1, masks)
             self.law.copy_(torch.where(going_on.view(-1, 1, 1), law, self.law))
