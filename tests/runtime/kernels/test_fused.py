@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import (
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
@@ -150,6 +149,8 @@ def test_hooks_see_what_leaves_a_layer() -> None:
 
 
 def test_layers_that_accelerate_brings_inputs_to() -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
     plain, model = model_of("qwen3"), model_of("qwen3")
     for layer in model.model.layers:
         add_hook_to_module(layer, AlignDevicesHook("cpu", io_same_device=True))
