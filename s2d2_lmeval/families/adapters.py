@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -32,7 +32,31 @@ _READ = {
     "runtime_config",
 }
 _LARGEST_ALPHA = 1e9
+_DRAFT = "s2d2_draft_factors"
 _PLAIN_START = ("gaussian", "eva", "orthogonal")  # others change the base's weights
+
+
+class Factors(NamedTuple):
+    """What a LoRA adds to a projection: ``scale`` times ``high`` (out, r) times ``low`` (r, in)."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+    scale: float
+
+
+def draft_factors(model: PreTrainedModel) -> dict[str, Factors]:
+    """Native module name -> factors of the draft adapter that was loaded with ``model``; empty without one."""
+    return getattr(model, _DRAFT, {})
+
+
+def hold_draft_adapter(model: PreTrainedModel, family: Family, source: str | Path, **hub: Any) -> None:
+    """Keeps a LoRA adapter beside the weights of ``model``, for draft queries alone; arguments and errors as in
+    :func:`merge_adapter`.
+    """
+    found = {}
+    for module, _, factors in _read(model, family, source, hub):
+        found[family.native_name(f"{module}.weight").removesuffix(".weight")] = factors
+    setattr(model, _DRAFT, found)
 
 
 def merge_adapter(model: PreTrainedModel, family: Family, source: str | Path, **hub: Any) -> None:
@@ -46,6 +70,17 @@ def merge_adapter(model: PreTrainedModel, family: Family, source: str | Path, **
     Raises:
         CheckpointError: no LoRA adapter there, or one that was not made for this model; the model is as before then.
     """
+    changes = _read(model, family, source, hub)
+    with torch.no_grad():
+        for _, weight, (low, high, scale) in changes:
+            update = high.to(weight.device, torch.float32) @ low.to(weight.device, torch.float32)
+            weight.copy_(weight.float() + scale * update)
+
+
+def _read(
+    model: PreTrainedModel, family: Family, source: str | Path, hub: Mapping[str, Any]
+) -> list[tuple[str, nn.Parameter, Factors]]:
+    """Published module name, weight and factors of all that an adapter changes."""
     source = resolve(source)
     config = read_json(source, "adapter_config.json", **hub)
     if config is None:
@@ -62,11 +97,8 @@ def merge_adapter(model: PreTrainedModel, family: Family, source: str | Path, **
                 f"the adapter {source} does not fit this model: {module} has factors {list(high.shape)} and "
                 f"{list(low.shape)} for a weight {list(weight.shape)}. Load the base model that it was trained on."
             )
-        changes.append((weight, low, high, _scale(config, module, low.shape[0])))
-    with torch.no_grad():
-        for weight, low, high, scale in changes:
-            update = high.to(weight.device, torch.float32) @ low.to(weight.device, torch.float32)
-            weight.copy_(weight.float() + scale * update)
+        changes.append((module, weight, Factors(low, high, _scale(config, module, low.shape[0]))))
+    return changes
 
 
 def _check_plain(source: str, config: Mapping[str, Any]) -> None:

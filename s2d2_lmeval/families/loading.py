@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from s2d2_lmeval.errors import CheckpointError, ConfigError, first_line, shown, without_messages
-from s2d2_lmeval.families.adapters import merge_adapter
+from s2d2_lmeval.families.adapters import hold_draft_adapter, merge_adapter
 from s2d2_lmeval.families.facts import ADAPTER_FIELD, AUTOREGRESSIVE, Facts, Family
 from s2d2_lmeval.families.files import (
     HUB_OPTIONS,
@@ -69,7 +69,8 @@ def load_checkpoint(
         tp_plan: ``"auto"`` divides every layer among the processes of ``torchrun``, which all call the same methods.
         mask_token_id, block_length: override or complete config.json.
         family: the family, if config.json does not determine it.
-        adapter: folder or hub id of a LoRA adapter to merge into the weights, such as D2F's for LLaDA or Dream.
+        adapter: folder or hub id of a LoRA adapter to merge into the weights, such as D2F's for LLaDA or Dream; of
+            families with a token-causal prefix, one that only draft queries go through, whose weights stay apart.
         from_pretrained: more arguments of ``from_pretrained``. No remote code is ever run: ``trust_remote_code`` is
             accepted, because existing commands pass it, but has no effect.
 
@@ -100,7 +101,8 @@ def load_checkpoint(
         from_pretrained["distributed_config"] = _divided(source, native, tp_plan, beside)
     model = _load(chosen, source, {**from_pretrained, "config": native, "quantization_config": quantization_config})
     if adapter is not None:
-        merge_adapter(model, chosen, adapter, **{name: hub[name] for name in hub if name not in _OF_THE_BASE})
+        take = hold_draft_adapter if facts.draft_adapter else merge_adapter
+        take(model, chosen, adapter, **{name: hub[name] for name in hub if name not in _OF_THE_BASE})
     return model, facts
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend, grain_of, heads_of
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, widths_to_measure
+from s2d2_lmeval.runtime.gated import Gate
 from s2d2_lmeval.runtime.graphs import Graphs, upload
 from s2d2_lmeval.runtime.kernels.fused import fuse
 from s2d2_lmeval.runtime.memory import RowNeeds, rows_that_fit
@@ -56,8 +57,12 @@ class Runner:
             clock.share(self.ranks)
         self.device = model.get_input_embeddings().weight.device
         self.grain = grain_of(self.device, model.dtype)
+        self.gate = Gate.of(model)
+        """Of the draft adapter that was loaded with the model."""
+        if self.gate is not None and fused is True:
+            raise ConfigError("fused layers take no draft adapter; leave fused out.")
         with self.as_current_device():
-            self.fused = fuse(model, fused, self.attention)
+            self.fused = fuse(model, False if self.gate is not None else fused, self.attention)
         self.cache = SlotCache(0, 0)
         self.model_seconds = 0.0
         """Time inside the model; on CUDA as of the last :meth:`synchronize`."""
@@ -205,7 +210,10 @@ class Runner:
         ``visible`` (R, W, W) says; ``told`` is what :meth:`Frame.attention` says of ``frame``, on the device;
         ``model`` is for runners of more than one.
         """
-        with self.timed():
+        gated: AbstractContextManager[None] = nullcontext()
+        if self.gate is not None and "gated" in told:
+            gated = self.gate.opened(told["gated"], frame.shape.padded)
+        with self.timed(), gated:
             return self._answer(tokens, positions, wanted, AttentionContext.of(told, visible, frame, self.attention))
 
     @contextmanager

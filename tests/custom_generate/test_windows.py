@@ -33,12 +33,14 @@ EVERY = [
     for run in map(json.loads, (DATA / family / "runs.jsonl").read_text().splitlines())
     if (family, run["fn"]) in ENTRY_POINTS and not run.get("reference_fault") and isinstance(run["prompt"][0], int)
 ]
-RUNS = [(family, run) for family, run in EVERY if not (REFUSED & run["kwargs"].keys() or run.get("adapter"))]
+RUNS = [(family, run) for family, run in EVERY if not REFUSED & run["kwargs"].keys()]
 
 
 @cache
-def model(family: str) -> s2d2_lmeval.BlockDiffusionModel:
-    given = {"mask_token_id": 96, "block_length": 8} if family == "tiny_a2d" else {}
+def model(family: str, adapter: str | None = None) -> s2d2_lmeval.BlockDiffusionModel:
+    given: dict[str, Any] = {"mask_token_id": 96, "block_length": 8} if family == "tiny_a2d" else {}
+    if adapter is not None:
+        given["adapter"] = DATA / family / "checkpoint" / adapter
     return s2d2_lmeval.load(DATA / family / "checkpoint", device="cpu", **given)
 
 
@@ -48,12 +50,13 @@ def call(family: str, run: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
         arguments["eos_id"] = run["eos_id"]
     torch.manual_seed(run["seed"])
     function = ENTRY_POINTS[family, run["fn"]]
-    ids, stats = function(model(family), torch.tensor([run["prompt"]]), random_source=run["rng"], **arguments)
+    engine = model(family, run.get("adapter"))
+    ids, stats = function(engine, torch.tensor([run["prompt"]]), random_source=run["rng"], **arguments)
     return ids[0].tolist(), stats
 
 
 def test_there_are_as_many_recorded_runs_as_there_were() -> None:
-    assert len(RUNS) == 85
+    assert len(RUNS) == 88
     assert sum(bool(run["kwargs"].get("temperature", 0.2)) for _, run in RUNS) > 12
 
 

@@ -127,11 +127,14 @@ def plan_round(
     per_row = np.zeros((4, rows.count), dtype=np.int64)
     base = builder.groups["window"].start + (windows.cumsum() - windows) * window
     per_row[:, slots] = nodes, windows, base, begun
+    queries = {"slot": slots[builder.layout.row_of], "text": builder.column("text", facts.mask_token_id)}
+    if facts.draft_adapter is not None and len(masks.row):
+        queries["gated"] = (builder.column("kind") == trees.WINDOW).astype(np.int64)
     return builder.plan(
         phases,
         texts,
         rows.most_nodes + 1,
-        queries={"slot": slots[builder.layout.row_of], "text": builder.column("text", facts.mask_token_id)},
+        queries=queries,
         tables={"kind": (0, trees.NOBODY), "owner": (0, 0)},
         rows={"length": lengths, "limit": rows.limit, "key": rows.key, "round": rows.round, "per_row": per_row},
         moves=feeds_drafter or bool(depths),

@@ -49,6 +49,7 @@ class LinearSpeculation(WindowDecoder):
         drafting = (rows.phase[slots] == DRAFT)[block.row]
         reach = np.where(drafting, width - 1, block.local)
         block.set(token=rows.window[slots][block.row, block.local], rank=block.local, reach=reach)
+        block.set(gated=drafting.astype(np.int64))
         self._block = block
         return np.zeros_like(slots)
 

@@ -61,7 +61,8 @@ class Reordered(WindowDecoder):
         self._window = segment = builder.add(among * width)
         at = order[segment.row, segment.local]
         segment.set(position=rows.cached[slots][segment.row] + at, token=window[segment.row, at])
-        segment.set(rank=segment.local, reach=segment.local, place=at)
+        masked = window[segment.row, at] == rows.mask_token_id
+        segment.set(rank=segment.local, reach=segment.local, place=at, gated=masked.astype(np.int64))
         return leaving
 
     def _read(self, builder: PassBuilder, slots: np.ndarray) -> None:

@@ -57,6 +57,7 @@ class Strided(WindowDecoder):
         rows = self.rows
         self._window = window = builder.span(rows.cached[slots], among * (1 + self.drafted[slots] + self.masks))
         window.set(token=rows.window[slots][window.row, window.local], rank=window.local, reach=window.local)
+        window.set(gated=(window.local > self.drafted[slots][window.row]).astype(np.int64))
         return np.zeros_like(slots)
 
     def _read(self, builder: PassBuilder, slots: np.ndarray) -> None:

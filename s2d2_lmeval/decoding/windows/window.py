@@ -64,6 +64,8 @@ class WindowDecoder(Decoder[WindowRows]):
         self.prefill_chunk = setup.prefill_chunk
         self.source = random.source_of(self.config.random_source, self.config.seed)
         self.vocab_size = setup.facts.vocab_size
+        self.gated = setup.facts.draft_adapter is not None
+        """Whether draft queries go through an adapter: those with ``gated`` set."""
 
     @property
     def capacity(self) -> int:
@@ -92,7 +94,7 @@ class WindowDecoder(Decoder[WindowRows]):
             rows.phase[slots].copy(),
             keep,
             rows.window.shape[1],
-            queries={"token": builder.column("token")},
+            queries={"token": builder.column("token"), **({"gated": builder.column("gated")} if self.gated else {})},
             tables={"rank": (0, NOBODY), "reach": (0, NOTHING)},
             rows={**facts, **self._facts()},
         )
