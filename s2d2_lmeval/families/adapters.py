@@ -49,10 +49,13 @@ def draft_factors(model: PreTrainedModel) -> dict[str, Factors]:
     return getattr(model, _DRAFT, {})
 
 
-def hold_draft_adapter(model: PreTrainedModel, family: Family, source: str | Path, **hub: Any) -> None:
-    """Keeps a LoRA adapter beside the weights of ``model``, for draft queries alone; arguments and errors as in
-    :func:`merge_adapter`.
+def add_adapter(model: PreTrainedModel, family: Family, source: str | Path, **hub: Any) -> None:
+    """Merges a LoRA adapter or, of families whose adapters are for draft queries alone, keeps it beside the weights;
+    arguments and errors as in :func:`merge_adapter`.
     """
+    if not family.prefix_causal:
+        merge_adapter(model, family, source, **hub)
+        return
     found = {}
     for module, _, factors in _read(model, family, source, hub):
         found[family.native_name(f"{module}.weight").removesuffix(".weight")] = factors

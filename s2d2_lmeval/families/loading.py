@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from s2d2_lmeval.errors import CheckpointError, ConfigError, first_line, shown, without_messages
-from s2d2_lmeval.families.adapters import hold_draft_adapter, merge_adapter
+from s2d2_lmeval.families.adapters import add_adapter
 from s2d2_lmeval.families.facts import ADAPTER_FIELD, AUTOREGRESSIVE, Facts, Family
 from s2d2_lmeval.families.files import (
     HUB_OPTIONS,
@@ -101,8 +101,7 @@ def load_checkpoint(
         from_pretrained["distributed_config"] = _divided(source, native, tp_plan, beside)
     model = _load(chosen, source, {**from_pretrained, "config": native, "quantization_config": quantization_config})
     if adapter is not None:
-        take = hold_draft_adapter if facts.draft_adapter else merge_adapter
-        take(model, chosen, adapter, **{name: hub[name] for name in hub if name not in _OF_THE_BASE})
+        add_adapter(model, chosen, adapter, **{name: hub[name] for name in hub if name not in _OF_THE_BASE})
     return model, facts
 
 
