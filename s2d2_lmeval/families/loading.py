@@ -69,13 +69,12 @@ def load_checkpoint(
         tp_plan: ``"auto"`` divides every layer among the processes of ``torchrun``, which all call the same methods.
         mask_token_id, block_length: override or complete config.json.
         family: the family, if config.json does not determine it.
-        adapter: folder or hub id of a LoRA adapter to merge into the weights, such as D2F's for LLaDA or Dream; of
-            families with a token-causal prefix, one that only draft queries go through, whose weights stay apart.
+        adapter: folder or hub id of a LoRA adapter, for :func:`~s2d2_lmeval.families.adapters.add_adapter`.
         from_pretrained: more arguments of ``from_pretrained``. No remote code is ever run: ``trust_remote_code`` is
             accepted, because existing commands pass it, but has no effect.
 
     Returns:
-        The model, with its own configuration object, and its facts.
+        The model, with a configuration of its own, and its facts.
 
     Raises:
         CheckpointError: if the checkpoint is unusable, with the reason in one sentence.
