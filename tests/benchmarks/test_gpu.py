@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,10 @@ def test_it_goes_on_after_what_fails_or_hangs(
 
 def test_it_ends_in_time() -> None:
     assert sum(steps.LIMITS.values()) <= 540
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_installs_nothing_for_it() -> None:
+    command = ["make", "-n", "gpu", "PYTHON=python3.12", "VENV=/nonexistent/venv", "OUT=there"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines() == ["python3.12 -m benchmarks.gpu --out there/gpu"]

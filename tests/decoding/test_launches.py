@@ -33,24 +33,13 @@ TARGET = Limits(launches=4, uploads=1, blocking=0, replayed=0.98)
 """A step is one upload, one replay and one read."""
 
 TODAY = {
-    # Nothing but the forward is captured, facts go up from pageable memory, and wide steps find no bucket.
-    "ar": Limits(60, 5, 3, 0.98),
-    "static": Limits(130, 6, 3, 0.7),
-    "sequential": Limits(130, 6, 3, 0.7),
-    "dynamic": Limits(160, 7, 4, 0.6),
-    "entropy_bounded": Limits(190, 8, 4, 0.5),
-    "s2d2": Limits(560, 8, 4, 0.4),
-    "s2d2:reference": Limits(450, 7, 4, 0.4),
-    "s2d2:fused": Limits(320, 8, 4, 0.5),
-    "s2d2:lookahead": Limits(560, 9, 4, 0.3),
-    # Trees move keys after the read, layer by layer.
-    "sliding": Limits(820, 22, 18, 0.1),
-    "spiffy": Limits(700, 14, 10, 0.2),
-    # Drafters run without graphs.
-    "dflash": Limits(400, 9, 2, 0),
-    "ddtree": Limits(400, 15, 9, 0),
+    # The times of the drafter's forwards are waited for, though nothing is read.
+    "dflash": TARGET._replace(blocking=0.6),
+    # At batch 32 some steps are wider than any bucket: those of many drafted states, and drafters' blocks.
+    "ddtree": Limits(launches=100, uploads=1, blocking=0.6, replayed=0.7),
+    "spiffy": Limits(launches=180, uploads=1, blocking=0, replayed=0.7),
 }
-"""Where the target does not hold yet, by decoder and schedule."""
+"""Where the target does not hold yet, by decoder and schedule, and why."""
 
 RUNS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "ar": ((1, 8, 32), {}),

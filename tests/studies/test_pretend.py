@@ -65,6 +65,7 @@ CASES: dict[str, Case] = {
     "another type": (lambda: (ones(3),), lambda x: x.long(), LAUNCH),
     "the same type": (lambda: (ones(3),), lambda x: x.float(), {}),
     "a matrix product": (lambda: (ones(2, 3), ones(4, 3)), functional.linear, LAUNCH),
+    "a histogram of whole numbers": (lambda: (ones(3, dtype=WHOLE),), lambda x: torch.histc(x, 4, 0, 3), LAUNCH),
     "attention": (lambda: (ones(1, 2, 3, 4),) * 3, functional.scaled_dot_product_attention, LAUNCH),
     "a number of the host": (lambda: (ones(3), torch.tensor(2.0)), torch.mul, LAUNCH),
     # to a device

@@ -5,7 +5,7 @@ captured: ``launches_outside`` graphs, ``launches_replayed`` inside them, ``uplo
 (not waited for, but of pageable memory), ``reads``, and ``blocking``: what makes the host stand still without bringing
 it anything. ``replayed_share`` of the steps replayed a graph. Of all runs together: ``captures``, ``capture_faults``,
 ``device_mismatches``, ``races``; ``same_tokens`` says whether the answers are the CPU's. A step is a record of the
-trace that is not of prompts alone.
+trace that is not of prompts alone; a run's first, which also has what the run prepares, is left out.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def count_launches(
                     break
         except Exception as error:  # whatever a device would stumble over is what is asked for
             return {**row, **_of_all(faults + counts.totals()), "error": first_line(error)}
-    steps = [counted for prompts_only, counted in trace.steps if not prompts_only]
+    steps = [counted for prompts_only, counted in trace.steps[1:] if not prompts_only]
     total = sum(steps, Counter())
     return {
         **row,

@@ -60,7 +60,9 @@ def move_module(module: Module, place: Place = lambda name: "cuda:0") -> Module:
                     continue
                 if id(tensor) not in pretend:
                     device = named_device(machine, place(f"{prefix}.{name}" if prefix else name))
-                    made = PretendTensor(tensor.detach(), device)
+                    # As models run in inference mode; otherwise a view of a weight would not be allowed there.
+                    with torch.inference_mode():
+                        made = PretendTensor(tensor.detach(), device)
                     made._is_param = isinstance(tensor, torch.nn.Parameter)
                     pretend[id(tensor)] = made
                 store[name] = pretend[id(tensor)]

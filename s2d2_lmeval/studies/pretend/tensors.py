@@ -36,6 +36,15 @@ _WHOLE = {"scaled_dot_product_attention"}
 """Composite operations that are a kernel of their own on CUDA."""
 
 
+def _counted(x: torch.Tensor, *given: Any, **more: Any) -> torch.Tensor:
+    """``histc``, which on a CPU counts floating point numbers only."""
+    return torch.histc(x.float(), *given, **more).to(x.dtype)
+
+
+_ON_CUDA_ONLY = {"histc": _counted}
+"""Operations with less support on a CPU -> what stands in for them."""
+
+
 class PretendTensor(torch.Tensor):
     """Says that it lies on ``cuda:N``; its numbers are those of :attr:`elem`, on the CPU."""
 
@@ -229,7 +238,7 @@ def _on_a_device(
             for value, declared in zip(args, func._schema.arguments, strict=False)
             if isinstance(value, torch.Tensor) and declared.alias_info is not None and declared.alias_info.is_write
         ]
-        found = _run(machine, func, args, kwargs, changed)
+        found = _run(machine, _ON_CUDA_ONLY.get(name, func), args, kwargs, changed)
         if device.type == "cuda" and next(tensors_in(found), None) is not None:
             machine.launch(name, device)
     if device.type != "cuda":
