@@ -25,6 +25,7 @@ from s2d2_lmeval.ranks import Ranks
 from s2d2_lmeval.runtime.drafting.dflash import DraftingRunner
 from s2d2_lmeval.runtime.drafting.loading import load_drafter
 from s2d2_lmeval.runtime.memory import RowLimit
+from s2d2_lmeval.runtime.probe import ShiftProbe, probe_shift
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import Trace
 
@@ -248,6 +249,15 @@ class BlockDiffusionModel:
     def max_score_length(self) -> int:
         """Maximum number of tokens of a context and its continuation together in :meth:`score`."""
         return self.max_context + int(self.facts.token_shift)
+
+    def probe(self, texts: Sequence[Sequence[int]]) -> ShiftProbe | None:
+        """How the model's masks and text predict, by one forward on ``texts`` of token ids that anybody can continue
+        (:mod:`~s2d2_lmeval.runtime.probe`); None where nothing can be said.
+        """
+        if not self._runner.ranks.alone:
+            return None
+        with self._runner.as_current_device():
+            return probe_shift(self._runner, self.facts, texts)
 
     def release(self) -> None:
         """Free the cache's memory; the next call allocates what it needs."""

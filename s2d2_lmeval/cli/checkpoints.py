@@ -8,7 +8,7 @@ from typing import Any
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import ConfigError, RequestError
 from s2d2_lmeval.harness.arguments import sort_arguments
-from s2d2_lmeval.harness.loading import check_mask, choose_device, load_model, load_tokenizer
+from s2d2_lmeval.harness.loading import check_mask, check_shift, choose_device, load_model, load_tokenizer
 from s2d2_lmeval.harness.templates import limited
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.runtime.memory import RowLimit
@@ -46,6 +46,7 @@ def open_model(
     assert loaded.engine is not None
     tokenizer = load_tokenizer(arguments, loaded.source, revision)
     check_mask(tokenizer, loaded.engine.facts, arguments.loading.get("mask_token_id"))
+    check_shift(tokenizer, loaded.engine, arguments.loading.get("probe"))
     return loaded.engine, tokenizer, dict(arguments.decoding)
 
 

@@ -105,8 +105,13 @@ def shown_family(config: Mapping[str, Any], source: str) -> Family | None:
     if claimed is not None:
         return claimed
     named = {name.casefold() for name in (*_classes(config.get("auto_map")), *_strings(config.get("architectures")))}
-    owners = [one for one in FAMILIES.values() if named & {name.casefold() for name in one.classes}]
-    of_type = [one for one in owners if config.get("model_type") in one.model_types]
+    model_type = config.get("model_type")
+    owners = [
+        one
+        for one in FAMILIES.values()
+        if named & {name.casefold() for name in one.classes} and model_type in (*one.model_types, *one.native_types)
+    ]
+    of_type = [one for one in owners if model_type in one.model_types]
     return next(iter(of_type or (owners if len(owners) == 1 else [])), None)
 
 

@@ -47,6 +47,7 @@ class HarnessModel(HFLM):
         tokenizer = loading.load_tokenizer(arguments, loaded.source, revision)
         if loaded.engine is not None:
             loading.check_mask(tokenizer, loaded.engine.facts, arguments.loading.get("mask_token_id"))
+            loading.check_shift(tokenizer, loaded.engine, arguments.loading.get("probe"))
         harness = {name: arguments.harness[name] for name in arguments.harness.keys() - {"tokenizer", "special_tokens"}}
         self.special_tokens = arguments.harness.get("special_tokens") or "parse"
         # The harness warns that it does not distribute a model that it did not load; that is done here.

@@ -22,6 +22,7 @@ from s2d2_lmeval.harness.arguments import Arguments
 from s2d2_lmeval.model import BlockDiffusionModel, load
 from s2d2_lmeval.ranks import launched
 from s2d2_lmeval.runtime.memory import RowLimit
+from s2d2_lmeval.runtime.probe import SENTENCES, ShiftProbe
 from s2d2_lmeval.toy import embedded
 
 logger = logging.getLogger("lm_eval.s2d2")
@@ -50,6 +51,7 @@ def load_model(arguments: Arguments, *, rows: RowLimit, dtype: Any, device: str 
     """
     source, loading = resolve(arguments.source), dict(arguments.loading)
     own = ("attention", "max_context", "static_shapes", "fused", "draft")
+    loading.pop("probe", None)  # that needs the tokenizer
     options: dict[str, Any] = {"max_batch": rows, **{name: loading.pop(name) for name in own if name in loading}}
     if "tp_plan" in loading and (arguments.custom is not None or arguments.model_class is not None):
         raise ConfigError("custom_generate runs a model in one process; leave out tp_plan, or spread it: parallelize.")
@@ -140,6 +142,24 @@ def load_tokenizer(arguments: Arguments, source: str, revision: str | None) -> P
             f"no tokenizer could be loaded from {named} ({said}). Give one of the same vocabulary with "
             "tokenizer=…, a folder or hub id."
         ) from None
+
+
+def probed(tokenizer: Any, engine: BlockDiffusionModel) -> ShiftProbe | None:
+    """How the model's masks predict, by one forward on plain sentences; None if nothing can be said."""
+    texts = [tokenizer.encode(sentence, add_special_tokens=False) for sentence in SENTENCES]
+    in_vocabulary = [text for text in texts if all(0 <= token < engine.facts.vocab_size for token in text)]
+    return engine.probe(in_vocabulary)
+
+
+def check_shift(tokenizer: Any, engine: BlockDiffusionModel, probe: bool | None) -> None:
+    """Refuse a checkpoint whose masks predict otherwise than its family's, unless ``probe`` is False.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    found = probed(tokenizer, engine) if probe is not False else None
+    if found is not None:
+        found.check(engine.facts)
 
 
 def check_mask(tokenizer: Any, facts: Facts, given: int | None) -> None:

@@ -178,8 +178,23 @@ def _try(arguments: Arguments, revision: str | None, facts: Any) -> Iterator[Fin
     assert model is not None
     place = f"{model.device}, {str(model.dtype).removeprefix('torch.')}, attention {model.attention}"
     yield Finding("trial", "load", f"{time.perf_counter() - started:.1f} s onto {place}")
+    yield from looked_at("trial", "shift probe", _shift(arguments, revision, model))
     for name in facts.decoders:
         yield from looked_at("trial", name, _trial(model, name, facts))
+
+
+def _shift(arguments: Arguments, revision: str | None, model: Any) -> Iterator[Finding]:
+    """What one forward on plain sentences says of how masks and text predict."""
+    from s2d2_lmeval.harness.loading import load_tokenizer, probed
+
+    try:
+        tokenizer = load_tokenizer(arguments, str(arguments.source), revision)
+    except S2D2Error:
+        return  # said already
+    found = probed(tokenizer, model)
+    if found is not None:
+        found.check(model.facts)
+        yield Finding("trial", "shift probe", found.verdict, OK if found.drafts_shifted is not None else NOTE)
 
 
 def _trial(model: Any, name: str, facts: Any) -> Iterator[Finding]:
