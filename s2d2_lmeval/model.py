@@ -29,6 +29,9 @@ from s2d2_lmeval.runtime.probe import ShiftProbe, probe_shift
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import Trace
 
+EXACT_QUERIES = 64
+"""Queries of every forward under ``exact=true``: an H100 reads its weights for so many in the time of one."""
+
 
 def load(
     source: str | Path | PreTrainedModel,
@@ -39,6 +42,7 @@ def load(
     draft: str | Path | None = None,
     static_shapes: bool | None = None,
     fused: str | bool = "auto",
+    exact: bool | int = False,
     **options: Any,
 ) -> BlockDiffusionModel:
     """Load a block-diffusion checkpoint, or an autoregressive one as target of a drafter, into native transformers
@@ -57,6 +61,8 @@ def load(
             single CUDA device.
         fused: ``auto``, ``on`` or ``off``: layers as few GPU kernels, with the numbers of the module
             (:func:`~s2d2_lmeval.runtime.kernels.fused.fuse`); by default on CUDA where that works.
+        exact: run every forward in one shape, of 64 queries or so many: then, in bfloat16 and float16 too, an answer
+            does not depend on its batch, and ``sliding`` is ``ar``. Slower where fewer queries would do.
         options: ``dtype``, ``device``, ``revision``, ``device_map``, ``quantization_config``, ``family``, and all
             others of :func:`s2d2_lmeval.families.load_checkpoint`.
 
@@ -65,20 +71,35 @@ def load(
     """
     if static_shapes is not None:
         static_shapes = converted("static_shapes", "bool", static_shapes)
+    part = queries_of(exact)
     if isinstance(source, torch.nn.Module):
         model, facts = adopt(source, autoregressive=draft is not None, **options)
     else:
         model, facts = load_checkpoint(source, **options)
     if draft is None:
-        runner = Runner(model, attention, static_shapes, fused)
+        runner = Runner(model, attention, static_shapes, fused, part)
     else:
         hub = {name: options[name] for name in HUB_OPTIONS if name in options and name not in ("revision", "subfolder")}
         drafter = load_drafter(draft, model, **hub)
         facts = facts.with_drafter(DrafterFacts(drafter.shape.block_length, drafter.shape.mask_token_id))
-        runner = DraftingRunner(model, drafter, attention, static_shapes, fused)
+        runner = DraftingRunner(model, drafter, attention, static_shapes, fused, part)
     return BlockDiffusionModel(
         model, facts, attention=attention, max_batch=max_batch, max_context=max_context, runner=runner
     )
+
+
+def queries_of(exact: bool | int | str) -> int:
+    """Queries of every forward under ``exact``; 0 if forwards are as wide as they need to be.
+
+    Raises:
+        ConfigError: it is neither true or false nor a number of queries.
+    """
+    if isinstance(exact, bool) or str(exact).lower() in ("true", "false"):
+        return EXACT_QUERIES * converted("exact", "bool", exact)
+    queries = int(converted("exact", "int", exact))
+    if queries < 2:
+        raise ConfigError(f"exact={queries}: give true, false, or the number of queries of every forward, 2 or more.")
+    return queries
 
 
 class BlockDiffusionModel:

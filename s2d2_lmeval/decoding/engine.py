@@ -145,6 +145,8 @@ class Engine:
         self.slots = most
         if not published:
             setup = replace(setup, prefill_chunk=max(min(PREFILL_CHUNK, PREFILL_TOKENS // most), 1))
+        if self.runner.part:  # a chunk shares its forward with a block or a tree
+            setup = replace(setup, prefill_chunk=max(self.runner.part // 2, 1))
         if self.runner.graphs is not None:
             setup = replace(setup, tables=self.runner.graphs.tables)
         self.decoder = decoder(replace(setup, slots=most))

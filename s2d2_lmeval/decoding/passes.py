@@ -110,7 +110,7 @@ class Plan:
         else:
             table = cells[None]
         return {
-            "read": frame.wanted(self.query),
+            "read": frame.wanted(frame.at[self.query]),
             "read_slot": frame.wanted(self.slot),
             "read_place": frame.wanted(self.place),
             "cells": table,

@@ -206,7 +206,7 @@ class Scorer:
         started, model_seconds = clock.now(), self.runner.model_seconds
         brought = [row.next(self.shifted, self.mask_token_id) for row in rows]
         plan = self._plan(brought, slots)
-        frame = Frame(plan.layout, Shape.exact(plan.layout, len(plan.query), self.runner.cache, self.runner.grain))
+        frame = Frame(plan.layout, Shape.tight(plan.layout, len(plan.query), self.runner.cache, self.runner.grain))
         told = upload(self.runner.device, {**plan.lay(frame, len(rows)), **frame.attention(self.runner.cache)})
         visible = in_branches(by_reach(told["rank"], told["reach"]), told["branch"])
         logits = self.runner.run(told["tokens"], told["positions"], told["read"], visible, told, frame)

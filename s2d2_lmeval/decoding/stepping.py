@@ -18,7 +18,9 @@ import torch
 from s2d2_lmeval.decoding.decoder import Decoder
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.passes import Plan, Sent
+from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.graphs import upload
+from s2d2_lmeval.runtime.passes import TARGET
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.shapes import Frame, Shape
 
@@ -38,9 +40,8 @@ class Stepper:
         """Run the planned step; the decoder's table."""
         runner, layout, cache = self.runner, plan.layout, self.runner.cache_of(plan.model)
         rows = self.decoder.rows.count
-        reads_span = runner.attention_of(plan.model) == "sdpa"
-        shape = self.graphs and Shape.bucket(layout, len(plan.query), cache, rows, reads_span)
-        frame = Frame(layout, shape or Shape.exact(layout, len(plan.query), cache, runner.grain))
+        shape = self._shape(plan, cache)
+        frame = Frame(layout, shape)
         arrays = {**plan.lay(frame, rows), **frame.attention(cache)}
         if plan.moves:
             arrays |= runner.ends(frame, plan.keep, rows, plan.feeds_drafter)
@@ -48,7 +49,7 @@ class Stepper:
         def program(told: dict[str, torch.Tensor]) -> torch.Tensor | None:
             return self._run(Sent(told, plan, frame))
 
-        if self.graphs is None or shape is None:
+        if self.graphs is None or not shape.padded:
             table = program(upload(runner.device, arrays))
             read = None if table is None else table.cpu().numpy()
         else:
@@ -57,6 +58,15 @@ class Stepper:
                 read = self.graphs.run(key, arrays, program)
         runner.commit(layout.slots, plan.keep, plan.model)
         return read
+
+    def _shape(self, plan: Plan, cache: SlotCache) -> Shape:
+        """The shape in which the planned step runs."""
+        layout, wanted, rows = plan.layout, len(plan.query), self.decoder.rows.count
+        if self.runner.part and plan.model == TARGET:
+            return Shape.in_parts(layout, wanted, cache, rows, self.runner.part)
+        reads_span = self.runner.attention_of(plan.model) == "sdpa"
+        bucket = self.graphs and Shape.bucket(layout, wanted, cache, rows, reads_span)
+        return bucket or Shape.tight(layout, wanted, cache, self.runner.grain)
 
     def _run(self, sent: Sent) -> torch.Tensor | None:
         """The device part of a step. In a bucket its shapes and addresses depend on that alone."""

@@ -53,6 +53,7 @@ OF_LOADING: dict[str, Any] = {
     "dtype": (str, torch.dtype),
     "token": (str, bool),
     "device_map": (str, dict),
+    "exact": (bool, int, str),
     "tp_plan": (str,),
 }
 """Options of :func:`s2d2_lmeval.load`, and the harness's names for spreading a model, likewise."""

@@ -26,6 +26,10 @@ from s2d2_lmeval.runtime.shapes import Frame, Shape
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+EXACT_GRAIN = 128
+"""Under ``exact`` attention reads a multiple of so many cache positions, whatever the device."""
+
+
 class Runner:
     """A model, its cache and its attention back end.
 
@@ -35,6 +39,8 @@ class Runner:
         static_shapes: pad steps to a few shapes, captured as graphs on CUDA (:mod:`~s2d2_lmeval.runtime.graphs`);
             None: where a single CUDA device holds the model.
         fused: whether layers run as few kernels (:func:`~s2d2_lmeval.runtime.kernels.fused.fuse`).
+        part: run decoding in forwards of exactly so many queries (:mod:`~s2d2_lmeval.runtime.shapes`); 0: as wide as
+            they need to be.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class Runner:
         attention: str = "auto",
         static_shapes: bool | None = None,
         fused: str | bool = "auto",
+        part: int = 0,
     ) -> None:
         devices = {parameter.device for parameter in model.parameters()}
         self.attention = choose_backend(attention, next(iter(devices)), model.dtype, heads_of(model.config))
@@ -56,7 +63,11 @@ class Runner:
         if not self.ranks.alone:
             clock.share(self.ranks)
         self.device = model.get_input_embeddings().weight.device
-        self.grain = grain_of(self.device, model.dtype)
+        self.part = part
+        self.grain = EXACT_GRAIN if part else grain_of(self.device, model.dtype)
+        if part and self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self.gate = Gate.of(model)
         """Of the draft adapter that was loaded with the model."""
         if self.gate is not None and fused is True:
@@ -190,7 +201,7 @@ class Runner:
     def forward(self, request: Pass) -> torch.Tensor:
         """Run one pass; return the wanted logits (M, V), at least in float32. The kept queries become prefix."""
         layout = request.layout
-        frame = Frame(layout, Shape.exact(layout, len(request.wanted), self.cache, self.grain))
+        frame = Frame(layout, Shape.tight(layout, len(request.wanted), self.cache, self.grain))
         told = upload(self.device, frame.attention(self.cache))
         logits = self.run(request.tokens, request.positions, request.wanted, request.visible, told, frame)
         self.cache.lengths[layout.slots] += request.keep
@@ -210,11 +221,24 @@ class Runner:
         ``visible`` (R, W, W) says; ``told`` is what :meth:`Frame.attention` says of ``frame``, on the device;
         ``model`` is for runners of more than one.
         """
-        gated: AbstractContextManager[None] = nullcontext()
-        if self.gate is not None and "gated" in told:
-            gated = self.gate.opened(told["gated"], frame.shape.padded)
-        with self.timed(), gated:
-            return self._answer(tokens, positions, wanted, AttentionContext.of(told, visible, frame, self.attention))
+        with self.timed():
+            if not frame.shape.part:
+                context = AttentionContext.of(told, visible, frame, self.attention)
+                with self._gated(told, frame):
+                    return self._answer(tokens, positions, wanted, context)
+            hidden = []
+            for at, one in frame.parts(told):
+                with self._gated(one, frame):
+                    context = AttentionContext.of(one, visible, frame, self.attention)
+                    hidden.append(self._hidden(tokens[at], positions[at], context))
+            states = torch.cat(hidden)
+            return torch.cat([self._logits(states, part) for part in wanted.split(frame.shape.part)])
+
+    def _gated(self, told: Mapping[str, torch.Tensor], frame: Frame) -> AbstractContextManager[None]:
+        """Opens the draft adapter, if there is one, for the queries that draft."""
+        if self.gate is None or "gated" not in told:
+            return nullcontext()
+        return self.gate.opened(told["gated"], frame.shape.padded)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -252,15 +276,23 @@ class Runner:
         self, tokens: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor, context: AttentionContext
     ) -> torch.Tensor:
         """The model's logits (M, V) of the queries ``wanted`` (M,), as :meth:`run` says."""
+        return self._logits(self._hidden(tokens, positions, context), wanted)
+
+    def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """What the head reads of every query, (N, hidden size)."""
         self.cache.write_to(context.destinations)
-        hidden = self.backbone(
+        hidden: torch.Tensor = self.backbone(
             input_ids=tokens.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             past_key_values=self.cache,
             use_cache=True,
             pass_context=context,
         ).last_hidden_state
-        logits = self.head(hidden[0].index_select(0, wanted.to(hidden.device)))
+        return hidden[0]
+
+    def _logits(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """The head's logits (M, V) of the queries ``wanted`` (M,)."""
+        logits: torch.Tensor = self.head(hidden.index_select(0, wanted.to(hidden.device)))
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         return logits.to(self.device, non_blocking=True)  # a head may lie on another device than the decoder's tables
 

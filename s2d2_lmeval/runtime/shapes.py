@@ -3,14 +3,21 @@
 Eager forwards have the exact shape of what they run. Captured ones are padded to a *bucket*, one of a few shapes, so
 that a graph is used again: queries are packed, and padding is counted in queries, not in rows times the widest. In a
 bucket row i is slot i. Padding writes to the cache's scratch slot; nobody sees it.
+
+With ``exact`` every forward has one shape. Products of other shapes add up in another order, which in half precision is
+another number; in one shape a query's arithmetic depends on nothing but what it sees. A pass is cut between rows into
+forwards of equally many queries.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.passes import Layout
 
@@ -27,7 +34,8 @@ SHORTEST_SPAN = 256
 @dataclass(frozen=True)
 class Shape:
     """``queries`` packed, ``rows`` of up to ``widest`` queries, ``span`` cache positions, ``wanted`` logits. ``padded``
-    says that it is a bucket.
+    says that it is a bucket; with ``part`` it is run in forwards of so many queries, and products with the head of so
+    many logits.
     """
 
     queries: int
@@ -36,9 +44,10 @@ class Shape:
     span: int
     wanted: int
     padded: bool = False
+    part: int = 0
 
     @classmethod
-    def exact(cls, layout: Layout, wanted: int, cache: SlotCache, grain: int = 1) -> Shape:
+    def tight(cls, layout: Layout, wanted: int, cache: SlotCache, grain: int = 1) -> Shape:
         """The shape of what runs; the span is a multiple of ``grain``."""
         reached = int((cache.lengths[layout.slots] + layout.widths).max())
         span = min(-(-reached // grain) * grain, cache.capacity)
@@ -56,6 +65,32 @@ class Shape:
         reached = int((cache.lengths[layout.slots] + layout.widths).max()) if reads_span else cache.capacity
         span = max(power(reached), SHORTEST_SPAN)
         return cls(queries, rows, widest, min(span, cache.capacity), rung(wanted), padded=True)
+
+    @classmethod
+    def in_parts(cls, layout: Layout, wanted: int, cache: SlotCache, slots: int, part: int) -> Shape:
+        """The shape of forwards of exactly ``part`` queries.
+
+        Raises:
+            ConfigError: a row brings more than that.
+        """
+        if layout.widest > part:
+            raise ConfigError(
+                f"exact runs forwards of {part} queries, and a row brings {layout.widest}: give exact={layout.widest} "
+                "or more (the same to every run that is compared), or lower block_length, row_budget or tree_budget."
+            )
+        forwards = int(_part_of(layout.widths, part)[-1]) + 1
+        heads = -(-wanted // part)
+        return cls(forwards * part, slots, part, cache.capacity, heads * part, padded=True, part=part)
+
+
+def _part_of(widths: np.ndarray, part: int) -> np.ndarray:
+    """(R,) the forward of ``part`` queries in which each row runs: as many rows as fit, in order."""
+    found, number, used = np.zeros_like(widths), 0, 0
+    for row, width in enumerate(widths.tolist()):
+        if used + width > part:
+            number, used = number + 1, 0
+        found[row], used = number, used + width
+    return found
 
 
 def power(least: int) -> int:
@@ -76,10 +111,22 @@ class Frame:
         self.layout, self.shape = layout, shape
         self.row_at = layout.slots if shape.padded else np.arange(len(layout.slots))
         """(rows in flight,) row of each in the buffers."""
+        self.at = np.arange(layout.queries)
+        """(N,) place of each query in the buffers."""
+        self.part_of = np.zeros_like(layout.widths)
+        """(rows in flight,) the forward in which each row runs."""
+        if shape.part:
+            self.part_of = _part_of(layout.widths, shape.part)
+            first = np.flatnonzero(np.diff(self.part_of, prepend=-1))
+            self.at += (self.part_of * shape.part - layout.offsets[first][self.part_of])[layout.row_of]
 
     def queries(self, values: np.ndarray, fill: int = 0) -> np.ndarray:
         """``values`` (N,) of the packed queries, with padding."""
-        return _extended(values, self.shape.queries, fill)
+        if not self.shape.part:
+            return _extended(values, self.shape.queries, fill)
+        places = np.full(self.shape.queries, fill, dtype=np.int64)
+        places[self.at] = values
+        return places
 
     def table(self, values: np.ndarray, fill: int) -> np.ndarray:
         """A table (R, W) from ``values`` (rows in flight, W or less)."""
@@ -103,20 +150,46 @@ class Frame:
         if shape.padded:
             of_rows[1] = np.arange(shape.rows)
         of_rows[:, self.row_at] = cache.lengths[layout.slots], layout.slots, layout.offsets, layout.widths
-        packed = self.queries(self.row_at[layout.row_of] * shape.widest + layout.local)
+        table = self.row_at[layout.row_of] * shape.widest + layout.local
         arrays = dict(zip(("lengths", "slots", "offsets", "widths"), of_rows, strict=True))
-        arrays |= {"destinations": self.queries(cache.destinations(layout), cache.scratch), "packed": packed}
-        if self.ragged:
+        arrays["destinations"] = self.queries(cache.destinations(layout), cache.scratch)
+        arrays["packed"] = self.queries(table)
+        if shape.part:
+            arrays |= self._of_parts(table)
+        elif self.ragged:
             arrays["spread"] = np.zeros(shape.rows * shape.widest, dtype=np.int64)
-            arrays["spread"][packed[: layout.queries]] = np.arange(layout.queries)
+            arrays["spread"][table] = np.arange(layout.queries)
         elif shape.padded:
             arrays["packed"] = np.arange(shape.queries)
         return arrays
 
+    def _of_parts(self, table: np.ndarray) -> dict[str, np.ndarray]:
+        """``offsets``, ``widths`` and ``spread`` of each forward, counted within it; ``table`` (N,) is every query's
+        place in a table (R, W).
+        """
+        layout, shape = self.layout, self.shape
+        parts = shape.queries // shape.part
+        spread = np.zeros((parts, shape.rows * shape.widest), dtype=np.int64)
+        spread[self.at // shape.part, table] = self.at % shape.part
+        offsets, widths = np.zeros((2, parts, shape.rows), dtype=np.int64)
+        offsets[self.part_of, self.row_at] = self.at[layout.offsets] % shape.part
+        widths[self.part_of, self.row_at] = layout.widths
+        return {"offsets": offsets, "widths": widths, "spread": spread}
+
+    def parts(self, told: Mapping[str, torch.Tensor]) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
+        """The queries of every forward, and what attention is to be told of them."""
+        size = self.shape.part
+        for number in range(self.shape.queries // size):
+            queries = slice(number * size, (number + 1) * size)
+            one = {name: told[name][number] for name in ("offsets", "widths", "spread")}
+            of_queries = [name for name in ("destinations", "packed", "gated") if name in told]
+            yield queries, {**told, **one, **{name: told[name][queries] for name in of_queries}}
+
     @property
     def ragged(self) -> bool:
         """Whether packed queries are not simply a table (R, W) row by row."""
-        return self.shape.queries != self.shape.rows * self.shape.widest or (self.shape.padded and self.shape.rows > 1)
+        shape = self.shape
+        return bool(shape.part) or shape.queries != shape.rows * shape.widest or (shape.padded and shape.rows > 1)
 
     @property
     def in_order(self) -> bool:

@@ -154,7 +154,7 @@ def test_padding_writes_to_no_slot_but_the_scratch_one() -> None:
         machine.reserve(4, 64)
         for layout in layouts:
             before = stored(machine.cache) if padded else before
-            shape = Shape.bucket(layout, 4, machine.cache, 4) if padded else Shape.exact(layout, 4, machine.cache)
+            shape = Shape.bucket(layout, 4, machine.cache, 4) if padded else Shape.tight(layout, 4, machine.cache)
             assert shape is not None
             frame = Frame(layout, shape)
             arrays = {**frame.attention(machine.cache), "tokens": frame.queries(np.arange(layout.queries) % 19)}

@@ -52,7 +52,7 @@ def test_a_group_has_its_cells_whether_padded_or_not(padded: bool):
     plan = builder.plan(np.array([1, 2]), np.array([0, 1]), 4, rows={"extra": np.array([[1, 2]])})
     cache = SlotCache(12, 64)
     layout = builder.layout
-    shape = Shape.bucket(layout, 3, cache, 12) if padded else Shape.exact(layout, 3, cache)
+    shape = Shape.bucket(layout, 3, cache, 12) if padded else Shape.tight(layout, 3, cache)
     assert shape is not None
     frame = Frame(layout, shape)
     sent = Sent(upload(CPU, plan.lay(frame, 12)), plan, frame)

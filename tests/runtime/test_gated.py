@@ -26,7 +26,7 @@ def logits(runner: Runner, gated: list[int] | None, captured: bool = False) -> t
     """Of six queries of two rows, some of which may be drafts."""
     layout = Layout(np.arange(2), np.array([4, 2]))
     runner.reserve(2, 16)
-    shape = Shape.exact(layout, 6, runner.cache)
+    shape = Shape.tight(layout, 6, runner.cache)
     frame = Frame(layout, shape)
     told = upload(runner.device, frame.attention(runner.cache))
     if captured:

@@ -188,10 +188,11 @@ class DraftingRunner(Runner):
         attention: str = "auto",
         static_shapes: bool | None = None,
         fused: str | bool = "auto",
+        part: int = 0,
     ) -> None:
         if not ranks_of(model).alone:
             raise ConfigError("a drafter runs beside a whole target: leave out draft or tp_plan.")
-        super().__init__(model, attention, static_shapes, fused)
+        super().__init__(model, attention, static_shapes, fused, part)
         # The drafter narrows its sight by layer, which flash cannot.
         own = self.attention == "triton" and attends(heads_of(drafter.config), self.device, drafter.dtype)
         self.drafter = Runner(drafter, "triton" if own else "sdpa", static_shapes=False, fused=fused)

@@ -240,7 +240,7 @@ def _compare(backbone: Any, fused: list[FusedLayer], backend: str) -> None:
         cache = SlotCache(2, 64)
         cache.lengths[:] = 0, 9
         weight = forward.attends.weight
-        frame = Frame(layout, Shape.exact(layout, 1, cache))
+        frame = Frame(layout, Shape.tight(layout, 1, cache))
         visible = torch.ones(2, 3, 3, dtype=torch.bool, device=weight.device).tril()
         context = AttentionContext.of(upload(weight.device, frame.attention(cache)), visible, frame, backend)
         cache.write_to(context.destinations)
