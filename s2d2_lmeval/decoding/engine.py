@@ -131,10 +131,11 @@ class Engine:
         """Prepare the run: the decoder, its slots, and cache space for the longest request."""
         decoder = self.decoder_class()
         self.config.check_fits(self.facts)
+        config = self.config if not self.runner.part else within(self.config, self.runner.part)
         # Published code prefills a prompt in one forward.
         published = self.config.schedule == "reference"
         dtype = torch.promote_types(self.runner.model.dtype, torch.float32)
-        setup = DecoderSetup(self.config, self.facts, requests, 1, Tables(self.runner.device), PREFILL_CHUNK, dtype)
+        setup = DecoderSetup(config, self.facts, requests, 1, Tables(self.runner.device), PREFILL_CHUNK, dtype)
         if published:
             setup = replace(setup, prefill_chunk=setup.longest)
         # The published draw order of a sequential source exists for one row only.
@@ -152,7 +153,7 @@ class Engine:
         self.decoder = decoder(replace(setup, slots=most))
         bias = bias_of(self.config, self.facts.vocab_size, self.runner.device)
         bias = None if bias is None else setup.tables.put("bias", bias)
-        self.stepper = Stepper(self.decoder, self.config, self.runner, bias)
+        self.stepper = Stepper(self.decoder, config, self.runner, bias)
         self.rows = self.decoder.rows
         # Published code runs every prompt whole.
         self.prefixes = SharedPrefixes(self.rows, None if published else self.rows.prefix_grain)
@@ -226,3 +227,12 @@ class Engine:
         stats = progress.summary(new_tokens, counts)
         self.trace.finished({**stats, **depths})
         return stats
+
+
+def within(config: DecodingConfig, part: int) -> DecodingConfig:
+    """``config`` for forwards of exactly ``part`` queries, where more in a row cost nothing: trees that fill them."""
+    most = {"row_budget": part // 2, "tree_budget": max(part // 2 - 1, 1)}
+    given = {name: getattr(config, name) for name in most}
+    return replace(
+        config, **{name: most[name] for name, asked in given.items() if asked == "auto" or asked > most[name]}
+    )
