@@ -231,8 +231,10 @@ class Engine:
 
 def within(config: DecodingConfig, part: int) -> DecodingConfig:
     """``config`` for forwards of exactly ``part`` queries, where more in a row cost nothing: trees that fill them."""
-    most = {"row_budget": part // 2, "tree_budget": max(part // 2 - 1, 1)}
-    given = {name: getattr(config, name) for name in most}
+    rows, trees = part // 2, max(part // 2 - 1, 1)
+    row_budget, tree_budget = config.row_budget, config.tree_budget
     return replace(
-        config, **{name: most[name] for name, asked in given.items() if asked == "auto" or asked > most[name]}
+        config,
+        row_budget=rows if isinstance(row_budget, str) else min(row_budget, rows),
+        tree_budget=trees if isinstance(tree_budget, str) else min(tree_budget, trees),
     )

@@ -75,7 +75,7 @@ class DDTree(DFlash):
     def _grow(self, log_p: torch.Tensor, token: torch.Tensor) -> trees.Tree:
         # In double precision, so that the order of nodes is that of exact sums.
         log_p, nodes = log_p.double() * self.config.tree_sharpen, self.rows.most_nodes
-        return trees.grow(log_p, token, nodes, seed_chain=self.config.tree_seed_chain)
+        return trees.grow(log_p, token, nodes, self.config.tree_seed_chain, self.beams)
 
     def _nodes_to_run(self, tree: trees.Tree, sent: Sent) -> torch.Tensor | None:
         if self.seconds_of is None:

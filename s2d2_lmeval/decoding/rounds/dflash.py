@@ -140,7 +140,7 @@ class DFlash(Target):
 
     def _grow(self, log_p: torch.Tensor, token: torch.Tensor) -> trees.Tree:
         """The tree (R, N) of drafts, the likeliest tokens (R, depths, choices) and their ``log_p``."""
-        return trees.grow(log_p, token, self.depths)
+        return trees.grow(log_p, token, self.depths, beams=self.beams)
 
     def _nodes_to_run(self, tree: trees.Tree, sent: Sent) -> torch.Tensor | None:
         """How many nodes of each tree are run (R, 1); None for all."""

@@ -160,7 +160,7 @@ class Sliding(Target):
         best, token = self.acceptance.candidates(logits[of_window], position, sent)
         # A node at position p needs a token after it: the walk's bonus.
         room = (position < sent["limit"].unsqueeze(1) - 1) & met
-        return trees.grow(best.masked_fill(~room.unsqueeze(2), -torch.inf), token, nodes)
+        return trees.grow(best.masked_fill(~room.unsqueeze(2), -torch.inf), token, nodes, beams=self.beams)
 
     # ---- host ----
 

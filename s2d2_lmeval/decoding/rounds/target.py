@@ -213,6 +213,8 @@ class Target(Decoder[RoundRows]):
 
     def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
         self.rows.make_room()
+        choices = min(self.acceptance.choices, self.facts.vocab_size)
+        self.beams = trees.beams_of(self.depths, choices, self.rows.most_nodes, self.tables.put)
 
     @property
     def most_logits(self) -> tuple[int, int]:

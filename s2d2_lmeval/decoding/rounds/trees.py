@@ -8,8 +8,8 @@ then the best N of all. A chain is the tree with one choice per depth.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -33,17 +33,26 @@ class Tree:
     value: torch.Tensor
 
 
-def grow(log_p: torch.Tensor, token: torch.Tensor, nodes: int, seed_chain: bool = False) -> Tree:
+def grow(
+    log_p: torch.Tensor,
+    token: torch.Tensor,
+    nodes: int,
+    seed_chain: bool = False,
+    beams: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> Tree:
     """The best ``nodes`` prefixes of each row.
 
     ``log_p`` and ``token`` (R, S, K) are the K likeliest tokens of each of S future positions, best first; minus
     infinity rules a choice out. With ``seed_chain`` the argmax chain comes first, then the best others.
+    ``beams`` are those of :func:`beams_of`.
     """
     rows, depths, choices = log_p.shape
+    if beams is None:
+        beams = beams_of(depths, choices, nodes, lambda _, index: index.to(log_p.device))
     score = log_p.new_zeros(rows, 1)
     scores, keys, parents, picks, offset = [], [], [], [], 0
     for depth in range(depths):
-        above, choice = _promising(score.shape[1], choices, nodes, log_p.device)
+        above, choice = beams[depth]
         candidates = score[:, above] + log_p[:, depth, choice]
         key = candidates.clone()
         if seed_chain:
@@ -72,14 +81,20 @@ def grow(log_p: torch.Tensor, token: torch.Tensor, nodes: int, seed_chain: bool 
     return Tree(*(pad(table, (0, nodes - kept.shape[1])) for table in tables))
 
 
-@lru_cache(maxsize=256)
-def _promising(beam: int, choices: int, nodes: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices into a beam and into choices, both best first, whose sums can be among the ``nodes`` best: fewer than
-    ``nodes`` others are at least as good in both.
+def beams_of(
+    depths: int, choices: int, nodes: int, put: Callable[[str, torch.Tensor], torch.Tensor]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of every depth, indices into the beam above and into the choices, both best first, whose sums can be among the
+    ``nodes`` best: fewer than ``nodes`` others are at least as good in both. ``put`` brings them to the device.
     """
-    place = np.arange(min(beam, nodes))[:, None]
-    above, choice = ((place + 1) * (np.arange(min(choices, nodes)) + 1) <= nodes).nonzero()
-    return torch.from_numpy(above).to(device), torch.from_numpy(choice).to(device)
+    found, beam = [], 1
+    for depth in range(depths):
+        place = np.arange(min(beam, nodes))[:, None]
+        pairs = ((place + 1) * (np.arange(min(choices, nodes)) + 1) <= nodes).nonzero()
+        above, choice = (put(f"beam.{depth}.{side}", torch.from_numpy(one)) for side, one in enumerate(pairs))
+        found.append((above, choice))
+        beam = min(nodes, len(above))
+    return found
 
 
 def empty(rows: int, nodes: int, device: torch.device, dtype: torch.dtype) -> Tree:
