@@ -6,6 +6,7 @@ The package imports neither torch nor lm_eval before something of it is used: ``
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
     from s2d2_lmeval.registry import register_decoder
 
 __all__ = ["BlockDiffusionModel", "DecodingConfig", "Generation", "load", "register_decoder"]
+
+imported_by_torch = getattr(getattr(sys.modules.get("torch"), "__spec__", None), "_initializing", False)
+"""Whether ``import torch``, not somebody who uses it, imported the package."""
+
+if not imported_by_torch:
+    import_module("s2d2_lmeval._autoload").install_auto_classes()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,6 @@
-"""Makes ``lm_eval --model s2d2`` work on lm_eval 0.4.10 to 0.4.13, which do not discover installed model classes.
+"""What happens when other libraries are imported: registration with lm_eval and with transformers.
+
+``lm_eval --model s2d2`` works on lm_eval 0.4.10 to 0.4.13 too, which do not discover installed model classes.
 
 Later releases of the harness read the ``lm_eval.models`` and ``lm_eval.filters`` entry points of ``setup.cfg``; there
 this module does nothing. On the releases before, the one hook that every run passes is ``import torch``, which calls
@@ -15,6 +17,9 @@ It does not run under:
 
 ``s2d2-lmeval eval …`` takes the same arguments as ``lm_eval …``, registers directly and works in both cases.
 ``S2D2_LMEVAL_NO_AUTOLOAD=1`` disables this module.
+
+The auto classes of transformers know the families (:mod:`s2d2_lmeval.auto`) only where somebody says
+``import s2d2_lmeval``: to other programs of the environment, ``trust_remote_code=True`` still means remote code.
 """
 
 from __future__ import annotations
@@ -23,6 +28,9 @@ import contextlib
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterable
+from functools import wraps
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from typing import Any
@@ -30,6 +38,8 @@ from typing import Any
 MODEL_NAME, MODEL_CLASS = "s2d2", "s2d2_lmeval.harness.model:S2D2LM"
 FILTER_NAME, FILTER_CLASS = "s2d2_stats", "s2d2_lmeval.harness.filters:StatsFilter"
 
+_PACKAGE = "s2d2_lmeval"
+_AUTO_CLASSES = "transformers.models.auto.configuration_auto"
 
 # Module -> what it must have filled before a name of ours is added: `get_model` imports `lm_eval.models` only while the
 # registry is empty, so an early name would hide every built-in model.
@@ -49,19 +59,35 @@ def install() -> None:
     """Register now if the harness is loaded, or as soon as it is; called by ``import torch``, idempotent, never
     raises.
     """
+    if getattr(sys.modules.get(_PACKAGE), "imported_by_torch", False):
+        # So that ``import s2d2_lmeval`` is a first import, which says that the package is wanted.
+        del sys.modules[_PACKAGE]
+    _register_when_imported(_TARGETS)
+
+
+def install_auto_classes() -> None:
+    """Likewise for the auto classes of transformers; called by ``import s2d2_lmeval``."""
+    _register_when_imported((_AUTO_CLASSES,))
+
+
+def _register_when_imported(modules: Iterable[str]) -> None:
     if os.environ.get("S2D2_LMEVAL_NO_AUTOLOAD", "0").lower() not in ("", "0", "false", "no"):
         return
-    waiting = set()
-    for module in _TARGETS:
-        if module in sys.modules:
+    waiting = {module for module in modules if module not in sys.modules}
+    for module in modules:
+        if module not in waiting:
             _never_raising(module)
-        else:
-            waiting.add(module)
-    if waiting and not any(isinstance(finder, _PostImportFinder) for finder in sys.meta_path):
+    finder = next((finder for finder in sys.meta_path if isinstance(finder, _PostImportFinder)), None)
+    if finder is not None:
+        finder.waiting |= waiting
+    elif waiting:
         sys.meta_path.insert(0, _PostImportFinder(waiting))
 
 
 def _register(module: str) -> None:
+    if module == _AUTO_CLASSES:
+        _register_at_first_use(sys.modules[module].AutoConfig)
+        return
     from lm_eval.api import registry
 
     registry_name, name, target = _TARGETS[module]
@@ -70,13 +96,30 @@ def _register(module: str) -> None:
         known.register(name, target=target)
 
 
-def _never_raising(module: str) -> None:
+def _register_at_first_use(auto: Any) -> None:
+    """Every auto class begins with ``AutoConfig.from_pretrained``; its first call adds the families.
+
+    Now would be too early: transformers may still be in the middle of its own imports.
+    """
+    plain = auto.__dict__["from_pretrained"]
+
+    @wraps(plain.__func__)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        auto.from_pretrained = plain
+        _never_raising(_AUTO_CLASSES, lambda _: import_module(f"{_PACKAGE}.auto").register())
+        return plain.__get__(None, cls)(*args, **kwargs)
+
+    auto.from_pretrained = classmethod(from_pretrained)
+
+
+def _never_raising(module: str, register: Callable[[str], None] | None = None) -> None:
     try:
-        _register(module)
+        (register or _register)(module)
     except Exception as error:
         with contextlib.suppress(Exception):
             warnings.warn(
-                f"s2d2-lmeval could not register itself with lm_eval ({error!r}); run `s2d2-lmeval eval` instead.",
+                f"s2d2-lmeval could not register itself with {module.partition('.')[0]} ({error!r}); use "
+                "`s2d2-lmeval eval` or `s2d2_lmeval.load` instead.",
                 stacklevel=2,
             )
 
@@ -85,13 +128,13 @@ class _PostImportFinder:
     """A meta-path finder that lets the other finders find the awaited modules, and runs a callback afterwards."""
 
     def __init__(self, waiting: set[str]) -> None:
-        self._waiting = waiting
+        self.waiting = waiting
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname not in self._waiting:
+        if fullname not in self.waiting:
             return None
-        self._waiting.discard(fullname)  # before the search below, which comes through here again
-        if not self._waiting:
+        self.waiting.discard(fullname)  # before the search below, which comes through here again
+        if not self.waiting:
             with contextlib.suppress(ValueError):
                 sys.meta_path.remove(self)
         try:

@@ -26,6 +26,7 @@ STOREYS = (
     ("model", "lockstep", "_autoload", ""),
     ("harness",),
     ("studies", "custom_generate", "task_configs"),
+    ("auto",),
     ("cli",),
     ("__main__",),
 )
@@ -112,7 +113,7 @@ def test_nothing_installed_imports_what_is_not() -> None:
 
 def test_everything_installed_serves_something_that_users_start_or_import() -> None:
     """What only training or a measurement of the docs needs belongs in a folder outside the wheel."""
-    rooms = ("cli", "custom_generate", "task_configs", "__main__", "")
+    rooms = ("cli", "custom_generate", "task_configs", "auto", "__main__", "")
     starts = [module for module in FILES if [*module.split("."), ""][1] in rooms]
     starts += [f"s2d2_lmeval.harness.{name}" for name in ("model", "filters")]
     starts += [module for registry in (DECODERS, POLICIES, ESTIMATORS, STRATEGIES) for module in registry.modules]

@@ -50,9 +50,9 @@ def adopt(
         raise CheckpointError(f"a {type(hf_model).__name__} is not a transformers model.{hint}")
     config, source = hf_model.config.to_dict(), hf_model.name_or_path or type(hf_model).__name__
     chosen = _family_of(config, source, family, autoregressive)
-    is_native = type(hf_model).__module__.startswith("transformers.") and (
-        type(hf_model).__name__ == chosen.native_class
-    )
+    # A subclass made by this package computes what its native class computes.
+    kind = next(base for base in type(hf_model).__mro__ if not base.__module__.startswith("s2d2_lmeval."))
+    is_native = kind.__module__.startswith("transformers.") and kind.__name__ == chosen.native_class
     native = hf_model.config if is_native else chosen.config_map(config)
     generation = getattr(hf_model, "generation_config", None)
     records = {"generation_config.json": generation.to_dict()} if generation is not None else {}

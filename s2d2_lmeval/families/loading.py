@@ -85,7 +85,7 @@ def load_checkpoint(
     placed = _placement(device, device_map) if tp_plan is None else "auto"
     asked_dtype = _dtype(dtype)
     overrides = {"mask_token_id": mask_token_id, "block_length": block_length}
-    chosen, native, facts = _described(source, hub, family, adapter, overrides)
+    chosen, native, facts = described(source, hub, family, adapter, overrides)
     if facts.block_length_from == "assumed":
         warnings.warn(f"{source}: {facts.caveat}.", stacklevel=2)
     mark(native, facts)
@@ -116,16 +116,17 @@ def checkpoint_facts(
 ) -> Facts:
     """The facts of a checkpoint from its small files alone; arguments and errors as in :func:`load_checkpoint`."""
     overrides = {"mask_token_id": mask_token_id, "block_length": block_length}
-    return _described(resolve(source), {**hub, "revision": revision}, family, adapter, overrides)[2]
+    return described(resolve(source), {**hub, "revision": revision}, family, adapter, overrides)[2]
 
 
-def _described(
+def described(
     source: str,
     hub: Mapping[str, Any],
     family: str | None,
     adapter: str | Path | None,
     overrides: dict[str, int | None],
 ) -> tuple[Family, PreTrainedConfig, Facts]:
+    """The family, native configuration and facts of a checkpoint; ``overrides`` are its mask token and block length."""
     config = read_config(source, **hub)
     chosen = identify(config, source, family, overrides["block_length"])
     native = chosen.native_config(config)
@@ -239,7 +240,7 @@ def _load(family: Family, source: str, arguments: Mapping[str, Any]) -> PreTrain
             else:
                 what = f"cannot be loaded as {family.native_class}: {first_line(error).rstrip('. ')}"
             raise CheckpointError(f"{source} {what}.") from None
-    _check_fit(family, source, info)
+    check_fit(family, source, info)
     _check_head(source, model)
     return model.eval()
 
@@ -262,7 +263,8 @@ def _check_stored(source: str, family: Family, native: PreTrainedConfig, weights
         native.quantization_config = with_native_names(quantization, family)
 
 
-def _check_fit(family: Family, source: str, info: Mapping[str, Any]) -> None:
+def check_fit(family: Family, source: str, info: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of which ``from_pretrained`` says (``output_loading_info``) that its weights do not fit."""
     wrong = [f"{name} (has {list(has)}, needs {list(needs)})" for name, has, needs in sorted(info["mismatched_keys"])]
     complaints = [
         _some(kind, names)

@@ -24,7 +24,7 @@ from s2d2_lmeval import _autoload
 assert not {"torch", "lm_eval"} & set(sys.modules)
 _autoload.install(); _autoload.install()
 assert sum(type(finder).__name__ == "_PostImportFinder" for finder in sys.meta_path) <= 1
-import lm_eval.models, lm_eval.filters
+import lm_eval.models, lm_eval.filters, transformers.models.auto.configuration_auto
 from lm_eval.api import registry
 print("s2d2" in registry.model_registry, "hf" in registry.model_registry, "s2d2_stats" in registry.filter_registry,
       any(type(finder).__name__ == "_PostImportFinder" for finder in sys.meta_path))
