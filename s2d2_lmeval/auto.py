@@ -74,7 +74,7 @@ class _Decoded:
         hub = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(source if config is None else config, **hub)  # type: ignore[attr-defined]
-        named = getattr(config, FAMILY_FIELD, None)
+        named = getattr(config, FAMILY_FIELD, "")
         family = family_named(named)
         overrides = {name: getattr(config, name, None) for name in ("mask_token_id", "block_length")}
         mark(config, described(str(source), hub, named, None, overrides)[2])
