@@ -24,6 +24,7 @@ from s2d2_lmeval.families.files import HUB_OPTIONS
 from s2d2_lmeval.ranks import Ranks
 from s2d2_lmeval.runtime.drafting.dflash import DraftingRunner
 from s2d2_lmeval.runtime.drafting.loading import load_drafter
+from s2d2_lmeval.runtime.kernels.compiled import compile_experts
 from s2d2_lmeval.runtime.memory import RowLimit
 from s2d2_lmeval.runtime.probe import ShiftProbe, probe_shift
 from s2d2_lmeval.runtime.runner import Runner
@@ -43,6 +44,7 @@ def load(
     static_shapes: bool | None = None,
     fused: str | bool = "auto",
     exact: bool | int = False,
+    compile: bool = False,
     **options: Any,
 ) -> BlockDiffusionModel:
     """Load a block-diffusion checkpoint, or an autoregressive one as target of a drafter, into native transformers
@@ -63,6 +65,7 @@ def load(
             (:func:`~s2d2_lmeval.runtime.kernels.fused.fuse`); by default on CUDA where that works.
         exact: run every forward in one shape, of 64 queries or so many: then, in bfloat16 and float16 too, an answer
             does not depend on its batch, and ``sliding`` is ``ar``. Slower where fewer queries would do.
+        compile: compile the experts of a mixture-of-experts model with ``torch.compile``: seconds to minutes, once.
         options: ``dtype``, ``device``, ``revision``, ``device_map``, ``quantization_config``, ``family``, and all
             others of :func:`s2d2_lmeval.families.load_checkpoint`.
 
@@ -71,11 +74,13 @@ def load(
     """
     if static_shapes is not None:
         static_shapes = converted("static_shapes", "bool", static_shapes)
-    part = queries_of(exact)
+    part, compiles = queries_of(exact), converted("compile", "bool", compile)
     if isinstance(source, torch.nn.Module):
         model, facts = adopt(source, autoregressive=draft is not None, **options)
     else:
         model, facts = load_checkpoint(source, **options)
+    if compiles:
+        compile_experts(model)
     if draft is None:
         runner = Runner(model, attention, static_shapes, fused, part)
     else:

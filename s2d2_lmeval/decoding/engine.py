@@ -7,9 +7,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from s2d2_lmeval.decoding.decoder import Decoder, DecoderSetup
 from s2d2_lmeval.decoding.generation import Generation, Progress, Request
@@ -34,6 +36,10 @@ PREFILL_CHUNK, PREFILL_TOKENS = 512, 8192
 """Maximum number of prompt tokens per row and forward, and per forward of all rows."""
 
 
+REHEARSED, WORTH_REHEARSING = 48, 512
+"""Tokens of an answer that a rehearsal decodes, and tokens per row in flight of a run that is worth one."""
+
+
 class Engine:
     """Decodes requests: admit, plan, run, settle, retire."""
 
@@ -45,6 +51,8 @@ class Engine:
         self.limit = limit
         self.in_flight: dict[int, int] = {}
         """Slot -> index of the request in it."""
+        self.rehearsing = False
+        """Whether this run is only for the graphs that it leaves."""
 
     @torch.inference_mode()
     def run(
@@ -83,7 +91,11 @@ class Engine:
         """Answer all that are ``waiting``; False if memory ran out, with requests still in flight."""
         self.slots = 0
         try:
-            self._prepare([requests[index] for index in waiting])
+            asked = [requests[index] for index in waiting]
+            self._prepare(asked)
+            if self._worth_rehearsing(asked):
+                self._rehearse(asked[: 2 * self.slots])
+                self._prepare(asked)
             while waiting or self.in_flight:
                 self._admit(requests, waiting)
                 self._step()
@@ -160,6 +172,32 @@ class Engine:
         self.runner.reserve(most, self.decoder.capacity)
         self.decoder.calibrate_costs(partial(self.runner.measure_costs, most))
 
+    def _worth_rehearsing(self, requests: Sequence[Request]) -> bool:
+        """Whether graphs that the run will need are captured before its first request."""
+        graphs, tokens = self.runner.graphs, sum(request.max_new_tokens for request in requests)
+        if graphs is None or not graphs.captures or not self.config.keyed or self.rehearsing:
+            return False
+        return tokens >= WORTH_REHEARSING * self.slots and self.stepper.program not in graphs.rehearsed
+
+    def _rehearse(self, requests: Sequence[Request]) -> None:
+        """Decode the beginnings of some answers, of different lengths, for their graphs alone."""
+        graphs, ends = self.runner.graphs, range(REHEARSED // 4, REHEARSED + 1, 4)
+        assert graphs is not None
+        rehearsal = type(self)(self.runner, self.facts, self.config, Trace(), RowLimit(self.slots))
+        rehearsal.rehearsing = True
+        with tqdm(desc="Capturing graphs", unit=" graphs", disable=None, leave=False) as bar:
+            graphs.on_captured = bar.update
+            try:
+                rehearsal.run(
+                    [
+                        replace(request, stop=partial(_ends_after, end))
+                        for request, end in zip(requests, cycle(reversed(ends)), strict=False)
+                    ]
+                )
+            finally:
+                graphs.on_captured = None
+        graphs.rehearsed.add(self.stepper.program)
+
     def _needs(self, decoder: Decoder[Any], tokens: int) -> RowNeeds:
         """What a row of ``decoder`` takes that brings at most so many ``tokens`` to a forward."""
         read, drawn = decoder.most_logits
@@ -185,8 +223,10 @@ class Engine:
         """One engine step: plan, run, settle, and record it in the trace."""
         started, model_seconds = clock.now(), self.runner.model_seconds
         plan = self.decoder.plan()
-        kept = self.decoder.settle(self.stepper(plan))
-        self.runner.synchronize()
+        table = self.stepper(plan)
+        kept = self.decoder.settle(table)
+        if table is not None:  # otherwise nobody waited for the device
+            self.runner.synchronize()
         self.runner.commit(plan.layout.slots, kept, plan.model)
         self.trace.forwarded(
             ForwardRecord(
@@ -227,6 +267,11 @@ class Engine:
         stats = progress.summary(new_tokens, counts)
         self.trace.finished({**stats, **depths})
         return stats
+
+
+def _ends_after(most: int, tokens: list[int]) -> int | None:
+    """A stop rule for the first ``most`` tokens."""
+    return most if len(tokens) >= most else None
 
 
 def within(config: DecodingConfig, part: int) -> DecodingConfig:

@@ -34,7 +34,8 @@ class Stepper:
         self.decoder, self.runner, self.bias = decoder, runner, bias
         # Draws in the published order read the device to know how many there are.
         self.graphs = runner.graphs if config.keyed else None
-        self._program = type(decoder), config
+        self.program = type(decoder), config
+        """What graphs are captured of."""
 
     def __call__(self, plan: Plan) -> np.ndarray | None:
         """Run the planned step; the decoder's table."""
@@ -53,7 +54,7 @@ class Stepper:
             table = program(upload(runner.device, arrays))
             read = None if table is None else table.cpu().numpy()
         else:
-            key = (self._program, shape, plan.model, plan.present, plan.moves, plan.fixed)
+            key = (self.program, shape, plan.model, plan.present, plan.moves, plan.fixed)
             with runner.timed():
                 read = self.graphs.run(key, arrays, program)
         runner.commit(layout.slots, plan.keep, plan.model)

@@ -47,7 +47,7 @@ types of their values (None: checked elsewhere).
 """
 OF_LOADING: dict[str, Any] = {
     **dict.fromkeys(("attention", "fused", "max_batch", "parallelize", "max_memory_per_gpu", "max_cpu_memory")),
-    **dict.fromkeys(("static_shapes", "force_download", "local_files_only", "probe"), "bool"),
+    **dict.fromkeys(("static_shapes", "compile", "force_download", "local_files_only", "probe"), "bool"),
     **dict.fromkeys(("max_context", "mask_token_id"), "int"),
     **dict.fromkeys(("draft", "family", "device", "revision", "variant", "cache_dir", "offload_folder"), _NAME),
     "dtype": (str, torch.dtype),

@@ -50,7 +50,7 @@ def load_model(arguments: Arguments, *, rows: RowLimit, dtype: Any, device: str 
         CheckpointError: if it cannot be used for decoding.
     """
     source, loading = resolve(arguments.source), dict(arguments.loading)
-    own = ("attention", "max_context", "static_shapes", "fused", "exact", "draft")
+    own = ("attention", "max_context", "static_shapes", "fused", "exact", "compile", "draft")
     loading.pop("probe", None)  # that needs the tokenizer
     options: dict[str, Any] = {"max_batch": rows, **{name: loading.pop(name) for name in own if name in loading}}
     if "tp_plan" in loading and (arguments.custom is not None or arguments.model_class is not None):

@@ -148,13 +148,22 @@ class Graphs:
         self.device, self.captures = device, captures
         self.tables = Tables(device, keep=True)
         self.steps: OrderedDict[Hashable, Step] = OrderedDict()
+        self.rehearsed: set[Hashable] = set()
+        """What was run on purpose before the first request, so that its graphs are there."""
+        self.on_captured: Callable[[], None] | None = None
+        """Called after each capture."""
         self._version = 0
         self._pool: Any = None
 
     def clear(self) -> None:
         """Let go of all buffers and graphs."""
         self.steps.clear()
+        self.rehearsed.clear()
         self._pool = None
+
+    def forget(self, bucket: Hashable) -> None:
+        """Let go of what was captured of one bucket."""
+        self.steps.pop(bucket, None)
 
     def run(self, bucket: Hashable, arrays: Arrays, program: Program) -> np.ndarray | None:
         """Run the ``program`` on ``arrays``, which have the shapes of ``bucket``; what it has for the host."""
@@ -180,6 +189,8 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
         try:
             step.capture(program, self._pool)
+            if self.on_captured is not None:
+                self.on_captured()
         except RuntimeError as error:
             if out_of_memory(error):
                 raise

@@ -176,26 +176,35 @@ class Runner:
         return self._costs[asked]
 
     def _median_seconds(self, rows: int, width: int, repeats: int = 3) -> float:
-        layout = Layout(np.arange(rows), np.full(rows, width))
-        prefix = (self.cache.capacity - width) // 2
-        place = torch.from_numpy(layout.local).to(self.device)
-        request = Pass(
-            layout=layout,
-            tokens=torch.zeros_like(place),
-            positions=place + prefix,
-            visible=torch.ones(width, width, dtype=torch.bool, device=self.device).tril().expand(rows, -1, -1),
-            wanted=torch.arange(layout.queries, device=self.device),
-            keep=np.zeros(rows, dtype=np.int64),
-        )
-        taken = []
-        for _ in range(1 + repeats):
-            self.cache.lengths[:rows] = prefix
+        """Of a forward as steps run it: captured, where they are."""
+        layout, prefix = Layout(np.arange(rows), np.full(rows, width)), (self.cache.capacity - width) // 2
+        self.cache.lengths[:rows] = prefix
+        bucket = self.graphs and Shape.bucket(layout, layout.queries, self.cache, rows, self.attention == "sdpa")
+        frame = Frame(layout, bucket or Shape.tight(layout, layout.queries, self.cache, self.grain))
+        positions, read = frame.queries(layout.local + prefix), frame.wanted(np.arange(layout.queries))
+        arrays = {**frame.attention(self.cache), "positions": positions, "read": read}
+        lower = torch.ones(frame.shape.widest, frame.shape.widest, dtype=torch.bool, device=self.device).tril()
+        visible = lower.repeat(frame.shape.rows, 1, 1)
+
+        def program(told: dict[str, torch.Tensor]) -> torch.Tensor:
+            tokens = torch.zeros_like(told["positions"])
+            logits = self.run(tokens, told["positions"], told["read"], visible, told, frame)
+            return logits.flatten()[:1].isnan().long()
+
+        taken, key = [], ("costs", self, rows, width)
+        for _ in range(2 + repeats):
             started = clock.now()
-            self.forward(request).flatten()[0].item()  # the read waits for the device
+            with self.timed():
+                if self.graphs is not None and bucket:
+                    self.graphs.run(key, arrays, program)
+                else:
+                    program(upload(self.device, arrays)).cpu()  # the read waits for the device
             taken.append(clock.now() - started)
+        if self.graphs is not None:
+            self.graphs.forget(key)
         self.cache.lengths[:] = 0
         self.synchronize()
-        return self.ranks.of_first(float(np.median(taken[1:])))
+        return self.ranks.of_first(float(np.median(taken[2:])))
 
     @torch.inference_mode()
     def forward(self, request: Pass) -> torch.Tensor:

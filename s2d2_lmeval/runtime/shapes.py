@@ -21,10 +21,10 @@ from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.passes import Layout
 
-MOST_QUERIES = 2048
+MOST_QUERIES = 8192
 """Queries of the widest bucket; a wider forward computes long enough to hide its launches."""
 
-MOST_PADDED = 32768
+MOST_PADDED = 65536
 """Rows times queries of the widest row, up to which attention is padded in a bucket."""
 
 SHORTEST_SPAN = 256

@@ -20,6 +20,7 @@ from s2d2_lmeval.runtime.graphs import upload
 from s2d2_lmeval.runtime.passes import Layout
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.shapes import Frame, Shape
+from s2d2_lmeval.runtime.trace import Trace
 
 from . import editing_tiny, pipelined_cases, subblocks_drawn
 from .tiny import engine
@@ -118,7 +119,7 @@ def bucket(slots: list[int], widths: list[int], wanted: int, cache: SlotCache) -
         ([0, 2], [3, 5], 6, Shape(8, 4, 8, 256, 6, padded=True)),
         ([0, 1, 2, 3, 4], [16] * 5, 80, Shape(96, 6, 16, 256, 96, padded=True)),  # no more rows than slots
         ([0, 5], [512, 1], 2, Shape(768, 6, 512, 256, 2, padded=True)),
-        ([0], [2049], 1, None),
+        ([0], [8193], 1, None),
     ],
 )
 def test_buckets(slots: list[int], widths: list[int], wanted: int, expected: Shape | None) -> None:
@@ -214,6 +215,31 @@ def test_a_bucket_is_captured_after_its_first_step_and_dropped_with_its_tables(m
     assert table.tolist() == [7, 7, 7]
     steps.run("wide", {"x": np.arange(2)}, doubled)
     assert len(Recorded.made) == 3, "an emptied table has the old address"
+
+
+@pytest.mark.parametrize("case", ["ar", "lookahead", "sliding"])
+def test_a_long_run_captures_its_graphs_before_its_first_request(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs.Step, "capture", Recorded.capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(Recorded, "made", [])
+    monkeypatch.setattr("s2d2_lmeval.decoding.engine.WORTH_REHEARSING", 20)
+    runner = Runner(CASES[case][0](max_batch=3).hf_model, static_shapes=True)
+    assert runner.graphs is not None
+    runner.graphs.captures = True
+    model, options = around(case, runner), {**CASES[case][1], "max_new_tokens": 11}
+    told: list[int] = []
+    first = Trace.admitted
+    monkeypatch.setattr(
+        Trace, "admitted", lambda trace, *counts: (told.append(len(Recorded.made)), first(trace, *counts))
+    )
+    got = model.generate(PROMPTS, options)
+    assert canvases(got) == answers(case)
+    assert model.trace.requests == len(PROMPTS), "a rehearsal counts nowhere"
+    before, after = told[-len(PROMPTS)], len(Recorded.made)
+    assert before >= 1.5 * (after - before), "most of what the run needs"
+    model.generate(PROMPTS, options)
+    assert len(Recorded.made) == after, "nothing is captured twice"
+    assert runner.graphs.on_captured is None
 
 
 def test_the_least_recently_used_bucket_goes(monkeypatch: pytest.MonkeyPatch) -> None:

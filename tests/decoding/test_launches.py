@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -19,27 +19,6 @@ from .tiny import engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:The draft graph")
 
-
-class Limits(NamedTuple):
-    """Per decode step: launches outside graphs, uploads, waits that bring nothing; the share of steps that replay."""
-
-    launches: float
-    uploads: float
-    blocking: float
-    replayed: float
-
-
-TARGET = Limits(launches=4, uploads=1, blocking=0, replayed=0.98)
-"""A step is one upload, one replay and one read."""
-
-TODAY = {
-    # The times of the drafter's forwards are waited for, though nothing is read.
-    "dflash": TARGET._replace(blocking=0.6),
-    # At batch 32 some steps are wider than any bucket: those of many drafted states, and drafters' blocks.
-    "ddtree": Limits(launches=100, uploads=1, blocking=0.6, replayed=0.7),
-    "spiffy": Limits(launches=180, uploads=1, blocking=0, replayed=0.7),
-}
-"""Where the target does not hold yet, by decoder and schedule, and why."""
 
 RUNS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "ar": ((1, 8, 32), {}),
@@ -94,12 +73,11 @@ def test_a_step_on_the_toy(name: str, batch: int) -> None:
     model = toy(draft=any(part.needs_drafter for part in DECODERS.all(decoder)))
     row = count_launches(model, options | RUNS[name][1], batch, PROMPTS[: batch + 1])
     check(row)
-    limits = TODAY.get(entry, TARGET)
-    assert row["launches_outside"] <= limits.launches
-    assert row["uploads"] <= limits.uploads
-    assert row["blocking"] <= limits.blocking
+    assert row["launches_outside"] <= 4
+    assert row["uploads"] <= 1
+    assert row["blocking"] == 0
     assert row["reads"] <= 1
-    assert row["replayed_share"] >= limits.replayed
+    assert row["replayed_share"] >= 0.98
 
 
 # ---- other schemes and devices ----

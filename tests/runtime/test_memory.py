@@ -120,7 +120,7 @@ def test_costs_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     curve = machine.measure_costs(2, 8)
     assert list(curve.queries) == [2, 4, 6, 8, 12, 16]
     assert not machine.cache.lengths.any()
-    monkeypatch.setattr(machine, "forward", None)
+    monkeypatch.setattr(machine, "run", None)
     assert machine.measure_costs(2, 8) is curve
     with pytest.raises(TypeError):  # another batch is another matter
         machine.measure_costs(1, 8)

@@ -196,6 +196,7 @@ class DraftingRunner(Runner):
         # The drafter narrows its sight by layer, which flash cannot.
         own = self.attention == "triton" and attends(heads_of(drafter.config), self.device, drafter.dtype)
         self.drafter = Runner(drafter, "triton" if own else "sdpa", static_shapes=False, fused=fused)
+        self.drafter.graphs = self.graphs  # what it costs is measured as it runs
         self.tap = FeatureTap(self.backbone, drafter.shape.layer_ids)
 
     def reserve(self, slots: int, capacity: int) -> None:
