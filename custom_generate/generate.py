@@ -10,16 +10,20 @@ Two ways to the same decoder::
 ``model`` is any transformers model of a known family; its weights are shared, not copied. Lengths, sampling and stops
 are those of ``model.generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``,
 ``typical_p``, ``suppress_tokens``, ``bad_words_ids`` and ``sequence_bias`` of single tokens, ``eos_token_id``,
-``pad_token_id``, ``stopping_criteria``. Decoding options are those of
+``pad_token_id``, ``stopping_criteria`` and ``max_time`` (asked of each row alone), ``streamer`` (block by block, never
+taking text back), ``stop_strings`` with ``tokenizer``. Decoding options are those of
 :class:`s2d2_lmeval.DecodingConfig`; the default is the family's published setting. Left-padded batches are
-decoded together.
+decoded together. Everything else that ``model.generate`` takes and blocks cannot honour is refused by name.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -32,6 +36,7 @@ from transformers.generation import (
     NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
+    StopStringCriteria,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -41,9 +46,12 @@ from transformers.generation import (
 
 from s2d2_lmeval import DecodingConfig
 from s2d2_lmeval.custom_generate.published import ready, unpadded, with_answers
+from s2d2_lmeval.decoding.generation import Generation
 from s2d2_lmeval.decoding.options.config import SYNONYMS
 from s2d2_lmeval.decoding.options.names import FOREIGN
 from s2d2_lmeval.errors import RequestError
+from s2d2_lmeval.model import BlockDiffusionModel
+from s2d2_lmeval.streaming import Stream
 
 _OF_A_ROW = (
     *(TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper, TypicalLogitsWarper),
@@ -52,6 +60,23 @@ _OF_A_ROW = (
 """Processors that depend on one row of logits alone. The decoders apply them themselves, also to drafts."""
 _FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 _OWN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
+_REFUSED = {
+    **dict.fromkeys(("past_key_values", "cache"), "the engine has a cache of its own"),
+    "inputs_embeds": "a prompt is token ids: give input_ids",
+    **dict.fromkeys(
+        ("output_scores", "output_logits", "output_hidden_states", "output_attentions"),
+        "a block's tokens come from several forwards, whose outputs are not kept",
+    ),
+    **dict.fromkeys(
+        ("assistant_model", "prompt_lookup_num_tokens"),
+        "drafts come from the decoder; for a separate drafter give draft=… to s2d2_lmeval.load",
+    ),
+    "negative_prompt_ids": "nothing is decoded against a second prompt",
+    "penalty_alpha": "contrastive search compares one next token after another",
+    "dola_layers": "only the last layer's logits are read",
+    "watermarking_config": "a watermark depends on the tokens before, and a block's tokens are decided together",
+}
+"""Arguments of ``model.generate`` that cannot be honoured, and why."""
 _IN_GENERATION_CONFIG = frozenset(GenerationConfig().__dict__)
 # transformers takes an argument out of its generation config if this function names it, and refuses it if neither does.
 OPTIONS = frozenset(
@@ -95,27 +120,27 @@ def generate(
     if inputs is not _UNPREPARED:
         # The path form passes the raw arguments of model.generate. Let it prepare them for this function.
         given = {"input_ids": input_ids, "inputs": inputs, "stats": stats, **kwargs}
-        return model.generate(
+        return through_transformers(
+            model.generate,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             generation_config=generation_config,
-            custom_generate=generate,
             **{name: value for name, value in given.items() if value is not None},
         )
     if input_ids is None or generation_config is None:
         raise RequestError("Call model.generate(custom_generate=…), which prepares what this function needs.")
-    _refuse_other_modes(model, generation_config, logits_processor)
-    engine, settings = ready(model), generation_config
+    asked, settings = _asked_of_transformers(sys._getframe(1)), generation_config
+    _refuse_other_modes(model, settings, logits_processor, asked)
+    engine = ready(model)
     config = engine.config(_options(settings, {name: kwargs[name] for name in kwargs.keys() & OPTIONS}))
-    attention_mask = kwargs.get("attention_mask")
-    if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
-        raise RequestError("attention_mask has zeros after ones: pad prompts on the left (padding_side='left').")
-    prompts = unpadded(input_ids, attention_mask)
-    answers = engine.generate(
+    prompts = _unpadded_on_the_left(input_ids, kwargs.get("attention_mask"))
+    answers = _answers(
+        asked.get("streamer"),
+        engine,
         prompts,
         config,
-        max_new_tokens=settings.max_length - input_ids.shape[1],
-        stop=_stop_rule(prompts, stopping_criteria, input_ids.device),
+        settings.max_length - input_ids.shape[1],
+        _stop_rule(prompts, stopping_criteria, input_ids.device),
     )
     if stats is not None:
         stats.extend(answer.stats for answer in answers)
@@ -126,9 +151,85 @@ def generate(
     return GenerateDecoderOnlyOutput(sequences=sequences) if settings.return_dict_in_generate else sequences
 
 
+def _unpadded_on_the_left(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
+    if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
+        raise RequestError("attention_mask has zeros after ones: pad prompts on the left (padding_side='left').")
+    return unpadded(input_ids, attention_mask)
+
+
+def through_transformers(
+    model_generate: Callable[..., Any],
+    *args: Any,
+    stop_strings: str | list[str] | None = None,
+    tokenizer: Any = None,
+    stopping_criteria: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """``model.generate`` with this module's function, which transformers gives no tokenizer: the stop strings become a
+    criterion before.
+
+    Raises:
+        RequestError: stop strings without the tokenizer.
+    """
+    settings = kwargs.get("generation_config")
+    if stop_strings is None and settings is not None and settings.stop_strings is not None:
+        stop_strings = settings.stop_strings
+        kwargs["generation_config"] = settings = copy.copy(settings)
+        settings.stop_strings = None
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise RequestError("stop_strings are read with the tokenizer: give tokenizer=… too.")
+        stopping_criteria = [*(stopping_criteria or ()), StopStringCriteria(tokenizer, stop_strings)]
+    return model_generate(
+        *args,
+        stopping_criteria=None if stopping_criteria is None else StoppingCriteriaList(stopping_criteria),
+        custom_generate=generate,
+        **kwargs,
+    )
+
+
+def _asked_of_transformers(caller: FrameType) -> dict[str, Any]:
+    """The arguments that the running ``model.generate`` was given.
+
+    It names ``streamer`` and others itself and withholds them from functions, and its own cache takes the place of the
+    user's; where it is the caller, its variables still have them.
+    """
+    if caller.f_code.co_name != "generate" or "generation_mode_kwargs" not in caller.f_locals:
+        raise RequestError("Call model.generate(custom_generate=…), which prepares what this function needs.")
+    return {**caller.f_locals["kwargs"], **caller.f_locals}
+
+
+def _answers(
+    streamer: Any,
+    engine: BlockDiffusionModel,
+    prompts: list[list[int]],
+    config: DecodingConfig,
+    budget: int,
+    stop: Callable[[int, list[int]], int | None] | None,
+) -> list[Generation]:
+    """The answers; with a ``streamer`` the only one, whose tokens it gets block by block."""
+    if streamer is None:
+        return engine.generate(prompts, config, max_new_tokens=budget, stop=stop)
+    if len(prompts) > 1:
+        raise RequestError("streamer takes one prompt at a time.")
+    try:
+        stream = Stream(lambda piece: streamer.put(torch.tensor(piece)), config, budget, stop)
+        answers = engine.generate(prompts, config, max_new_tokens=budget, stop=stream.stop)
+        stream.finish(answers[0].token_ids)
+        return answers
+    finally:
+        streamer.end()
+
+
 def _refuse_other_modes(
-    model: PreTrainedModel, settings: GenerationConfig, processors: LogitsProcessorList | None
+    model: PreTrainedModel,
+    settings: GenerationConfig,
+    processors: LogitsProcessorList | None,
+    asked: Mapping[str, Any],
 ) -> None:
+    for name, reason in _REFUSED.items():
+        if asked.get(name) is not None or getattr(settings, name, None) not in (None, False):
+            raise RequestError(f"{name} cannot be honoured: {reason}. Leave it out.")
     if (settings.num_beams or 1) > 1:
         raise RequestError("Blocks are not decoded by beam search: leave num_beams at 1.")
     foreign = [item for item in processors or () if not isinstance(item, _OF_A_ROW)]
@@ -172,24 +273,19 @@ def _as_tuple(ids: Any) -> tuple[int, ...]:
 def _stop_rule(
     prompts: list[list[int]], criteria: StoppingCriteriaList | None, device: torch.device
 ) -> Callable[[int, list[int]], int | None] | None:
-    """transformers' stopping criteria, asked after every block for each of its tokens in turn."""
+    """transformers' stopping criteria, asked of each row alone, after every block for each of its tokens in turn."""
     others = StoppingCriteriaList(item for item in criteria or () if not isinstance(item, _OWN_CRITERIA))
     if not others:
         return None
-    if len(prompts) > 1:
-        names = ", ".join(type(item).__name__ for item in others)
-        raise RequestError(
-            f"{names} is asked about a whole batch in step, and blocks are not: pass one prompt at a time."
-        )
-    asked = 0
+    asked = [0] * len(prompts)
 
     def stop(index: int, new: list[int]) -> int | None:
-        nonlocal asked
-        for length in range(asked + 1, len(new) + 1):
+        first = min(asked[index], len(new)) + 1
+        asked[index] = len(new)
+        for length in range(first, len(new) + 1):
             ids = torch.tensor([prompts[index] + new[:length]], device=device)
             if bool(torch.as_tensor(others(ids, None)).all()):
                 return length
-        asked = len(new)
         return None
 
     return stop

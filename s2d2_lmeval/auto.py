@@ -14,7 +14,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from s2d2_lmeval.custom_generate.generate import generate
+from s2d2_lmeval.custom_generate.generate import generate, through_transformers
 from s2d2_lmeval.families import FAMILIES, Family, family_named, identify
 from s2d2_lmeval.families.facts import FAMILY_FIELD
 from s2d2_lmeval.families.files import HUB_OPTIONS
@@ -89,4 +89,6 @@ class _Decoded:
 
         ``custom_generate=None`` is transformers' own loop, which makes sense only where text predicts the next token.
         """
+        if custom_generate is generate:
+            return through_transformers(super().generate, *args, **kwargs)  # type: ignore[misc]
         return super().generate(*args, custom_generate=custom_generate, **kwargs)  # type: ignore[misc]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from s2d2_lmeval.errors import ConfigError, RequestError, shown
 from s2d2_lmeval.families import Facts, adopt, load_checkpoint
 from s2d2_lmeval.families.facts import DrafterFacts
 from s2d2_lmeval.families.files import HUB_OPTIONS
+from s2d2_lmeval.prompts import encode, is_text, is_whole, several, tokenizer_of, tokens, undecodable, with_stops
 from s2d2_lmeval.ranks import Ranks
 from s2d2_lmeval.runtime.drafting.dflash import DraftingRunner
 from s2d2_lmeval.runtime.drafting.loading import load_drafter
@@ -29,6 +29,7 @@ from s2d2_lmeval.runtime.memory import RowLimit
 from s2d2_lmeval.runtime.probe import ShiftProbe, probe_shift
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import Trace
+from s2d2_lmeval.streaming import decoded, pieces
 
 EXACT_QUERIES = 64
 """Queries of every forward under ``exact=true``: an H100 reads its weights for so many in the time of one."""
@@ -81,16 +82,16 @@ def load(
         model, facts = load_checkpoint(source, **options)
     if compiles:
         compile_experts(model)
+    hub = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
     if draft is None:
         runner = Runner(model, attention, static_shapes, fused, part)
     else:
-        hub = {name: options[name] for name in HUB_OPTIONS if name in options and name not in ("revision", "subfolder")}
-        drafter = load_drafter(draft, model, **hub)
+        kept = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
+        drafter = load_drafter(draft, model, **kept)
         facts = facts.with_drafter(DrafterFacts(drafter.shape.block_length, drafter.shape.mask_token_id))
         runner = DraftingRunner(model, drafter, attention, static_shapes, fused, part)
-    return BlockDiffusionModel(
-        model, facts, attention=attention, max_batch=max_batch, max_context=max_context, runner=runner
-    )
+    limits: dict[str, Any] = {"max_batch": max_batch, "max_context": max_context}
+    return BlockDiffusionModel(model, facts, attention=attention, runner=runner, hub=hub, **limits)
 
 
 def queries_of(exact: bool | int | str) -> int:
@@ -122,6 +123,7 @@ class BlockDiffusionModel:
         max_batch: int | str | RowLimit = 8,
         max_context: int | None = None,
         runner: Runner | None = None,
+        hub: Mapping[str, Any] | None = None,
     ) -> None:
         limit = facts.max_context if facts.context_limit is None else facts.context_limit
         if max_context is None and facts.max_context > limit:
@@ -137,6 +139,8 @@ class BlockDiffusionModel:
         self.max_context = max_context or facts.max_context
         self.trace = Trace()
         self._runner = runner or Runner(hf_model, attention, fused=fused)
+        self._hub = dict(hub or {})
+        self._tokenizer: Any = None
         self.rows = max_batch if isinstance(max_batch, RowLimit) else RowLimit(max_batch)
 
     @property
@@ -185,9 +189,27 @@ class BlockDiffusionModel:
             return options
         return DecodingConfig.from_options({} if options is None else options, self.facts)
 
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, for prompts that are text; read at the first use. Can be set."""
+        if self._tokenizer is None:
+            self._tokenizer = tokenizer_of(self.hf_model.name_or_path, self._hub)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __repr__(self) -> str:
+        facts = self.facts
+        return (
+            f"<{type(self).__name__} {self.hf_model.name_or_path or facts.native_class}: {facts.family}, blocks of "
+            f"{facts.block_length}, {str(self.dtype).removeprefix('torch.')} on {self.device}>"
+        )
+
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Any],
         config: DecodingConfig | Mapping[str, Any] | None = None,
         *,
         max_new_tokens: int | Sequence[int] | None = None,
@@ -195,9 +217,12 @@ class BlockDiffusionModel:
         stop: Callable[[int, list[int]], int | None] | None = None,
         on_finished: Callable[[int, Generation], None] | None = None,
     ) -> list[Generation]:
-        """Continue every prompt (token ids). All are queued at once; ``max_batch`` rows are in flight.
+        """Continue every prompt. All are queued at once; ``max_batch`` rows are in flight.
 
         Args:
+            prompts: token ids, text, or chat messages (dictionaries with ``role`` and ``content``), which the chat
+                template turns into text. To text and messages :attr:`Generation.text` is the answer, and the
+                tokenizer's end-of-text token ends it too. A single list of messages is one prompt.
             max_new_tokens: for all or for each; the configuration's if not given.
             seeds: the key of each request's randomness (int64); its index by default. A request's samples do not depend
                 on its batch.
@@ -209,10 +234,14 @@ class BlockDiffusionModel:
             RequestError: a prompt that cannot be decoded.
         """
         resolved = self.config(config)
-        prompts = _several("prompts", prompts)
+        prompts = [prompts] if not isinstance(prompts, str) and is_text(prompts) else several("prompts", prompts)
+        texts = [is_text(prompt) for prompt in prompts]
+        if any(texts):
+            resolved = with_stops(resolved, config, self.tokenizer)
+            prompts = [encode(self.tokenizer, one) if text else one for one, text in zip(prompts, texts, strict=True)]
         budget = resolved.max_new_tokens if max_new_tokens is None else max_new_tokens
-        budgets = [budget] * len(prompts) if _is_whole(budget) else _several("max_new_tokens", budget)
-        keys = list(range(len(prompts))) if seeds is None else _several("seeds", seeds)
+        budgets = [budget] * len(prompts) if is_whole(budget) else several("max_new_tokens", budget)
+        keys = list(range(len(prompts))) if seeds is None else several("seeds", seeds)
         if not len(prompts) == len(budgets) == len(keys):
             raise RequestError(
                 f"{len(prompts)} prompts, {len(budgets)} budgets, {len(keys)} seeds: give one of each per prompt."
@@ -220,18 +249,41 @@ class BlockDiffusionModel:
         if not self.ranks.alone and resolved.random_source not in ("keyed", "fixed"):
             raise ConfigError("random_source: several ranks draw alike from keyed or fixed only; leave it out.")
         stop = None if stop is None else self.ranks.ask_first(stop)
-        requests = []
-        for index, (prompt, budget, key) in enumerate(zip(prompts, budgets, keys, strict=True)):
-            ids = _tokens(f"Prompt {index}", prompt)
-            if not _is_whole(budget) or budget < 0:
-                raise RequestError(f"Prompt {index}: max_new_tokens={shown(budget)} is negative or not a whole number.")
-            if not _is_whole(key) or not -(1 << 63) <= key < 1 << 63:
-                raise RequestError(f"Prompt {index}: the seed {shown(key)} is not a whole number of 64 bits.")
-            self._check(index, ids, int(budget))
-            requests.append(Request(ids, int(budget), int(key), None if stop is None else partial(stop, index)))
+        requests = self._requests(prompts, budgets, keys, stop)
         engine = self.engine_class(self._runner, self.facts, resolved, self.trace, self.rows)
+
+        def finished(index: int, answer: Generation) -> None:
+            answers[index] = replace(answer, text=decoded(self.tokenizer, answer.token_ids)) if texts[index] else answer
+            if on_finished is not None:
+                on_finished(index, answers[index])
+
+        answers: dict[int, Generation] = {}
         with self._runner.as_current_device():
-            return engine.run(requests, on_finished)
+            engine.run(requests, finished)
+        return [answers[index] for index in range(len(requests))]
+
+    def stream(
+        self,
+        prompt: Any,
+        config: DecodingConfig | Mapping[str, Any] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """The answer to one prompt as :meth:`generate` takes it, as pieces of text: one per finished block, of which
+        nothing is taken back. Closing the iterator ends the decoding after the current block.
+
+        Raises:
+            RequestError: a prompt that cannot be decoded.
+        """
+        resolved = with_stops(self.config(config), config, self.tokenizer)
+        ids = encode(self.tokenizer, prompt) if is_text(prompt) else tokens("The prompt", prompt)
+        budget = resolved.max_new_tokens if max_new_tokens is None else max_new_tokens
+
+        def run(stop: Callable[[int, list[int]], int | None]) -> Generation:
+            return self.generate([ids], resolved, max_new_tokens=budget, seeds=[seed], stop=stop)[0]
+
+        return pieces(self.tokenizer, resolved, budget, run)
 
     def score(
         self,
@@ -251,11 +303,11 @@ class BlockDiffusionModel:
             RequestError: a pair that does not fit the context, holds the mask token or cannot be predicted.
         """
         pairs = []
-        for index, request in enumerate(_several("requests", requests)):
-            pair = _several(f"Request {index}", request)
+        for index, request in enumerate(several("requests", requests)):
+            pair = several(f"Request {index}", request)
             if len(pair) != 2:
                 raise RequestError(f"Request {index} is not a pair of context and continuation.")
-            context, continuation = (_tokens(f"Request {index}", part) for part in pair)
+            context, continuation = (tokens(f"Request {index}", part) for part in pair)
             if not continuation:
                 raise RequestError(f"Request {index}: the continuation is empty; there is nothing to score.")
             if self.facts.token_shift and not context:
@@ -289,6 +341,24 @@ class BlockDiffusionModel:
         """Free the cache's memory; the next call allocates what it needs."""
         self._runner.release()
 
+    def _requests(
+        self,
+        prompts: Sequence[Any],
+        budgets: Sequence[Any],
+        keys: Sequence[Any],
+        stop: Callable[[int, list[int]], int | None] | None,
+    ) -> list[Request]:
+        requests = []
+        for index, (prompt, budget, key) in enumerate(zip(prompts, budgets, keys, strict=True)):
+            ids = tokens(f"Prompt {index}", prompt)
+            if not is_whole(budget) or budget < 0:
+                raise RequestError(f"Prompt {index}: max_new_tokens={shown(budget)} is negative or not a whole number.")
+            if not is_whole(key) or not -(1 << 63) <= key < 1 << 63:
+                raise RequestError(f"Prompt {index}: the seed {shown(key)} is not a whole number of 64 bits.")
+            self._check(index, ids, int(budget))
+            requests.append(Request(ids, int(budget), int(key), None if stop is None else partial(stop, index)))
+        return requests
+
     def _check(self, index: int, prompt: list[int], budget: int) -> None:
         reason = undecodable(prompt, budget, self.max_context, self.facts.mask_token_id)
         outside = [token for token in prompt if not 0 <= token < self.facts.vocab_size]
@@ -296,40 +366,3 @@ class BlockDiffusionModel:
             reason = f"holds token id {shown(outside[0])}, outside the vocabulary of {self.facts.vocab_size}."
         if reason:
             raise RequestError(f"Prompt {index} {reason}")
-
-
-def undecodable(prompt: Sequence[int], budget: int, context: int, mask_token_id: int | None) -> str:
-    """Why a prompt cannot be decoded with ``budget`` new tokens in ``context`` positions; empty if it can."""
-    if not prompt:
-        return "is empty; a block-diffusion model needs at least one token to start from."
-    if mask_token_id is not None and mask_token_id in prompt:
-        return f"contains the mask token (id {mask_token_id}), which the model would fill in. Remove it."
-    if len(prompt) + budget > context:
-        return (
-            f"has {len(prompt)} tokens and asks for {shown(budget)} more, but the context holds {context}. Shorten it, "
-            "ask for fewer new tokens, or raise max_context up to what the checkpoint allows."
-        )
-    return ""
-
-
-def _several(name: str, values: Any, what: str = "a list of one for each") -> list[Any]:
-    """``values`` as a list; RequestError for something else than several."""
-    try:
-        if not isinstance(values, (str, bytes)):
-            return list(values)
-    except (TypeError, ValueError, RuntimeError):
-        pass
-    raise RequestError(f"{name}: {shown(values)} is not {what}.")
-
-
-def _tokens(name: str, ids: Any) -> list[int]:
-    """Token ids as plain integers; RequestError for text, and whatever else is not token ids."""
-    what = "a list of token ids; a tokenizer makes them of text"
-    try:
-        return [operator.index(token) for token in _several(name, ids, what)]
-    except TypeError:
-        raise RequestError(f"{name}: {shown(ids)} is not {what}.") from None
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -61,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
     """Load, trace, count, choose, show, save."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from s2d2_lmeval.cli.checkpoints import encode, open_model, with_stops
+    from s2d2_lmeval.cli.checkpoints import encode, open_model
     from s2d2_lmeval.cli.console import begin
+    from s2d2_lmeval.prompts import with_stops
     from s2d2_lmeval.studies.calibrate import calibrate
 
     for given, high in (("nodes", 4096), ("depth", 64), ("limit", 1_000_000)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import ConfigError, RequestError
 from s2d2_lmeval.harness.arguments import sort_arguments
 from s2d2_lmeval.harness.loading import check_mask, check_shift, choose_device, load_model, load_tokenizer
@@ -46,6 +45,7 @@ def open_model(
     assert loaded.engine is not None
     tokenizer = load_tokenizer(arguments, loaded.source, revision)
     check_mask(tokenizer, loaded.engine.facts, arguments.loading.get("mask_token_id"))
+    loaded.engine.tokenizer = tokenizer
     check_shift(tokenizer, loaded.engine, arguments.loading.get("probe"))
     return loaded.engine, tokenizer, dict(arguments.decoding)
 
@@ -56,13 +56,6 @@ def token_text(tokenizer: Any, token: int) -> str:
     if text and "\ufffd" not in text:
         return str(text)
     return str(tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
-
-
-def with_stops(config: DecodingConfig, options: Mapping[str, Any], tokenizer: Any) -> DecodingConfig:
-    """``config`` with the tokenizer's end-of-text token among the stop tokens, unless ``options`` name them."""
-    if "stop_token_ids" in options or tokenizer.eos_token_id is None:
-        return config
-    return config.replace(stop_token_ids=tuple(dict.fromkeys((*config.stop_token_ids, tokenizer.eos_token_id))))
 
 
 def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None, system: str | None = None) -> list[int]:

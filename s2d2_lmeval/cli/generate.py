@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,11 @@ from s2d2_lmeval.errors import ConfigError, shown
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from s2d2_lmeval.decoding.generation import Generation
     from s2d2_lmeval.decoding.options.config import DecodingConfig
     from s2d2_lmeval.model import BlockDiffusionModel
 
-SUMMARY = "complete one prompt; --trace draws the decoding order"
+SUMMARY = "complete one prompt; --stream, block by block; --trace draws the decoding order"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto")
     add_shared(parser, "--revision")
     parser.add_argument("--trace", action="store_true", help="draw the decoding order")
+    parser.add_argument("--stream", action="store_true", help="print the answer block by block")
     parser.add_argument("--json", action="store_true", help="print only one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Load, decode, print."""
-    from s2d2_lmeval.cli.checkpoints import encode, open_model, with_stops
+    from s2d2_lmeval.cli.checkpoints import encode, open_model
     from s2d2_lmeval.cli.console import begin, make_console, pairs, printable
+    from s2d2_lmeval.prompts import with_stops
+
+    if args.stream and args.json:
+        raise ConfigError("--stream and --json: give one; an object is printed whole.")
 
     if args.json or not sys.stderr.isatty():
         begin()
@@ -50,13 +57,18 @@ def run(args: argparse.Namespace) -> int:
         args.model, _options(args), device=args.device, dtype=args.dtype, revision=args.revision
     )
     config = with_stops(model.config(options), options, tokenizer)
-    answer = Answer(model, tokenizer, config, encode(tokenizer, prompt, chat=args.chat, system=args.system))
+    prompt_ids = encode(tokenizer, prompt, chat=args.chat, system=args.system)
+    console = make_console()
+
+    def write(piece: str) -> None:
+        console.print(printable(piece), markup=False, emoji=False, soft_wrap=True, end="")
+
+    answer = Answer(model, tokenizer, config, prompt_ids, write if args.stream else None)
     if args.json:
         steps = {"steps": [asdict(step) for step in answer.generation.steps]} if args.trace else {}
         print(json.dumps({**answer.as_dict(), **steps}, ensure_ascii=False))
         return 0
-    console = make_console()
-    console.print(printable(answer.text), markup=False, emoji=False, soft_wrap=True)
+    console.print("" if args.stream else printable(answer.text), markup=False, emoji=False, soft_wrap=True)
     console.print()
     console.print(pairs(list(answer.statistics().items()), {"style": "bold"}))
     if args.trace:
@@ -80,19 +92,30 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass
 class Answer:
-    """A model's completion of one prompt, and how to show it."""
+    """A model's completion of one prompt, and how to show it; ``write`` gets its text while it is decoded."""
 
     model: BlockDiffusionModel
     tokenizer: Any
     config: DecodingConfig
     prompt_ids: list[int]
+    write: Callable[[str], Any] | None = None
 
     def __post_init__(self) -> None:
+        from s2d2_lmeval.streaming import pieces
+
         started = time.perf_counter()
-        self.generation = self.model.generate([self.prompt_ids], self.config)[0]
+        if self.write is None:
+            self._decode(None)
+        else:
+            for piece in pieces(self.tokenizer, self.config, self.config.max_new_tokens, self._decode):
+                self.write(piece)
         self.seconds = time.perf_counter() - started
         self.text = self.tokenizer.decode(self.generation.token_ids, skip_special_tokens=True)
         self.dtype = str(self.model.dtype).removeprefix("torch.")
+
+    def _decode(self, stop: Callable[[int, list[int]], int | None] | None) -> Generation:
+        self.generation = self.model.generate([self.prompt_ids], self.config, stop=stop)[0]
+        return self.generation
 
     def as_dict(self) -> dict[str, Any]:
         """Everything except the steps, as plain values."""

@@ -58,15 +58,16 @@ class Generation:
 
     ``token_ids`` are the new tokens up to the stop or the limit; ``finish_reason`` is ``stop`` (a stop token),
     ``stop_string`` (the request's own rule) or ``length``; ``canvas`` holds the prompt and every decided block
-    untrimmed.
+    untrimmed; ``text`` is the answer to a prompt that was text.
     """
 
     token_ids: list[int]
     finish_reason: str
-    stats: dict[str, float]
-    decoding_order: list[PublishedStep]
-    steps: list[Step]
-    canvas: list[int]
+    stats: dict[str, float] = field(repr=False)
+    decoding_order: list[PublishedStep] = field(repr=False)
+    steps: list[Step] = field(repr=False)
+    canvas: list[int] = field(repr=False)
+    text: str | None = None
 
 
 FORWARDS = ("prefill", "draft", "verify", "commit", "drafter")

@@ -15,7 +15,7 @@ import numpy as np
 
 from s2d2_lmeval.errors import RequestError
 from s2d2_lmeval.harness.identity import of_plain, with_files
-from s2d2_lmeval.model import undecodable
+from s2d2_lmeval.prompts import undecodable
 
 logger = logging.getLogger("lm_eval.s2d2")
 

@@ -26,6 +26,17 @@ def answer(capsys: pytest.CaptureFixture[str], checkpoint: Path, *arguments: str
     return json.loads(capsys.readouterr().out)
 
 
+def test_a_streamed_answer_is_the_answer(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--prompt", "w1 w2 w3", "--option", "block_length=4", "--max_new_tokens", "21")
+    assert run(checkpoint, *arguments) == 0
+    whole = capsys.readouterr().out
+    assert run(checkpoint, "--stream", *arguments) == 0
+    streamed = capsys.readouterr().out
+    assert streamed.partition("new tokens")[0].strip() == whole.partition("new tokens")[0].strip()
+    assert run(checkpoint, "--stream", "--json", *arguments) == 2
+    assert "--stream and --json" in capsys.readouterr().err
+
+
 def test_json_holds_what_python_answers(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = answer(capsys, checkpoint, "-p", "hello", "--no-chat", "-n", "12", "--seed", "3", "-o", "block_length=8")
     model = s2d2_lmeval.load(checkpoint, device="cpu")

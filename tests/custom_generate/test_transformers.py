@@ -10,12 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, Qwen3ForCausalLM, StoppingCriteria, dynamic_module_utils
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    Qwen3ForCausalLM,
+    StoppingCriteria,
+    dynamic_module_utils,
+)
+from transformers.generation import BaseStreamer
 
 import s2d2_lmeval
 from s2d2_lmeval.custom_generate.generate import generate
 from s2d2_lmeval.decoding.options.config import SYNONYMS
 from s2d2_lmeval.errors import ConfigError, RequestError
+from s2d2_lmeval.toy import checkpoint_path, held_out
 
 from .checkpoints import REPOSITORY, SDAR
 
@@ -153,8 +162,99 @@ def test_stopping_criteria_stop_where_they_would_have_token_by_token(how: dict[s
     answer = decode(how, max_new_tokens=24, stopping_criteria=[rule])
     assert answer[0].tolist() == free[: first + 1]
     assert rule.lengths == list(range(len(PROMPT) + 1, first + 2))
-    with pytest.raises(RequestError, match="EndsWith"):
-        decode(how, prompts=torch.tensor([PROMPT, PROMPT]), max_new_tokens=4, stopping_criteria=[rule])
+
+
+def test_stopping_criteria_are_asked_of_each_row_of_a_batch(how: dict[str, Any]) -> None:
+    free = decode(how, prompts=torch.tensor([PROMPT, PROMPT[::-1]]), max_new_tokens=24).tolist()
+    token = free[0][len(PROMPT) + 6]
+    rule = EndsWith({token})
+    answer = decode(
+        how, prompts=torch.tensor([PROMPT, PROMPT[::-1]]), max_new_tokens=24, stopping_criteria=[rule], pad_token_id=0
+    )
+    for row, whole in zip(answer.tolist(), free, strict=True):
+        until = next((place for place in range(len(PROMPT), len(whole)) if whole[place] == token), len(whole)) + 1
+        assert row[:until] == whole[:until]
+        assert set(row[until:]) <= {0}
+    none_left = decode(how, prompts=torch.tensor([PROMPT, PROMPT]), max_new_tokens=24, max_time=0.0)
+    assert none_left.shape[1] < len(PROMPT) + 24
+
+
+class Recorder(BaseStreamer):
+    """Keeps what it is given; ``None`` at the end."""
+
+    def __init__(self) -> None:
+        self.given: list[list[int] | None] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.given.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.given.append(None)
+
+
+def test_a_streamer_gets_the_answer_block_by_block(how: dict[str, Any]) -> None:
+    recorder = Recorder()
+    free = decode(how, max_new_tokens=22)[0].tolist()
+    stop = free[len(PROMPT) + 9]
+    answer = decode(how, max_new_tokens=22, streamer=recorder, eos_token_id=stop)[0].tolist()
+    prompt, *pieces, end = recorder.given
+    assert prompt == PROMPT
+    assert end is None
+    assert len(pieces) > 1
+    assert prompt + [token for piece in pieces for token in piece or ()] == answer
+    with pytest.raises(RequestError, match="one prompt at a time"):
+        decode(how, prompts=torch.tensor([PROMPT, PROMPT]), max_new_tokens=4, streamer=Recorder())
+
+
+@pytest.mark.parametrize("given", ["argument", "generation_config"])
+def test_stop_strings_are_read_with_the_tokenizer(how: dict[str, Any], given: str) -> None:
+    model, tokenizer = s2d2_lmeval.load("toy"), AutoTokenizer.from_pretrained(checkpoint_path())
+    ids = tokenizer(held_out("instructions")[0].prompt, return_tensors="pt").input_ids
+    settings = GenerationConfig(max_new_tokens=24, eos_token_id=model.facts.stop_token_ids[0], pad_token_id=0)
+    free = model.hf_model.generate(ids, **how, generation_config=settings)[0, ids.shape[1] :]
+    text = tokenizer.decode(free)
+    arguments: dict[str, Any] = {"tokenizer": tokenizer}
+    if given == "argument":
+        arguments["stop_strings"] = text[2:4]
+    else:
+        settings.stop_strings = [text[2:4]]
+    if how["custom_generate"] is generate:
+        with pytest.raises(ValueError, match="tokenizer"):  # which transformers withholds from functions
+            model.hf_model.generate(ids, **how, generation_config=settings, **arguments)
+    else:
+        cut = model.hf_model.generate(ids, **how, generation_config=settings, **arguments)[0, ids.shape[1] :]
+        assert text[2:4] in tokenizer.decode(cut)
+        assert len(cut) < len(free)
+        assert free[: len(cut)].tolist() == cut.tolist()
+        with pytest.raises(RequestError, match="tokenizer"):
+            model.hf_model.generate(ids, **how, generation_config=settings, **(arguments | {"tokenizer": None}))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"output_scores": True},
+        {"output_logits": True},
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"past_key_values": DynamicCache()},
+        {"assistant_model": torch.nn.Identity()},
+        {"prompt_lookup_num_tokens": 3},
+        {"negative_prompt_ids": torch.tensor([[1]])},
+        {"penalty_alpha": 0.5, "top_k": 4},
+        {"dola_layers": "low"},
+        {"inputs_embeds": torch.zeros(1, 3, 32)},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_what_cannot_be_honoured_is_refused_by_name(how: dict[str, Any], arguments: dict[str, Any]) -> None:
+    with pytest.raises((RequestError, ValueError), match=next(iter(arguments))):
+        decode(how, max_new_tokens=4, **arguments)
+
+
+def test_the_function_is_for_transformers_to_call() -> None:
+    with pytest.raises(RequestError, match=r"model\.generate"):
+        generate(plain(), torch.tensor([PROMPT]), generation_config=GenerationConfig())
 
 
 def test_a_misspelt_option_is_refused(how: dict[str, Any]) -> None:
