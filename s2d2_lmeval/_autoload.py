@@ -33,12 +33,15 @@ from functools import wraps
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 MODEL_NAME, MODEL_CLASS = "s2d2", "s2d2_lmeval.harness.model:S2D2LM"
 FILTER_NAME, FILTER_CLASS = "s2d2_stats", "s2d2_lmeval.harness.filters:StatsFilter"
 
 _PACKAGE = "s2d2_lmeval"
+_TASKS = "lm_eval.tasks"
 _AUTO_CLASSES = "transformers.models.auto.configuration_auto"
 
 # Module -> what it must have filled before a name of ours is added: `get_model` imports `lm_eval.models` only while the
@@ -50,8 +53,10 @@ _TARGETS = {
 
 
 def register() -> None:
-    """Name the model class and the filter in the harness's registries, unless the harness finds them by itself."""
-    for module in _TARGETS:
+    """Name the model class and the filter in the harness's registries, unless the harness finds them by itself, and
+    make its task index find the packaged tasks.
+    """
+    for module in (*_TARGETS, _TASKS):
         _register(module)
 
 
@@ -62,7 +67,7 @@ def install() -> None:
     if getattr(sys.modules.get(_PACKAGE), "imported_by_torch", False):
         # So that ``import s2d2_lmeval`` is a first import, which says that the package is wanted.
         del sys.modules[_PACKAGE]
-    _register_when_imported(_TARGETS)
+    _register_when_imported((*_TARGETS, _TASKS))
 
 
 def install_auto_classes() -> None:
@@ -88,6 +93,9 @@ def _register(module: str) -> None:
     if module == _AUTO_CLASSES:
         _register_at_first_use(sys.modules[module].AutoConfig)
         return
+    if module == _TASKS:
+        _add_packaged_tasks(import_module(_TASKS).TaskManager)
+        return
     from lm_eval.api import registry
 
     registry_name, name, target = _TARGETS[module]
@@ -110,6 +118,29 @@ def _register_at_first_use(auto: Any) -> None:
         return plain.__get__(None, cls)(*args, **kwargs)
 
     auto.from_pretrained = classmethod(from_pretrained)
+
+
+def _add_packaged_tasks(manager: Any) -> None:
+    """Every index with the harness's own tasks has the packaged ones too; an ``include_path`` comes after them."""
+    plain = manager.__init__
+    if hasattr(plain, "__wrapped__"):
+        return
+    parameters = signature(plain)
+
+    @wraps(plain)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = parameters.bind(self, *args, **kwargs)
+        asked = given.arguments.get("include_path") or []
+        folders = [asked] if isinstance(asked, (str, Path)) else list(asked)
+        packaged = find_spec(f"{_PACKAGE}.task_configs")
+        ours = [] if packaged is None else [str(place) for place in packaged.submodule_search_locations or ()]
+        if given.arguments.get("include_defaults", True) and not {Path(one).resolve() for one in folders} & {
+            Path(one).resolve() for one in ours
+        }:
+            given.arguments["include_path"] = ours + folders
+        plain(*given.args, **given.kwargs)
+
+    manager.__init__ = __init__
 
 
 def _never_raising(module: str, register: Callable[[str], None] | None = None) -> None:

@@ -37,7 +37,7 @@ examples:
   s2d2-lmeval doctor JetLM/SDAR-1.7B-Chat
   s2d2-lmeval generate --model toy --prompt "What is 17 + 25?" --trace
   s2d2-lmeval eval --model_args pretrained=JetLM/SDAR-1.7B-Chat --tasks gsm8k_cot_zeroshot --apply_chat_template
-  lm_eval --model s2d2 --include_path "$(s2d2-lmeval --print_include_path)" --tasks …
+  lm_eval --model s2d2 --model_args pretrained=toy --tasks s2d2_toy_arithmetic
 """
 
 

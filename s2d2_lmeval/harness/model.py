@@ -20,6 +20,7 @@ from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.harness import filters as _filters  # noqa: F401  (importing it registers s2d2_stats)
 from s2d2_lmeval.harness import identity, report, responses, upstream
 from s2d2_lmeval.harness.base import HarnessModel
+from s2d2_lmeval.harness.prompts import logger
 from s2d2_lmeval.harness.run import GenerationRun
 from s2d2_lmeval.harness.scoring import rolling, scores
 
@@ -165,6 +166,9 @@ class S2D2LM(HarnessModel):
     def get_model_info(self) -> dict[str, Any]:
         """The harness's information on the model, with the run's settings, environment and costs under ``s2d2``."""
         several = self._totals_of_all or [self.totals]
+        decoded = report.figures(report.merge(several))
+        if decoded and self.rank == 0 and upstream.variables():
+            logger.info("%s", decoded)
         engine, decoding = self.engine, self.decoding
         about = {
             **report.merge(several).summary(),

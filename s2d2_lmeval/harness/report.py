@@ -139,6 +139,26 @@ def header(
     return "\n".join(["s2d2", *(f"  {name:<11} {value}" for name, value in lines)])
 
 
+def figures(totals: Totals) -> str:
+    """What decoding took, a line for each task and one for the run; empty if nothing was decoded."""
+    lines = []
+    for task, counts in sorted(totals.tasks.items()):
+        numbers = with_ratios(counts)
+        parts = [f"{counts['requests']:.0f} answers", f"{counts.get('new_tokens', 0):.0f} tokens"]
+        parts += [f"{numbers[name]:.2f} {words}" for name, words in _FIGURES.items() if name in numbers]
+        lines.append((task or "(no task)", ", ".join(parts)))
+    if not lines:
+        return ""
+    run = with_ratios(totals.run)
+    rate = f", {run['tokens_per_second']:.1f} tokens per second" if "tokens_per_second" in run else ""
+    lines.append(("in all", f"{run.get('forwards', run.get('nfe', 0)):.0f} forwards, {run['seconds']:.1f} s{rate}"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(["s2d2 decoded", *(f"  {name:<{width}} {value}" for name, value in lines)])
+
+
+_FIGURES = {"tokens_per_forward": "tokens per forward", "acceptance": "of the drafts accepted", "routed": "verified"}
+
+
 def _short(count: int) -> str:
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= unit:

@@ -24,7 +24,7 @@ from s2d2_lmeval import _autoload
 assert not {"torch", "lm_eval"} & set(sys.modules)
 _autoload.install(); _autoload.install()
 assert sum(type(finder).__name__ == "_PostImportFinder" for finder in sys.meta_path) <= 1
-import lm_eval.models, lm_eval.filters, transformers.models.auto.configuration_auto
+import lm_eval.models, lm_eval.filters, lm_eval.tasks, transformers.models.auto.configuration_auto
 from lm_eval.api import registry
 print("s2d2" in registry.model_registry, "hf" in registry.model_registry, "s2d2_stats" in registry.filter_registry,
       any(type(finder).__name__ == "_PostImportFinder" for finder in sys.meta_path))
@@ -40,6 +40,20 @@ def run(code: str, **variables: str) -> str:
 
 def test_names_are_added_beside_the_built_in_ones() -> None:
     assert run(REGISTRY) == "True True True False"
+
+
+def test_the_packaged_tasks_are_found_beside_the_harness_s_own(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("task: s2d2_gsm8k\ntag: mine\n")
+    code = f"""
+import torch
+from lm_eval.tasks import TaskManager
+from s2d2_lmeval.harness.upstream import include_path
+plain, alone = TaskManager(), TaskManager(include_defaults=False, include_path={str(tmp_path)!r})
+print({{"s2d2_gsm8k", "s2d2_toy_arithmetic", "gsm8k"}} <= set(plain.all_tasks), len(alone.all_subtasks))
+print("mine" in TaskManager(include_path=[{str(tmp_path)!r}]).all_tags)
+print(TaskManager(include_path=str(include_path())).all_tasks == plain.all_tasks)
+"""
+    assert run(code).split() == ["True", "1", "True", "True"]
 
 
 def test_opting_out() -> None:

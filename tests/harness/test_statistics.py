@@ -109,3 +109,18 @@ def test_environment_names_what_timings_depend_on() -> None:
     assert facts["torch"] == torch.__version__
     assert facts["device"]
     json.dumps(facts)
+
+
+def test_figures_of_a_run_are_those_of_its_results() -> None:
+    totals = report.Totals()
+    assert report.figures(totals) == ""
+    totals.add_response("b", {"nfe": 10, "new_tokens": 30, "drafted": 8, "accepted": 6})
+    totals.add_response("b", {"nfe": 10, "new_tokens": 10, "drafted": 2, "accepted": 2})
+    totals.add_response("stock", {"nfe": 4, "new_tokens": 4})
+    totals.add_run({}, {"nfe": 24, "forwards": 20, "new_tokens": 44}, 2.0)
+    assert report.figures(totals).splitlines() == [
+        "s2d2 decoded",
+        "  b      2 answers, 40 tokens, 2.00 tokens per forward, 0.80 of the drafts accepted",
+        "  stock  1 answers, 4 tokens, 1.00 tokens per forward",
+        "  in all 20 forwards, 2.0 s, 22.0 tokens per second",
+    ]
