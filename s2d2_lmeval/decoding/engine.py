@@ -255,11 +255,13 @@ class Engine:
             counted = kept = request.max_new_tokens
             reason = "length"
         stats = self._count(progress, len(request.prompt), counted)
-        return Generation(new[:kept], reason, stats, progress.decoding_order, progress.steps, canvas)
+        return Generation(new[:kept], reason, stats, canvas, progress)
 
     def _nothing_to_do(self, request: Request) -> Generation:
         """The answer to a request for no tokens."""
-        return Generation([], "length", self._count(Progress(), len(request.prompt), 0), [], [], list(request.prompt))
+        progress = Progress()
+        stats = self._count(progress, len(request.prompt), 0)
+        return Generation([], "length", stats, list(request.prompt), progress)
 
     def _count(self, progress: Progress, prompt: int, new_tokens: int) -> dict[str, float]:
         """The statistics of a complete request, which the trace counts too."""

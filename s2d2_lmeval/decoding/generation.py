@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,16 +58,25 @@ class Generation:
 
     ``token_ids`` are the new tokens up to the stop or the limit; ``finish_reason`` is ``stop`` (a stop token),
     ``stop_string`` (the request's own rule) or ``length``; ``canvas`` holds the prompt and every decided block
-    untrimmed; ``text`` is the answer to a prompt that was text.
+    untrimmed; ``progress`` is how it came about; ``text`` is the answer to a prompt that was text.
     """
 
     token_ids: list[int]
     finish_reason: str
     stats: dict[str, float] = field(repr=False)
-    decoding_order: list[PublishedStep] = field(repr=False)
-    steps: list[Step] = field(repr=False)
     canvas: list[int] = field(repr=False)
+    progress: Progress = field(repr=False, compare=False)
     text: str | None = None
+
+    @property
+    def steps(self) -> list[Step]:
+        """The steps of the request."""
+        return self.progress.steps
+
+    @property
+    def decoding_order(self) -> list[PublishedStep]:
+        """The steps in the published notation."""
+        return self.progress.decoding_order
 
 
 FORWARDS = ("prefill", "draft", "verify", "commit", "drafter")
@@ -113,7 +122,8 @@ def positions_decided(steps: Sequence[Step]) -> list[PublishedStep]:
 
 @dataclass
 class Progress:
-    """A request in flight: its counters and steps, filled in after each forward.
+    """A request in flight: its counters and steps, filled in after each forward. Steps are made of what was recorded
+    when somebody reads them.
 
     ``drafts`` counts those that a routing policy saw, ``routed_drafts`` those that it sent to the verifier.
     ``published_order`` converts the steps to the published decoding order.
@@ -128,7 +138,29 @@ class Progress:
     counts: dict[str, int] = field(default_factory=dict)
     """What only some decoders count."""
     begun: float = field(default_factory=clock.now)
-    steps: list[Step] = field(default_factory=list)
+    _steps: list[Any] = field(default_factory=list)
+    """Each a :class:`Step`, or what makes it."""
+    _verified: list[int] = field(default_factory=list)
+    """Indices of the steps that ended with a verification."""
+
+    def record(self, make: Callable[[], Step], verified: bool) -> None:
+        """Take in a step, to be made when needed; ``verified`` says whether it ended with a verification."""
+        if verified:
+            self._verified.append(len(self._steps))
+        self._steps.append(make)
+
+    def _make(self, indices: Iterable[int]) -> list[Step]:
+        """The steps at ``indices``."""
+        for index in indices:
+            if not isinstance(self._steps[index], Step):
+                self._steps[index] = self._steps[index]()
+        return [self._steps[index] for index in indices]
+
+    @property
+    def steps(self) -> list[Step]:
+        """The steps so far."""
+        self._make(range(len(self._steps)))
+        return self._steps
 
     @property
     def decoding_order(self) -> list[PublishedStep]:
@@ -141,7 +173,7 @@ class Progress:
 
     def verified(self, end: int) -> tuple[dict[str, int], dict[str, int]]:
         """Counts of the verifications of an answer that ends before position ``end``, in total and by depth."""
-        found = list(verifications(self.steps, end))
+        found = list(verifications(self._make(self._verified), end))
         counts = {name: sum(getattr(one, name) for one in found) for name in ("drafted", "accepted")}
         if found:
             counts |= {"rounds": len(found), "round_tokens": sum(one.decided for one in found)}

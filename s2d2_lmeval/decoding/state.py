@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -20,6 +21,13 @@ IDLE, PREFILL, DRAFT, VERIFY, COMMIT, PROPOSE = range(6)
 """Phases of a row: what its next forward does."""
 
 KIND_OF_PHASE = ("idle", "prefill", "draft", "verify", "commit", "drafter")
+
+
+def as_round(kind: str, start: int, fresh: list[int], depths: np.ndarray, mask_token_id: int) -> Step:
+    """The step of a round that began at position ``start``, of what :meth:`SequenceState.record` was told."""
+    marks = [ACCEPTED] * (len(fresh) - 1) + [AUTOREGRESSIVE]
+    drafted = (start - 1 + depths[depths > 0]).tolist()
+    return Step(kind, start, [mask_token_id] * len(fresh), fresh, fresh, marks, drafted)
 
 
 class SequenceState:
@@ -77,10 +85,9 @@ class SequenceState:
         """Record a round of the request, before :meth:`extend`: drafted tokens at ``depths`` (1 is the next
         position), of which all of ``fresh`` except the last were accepted.
         """
-        progress, start, kind = self.progress[slot], len(self.tokens[slot]), KIND_OF_PHASE[self.phase[slot]]
-        marks = [ACCEPTED] * (len(fresh) - 1) + [AUTOREGRESSIVE]
-        drafted = (start - 1 + depths[depths > 0]).tolist()
-        progress.steps.append(Step(kind, start, [mask_token_id] * len(fresh), fresh, fresh, marks, drafted))
+        kind = KIND_OF_PHASE[self.phase[slot]]
+        make = partial(as_round, kind, len(self.tokens[slot]), fresh, depths, mask_token_id)
+        self.progress[slot].record(make, verified=len(depths) > 0)
 
     def extend(self, slot: int, fresh: list[int], stop_token_ids: tuple[int, ...], ends: bool = True) -> bool:
         """Append decided tokens and apply the stop rules; True if one ends the decoding.

@@ -197,8 +197,10 @@ class GenerationRun:
 
         def finished(index: int, generation: Generation) -> None:
             stats = {**generation.stats, "finish_reason": generation.finish_reason}
-            stats["decoding_order"] = generation.decoding_order
-            self._answer(group, queue[index], generation.token_ids, stats, generation.steps)
+            if lm.arguments.log_decoding_order:
+                stats["decoding_order"] = generation.decoding_order
+            steps = () if lm.store is None else generation.steps
+            self._answer(group, queue[index], generation.token_ids, stats, steps)
 
         before, started = lm.engine.trace.totals(), clock.now()
         try:

@@ -13,7 +13,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from s2d2_lmeval.decoding.generation import Generation
+from s2d2_lmeval.decoding.generation import Generation, Progress
 from s2d2_lmeval.errors import CheckpointError, ConfigError, RequestError
 from s2d2_lmeval.harness.model import S2D2LM
 from s2d2_lmeval.harness.prompts import request_key
@@ -161,7 +161,7 @@ def test_thinking_is_cut_off(requests: Any, make: Callable[..., S2D2LM], monkeyp
     def generate(prompts: Any, config: Any, *, stop: Any, on_finished: Any, **rest: Any) -> None:
         encoded = model.tokenizer(written, add_special_tokens=False)["input_ids"]
         kept.append(stop(0, encoded))
-        on_finished(0, Generation(encoded[: kept[-1]], "stop_string", {}, [], [], []))
+        on_finished(0, Generation(encoded[: kept[-1]], "stop_string", {}, [], Progress()))
 
     monkeypatch.setattr(model.engine, "generate", generate)
     asked = requests(["x"], until=["\n\n"], max_gen_toks=50)

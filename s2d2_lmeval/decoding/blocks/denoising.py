@@ -234,7 +234,8 @@ class BlockDenoiser(Decoder[Rows]):
 
     def settle(self, table: np.ndarray | None) -> np.ndarray:
         assert table is not None
-        return self._synchronize(step_result(table, self.rows.block_length, self._plan.count("verify") > 0))
+        # The steps that are recorded outlive the table, which the next step overwrites.
+        return self._synchronize(step_result(table.copy(), self.rows.block_length, self._plan.count("verify") > 0))
 
     def _synchronize(self, read: StepResult) -> np.ndarray:
         """Bring the host's mirror up to date and move every active row to its next phase."""
@@ -295,7 +296,8 @@ class BlockDenoiser(Decoder[Rows]):
     def _record(self, slot: int, step: StepTables[np.ndarray], kind: str) -> None:
         """Take in a step of row ``slot``."""
         rows = self.rows
-        rows.progress[slot].steps.append(as_step(step, slot, kind, int(rows.start[slot]), rows.span[slot]))
+        make = partial(as_step, step, slot, kind, int(rows.start[slot]), rows.span[slot].copy())
+        rows.progress[slot].record(make, verified=kind == "verify")
         block = step.after[slot]
         rows.write(slot, block, np.where(block == rows.mask_token_id, step.draft[slot], block))
 

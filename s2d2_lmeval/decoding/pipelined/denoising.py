@@ -12,8 +12,8 @@ A block sees the prompt and every block up to itself. Once a stop token is decid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import torch
 from s2d2_lmeval.decoding import reference
 from s2d2_lmeval.decoding.blocks.remasking import ranks
 from s2d2_lmeval.decoding.decoder import Decided, Decoder, DecoderSetup
-from s2d2_lmeval.decoding.generation import DENOISED, HIGH_CONFIDENCE, NOTHING, PublishedStep, Step
+from s2d2_lmeval.decoding.generation import DENOISED, HIGH_CONFIDENCE, NOTHING
 from s2d2_lmeval.decoding.options.blocks import BlockOption, ConfidenceOption, ScheduleOption
 from s2d2_lmeval.decoding.options.pipelined import PipelinedOptions
 from s2d2_lmeval.decoding.passes import Cells, Plan, Sent
@@ -81,7 +81,9 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         self.prefill_chunk = setup.prefill_chunk
         self.source = random.source_of(config.random_source, config.seed)
         self.rows = rows = PipelineRows(setup)
-        rows.published_order = self._published_order
+        rows.published_order = partial(
+            reference.order_of_pipelines, block_length=rows.block_length, verifies=self.verifies
+        )
         # The latest draft at every generated place; the last column takes what belongs nowhere.
         shape, tables = (rows.count, rows.places + 1), setup.tables
         self.tokens = tables.full("tokens", shape)
@@ -220,7 +222,8 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         """Bring the host's mirror up to date and move every row of the pass on."""
         assert table is not None
         rows, slots, width = self.rows, self._plan.layout.slots, self._plan.places
-        spans, sound, *tables = np.split(table, [width, *range(width + 1, table.shape[1], width)], axis=1)
+        # The steps that are recorded outlive the table, which the next step overwrites.
+        spans, sound, *tables = np.split(table.copy(), [width, *range(width + 1, table.shape[1], width)], axis=1)
         if not sound.all():
             raise NumericalError
         rows.cached[slots] += self._plan.keep
@@ -230,7 +233,8 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
             window, span = slice(base, base + widths[slot]), spans[slot, : widths[slot]].astype(bool)
             step = StepTables(*(one[:, : widths[slot]] for one in tables))
             progress.forwards[kind] += 1
-            progress.steps.append(as_step(step, slot, kind, int(rows.prompt[slot]) + base, rows.span[slot, window]))
+            make = partial(as_step, step, slot, kind, int(rows.prompt[slot]) + base, rows.span[slot, window].copy())
+            progress.record(make, verified=kind == "verify")
             after = step.after[slot]
             rows.write(slot, base, after, np.where(after == rows.mask_token_id, step.draft[slot], after))
             rows.span[slot, window] = span
@@ -246,6 +250,3 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         for slot in over:
             rows.complete_if_over(slot, self.config)
         return np.zeros_like(slots)
-
-    def _published_order(self, steps: Sequence[Step]) -> list[PublishedStep]:
-        return reference.order_of_pipelines(steps, self.rows.block_length, self.verifies)

@@ -152,5 +152,5 @@ class DFlash(Target):
         rows = self.rows
         left = rows.limit[slot] - len(rows.tokens[slot])
         useful = rows.most_nodes > 0 and (left > 1 or self.config.schedule == "reference")
-        if rows.phase[slot] != PREFILL and rows.progress[slot].steps and useful:
+        if rows.phase[slot] != PREFILL and rows.round[slot] and useful:
             rows.phase[slot] = PROPOSE

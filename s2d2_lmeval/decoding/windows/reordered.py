@@ -11,6 +11,8 @@ A step of a row, whose window of ``block_length`` places follows the text:
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -113,5 +115,5 @@ class Reordered(WindowDecoder):
             width = self.width + gone
             marks = np.where(before == filled, NOTHING, DENOISED)[:width].tolist()
             then, now = before[:width].tolist(), filled[:width].tolist()
-            rows.progress[slot].steps.append(Step("draft", start, then, now, now, marks))
+            rows.progress[slot].record(partial(Step, "draft", start, then, now, now, marks), verified=False)
         return 0
