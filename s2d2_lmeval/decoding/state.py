@@ -26,7 +26,7 @@ KIND_OF_PHASE = ("idle", "prefill", "draft", "verify", "commit", "drafter")
 def as_round(kind: str, start: int, fresh: list[int], depths: np.ndarray, mask_token_id: int) -> Step:
     """The step of a round that began at position ``start``, of what :meth:`SequenceState.record` was told."""
     marks = [ACCEPTED] * (len(fresh) - 1) + [AUTOREGRESSIVE]
-    drafted = (start - 1 + depths[depths > 0]).tolist()
+    drafted = (start - 1 + depths).tolist()
     return Step(kind, start, [mask_token_id] * len(fresh), fresh, fresh, marks, drafted)
 
 
@@ -82,8 +82,8 @@ class SequenceState:
         self.requests[slot] = None
 
     def record(self, slot: int, fresh: list[int], depths: np.ndarray, mask_token_id: int) -> None:
-        """Record a round of the request, before :meth:`extend`: drafted tokens at ``depths`` (1 is the next
-        position), of which all of ``fresh`` except the last were accepted.
+        """Record a round of the request, before :meth:`extend`: drafted tokens at ``depths``, from 1 for the next
+        position, of which all of ``fresh`` except the last were accepted.
         """
         kind = KIND_OF_PHASE[self.phase[slot]]
         make = partial(as_round, kind, len(self.tokens[slot]), fresh, depths, mask_token_id)

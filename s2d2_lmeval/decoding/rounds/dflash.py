@@ -146,11 +146,11 @@ class DFlash(Target):
         """How many nodes of each tree are run (R, 1); None for all."""
         return None
 
-    def _enter_round(self, slot: int) -> None:
+    def _enter_round(self, slots: np.ndarray) -> None:
         """Draft next, unless some prompt is left to run or a draft would be useless."""
-        super()._enter_round(slot)
+        super()._enter_round(slots)
         rows = self.rows
-        left = rows.limit[slot] - len(rows.tokens[slot])
-        useful = rows.most_nodes > 0 and (left > 1 or self.config.schedule == "reference")
-        if rows.phase[slot] != PREFILL and rows.round[slot] and useful:
-            rows.phase[slot] = PROPOSE
+        useful = (rows.limit[slots] - rows.lengths()[slots] > 1) | (self.config.schedule == "reference")
+        drafting = (rows.phase[slots] != PREFILL) & (rows.round[slots] > 0) & useful
+        if rows.most_nodes:
+            rows.phase[slots[drafting]] = PROPOSE

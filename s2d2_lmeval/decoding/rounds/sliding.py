@@ -173,10 +173,11 @@ class Sliding(Target):
             rows.progress[slot].count("queries", width)
         return super().settle(table)
 
-    def _after_round(self, slot: int, accepted: int, proposed: np.ndarray) -> None:
-        rows, progress = self.rows, self.rows.progress[slot]
-        met, nodes, windows, price = proposed.tolist()
-        self.budget.round_ran(int(rows.nodes[slot]), accepted, self.price[slot])
-        for name, more in (("windows", int(rows.windows[slot])), ("windows_used", met), ("windows_missed", 1 - met)):
-            progress.count(name, more)
-        rows.nodes[slot], rows.windows[slot], self.price[slot] = nodes, windows, price / PRICE_UNIT
+    def _after_round(self, slots: np.ndarray, accepted: np.ndarray, proposed: np.ndarray) -> None:
+        rows, (met, nodes, windows, price) = self.rows, proposed.T
+        ran = (slots, rows.nodes[slots], rows.windows[slots], accepted, met)
+        for slot, tree, drafts, taken, used in zip(*(values.tolist() for values in ran), strict=True):
+            self.budget.round_ran(tree, taken, self.price[slot])
+            for name, more in (("windows", drafts), ("windows_used", used), ("windows_missed", 1 - used)):
+                rows.progress[slot].count(name, more)
+        rows.nodes[slots], rows.windows[slots], self.price[slots] = nodes, windows, price / PRICE_UNIT

@@ -77,7 +77,7 @@ class RoundRows(SequenceState):
 
     def lengths(self) -> np.ndarray:
         """(count,) tokens of every sequence, prompt included."""
-        return np.array([len(tokens) for tokens in self.tokens])
+        return np.array(list(map(len, self.tokens)))
 
     def plant(self, slots: torch.Tensor | slice, tree: trees.Tree) -> None:
         """Run ``tree`` (R, N) in the rows ``slots`` (R,) next."""
@@ -222,7 +222,7 @@ class Target(Decoder[RoundRows]):
 
     def admitted(self, slot: int) -> None:
         """A request has been admitted to ``slot``."""
-        self._enter_round(slot)
+        self._enter_round(np.array([slot]))
 
     def plan(self) -> Plan:
         """Lay out the next forward of all active rows."""
@@ -259,36 +259,47 @@ class Target(Decoder[RoundRows]):
 
     def settle(self, table: np.ndarray | None) -> np.ndarray:
         """Take accepted paths over; move every row to its next round."""
-        rows, slots = self.rows, self._plan.layout.slots
+        rows, plan = self.rows, self._plan
+        slots, running = plan.layout.slots, plan.phases != PREFILL
         kept = np.zeros(len(slots), dtype=np.int64)
-        rows.cached[slots] += self._plan.keep
-        nodes = self._plan.fixed[0]
-        long = min(self.depths, nodes - 1) + 1
-        for row, slot in enumerate(slots.tolist()):
-            rows.progress[slot].forwards[KIND_OF_PHASE[rows.phase[slot]]] += 1
-            if rows.phase[slot] != PREFILL:
-                assert table is not None
-                sound, path, tokens, depth, proposed = np.split(table[slot], np.cumsum([1, long, long + 1, nodes]))
-                if not sound[0]:
-                    raise NumericalError
-                kept[row] = accepted = int((path > 0).sum())
-                fresh = [*tokens[1 : 1 + accepted].tolist(), int(tokens[-1])]
-                rows.cached[slot] += accepted
-                rows.record(slot, fresh, depth, self.facts.mask_token_id)
-                stops = rows.extend(slot, fresh, self.config.stop_token_ids)
-                rows.complete[slot] = stops or len(rows.tokens[slot]) >= rows.limit[slot]
-                rows.round[slot] += 1
-                self._after_round(slot, accepted, proposed)
-            if not rows.complete[slot]:
-                self._enter_round(slot)
+        rows.cached[slots] += plan.keep
+        for slot, phase in zip(slots.tolist(), plan.phases.tolist(), strict=True):
+            rows.progress[slot].forwards[KIND_OF_PHASE[phase]] += 1
+        if running.any():
+            assert table is not None
+            kept[running] = self._end_round(slots[running], table[slots[running]])
+        self._enter_round(slots[~rows.complete[slots]])
         return kept
 
-    def _after_round(self, slot: int, accepted: int, proposed: np.ndarray) -> None:
-        """Row ``slot`` has ended a round with so many tokens accepted; ``proposed`` are its entries of the columns."""
-        self.rows.nodes[slot] = 0
+    def _end_round(self, slots: np.ndarray, table: np.ndarray) -> np.ndarray:
+        """Take over what the rows ``slots`` (K,) decided, their part (K, C) of the table; how many drafted tokens each
+        accepted (K,).
+        """
+        rows, nodes = self.rows, self._plan.fixed[0]
+        long = min(self.depths, nodes - 1) + 1
+        sound, path, tokens, depth, proposed = np.split(table, np.cumsum([1, long, long + 1, nodes]), axis=1)
+        if not sound.all():
+            raise NumericalError
+        accepted, drafted = (path > 0).sum(1), depth > 0
+        depths = np.split(depth[drafted], drafted.sum(1).cumsum()[:-1])
+        rows.cached[slots] += accepted
+        for slot, count, line, offered in zip(slots.tolist(), accepted.tolist(), tokens.tolist(), depths, strict=True):
+            fresh = [*line[1 : 1 + count], line[-1]]
+            rows.record(slot, fresh, offered, self.facts.mask_token_id)
+            stops = rows.extend(slot, fresh, self.config.stop_token_ids)
+            rows.complete[slot] = stops or len(rows.tokens[slot]) >= rows.limit[slot]
+        rows.round[slots] += 1
+        self._after_round(slots, accepted, proposed)
+        return accepted
 
-    def _enter_round(self, slot: int) -> None:
-        """Run a round next, or first a chunk of a long prompt."""
+    def _after_round(self, slots: np.ndarray, accepted: np.ndarray, proposed: np.ndarray) -> None:
+        """The rows ``slots`` (K,) have ended a round, each with so many tokens ``accepted`` (K,); ``proposed`` are
+        their entries of the columns.
+        """
+        self.rows.nodes[slots] = 0
+
+    def _enter_round(self, slots: np.ndarray) -> None:
+        """Run a round next in the rows ``slots`` (K,), or first a chunk of a long prompt."""
         rows = self.rows
-        left = len(rows.tokens[slot]) - rows.cached[slot]
-        rows.phase[slot] = PREFILL if left > self.prefill_chunk else VERIFY if rows.nodes[slot] else DRAFT
+        left = rows.lengths()[slots] - rows.cached[slots]
+        rows.phase[slots] = np.where(left > self.prefill_chunk, PREFILL, np.where(rows.nodes[slots], VERIFY, DRAFT))
