@@ -60,11 +60,12 @@ class _Logging(Spiffy):
         self._first_places, self._best = self.tables.places.cpu().numpy(), self.tables.tokens.cpu().numpy()
         return super().settle(table)
 
-    def _record(self, slot: int, step: StepTables[np.ndarray], kind: str) -> None:
-        super()._record(slot, step, kind)
-        steps = self.rows.progress[slot].steps
-        places, ranks = self._first_places[slot].tolist(), self._best[slot].tolist()
-        steps[-1] = RankedStep(**vars(steps[-1]), places=places, ranks=ranks)
+    def _record(self, slots: np.ndarray, step: StepTables[np.ndarray], kind: str) -> None:
+        super()._record(slots, step, kind)
+        for slot in slots.tolist():
+            steps = self.rows.progress[slot].steps
+            places, ranks = self._first_places[slot].tolist(), self._best[slot].tolist()
+            steps[-1] = RankedStep(**vars(steps[-1]), places=places, ranks=ranks)
 
 
 class _LoggingEdits(EditingSpiffy, _Logging):

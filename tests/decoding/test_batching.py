@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from s2d2_lmeval import Generation
 
+from ..answers import told
 from .drawn import MASK, options, prompts
 from .test_engine_against_oracle import TARGETS
 from .tiny import engine, engine_config
-
-
-def told(generation: Generation) -> dict[str, Any]:
-    """Everything but the clock."""
-    answer = asdict(generation)
-    answer["stats"].pop("seconds")
-    return answer
 
 
 def check_batches(data: st.DataObject, decoder: str, policy: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from s2d2_lmeval import DecodingConfig, Generation, load
 from s2d2_lmeval.decoding.generation import EDITED
 from s2d2_lmeval.errors import ConfigError
 
+from ..answers import told
 from .drawn import MASK, prompts
 from .editing_oracle import decode
 from .editing_tiny import TARGETS, engine, engine_config, options, oracle_options, tiny_model
@@ -123,13 +123,6 @@ def test_the_first_cut_counts_where_decoding_goes_on_behind_a_stop_token() -> No
     assert answer.token_ids == whole[: whole.index(whole[9])]
     assert answer.finish_reason == "stop"
     assert len(answer.canvas) < len(PROMPT) + 32  # the stop string did end it
-
-
-def told(generation: Generation) -> dict[str, Any]:
-    """Everything but the clock."""
-    answer = asdict(generation)
-    answer["stats"].pop("seconds")
-    return answer
 
 
 @pytest.mark.parametrize(("decoder", "policy"), TARGETS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from s2d2_lmeval import DecodingConfig, Generation
 from s2d2_lmeval.decoding import engine as engine_module
 from s2d2_lmeval.errors import ConfigError, NumericalError
 
+from ..answers import told
 from .drawn import prompts
 from .oracle_inputs import Result
 from .oracle_loop import draws_of
@@ -71,13 +71,6 @@ def test_engine_decodes_what_the_oracle_decodes_at_length(
     family: str, decoder: str, policy: str, data: st.DataObject
 ) -> None:
     check_case(family, data.draw(cases(decoder, policy)))
-
-
-def told(generation: Generation) -> dict[str, Any]:
-    """Everything but the clock."""
-    answer = asdict(generation)
-    answer["stats"].pop("seconds")
-    return answer
 
 
 def check_batches(family: str, data: st.DataObject, decoder: str, policy: str, schedules: list[str]) -> None:

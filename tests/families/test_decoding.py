@@ -4,7 +4,6 @@ each other.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +16,7 @@ from s2d2_lmeval.decoding.options.reading import names_of
 from s2d2_lmeval.families import FAMILIES
 from s2d2_lmeval.runtime.passes import Layout, Pass
 
+from ..answers import told
 from .conftest import LAYOUTS
 
 MASK, BLOCK = 60, 4
@@ -135,13 +135,6 @@ def test_logits_are_those_of_a_forward_without_a_cache(publish, family):
 
 
 # Batches and schedules
-
-
-def told(generation: Any) -> dict[str, Any]:
-    """Everything but the clock."""
-    answer = asdict(generation)
-    answer["stats"].pop("seconds")
-    return answer
 
 
 @pytest.mark.parametrize(("name", "decoder"), DECODERS)

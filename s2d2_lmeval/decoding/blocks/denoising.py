@@ -128,7 +128,7 @@ class BlockDenoiser(Decoder[Rows]):
 
     def admitted(self, slot: int) -> None:
         """A request has been admitted to ``slot``."""
-        self._enter_draft(slot)
+        self._enter_draft(np.array([slot]))
 
     def plan(self) -> Plan:
         """Lay out the next forward of all active rows."""
@@ -244,75 +244,83 @@ class BlockDenoiser(Decoder[Rows]):
             raise NumericalError
         rows.cached[slots] += self._plan.keep
         accepted = np.zeros(len(slots), dtype=np.int64)
+        phases = self._plan.phases
+        for slot, phase in zip(slots.tolist(), phases.tolist(), strict=True):
+            rows.progress[slot].forwards[KIND_OF_PHASE[phase]] += 1
         after = {
             PREFILL: self._after_prefill,
             COMMIT: self._after_commit,
             DRAFT: self._after_draft,
             VERIFY: self._after_verify,
         }
-        for row, slot in enumerate(slots.tolist()):
-            phase = int(rows.phase[slot])
-            rows.progress[slot].forwards[KIND_OF_PHASE[phase]] += 1
-            after[phase](row, slot, read, accepted)
+        for phase, follow in after.items():
+            among = np.flatnonzero(phases == phase)
+            if len(among):
+                follow(among, slots[among], read, accepted)
         return accepted
 
-    def _after_prefill(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
-        """A piece of the prompt of row ``slot`` is in the cache."""
-        self._enter_draft(slot)
+    # What follows is about the rows ``slots`` (K,), which are ``among`` (K,) the active ones.
 
-    def _after_commit(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
-        """A finished block of row ``slot`` is in the cache."""
-        self._next_block(slot)
+    def _after_prefill(self, among: np.ndarray, slots: np.ndarray, read: StepResult, accepted: np.ndarray) -> None:
+        """A piece of their prompts is in the cache."""
+        self._enter_draft(slots)
 
-    def _after_draft(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
-        """A draft of row ``slot`` has come in: verify it, or its step is over."""
-        rows = self.rows
-        self._record(slot, read.drafted[0], "draft")
-        rows.progress[slot].drafts += self.verifies
-        if read.span[slot].any():
-            rows.progress[slot].routed_drafts += 1
-            rows.phase[slot] = VERIFY
-            rows.span[slot] = read.span[slot]
-            rows.wanted[slot] = rows.masks[slot] if self.verify_all_masks else read.span[slot]
-        else:
-            self._after_step(slot)
+    def _after_commit(self, among: np.ndarray, slots: np.ndarray, read: StepResult, accepted: np.ndarray) -> None:
+        """Their finished blocks are in the cache."""
+        self._next_block(slots)
 
-    def _after_verify(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
-        """A verification of row ``slot`` has come in: its step is over."""
+    def _after_draft(self, among: np.ndarray, slots: np.ndarray, read: StepResult, accepted: np.ndarray) -> None:
+        """Their drafts have come in: verify them, or their step is over."""
+        rows, span = self.rows, read.span[slots]
+        self._record(slots, read.drafted[0], "draft")
+        routed = span.any(1)
+        if self.verifies:
+            for slot, verified in zip(slots.tolist(), routed.tolist(), strict=True):
+                rows.progress[slot].drafts += 1
+                rows.progress[slot].routed_drafts += verified
+            span, verifying = span[routed], slots[routed]
+            rows.phase[verifying], rows.span[verifying] = VERIFY, span
+            rows.wanted[verifying] = rows.masks[verifying] if self.verify_all_masks else span
+        if not routed.all():
+            self._after_step(slots[~routed])
+
+    def _after_verify(self, among: np.ndarray, slots: np.ndarray, read: StepResult, accepted: np.ndarray) -> None:
+        """Their verifications have come in: their step is over."""
         rows = self.rows
         assert read.verified is not None
-        self._record(slot, read.verified, "verify")
+        self._record(slots, read.verified, "verify")
         if self.config.schedule == "lookahead":
             # Accepted tokens that were fed token-causally become prefix, up to the first that is open or was replaced.
-            stands = (rows.block[slot] == read.verified.draft[slot]) & ~rows.masks[slot]
-            standing = int(np.append(stands, False).argmin())
-            end = min(rows.start[slot] + standing, rows.cached[slot] + self._plan.known["text"][row])
-            accepted[row] = max(end - rows.cached[slot], 0)
-            rows.cached[slot] += accepted[row]
-        self._after_step(slot)
-        if read.moved[slot] and not rows.complete[slot]:
-            self._after_draft(row, slot, read, accepted)
+            stands = (rows.block[slots] == read.verified.draft[slots]) & ~rows.masks[slots]
+            standing = rows.start[slots] - rows.cached[slots] + stands.cumprod(1).sum(1)
+            accepted[among] = np.minimum(standing, self._plan.known["text"][among]).clip(0)
+            rows.cached[slots] += accepted[among]
+        self._after_step(slots)
+        moved = (read.moved[slots] > 0) & ~rows.complete[slots]
+        if moved.any():
+            self._after_draft(among[moved], slots[moved], read, accepted)
 
-    def _record(self, slot: int, step: StepTables[np.ndarray], kind: str) -> None:
-        """Take in a step of row ``slot``."""
-        rows = self.rows
-        make = partial(as_step, step, slot, kind, int(rows.start[slot]), rows.span[slot].copy())
-        rows.progress[slot].record(make, verified=kind == "verify")
-        block = step.after[slot]
-        rows.write(slot, block, np.where(block == rows.mask_token_id, step.draft[slot], block))
+    def _record(self, slots: np.ndarray, step: StepTables[np.ndarray], kind: str) -> None:
+        """Take in a step of theirs."""
+        rows, block = self.rows, step.after[slots]
+        for slot, start, span in zip(slots.tolist(), rows.start[slots].tolist(), rows.span[slots], strict=True):
+            rows.progress[slot].record(partial(as_step, step, slot, kind, start, span), verified=kind == "verify")
+        rows.write(slots, block, np.where(block == rows.mask_token_id, step.draft[slots], block))
 
-    def _after_step(self, slot: int) -> None:
-        """A denoising step of row ``slot`` is over: go on in the block, or with the next."""
+    def _after_step(self, slots: np.ndarray) -> None:
+        """A denoising step of theirs is over: go on in the block, or with the next."""
         rows = self.rows
-        rows.step[slot] += 1
-        if not self._block_finished(slot):
-            self._enter_draft(slot)
-            return
-        rows.end_block(slot, self.config.stop_token_ids, self.config.eos_early_stop)
-        if self._commits_apart(slot):
-            rows.phase[slot] = COMMIT
-        else:
-            self._next_block(slot)
+        rows.step[slots] += 1
+        finished = self._block_finished(slots)
+        if finished.any():
+            over = slots[finished]
+            for slot in over.tolist():
+                rows.end_block(slot, self.config.stop_token_ids, self.config.eos_early_stop)
+            apart = np.array([self._commits_apart(slot) for slot in over.tolist()])
+            rows.phase[over[apart]] = COMMIT
+            self._next_block(over[~apart])
+        if not finished.all():
+            self._enter_draft(slots[~finished])
 
     def _commits_apart(self, slot: int) -> bool:
         """Whether the finished block of row ``slot`` is committed by a forward of its own."""
@@ -321,23 +329,22 @@ class BlockDenoiser(Decoder[Rows]):
         stopped = self.rows.kept[slot] is not None
         return self.rules.commits_stopped_block if stopped else self.rules.commits_last_block
 
-    def _block_finished(self, slot: int) -> bool:
-        """Whether the block of row ``slot`` needs no further step."""
-        return not self.rows.masks[slot].any()
+    def _block_finished(self, slots: np.ndarray) -> np.ndarray:
+        """Whether their blocks need no further step (K,)."""
+        return ~self.rows.masks[slots].any(1)
 
-    def _next_block(self, slot: int) -> None:
+    def _next_block(self, slots: np.ndarray) -> None:
         """Begin the next block, or be complete."""
-        rows = self.rows
-        if rows.ended[slot]:
-            rows.complete[slot] = True
-            return
-        rows.begin_block(slot, int(rows.start[slot]) + rows.block_length)
-        self._enter_draft(slot)
+        rows, ended = self.rows, self.rows.ended[slots]
+        rows.complete[slots[ended]] = True
+        for slot in slots[~ended].tolist():
+            rows.begin_block(slot, int(rows.start[slot]) + rows.block_length)
+        self._enter_draft(slots[~ended])
 
-    def _enter_draft(self, slot: int) -> None:
+    def _enter_draft(self, slots: np.ndarray) -> None:
         """Draft next, or first run what must be in the cache and cannot share the draft's forward."""
         rows = self.rows
-        rows.phase[slot] = DRAFT if rows.start[slot] - rows.cached[slot] <= self.longest_ride else PREFILL
-        rows.wanted[slot] = rows.masks[slot]
+        rides = rows.start[slots] - rows.cached[slots] <= self.longest_ride
+        rows.phase[slots], rows.wanted[slots] = np.where(rides, DRAFT, PREFILL), rows.masks[slots]
         if self.rules.drafts_whole_block:
-            rows.wanted[slot] = np.arange(rows.block_length) < rows.total[slot] - rows.start[slot]
+            rows.wanted[slots] = np.arange(rows.block_length) < (rows.total - rows.start)[slots, None]

@@ -62,27 +62,24 @@ class EditingDenoiser(BlockDenoiser):
         super().admitted(slot)
         self.post_steps[slot] = 0
 
-    def _record(self, slot: int, step: StepTables[np.ndarray], kind: str) -> None:
-        super()._record(slot, step, kind)
+    def _record(self, slots: np.ndarray, step: StepTables[np.ndarray], kind: str) -> None:
+        super()._record(slots, step, kind)
         if kind == "draft":
-            self.edited[slot] = (step.marks[slot] == EDITED).any()
+            self.edited[slots] = (step.marks[slots] == EDITED).any(1)
 
-    def _block_finished(self, slot: int) -> bool:
+    def _block_finished(self, slots: np.ndarray) -> np.ndarray:
         """No masks, and no further step that may edit."""
-        if self.rows.masks[slot].any():
-            return False
-        settled = self.post_steps[slot] > 0 and not self.edited[slot]
-        if settled or self.post_steps[slot] == self.config.max_post_steps:
-            self.post_steps[slot] = 0
-            return True
-        self.post_steps[slot] += 1
-        return False
+        filled, posted = super()._block_finished(slots), self.post_steps[slots]
+        settled = (posted > 0) & ~self.edited[slots]
+        finished = filled & (settled | (posted == self.config.max_post_steps))
+        self.post_steps[slots] = np.where(finished, 0, posted + filled)
+        return finished
 
-    def _enter_draft(self, slot: int) -> None:
-        super()._enter_draft(slot)
+    def _enter_draft(self, slots: np.ndarray) -> None:
+        super()._enter_draft(slots)
         rows = self.rows
         if not self.rules.drafts_whole_block:
-            rows.wanted[slot] = rows.start[slot] + np.arange(rows.block_length) >= rows.prompt[slot]
+            rows.wanted[slots] = rows.start[slots, None] + np.arange(rows.block_length) >= rows.prompt[slots, None]
 
 
 @DECODERS.register("s2d2", "editing")

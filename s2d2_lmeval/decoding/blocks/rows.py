@@ -90,19 +90,21 @@ class Rows(SequenceState):
         self.tokens[slot] = list(request.prompt[:start])
         self.begin_block(slot, start)
 
-    def begins_block(self, slot: int, position: int) -> bool:
-        """Whether a whole block of row ``slot`` begins at ``position``."""
-        return bool((position + self.offset[slot]) % self.whole_length == 0)
+    def begins_block(self, slots: np.ndarray | int) -> np.ndarray:
+        """Whether the current block of ``slots`` (K,) is where a whole one begins (K,)."""
+        return (self.start[slots] + self.offset[slots]) % self.whole_length == 0
 
     def block_start(self, length: int) -> np.ndarray:
         """(count,) where the blocks of ``length`` that hold the current blocks begin."""
         return (self.start + self.offset) // length * length - self.offset
 
-    def write(self, slot: int, block: np.ndarray, draft: np.ndarray) -> None:
-        """The current block is ``block`` (B,) now; ``draft`` (B,) is the same with every mask drafted."""
-        self.block[slot] = block
-        self.store[slot, self.start[slot] : self.start[slot] + self.block_length] = block
-        self.store[slot, self.length : self.length + self.block_length] = draft
+    def write(self, slots: np.ndarray, block: np.ndarray, draft: np.ndarray) -> None:
+        """The current blocks of ``slots`` (K,) are ``block`` (K, B) now; ``draft`` (K, B) is the same with every mask
+        drafted.
+        """
+        self.block[slots] = block
+        self.store[slots[:, None], self.start[slots, None] + np.arange(self.block_length)] = block
+        self.store[slots, self.length : self.length + self.block_length] = draft
 
     def begin_block(self, slot: int, start: int) -> None:
         """Open the block at ``start``; it holds the rest of the prompt, then masks."""

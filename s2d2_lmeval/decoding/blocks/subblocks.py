@@ -136,26 +136,34 @@ class SubblockDenoiser(BlockDenoiser):
             accepted += (self.narrow[slots].astype(np.int64) - narrow) * rest
         return accepted
 
-    def _after_prefill(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
-        if self._plan.known["first"][row]:
-            self._after_commit(row, slot, read, accepted)
-        else:
-            self._enter_draft(slot)
+    def _after_prefill(self, among: np.ndarray, slots: np.ndarray, read: StepResult, accepted: np.ndarray) -> None:
+        first = self._plan.known["first"][among]
+        self._begin(slots[first], read, PREFILL)
+        self._enter_draft(slots[~first])
 
-    def _after_commit(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
-        """The first token of a block has come in, or the last block is stored."""
-        if self.rows.ended[slot]:
-            self.rows.complete[slot] = True
-            return
-        self._record(slot, read.drafted[0], KIND_OF_PHASE[self._plan.phases[row]])
-        self._go_on(slot, begun=True)
+    def _after_commit(self, among: np.ndarray, slots: np.ndarray, read: StepResult, accepted: np.ndarray) -> None:
+        """The first tokens of blocks have come in, or the last block is stored."""
+        ended = self.rows.ended[slots]
+        self.rows.complete[slots[ended]] = True
+        self._begin(slots[~ended], read, COMMIT)
 
-    def _after_step(self, slot: int) -> None:
-        self.rows.step[slot] += 1
-        self._go_on(slot)
+    def _begin(self, slots: np.ndarray, read: StepResult, phase: int) -> None:
+        """The first tokens of blocks have come in, with a forward in ``phase``."""
+        if len(slots):
+            self._record(slots, read.drafted[0], KIND_OF_PHASE[phase])
+            self._go_on(slots, begun=True)
 
-    def _go_on(self, slot: int, begun: bool = False) -> None:
-        """The sub-block has changed: the answer is complete, or there is more to denoise, or the next one begins."""
+    def _after_step(self, slots: np.ndarray) -> None:
+        self.rows.step[slots] += 1
+        self._go_on(slots)
+
+    def _go_on(self, slots: np.ndarray, begun: bool = False) -> None:
+        """The sub-blocks have changed: their answers are complete, or there is more to denoise, or the next begin."""
+        drafting = [slot for slot in slots.tolist() if self._drafts_on(slot, begun)]
+        self._enter_draft(np.array(drafting, dtype=np.int64))
+
+    def _drafts_on(self, slot: int, begun: bool) -> bool:
+        """Whether row ``slot`` is to draft again, in its sub-block or in the next, which this opens."""
         rows, part, start = self.rows, self.rows.block_length, int(self.rows.start[slot])
         tokens, stops = rows.block[slot].tolist(), self.config.stop_token_ids
         decided = tokens.index(rows.mask_token_id) if rows.mask_token_id in tokens else part
@@ -165,22 +173,21 @@ class SubblockDenoiser(BlockDenoiser):
             rows.extend(slot, tokens[: stop + 1], stops)
             self._begin_block(slot, start + part)
             rows.ended[slot], rows.phase[slot] = True, COMMIT
-        elif stop is not None:
+            return False
+        if stop is not None:
             self._complete(slot, stop + 1)
         elif start + decided >= self.limit[slot] and (begun or not self.rules.finishes_blocks):
             self._complete(slot, decided)
-        elif decided < part:
-            self._enter_draft(slot)
-        elif rows.extend(slot, tokens, ()):
+        elif decided == part and rows.extend(slot, tokens, ()):
             self._complete(slot, 0)
-        else:
+        elif decided == part:
             self._begin_block(slot, start + part)
-            self._enter_draft(slot)
+        return not rows.complete[slot]
 
     def _begin_block(self, slot: int, start: int) -> None:
         """Open the sub-block at ``start``."""
         self.rows.begin_block(slot, start)
-        self.rows.progress[slot].blocks += self.rows.begins_block(slot, start)
+        self.rows.progress[slot].blocks += int(self.rows.begins_block(slot))
 
     def _complete(self, slot: int, decided: int) -> None:
         """Nothing more to run; the first ``decided`` tokens of the sub-block belong to the answer."""
@@ -191,14 +198,15 @@ class SubblockDenoiser(BlockDenoiser):
         rows.progress[slot].blocks += begun > 1
         rows.ended[slot] = rows.complete[slot] = True
 
-    def _enter_draft(self, slot: int) -> None:
+    def _enter_draft(self, slots: np.ndarray) -> None:
         """Draft next, or first run what the draft needs: text before the block, and from it the block's first token."""
-        rows, start = self.rows, int(self.rows.start[slot])
-        before = rows.block_start(self.whole.block_length)[slot] - rows.cached[slot]
-        rows.phase[slot] = DRAFT if before <= self.longest_ride else PREFILL
-        if rows.begins_block(slot, start) and rows.block[slot, 0] == rows.mask_token_id:
-            rows.phase[slot] = PREFILL if start == rows.prompt[slot] else COMMIT
-        rows.wanted[slot] = True if self.rules.drafts_whole_block else rows.masks[slot]
+        rows = self.rows
+        before = rows.block_start(self.whole.block_length)[slots] - rows.cached[slots]
+        drafts = np.where(before <= self.longest_ride, DRAFT, PREFILL)
+        begins = rows.begins_block(slots) & rows.masks[slots, 0]
+        first = np.where(rows.start[slots] == rows.prompt[slots], PREFILL, COMMIT)
+        rows.phase[slots] = np.where(begins, first, drafts)
+        rows.wanted[slots] = True if self.rules.drafts_whole_block else rows.masks[slots]
 
 
 @DECODERS.register("s2d2", "subblock")

@@ -246,13 +246,17 @@ class Spiffy(BlockDenoiser):
 
     # ---- host ----
 
-    def _after_draft(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
+    def _after_draft(self, among: np.ndarray, slots: np.ndarray, read: StepResult, accepted: np.ndarray) -> None:
+        for row, slot in zip(among.tolist(), slots.tolist(), strict=True):
+            self._after_steps(row, slot, read, accepted)
+
+    def _after_steps(self, row: int, slot: int, read: StepResult, accepted: np.ndarray) -> None:
         """The steps of row ``slot`` that one forward gave: record each, and go on after the last."""
         rows, plan, made = self.rows, self._plan, 0
         progress, begun = rows.progress[slot], int(rows.start[slot])
         while made < read.made[slot] and not rows.complete[slot]:
-            self._record(slot, read.drafted[made], "draft")
-            self._after_step(slot)
+            self._record(np.array([slot]), read.drafted[made], "draft")
+            self._after_step(np.array([slot]))
             made += 1
         if read.moved[slot] and rows.start[slot] > begun:
             self._keep_block(row, slot, accepted)
