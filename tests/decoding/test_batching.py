@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 
 from ..answers import told
 from .drawn import MASK, options, prompts
