@@ -8,9 +8,11 @@ visible.
 from __future__ import annotations
 
 from collections import Counter
+from inspect import signature
 
 import numpy as np
 import torch
+from torch import nn
 
 from s2d2_lmeval.runtime.passes import Layout
 
@@ -116,3 +118,8 @@ class SlotCache:
         for bank in self._banks:
             held[bank.device] += bank.nbytes
         return held
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What ``module`` calls its cache: ``cache`` from transformers 5.24 on, ``past_key_values`` before."""
+    return "cache" if "cache" in signature(type(module).forward).parameters else "past_key_values"

@@ -14,7 +14,7 @@ from s2d2_lmeval.errors import CapacityError, ConfigError
 from s2d2_lmeval.ranks import ranks_of
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend, grain_of, heads_of
-from s2d2_lmeval.runtime.cache import SlotCache
+from s2d2_lmeval.runtime.cache import SlotCache, cache_argument
 from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, widths_to_measure
 from s2d2_lmeval.runtime.gated import Gate
 from s2d2_lmeval.runtime.graphs import Graphs, upload
@@ -75,6 +75,7 @@ class Runner:
         with self.as_current_device():
             self.fused = fuse(model, False if self.gate is not None else fused, self.attention)
         self.cache = SlotCache(0, 0)
+        self._cache_argument = cache_argument(self.backbone)
         self.model_seconds = 0.0
         """Time inside the model; on CUDA as of the last :meth:`synchronize`."""
         self._costs: dict[tuple[int, int], CostCurve] = {}
@@ -293,9 +294,9 @@ class Runner:
         hidden: torch.Tensor = self.backbone(
             input_ids=tokens.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
-            past_key_values=self.cache,
             use_cache=True,
             pass_context=context,
+            **{self._cache_argument: self.cache},
         ).last_hidden_state
         return hidden[0]
 

@@ -29,7 +29,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.ranks import ranks_of
 from s2d2_lmeval.runtime.attention import AttentionContext, heads_of
-from s2d2_lmeval.runtime.cache import SlotCache
+from s2d2_lmeval.runtime.cache import SlotCache, cache_argument
 from s2d2_lmeval.runtime.costs import CostCurve
 from s2d2_lmeval.runtime.kernels.attention import attends, within
 from s2d2_lmeval.runtime.memory import RowNeeds, bytes_per_position
@@ -68,6 +68,7 @@ class DFlash(nn.Module):
         self.fc = nn.Linear(len(shape.layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(Qwen3DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self._cache_argument = cache_argument(self.layers[0])
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
         # Of the target, in a list: they are not part of this model.
@@ -136,9 +137,9 @@ class DFlash(nn.Module):
             hidden = layer(
                 hidden,
                 position_embeddings=rotary,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 pass_context=contexts[window, causal],
+                **{self._cache_argument: past_key_values},
             )
         return SimpleNamespace(last_hidden_state=self.norm(hidden))
 

@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 
 from s2d2_lmeval.errors import ConfigError, first_line, shown
 from s2d2_lmeval.runtime.attention import AttentionContext, pass_attention
-from s2d2_lmeval.runtime.cache import SlotCache
+from s2d2_lmeval.runtime.cache import SlotCache, cache_argument
 from s2d2_lmeval.runtime.graphs import upload
 from s2d2_lmeval.runtime.kernels.dispatch import runs_triton
 from s2d2_lmeval.runtime.kernels.layer import add_norm, rope_write, silu_mul
@@ -60,6 +60,7 @@ class FusedLayer:
         self.norms: tuple[Any, Any] = _norms(layer, attention, self.dim)
         gated = _is_gated(getattr(layer, "mlp", None))
         _expect_known_parts(layer, attention, gated)
+        self.cache_argument = cache_argument(layer)
         self.attends = _Joined([getattr(attention, name) for name in _ATTENTION[:3]])
         self.gates = _Joined([layer.mlp.gate_proj, layer.mlp.up_proj]) if gated else None
         self.down: Any = layer.mlp.down_proj.weight.detach().t() if gated else None
@@ -70,7 +71,7 @@ class FusedLayer:
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the module's, to which goes what is not a pass of ours, and all if weights were moved or exchanged."""
-        cache, context = kwargs.get("past_key_values"), kwargs.get("pass_context")
+        cache, context = kwargs.get(self.cache_argument), kwargs.get("pass_context")
         if context is None or not isinstance(cache, SlotCache) or not self.stands():
             out: torch.Tensor = self.plain(hidden_states, *args, **kwargs)
             return out
@@ -254,7 +255,12 @@ def _compare(backbone: Any, fused: list[FusedLayer], backend: str) -> None:
         rooms = cache.storage(forward.layer.self_attn.layer_idx, *[forward.heads_of(weight.new_empty(1, 1))] * 2)
         for room in rooms:
             room.copy_(torch.randn(room.shape, generator=generator))
-        given = {"position_embeddings": rotary, "past_key_values": cache, "use_cache": True, "pass_context": context}
+        given = {
+            "position_embeddings": rotary,
+            forward.cache_argument: cache,
+            "use_cache": True,
+            "pass_context": context,
+        }
         wanted = forward.plain(x, attention_mask=None, position_ids=positions, **given), *map(torch.clone, rooms)
         for one, other in zip(wanted, (forward(x, **given), *rooms), strict=True):
             differences.append((one - other).abs().max() / one.abs().max())

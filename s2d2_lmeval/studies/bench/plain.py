@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from s2d2_lmeval.runtime.cache import cache_argument
+
 Logits = Callable[[torch.Tensor, torch.Tensor, bool, int], torch.Tensor]
 """(logits (n, V), positions (n,), whether these are drafts, cached length) -> logits: the script, or what came in."""
 
@@ -34,8 +36,8 @@ class PlainS2D2:
             input_ids=torch.tensor([tokens], device=device),
             position_ids=torch.tensor([positions], device=device),
             attention_mask=mask[None, None].to(device),
-            past_key_values=self.cache,
             use_cache=True,
+            **{cache_argument(self.model): self.cache},
         )
         if not keep:
             self.cache.crop(-len(tokens))
