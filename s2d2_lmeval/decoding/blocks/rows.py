@@ -86,7 +86,8 @@ class Rows(SequenceState):
         self.total[slot] = total if self.short_last else start - (start - total) // block * block
         self.store[slot, : self.length] = self.mask_token_id
         self.store[slot, :prompt] = request.prompt
-        self.store[slot, self.total[slot] : self.length] = self.filler
+        if self.short_last:
+            self.store[slot, self.total[slot] : self.length] = self.filler
         self.tokens[slot] = list(request.prompt[:start])
         self.begin_block(slot, start)
 
