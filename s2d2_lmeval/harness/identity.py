@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from s2d2_lmeval.toy import embedded
 
-ANSWERS = 2
+ANSWERS = 3
 """Raised with every change after which the same request gets another answer or score (not for comments, speed or
 messages). A test compares the answers of each number with recorded ones."""
 

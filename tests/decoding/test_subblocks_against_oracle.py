@@ -16,7 +16,7 @@ TARGETS = [("ar", None), ("dynamic", None), *(("s2d2", policy) for policy in POL
 def check_same(case: Case) -> None:
     (expected, new_tokens), answer = case.by_oracle(), case.by_engine(schedule="reference")
     assert answer.token_ids == new_tokens
-    assert_same_course(answer, expected)
+    assert_same_course(answer, expected, case.options.decoder)
     fused = case.by_engine(schedule="fused")
     assert fused.token_ids == new_tokens
     assert fused.finish_reason == answer.finish_reason

@@ -67,9 +67,17 @@ def model_arguments(checkpoint: Path, adapter: Path | None) -> dict[str, Any]:
     return {"pretrained": str(checkpoint), "dtype": "bfloat16", **peft}
 
 
+OWN = {
+    "tiny_a2d": "static",
+    "stable_diffcoder": "dynamic",
+    **dict.fromkeys(("nemotron_labs_diffusion", "idlm", "wedlm", "wedlm_qwen2"), "sliding"),
+}
+"""Families whose own setting is not ``s2d2``."""
+
+
 def check_results(results: dict[str, Any], name: str) -> None:
     about = results["config"]["s2d2"]
-    assert (about["family"], about["decoder"]) == (name, "s2d2")
+    assert (about["family"], about["decoder"]) == (name, OWN.get(name, "s2d2"))
     assert about["environment"]["dtype"] == "bfloat16"
     (configuration,) = about["configurations"]
     assert configuration["stop_token_ids"] == STOPS
