@@ -61,11 +61,18 @@ class Mailbox:
         self.device = torch.zeros(size, dtype=torch.long, device=device)
         self.told = _views(self.device, arrays)
         self.answer = torch.empty(0, dtype=torch.long)
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None
 
     def send(self, arrays: Arrays) -> None:
-        """Put the contents of ``arrays`` into :attr:`told`, in one transfer."""
+        """Put the contents of ``arrays`` into :attr:`told`, in one transfer. After a step that nobody read, this waits
+        until the last contents have left.
+        """
+        if self._sent is not None:
+            self._sent.synchronize()
         np.concatenate([values.ravel() for values in arrays.values()], out=self.host.numpy(), casting="unsafe")
         self.device.copy_(self.host, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
 
     def read(self, table: torch.Tensor) -> np.ndarray:
         """The contents of ``table`` on the host, valid until the next read. Here the host waits for the device."""

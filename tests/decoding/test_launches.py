@@ -80,6 +80,14 @@ def test_a_step_on_the_toy(name: str, batch: int) -> None:
     assert row["replayed_share"] >= 0.98
 
 
+@pytest.mark.parametrize("decoder", ["sliding", "ar"])
+def test_steps_that_nobody_reads(decoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a prompt follow each other without a read; what one sends is not overwritten by the next."""
+    monkeypatch.setattr("s2d2_lmeval.decoding.engine.PREFILL_CHUNK", 4)
+    options = {"decoder": decoder, "max_new_tokens": 4}
+    check(count_launches(toy(draft=False), options, 1, [[5 + i % 60 for i in range(41)]]))
+
+
 # ---- other schemes and devices ----
 
 MODELS: dict[str, Any] = {
