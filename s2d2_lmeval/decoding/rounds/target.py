@@ -38,6 +38,7 @@ from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
+from s2d2_lmeval.runtime.shapes import power
 
 if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
@@ -62,6 +63,10 @@ class RoundRows(SequenceState):
         """How many nodes and draft windows run: the first ones of the tables."""
         self.most_nodes = nodes
         """Nodes that a tree has room for."""
+
+    def room_for(self, nodes: int) -> int:
+        """Nodes, root included, that a step looks at to see these: few different numbers where steps are captured."""
+        return min(power(nodes), self.most_nodes + 1) if self._tables.keep else nodes
 
     def make_room(self) -> None:
         """Allocate the tables for :attr:`most_nodes`, before the first request."""
@@ -139,7 +144,7 @@ def plan_round(
         rows={"length": lengths, "limit": rows.limit, "key": rows.key, "round": rows.round, "per_row": per_row},
         moves=feeds_drafter or bool(depths),
         feeds_drafter=feeds_drafter,
-        fixed=(int(nodes.max(initial=0)) + 1,),
+        fixed=(rows.room_for(int(nodes.max(initial=0)) + 1),),
     )
 
 
