@@ -36,24 +36,23 @@ def count_all(
 
 
 def launch_table(rows: Sequence[Row]) -> Any:
-    """The rows; means over decode steps, then the faults."""
+    """The rows; means over decode steps, then the faults. Narrow enough for a terminal of 80 columns."""
     from rich.text import Text
 
     from s2d2_lmeval.cli.console import table
-    from s2d2_lmeval.studies.bench.launches import PER_STEP
 
-    shown = {"launches_outside": "outside graphs", "launches_replayed": "in graphs"}
-    per_step = [shown.get(name, name) for name in PER_STEP]
-    header = ["decoder", "batch", *per_step, "steps replayed", "faults", "same tokens"]
+    per_step = ("launches_outside", "launches_replayed", "uploads", "reads", "blocking")
+    header = ["decoder", "batch", "out", "in", "up", "down", "waits", "replay", "faults", "tokens"]
     lines = []
     for row in rows:
         faults = row["capture_faults"] + row["device_mismatches"] + row["races"]
         if "error" in row:
-            cells = ["–"] * (len(PER_STEP) + 1)
+            cells = ["–"] * (len(per_step) + 1)
             said = Text(row["error"], style="red", overflow="ellipsis", no_wrap=True)
         else:
-            cells = [*(f"{row[name]:.1f}" for name in PER_STEP), f"{row['replayed_share']:.0%}"]
-            said = Text("yes") if row["same_tokens"] else Text("no", style="red")
+            cells = [*(f"{row[name]:.1f}" for name in per_step), f"{row['replayed_share']:.0%}"]
+            said = Text("same") if row["same_tokens"] else Text("differ", style="red")
         lines.append([row["name"], str(row["batch"]), *cells, str(faults), said])
-    title = "Launches, transfers and waits per decode step"
-    return table(header, lines, texts=[0, len(header) - 1], sections=True, title=title)
+    title = "Per decode step: launches outside graphs and in them, transfers, other waits"
+    narrow = {"collapse_padding": True, "pad_edge": False}
+    return table(header, lines, texts=[0, len(header) - 1], sections=True, title=title, **narrow)

@@ -91,6 +91,6 @@ def test_it_ends_in_time() -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_installs_nothing_for_it() -> None:
-    command = ["make", "-n", "gpu", "PYTHON=python3.12", "VENV=/nonexistent/venv", "OUT=there"]
+    command = ["make", "-n", "--no-print-directory", "gpu", "PYTHON=python3.12", "VENV=/nonexistent/venv", "OUT=there"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.splitlines() == ["python3.12 -m benchmarks.gpu --out there/gpu"]
