@@ -54,5 +54,5 @@ def launch_table(rows: Sequence[Row]) -> Any:
             said = Text("same") if row["same_tokens"] else Text("differ", style="red")
         lines.append([row["name"], str(row["batch"]), *cells, str(faults), said])
     title = "Per decode step: launches outside graphs and in them, transfers, other waits"
-    narrow = {"collapse_padding": True, "pad_edge": False}
-    return table(header, lines, texts=[0, len(header) - 1], sections=True, title=title, **narrow)
+    texts = [0, len(header) - 1]
+    return table(header, lines, texts=texts, sections=True, title=title, collapse_padding=True, pad_edge=False)

@@ -32,7 +32,7 @@ from s2d2_lmeval.runtime.memory import out_of_memory
 
 logger = logging.getLogger("s2d2_lmeval")
 
-MOST_GRAPHS = 64
+MOST_GRAPHS = 128
 
 Arrays = Mapping[str, np.ndarray]
 
