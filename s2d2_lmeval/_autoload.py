@@ -15,6 +15,8 @@ It does not run under:
   imported.
 * ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``, by which torch skips every such entry point.
 
+And the command ``lm_eval`` indexes tasks before it imports torch: there the packaged ones need ``--include_path``.
+
 ``s2d2-lmeval eval …`` takes the same arguments as ``lm_eval …``, registers directly and works in both cases.
 ``S2D2_LMEVAL_NO_AUTOLOAD=1`` disables this module.
 
