@@ -32,7 +32,7 @@ AUTOREGRESSIVE: dict[str, Any] = {
 }
 """The properties of ``ar``, for all of its implementations."""
 
-EXACT = " (tested in float32, float64 and, with exact=true, bfloat16; otherwise near-ties can fall either way there)"
+EXACT = " (tested in float32 and float64; in bfloat16 and float16 near-ties can fall either way)"
 """The caveat on guarantees that one decoder's output equals another's."""
 
 
