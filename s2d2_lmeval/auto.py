@@ -77,7 +77,7 @@ class _Decoded:
         named = getattr(config, FAMILY_FIELD, "")
         family = family_named(named)
         overrides = {name: getattr(config, name, None) for name in ("mask_token_id", "block_length")}
-        mark(config, described(str(source), hub, named, None, overrides)[2])
+        mark(config, described(str(source), hub, named, (None, None), overrides)[2])
         wanted = kwargs.pop("output_loading_info", False)
         given = {"use_safetensors": True, "key_mapping": dict(family.key_mapping) or None, **kwargs}
         model, info = super().from_pretrained(source, *args, config=config, output_loading_info=True, **given)  # type: ignore[misc]

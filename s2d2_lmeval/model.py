@@ -67,8 +67,9 @@ def load(
         exact: run every forward in one shape, of 64 queries or so many: then, in bfloat16 and float16 too, an answer
             does not depend on its batch, and ``sliding`` is ``ar``. Slower where fewer queries would do.
         compile: compile the experts of a mixture-of-experts model with ``torch.compile``: seconds to minutes, once.
-        options: ``dtype``, ``device``, ``revision``, ``device_map``, ``quantization_config``, ``family``, and all
-            others of :func:`s2d2_lmeval.families.load_checkpoint`.
+        options: ``dtype``, ``device``, ``revision``, ``device_map``, ``quantization_config``, ``family``,
+            ``draft_adapter`` (a LoRA that only drafts go through, which lets an autoregressive model draft for itself),
+            and all others of :func:`s2d2_lmeval.families.load_checkpoint`.
 
     Raises:
         CheckpointError: if the checkpoint is not what it claims to be.
@@ -77,6 +78,8 @@ def load(
         static_shapes = converted("static_shapes", "bool", static_shapes)
     part, compiles = queries_of(exact), converted("compile", "bool", compile)
     if isinstance(source, torch.nn.Module):
+        if options.pop("draft_adapter", None) is not None:
+            raise ConfigError("draft_adapter=… is for a checkpoint that is loaded here; give the model by its path.")
         model, facts = adopt(source, autoregressive=draft is not None, **options)
     else:
         model, facts = load_checkpoint(source, **options)

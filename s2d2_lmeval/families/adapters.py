@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.families.drafts import mask_vectors
 from s2d2_lmeval.families.facts import Family
 from s2d2_lmeval.families.files import adapter_file, read_json, resolve, stored_weights
 
@@ -44,22 +45,24 @@ class Factors(NamedTuple):
     scale: float
 
 
-def draft_factors(model: PreTrainedModel) -> dict[str, Factors]:
-    """Native module name -> factors of the draft adapter that was loaded with ``model``; empty without one."""
-    return getattr(model, _DRAFT, {})
+class DraftWeights(NamedTuple):
+    """What a draft adapter adds: native module name -> factors, and (places, hidden size) its vectors of masks."""
+
+    factors: dict[str, Factors]
+    vectors: torch.Tensor | None
 
 
-def add_adapter(model: PreTrainedModel, family: Family, source: str | Path, **hub: Any) -> None:
-    """Merges a LoRA adapter or, of families whose adapters are for draft queries alone, keeps it beside the weights;
-    arguments and errors as in :func:`merge_adapter`.
-    """
-    if not family.prefix_causal:
-        merge_adapter(model, family, source, **hub)
-        return
+def draft_weights(model: PreTrainedModel) -> DraftWeights | None:
+    """The draft adapter that was loaded with ``model``, if one was."""
+    return getattr(model, _DRAFT, None)
+
+
+def keep_adapter(model: PreTrainedModel, family: Family, source: str | Path, **hub: Any) -> None:
+    """Keeps a LoRA adapter for draft queries beside the weights; arguments and errors as in :func:`merge_adapter`."""
     found = {}
     for module, _, factors in _read(model, family, source, hub):
         found[family.native_name(f"{module}.weight").removesuffix(".weight")] = factors
-    setattr(model, _DRAFT, found)
+    setattr(model, _DRAFT, DraftWeights(found, mask_vectors(model, str(source), **hub)))
 
 
 def merge_adapter(model: PreTrainedModel, family: Family, source: str | Path, **hub: Any) -> None:

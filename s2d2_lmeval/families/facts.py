@@ -35,9 +35,14 @@ _ALIGNMENTS = {
 }
 
 
-def fitting(scheme: str, drafted: bool = False) -> tuple[str, ...]:
-    """Names of the decoders of a scheme; ``drafted``: those that need a drafter."""
-    return tuple(name for name in DECODERS.names(scheme) if DECODERS[name].needs_drafter == drafted)
+def fitting(scheme: str, drafted: bool = False, masked: bool = True) -> tuple[str, ...]:
+    """Names of the decoders of a scheme; ``drafted``: those that need a drafter; ``masked``: also those that need
+    masks.
+    """
+    found = {name: DECODERS[name] for name in DECODERS.names(scheme)}
+    return tuple(
+        name for name, one in found.items() if one.needs_drafter == drafted and (masked or not one.needs_masks)
+    )
 
 
 def preferred(decoder: str | None, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -53,6 +58,25 @@ class DrafterFacts:
 
     block_length: int
     mask_token_id: int
+
+
+@dataclass(frozen=True)
+class DraftAdapter:
+    """A LoRA that only draft queries go through.
+
+    Attributes:
+        source: its folder or hub id.
+        window: how many positions a draft looks ahead, as the option ``window``; None: as the model's own.
+        causal: whether masks see earlier masks only; None: likewise.
+        noise: masks are random tokens from the first id up to below the second.
+        base: the digest of the weights that it was trained on.
+    """
+
+    source: str
+    window: int | None = None
+    causal: bool | None = None
+    noise: tuple[int, int] | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +98,7 @@ class Facts:
         block_alignment: where blocks are counted from: ``"absolute"`` (position 0), ``"prompt"`` (the first one starts
             right after the prompt), ``"prompt_end"`` (likewise, and the prompt's own are counted back from there).
             None: as the scheme has it.
-        draft_adapter: the LoRA adapter that only draft rows go through, if one was loaded.
+        draft_adapter: the LoRA adapter that only draft queries go through, if one was loaded.
         stop_token_ids: ids that end a generation (of generation_config.json, then of config.json; the published ones
             where neither names any).
         max_context: the checkpoint's number of positions, prompt and answer together.
@@ -114,7 +138,7 @@ class Facts:
     window_causal: bool = False
     prefix_causal: bool = False
     block_alignment: str | None = None
-    draft_adapter: str | None = None
+    draft_adapter: DraftAdapter | None = None
     default_decoder: str | None = None
     commits_last_block: str = "always"
 
@@ -128,11 +152,27 @@ class Facts:
         """The facts of this model together with a drafter."""
         return replace(self, drafter=drafter)
 
+    def with_draft_adapter(self, adapter: DraftAdapter) -> Facts:
+        """The facts of this model together with an adapter for its drafts."""
+        defaults = {} if adapter.window is None else {"window": adapter.window}
+        return replace(
+            self,
+            draft_adapter=adapter,
+            window_causal=self.window_causal if adapter.causal is None else adapter.causal,
+            default_decoder="sliding" if self.scheme == AUTOREGRESSIVE else self.default_decoder,
+            defaults={**self.defaults, **defaults},
+        )
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether there is something to put in place of tokens that are to be guessed."""
+        return self.mask_token_id != NO_MASK or self.draft_adapter is not None
+
     @property
     def decoders(self) -> tuple[str, ...]:
         """Names of the decoders that fit, the default one first: with a drafter, those that use it."""
         with_drafter = fitting(self.scheme, drafted=True) * (self.drafter is not None)
-        return with_drafter + preferred(self.default_decoder, fitting(self.scheme))
+        return with_drafter + preferred(self.default_decoder, fitting(self.scheme, masked=self.has_masks))
 
 
 @dataclass(frozen=True)
@@ -202,7 +242,12 @@ class Family:
     @property
     def decoders(self) -> tuple[str, ...]:
         """Names of the decoders that fit checkpoints without a drafter, the default one first."""
-        return preferred(self.default_decoder, fitting(self.scheme))
+        return preferred(self.default_decoder, fitting(self.scheme, masked=self.has_masks))
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether checkpoints have a mask token."""
+        return self.scheme != AUTOREGRESSIVE
 
     @property
     def native_types(self) -> tuple[str, ...]:
@@ -265,8 +310,7 @@ class Family:
             max_context=context,
             context_limit=limit,
             defaults=dict(self.defaults(length)),
-            adapter=None if self.prefix_causal else config.get(ADAPTER_FIELD),
-            draft_adapter=config.get(ADAPTER_FIELD) if self.prefix_causal else None,
+            adapter=config.get(ADAPTER_FIELD),
             caveat="; ".join(filter(None, caveats)),
             native_class=self.native_class,
             token_shift=self.token_shift,

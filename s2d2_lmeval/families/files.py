@@ -72,7 +72,7 @@ def read_config(source: str | Path, revision: str | None = None, **hub: Any) -> 
 
 def read_json(source: str, name: str, **hub: Any) -> dict[str, Any] | None:
     """A JSON object out of a checkpoint, or None where it has no file of that name."""
-    path = _find(source, name, hub)
+    path = find(source, name, hub)
     if path is None:
         return None
     try:
@@ -120,10 +120,10 @@ def weight_files(source: str, variant: str | None = None, **hub: Any) -> list[Pa
         CheckpointError: no safetensors files, or an index that names a missing shard.
     """
     part = f".{variant}" if variant else ""
-    single = _find(source, f"model{part}.safetensors", hub)
+    single = find(source, f"model{part}.safetensors", hub)
     if single is not None:
         return [single]
-    index = _find(source, f"model.safetensors.index{part}.json", hub)
+    index = find(source, f"model.safetensors.index{part}.json", hub)
     if index is not None:
         return _shards(source, index, hub)
     folder = Path(source) / str(hub.get("subfolder") or "")
@@ -174,13 +174,14 @@ def adapter_file(source: str, **hub: Any) -> Path:
     Raises:
         CheckpointError: no such file.
     """
-    found = _find(source, "adapter_model.safetensors", hub)
+    found = find(source, "adapter_model.safetensors", hub)
     if found is None:
         raise CheckpointError(f"{source} holds no adapter_model.safetensors. {_PICKLED}")
     return found
 
 
-def _find(source: str, name: str, hub: Mapping[str, Any]) -> Path | None:
+def find(source: str, name: str, hub: Mapping[str, Any]) -> Path | None:
+    """The file of that name of a folder or hub id, downloaded; None if there is none."""
     folder = Path(source) / str(hub.get("subfolder") or "")
     if Path(source).is_dir():
         return folder / name if (folder / name).is_file() else None

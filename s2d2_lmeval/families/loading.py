@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from s2d2_lmeval.errors import CheckpointError, ConfigError, first_line, shown, without_messages
-from s2d2_lmeval.families.adapters import add_adapter
+from s2d2_lmeval.families.adapters import keep_adapter, merge_adapter
+from s2d2_lmeval.families.drafts import check_base, place_of, what_drafts
 from s2d2_lmeval.families.facts import ADAPTER_FIELD, AUTOREGRESSIVE, Facts, Family
 from s2d2_lmeval.families.files import (
     HUB_OPTIONS,
@@ -55,6 +56,7 @@ def load_checkpoint(
     block_length: int | None = None,
     family: str | None = None,
     adapter: str | Path | None = None,
+    draft_adapter: str | Path | None = None,
     **from_pretrained: Any,
 ) -> tuple[PreTrainedModel, Facts]:
     """Load a published checkpoint into the native class of its family, in evaluation mode.
@@ -69,7 +71,8 @@ def load_checkpoint(
         tp_plan: ``"auto"`` divides every layer among the processes of ``torchrun``, which all call the same methods.
         mask_token_id, block_length: override or complete config.json.
         family: the family, if config.json does not determine it.
-        adapter: folder or hub id of a LoRA adapter, for :func:`~s2d2_lmeval.families.adapters.add_adapter`.
+        adapter: folder or hub id of a LoRA adapter that is merged; of some families, it is a ``draft_adapter``.
+        draft_adapter: likewise, that only draft queries go through (:mod:`~s2d2_lmeval.families.drafts`).
         from_pretrained: more arguments of ``from_pretrained``. No remote code is ever run: ``trust_remote_code`` is
             accepted, because existing commands pass it, but has no effect.
 
@@ -85,7 +88,7 @@ def load_checkpoint(
     placed = _placement(device, device_map) if tp_plan is None else "auto"
     asked_dtype = _dtype(dtype)
     overrides = {"mask_token_id": mask_token_id, "block_length": block_length}
-    chosen, native, facts = described(source, hub, family, adapter, overrides)
+    chosen, native, facts = described(source, hub, family, (adapter, draft_adapter), overrides)
     if facts.block_length_from == "assumed":
         warnings.warn(f"{source}: {facts.caveat}.", stacklevel=2)
     mark(native, facts)
@@ -93,14 +96,11 @@ def load_checkpoint(
     files = weight_files(source, from_pretrained.get("variant"), **hub)
     _check_stored(source, chosen, native, stored_weights(files, quantized=quantized))
     from_pretrained["dtype"] = torch.float32 if asked_dtype == "auto" and _on_cpu(placed) else asked_dtype
-    if tp_plan is None:
-        from_pretrained["device_map"] = placed
-    else:
-        beside = {"device": device, "device_map": device_map, "adapter": adapter, "quantized weights": quantized}
-        from_pretrained["distributed_config"] = _divided(source, native, tp_plan, beside)
+    beside: dict[str, Any] = {"device": device, "device_map": device_map, "adapter": adapter or draft_adapter}
+    beside["quantized weights"] = quantized
+    from_pretrained |= {"device_map": placed} if tp_plan is None else _divided(source, native, tp_plan, beside)
     model = _load(chosen, source, {**from_pretrained, "config": native, "quantization_config": quantization_config})
-    if adapter is not None:
-        add_adapter(model, chosen, adapter, **{name: hub[name] for name in hub if name not in _OF_THE_BASE})
+    _add_adapters(model, chosen, facts, files, _of_adapters(hub))
     return model, facts
 
 
@@ -112,21 +112,25 @@ def checkpoint_facts(
     block_length: int | None = None,
     family: str | None = None,
     adapter: str | Path | None = None,
+    draft_adapter: str | Path | None = None,
     **hub: Any,
 ) -> Facts:
     """The facts of a checkpoint from its small files alone; arguments and errors as in :func:`load_checkpoint`."""
     overrides = {"mask_token_id": mask_token_id, "block_length": block_length}
-    return described(resolve(source), {**hub, "revision": revision}, family, adapter, overrides)[2]
+    adapters = adapter, draft_adapter
+    return described(resolve(source), {**hub, "revision": revision}, family, adapters, overrides)[2]
 
 
 def described(
     source: str,
     hub: Mapping[str, Any],
     family: str | None,
-    adapter: str | Path | None,
+    adapters: tuple[str | Path | None, str | Path | None],
     overrides: dict[str, int | None],
 ) -> tuple[Family, PreTrainedConfig, Facts]:
-    """The family, native configuration and facts of a checkpoint; ``overrides`` are its mask token and block length."""
+    """The family, native configuration and facts of a checkpoint; ``adapters`` are that to merge and that for drafts,
+    ``overrides`` its mask token and block length.
+    """
     config = read_config(source, **hub)
     chosen = identify(config, source, family, overrides["block_length"])
     native = chosen.native_config(config)
@@ -137,9 +141,33 @@ def described(
         small += TOKENIZER_FILES
     found = {name: read_json(source, name, **hub) for name in small}
     records = {name: record for name, record in found.items() if record is not None}
-    if adapter is not None:
-        config = {**config, ADAPTER_FIELD: str(adapter)}
-    return chosen, native, chosen.facts(config, native, records, source=source, **overrides)
+    merged, draft = adapters
+    if chosen.prefix_causal and merged is not None:
+        if draft is not None:
+            raise ConfigError(f"adapter and draft_adapter: give one; that of {chosen.name} is for draft queries alone.")
+        merged, draft = None, merged
+    if merged is not None:
+        config = {**config, ADAPTER_FIELD: str(merged)}
+    facts = chosen.facts(config, native, records, source=source, **overrides)
+    if draft is not None:
+        facts = facts.with_draft_adapter(what_drafts(draft, chosen, native, _of_adapters(hub)))
+    return chosen, native, facts
+
+
+def _add_adapters(
+    model: PreTrainedModel, family: Family, facts: Facts, files: Iterable[Path], hub: Mapping[str, Any]
+) -> None:
+    """What the facts say beside the weights, which come from ``files``."""
+    if facts.adapter is not None:
+        merge_adapter(model, family, facts.adapter, **hub)
+    if facts.draft_adapter is not None:
+        check_base(facts.draft_adapter, files, model.name_or_path)
+        where, options = place_of(facts.draft_adapter.source, hub)
+        keep_adapter(model, family, where, **options)
+
+
+def _of_adapters(hub: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in hub.items() if name not in _OF_THE_BASE}
 
 
 def _placement(device: str | torch.device | None, device_map: Any) -> Any:
@@ -153,7 +181,7 @@ def _placement(device: str | torch.device | None, device_map: Any) -> Any:
     return None if placed.type == "cpu" else {"": placed}
 
 
-def _divided(source: str, native: PreTrainedConfig, tp_plan: Any, beside: Mapping[str, Any]) -> Any:
+def _divided(source: str, native: PreTrainedConfig, tp_plan: Any, beside: Mapping[str, Any]) -> dict[str, Any]:
     """Every layer divided among the processes of this run, by transformers' plan for the class; nothing ``beside``.
 
     Raises:
@@ -178,7 +206,7 @@ def _divided(source: str, native: PreTrainedConfig, tp_plan: Any, beside: Mappin
                 f"{source} has {name}={getattr(native, name)}, which {ranks} processes cannot divide evenly; start a "
                 "number of processes that divides it."
             )
-    return DistributedConfig(tp_plan="auto")
+    return {"distributed_config": DistributedConfig(tp_plan="auto")}
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -89,7 +89,7 @@ def of_path(path: Path) -> str:
     """A digest of a file, or of the files of a folder that loading it may read."""
     if not path.is_dir():
         return of_file(path) if path.is_file() else of_plain(path)
-    files = sorted([*path.iterdir(), *(path / "additional_chat_templates").glob("*")])
+    files = sorted([*path.iterdir(), *(path / "additional_chat_templates").glob("*"), *(path / "adapter").glob("*")])
     read = [file for file in files if file.suffix in _READ and file.is_file()]
     return of_plain([(str(file.relative_to(path)), of_file(file)) for file in read])
 

@@ -63,6 +63,8 @@ def load_model(arguments: Arguments, *, rows: RowLimit, dtype: Any, device: str 
     name = str(source if isinstance(source, str) else getattr(source, "name_or_path", "") or type(source).__name__)
     if arguments.peft is not None and (arguments.model_class is not None or isinstance(source, torch.nn.Module)):
         raise ConfigError("peft=… is for a checkpoint that is loaded here; merge the adapter into your model yourself.")
+    if loading.get("draft_adapter") and (arguments.custom is not None or arguments.model_class is not None):
+        raise ConfigError("draft_adapter=… is for the decoders here; a function or class of your own would not use it.")
     if arguments.custom is None and arguments.model_class is None and not isinstance(source, torch.nn.Module):
         engine = load(source, **options, **loading, adapter=arguments.peft)
         lockstep.join(engine)

@@ -222,7 +222,7 @@ def _configurations(study: Study, sought: Callable[[Axis], Any]) -> dict[str, Ma
     return {**study.decoding, "search": {**study.search.decoding, **chosen}}
 
 
-_OF_FACTS = ("revision", "mask_token_id", "block_length", "family", *HUB_ONLY)
+_OF_FACTS = ("revision", "mask_token_id", "block_length", "family", "draft_adapter", *HUB_ONLY)
 
 
 def _check_decodings(study: Study) -> list[str]:

@@ -19,7 +19,7 @@ from s2d2_lmeval.harness.identity import of_source
 MOST_POINTS = 10_000
 MOST_ROWS = 1 << 16
 
-LOADED = ("pretrained", "draft", "tokenizer", "peft")
+LOADED = ("pretrained", "draft", "draft_adapter", "tokenizer", "peft")
 """Model arguments that name a folder or a hub id."""
 
 
@@ -189,6 +189,6 @@ class Point:
 
 
 def model_identity(arguments: Mapping[str, Any]) -> str:
-    """The sources in model arguments: the checkpoint, and any drafter, tokenizer and adapter."""
+    """The sources in model arguments: the checkpoint, and any drafter, tokenizer and adapters."""
     loaded = [key for key in LOADED if arguments.get(key) not in (None, "")]
     return ", ".join(f"{key}={of_source(key, arguments)}" for key in loaded)

@@ -31,7 +31,7 @@ def checkpoint(source: str, revision: str | None, options: Mapping[str, Any], *,
     arguments = sort_arguments(source, options)
     if arguments.custom is not None or arguments.model_class is not None:
         raise ConfigError("custom_generate and custom_model_class are for `s2d2-lmeval eval`; leave them out here.")
-    named = ("mask_token_id", "block_length", "family", *HUB_OPTIONS)
+    named = ("mask_token_id", "block_length", "family", "draft_adapter", *HUB_OPTIONS)
     given = {name: value for name, value in arguments.loading.items() if name in named}
     try:
         where = resolve(source)
@@ -52,12 +52,15 @@ def _facts(facts: Any, max_context: Any) -> Iterator[Finding]:
 
     yield finding("family", f"{facts.family}, runs as transformers' {facts.native_class}; no remote code")
     if facts.scheme == AUTOREGRESSIVE:
-        yield finding("vocabulary", f"{facts.vocab_size}; no mask token, so no block decoding: a target for drafters")
+        use = "drafts by its adapter" if facts.draft_adapter else "a target for drafters"
+        yield finding("vocabulary", f"{facts.vocab_size}; no mask token, so no block decoding: {use}")
     else:
         aligned = "counted from position 0" if facts.block_alignment == "absolute" else "counted from the prompt's end"
         yield finding("vocabulary", f"{facts.vocab_size}, mask token {facts.mask_token_id}")
         about = f"of {facts.block_length} tokens ({facts.block_length_from}), {aligned}"
         yield finding("blocks", about, NOTE if facts.block_length_from == "assumed" else OK)
+    if facts.draft_adapter is not None:
+        yield finding("draft adapter", _draft(facts.draft_adapter))
     shift = "predict the next token (shifted)" if facts.token_shift else "predict their own token (not shifted)"
     yield finding("logits", shift)
     if facts.stop_token_ids:
@@ -123,6 +126,14 @@ def _mask_token(tokenizer: Any, facts: Any, given: Any) -> Iterator[Finding]:
         yield finding("mask token", f"{facts.mask_token_id} is not in the tokenizer", NOTE)
     elif facts.mask_token_id >= 0:
         yield finding("mask token", f"{facts.mask_token_id} {tokenizer.convert_ids_to_tokens(facts.mask_token_id)}")
+
+
+def _draft(adapter: Any) -> str:
+    masks, sight = "masks", "earlier ones" if adapter.causal else "each other"
+    if adapter.noise is not None:
+        masks = f"random tokens from {adapter.noise[0]} to {adapter.noise[1] - 1}"
+    drafts = "" if adapter.window is None else f"; windows of {adapter.window}, of {masks} that see {sight}"
+    return f"only drafts go through it, so answers are those without it{drafts}"
 
 
 def _chat_template(tokenizer: Any) -> Iterator[Finding]:

@@ -51,11 +51,12 @@ PRICE_UNIT = 2.0**30
 
 @DECODERS.register(
     "sliding",
-    *(scheme for scheme in SCHEMES if scheme != "autoregressive"),
+    *SCHEMES,
     promise="the model's own autoregressive law, token for token the output of ar with the same seed (tested in "
     "float32 and float64, and on a CPU in bfloat16 with exact=true; otherwise near-ties can fall either way)",
     options=(AcceptanceOption, SlidingOptions),
     acceptances=("keyed", "rejection"),
+    needs_masks=True,
 )
 class Sliding(Target):
     """The decoder ``sliding``."""

@@ -42,6 +42,7 @@ from s2d2_lmeval.runtime.shapes import power
 
 if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
+    from s2d2_lmeval.families.facts import DraftAdapter
 
 
 class RoundRows(SequenceState):
@@ -125,6 +126,9 @@ def plan_round(
     masks = builder.add(windows * (window + unread))
     of_window, ahead = np.divmod(masks.local, max(window + unread, 1))
     masks.set(position=length[masks.row] + ahead + (not shifted), kind=trees.WINDOW, owner=of_window)
+    if facts.draft_adapter is not None:
+        drawn = (rows.key[slots][masks.row], rows.round[slots][masks.row], of_window, ahead)
+        masks.set(gated=1 + ahead, text=masks_of(facts.draft_adapter, facts.mask_token_id, drawn))
     first = builder.lay_out().offsets + texts + (-1 if shifted else nodes)
     builder.read("verify", read_row, read_node, first[read_row] + read_node)
     drafting = ahead >= unread
@@ -134,7 +138,7 @@ def plan_round(
     per_row[:, slots] = nodes, windows, base, begun
     queries = {"slot": slots[builder.layout.row_of], "text": builder.column("text", facts.mask_token_id)}
     if facts.draft_adapter is not None and len(masks.row):
-        queries["gated"] = (builder.column("kind") == trees.WINDOW).astype(np.int64)
+        queries["gated"] = builder.column("gated")
     return builder.plan(
         phases,
         texts,
@@ -146,6 +150,13 @@ def plan_round(
         feeds_drafter=feeds_drafter,
         fixed=(rows.room_for(int(nodes.max(initial=0)) + 1),),
     )
+
+
+def masks_of(adapter: DraftAdapter, mask_token_id: int, drawn: tuple[np.ndarray, ...]) -> np.ndarray | int:
+    """What stands for masks, each (K,) of a key, round, window and place: tokens of the adapter's noise, or the mask
+    token; any token where the adapter has vectors.
+    """
+    return max(mask_token_id, 0) if adapter.noise is None else random.noise_tokens(drawn, *adapter.noise)
 
 
 def unread_masks(facts: Facts) -> int:

@@ -14,14 +14,17 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.reference import FixedSource, SequentialSource, TorchDraws
 from s2d2_lmeval.decoding.sampling.hashing import GOLDEN, hashed, mixed
 from s2d2_lmeval.runtime.kernels.dispatch import kernel
 
-DRAFT, ACCEPT, RESAMPLE = 1, 2, 3
+DRAFT, ACCEPT, RESAMPLE, NOISE = 1, 2, 3, 4
 """The purpose of a draw."""
+
+LARGEST = (1 << 62) - 1
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,11 @@ def keyed_gumbel(
 ) -> torch.Tensor:
     """Noise (M, V) of the shape and type of ``like``: the arg-max of it and log p is the token that is drawn from p."""
     return -_race(like, (request, position, draw), seed, purpose).log()
+
+
+def noise_tokens(words: tuple[np.ndarray, ...], low: int, high: int) -> np.ndarray:
+    """Token ids in [low, high), uniform and a function of the ``words`` (int64, of one shape)."""
+    return low + (hashed(0, NOISE, words) >> 1 & LARGEST) % (high - low)
 
 
 class KeyedSource:
