@@ -184,7 +184,7 @@ def test_autoregressive_models_need_no_mask(name, tmp_path):
     model, facts = load_checkpoint(tmp_path)
     assert (facts.family, facts.scheme, facts.token_shift, facts.mask_token_id) == (name, "autoregressive", True, -1)
     assert facts.stop_token_ids == (3,)
-    assert facts.decoders == ("ar",)
+    assert facts.decoders == ("ar", "sliding")
     ids = torch.arange(12).view(1, -1)
     assert torch.equal(model(ids).logits, stock.eval()(ids).logits)
 

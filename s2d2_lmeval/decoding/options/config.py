@@ -155,6 +155,11 @@ class DecodingConfig(
         return self.share_budget and self.acceptance != "rejection"
 
     @property
+    def looks_up(self) -> bool:
+        """Whether drafts are looked up in text. They have no distribution, which rejection would have to know."""
+        return self.lookup and self.acceptance != "rejection"
+
+    @property
     def caution(self) -> str | None:
         """A caveat on the counts of a run, in one sentence, or None."""
         caution: str | None = DECODERS[self.decoder].implementation.caution(self)

@@ -15,7 +15,7 @@ DRAFT_SHAPES = ("chain", "tree")
 class SlidingOptions:
     """Rounds whose drafts come from a window of the model itself (sliding)."""
 
-    window: int = option(16, "how many positions a draft looks ahead", low=2)
+    window: int = option(16, "how many positions a draft of masks looks ahead; 1: there are no masks", low=1)
     row_budget: int | str = option(
         64,
         "queries per sequence and forward; auto: chosen from measured forward cost",
@@ -28,6 +28,11 @@ class SlidingOptions:
         "depend on the others; false: they do not",
     )
     draft_shape: str = option("tree", "the shape of a draft", choices=DRAFT_SHAPES)
+    lookup: bool = option(
+        True,
+        "where there is no such draft, draft what followed the last tokens before, in prompt, answer and (with "
+        "share_budget) earlier answers; not with acceptance=rejection",
+    )
 
     @staticmethod
     def faults(config: Any) -> Iterator[str]:
@@ -42,6 +47,8 @@ class SlidingOptions:
                 "acceptance=rejection compares one drafted token with the verifier at a time: set draft_shape=chain, "
                 "or use acceptance=keyed, which takes trees."
             )
+        if config.acceptance == "rejection" and config.window == 1:
+            yield "acceptance=rejection needs drafts with a distribution: give window=2 or more, or acceptance=keyed."
         if config.acceptance == "rejection" and config.row_budget == "auto":
             yield (
                 "acceptance=rejection draws for its drafts, so their size must not depend on the clock: "

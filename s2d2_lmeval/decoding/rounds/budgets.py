@@ -171,10 +171,14 @@ class QueryBudget:
         window: masks of a draft window.
         most: maximum queries per row.
         shared: whether rows share budgets and statistics.
+        depths: maximum depth of a tree, if it is not that of a window.
     """
 
-    def __init__(self, queries: int | None, node: int, window: int, most: int, shared: bool) -> None:
+    def __init__(
+        self, queries: int | None, node: int, window: int, most: int, shared: bool, depths: int | None = None
+    ) -> None:
         self.queries, self.node, self.window, self.most, self.shared = queries, node, window, most, shared
+        self.depths = window if depths is None else depths
         self._gained, self._drafts = 0.0, 0.0
         self._tokens, self._seconds = 0.0, 0.0
         self._known = np.zeros(0)
@@ -203,7 +207,7 @@ class QueryBudget:
         expected = 1 + self.draft_value
         self._tokens = rows * expected
         self._seconds = float(seconds[min(rows * (self.window + self.node), len(seconds) - 1)])
-        longest = self._seconds * (1 + self.window) / expected
+        longest = self._seconds * (1 + self.depths) / expected
         pays = int(np.searchsorted(seconds, longest, side="right") - 1) // rows
         self.most = min(self.most, max(pays, self.window + self.node))
 
@@ -230,6 +234,28 @@ class QueryBudget:
         nodes, windows = fit(tree, spent.clamp(0, terms.most), terms)
         first = torch.arange(windows.shape[1], device=drafted.device) == 0
         return nodes * drafted, torch.where(drafted, windows, first), price
+
+    def left(self, planned: np.ndarray) -> np.ndarray:
+        """How many more nodes (R,) each of the rows may run that have ``planned`` so many queries (R,)."""
+        if self.queries is None:
+            return (self.most - planned).clip(0) // self.node
+        if self.shared:
+            return np.minimum(self.most - planned, self.queries * len(planned) - planned.sum()).clip(0) // self.node
+        return (self.queries - planned).clip(0) // self.node
+
+    def price_of_nodes(self, worth: np.ndarray, planned: int, rows: int) -> float:
+        """What a node has to be worth more than, of those that are ``worth`` (K,), in falling order, on top of
+        ``planned`` queries of all ``rows``.
+        """
+        if self.queries is None:
+            asked = planned + self.node * np.arange(len(worth) + 1)
+            seconds = self._known[asked.clip(max=len(self._known) - 1)]
+            most = int((np.append(0.0, worth.cumsum()) - self._tokens / self._seconds * seconds).argmax())
+        elif self.shared:
+            most = max(self.queries * rows - planned, 0) // self.node
+        else:
+            return 0.0
+        return float(worth[most]) if most < len(worth) else 0.0
 
     def _share_out(
         self, tree: Tree, terms: Terms, share: int, drafted: torch.Tensor, running: torch.Tensor

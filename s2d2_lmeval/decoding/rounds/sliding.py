@@ -8,6 +8,8 @@ a. draft   the window at the walk's end, if it had one, gives the marginals of t
            (:mod:`~s2d2_lmeval.decoding.rounds.trees`)
 b. buy     all rows divide the forward's query budget among nodes and windows
            (:mod:`~s2d2_lmeval.decoding.rounds.budgets`)
+c. look up rows without such a draft continue as text did before (:mod:`~s2d2_lmeval.decoding.rounds.lookup`), with
+           what is left of the budget. It is all that there is for models without a mask token, and with ``window=1``
 
 The target chooses as the ``ar`` decoder does: the argmax, or a draw from randomness keyed by position. So the tokens
 are those of ``ar`` with the same seed, whatever was drafted, and a round without a usable draft still yields one token.
@@ -31,7 +33,11 @@ from s2d2_lmeval.decoding.passes import Plan
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed, Rejection
 from s2d2_lmeval.decoding.rounds.budgets import QueryBudget
+from s2d2_lmeval.decoding.rounds.lookup import Draft, Lookup, Text
 from s2d2_lmeval.decoding.rounds.target import Target, unread_masks
+from s2d2_lmeval.decoding.state import PREFILL, VERIFY
+from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.costs import MeasureCosts
@@ -41,6 +47,12 @@ if TYPE_CHECKING:
 
 WIDEST, WIDEST_FORWARD = 256, 1024
 """Queries that ``row_budget=auto`` considers per row, and for all rows together."""
+
+DEEPEST, MOST_FOUND = 15, 32
+"""Depth and nodes of a tree that is looked up."""
+
+LEAST_WORTH = 0.05
+"""Probability of acceptance below which a node that was looked up is not run, even if there is room for it."""
 
 CHOICES = 16
 """Tokens per future position that a tree may branch over."""
@@ -77,36 +89,46 @@ class Sliding(Target):
     def __init__(self, setup: DecoderSetup) -> None:
         super().__init__(setup)
         config, rows = self.config, self.rows
+        if self.facts.mask_token_id == NO_MASK and config.window > 1:
+            raise ConfigError(
+                f"window={config.window} is a window of masks, and {self.facts.family} checkpoints have no mask token: "
+                "use window=1, where all drafts are looked up."
+            )
         self.window = config.window - 1
         self.price = np.zeros(rows.count)
         """The price per query of each row's tree, in tokens, when it was bought."""
         queries = None if config.row_budget == "auto" else int(config.row_budget)
         most = self.most_queries(config, rows.count)
         self.budget = QueryBudget(
-            queries, self.node_queries, self.window + unread_masks(self.facts), most, config.shares_budget
+            *(queries, self.node_queries, self.window and self.window + unread_masks(self.facts)),
+            *(most, config.shares_budget, self.depths),
         )
         if config.acceptance == "rejection" and config.sampled:
             law = setup.tables.full("law", (rows.count, self.window, self.facts.vocab_size), 0, setup.dtype)
             self.acceptance = Rejection(config, self.source, self.depths, law)
         else:
-            choices = 1 if config.draft_shape == "chain" else CHOICES
+            choices = 1 if config.draft_shape == "chain" or not self.window else CHOICES
             self.acceptance = Keyed(config, self.source, self.depths, choices, coupled=config.sampled)
+        self.lookups = [Lookup()] * rows.count
+        """What each row's drafts are looked up in: with shared budgets one for all."""
+        self.texts: dict[int, Text] = {}
 
     @staticmethod
     def most_queries(config: DecodingConfig, slots: int) -> int:
         """Maximum queries of one row in a round: all of them if it is alone, otherwise at most twice its share."""
         if config.row_budget == "auto":
-            return max(min(WIDEST, WIDEST_FORWARD // slots), config.window + 1)
+            widest = WIDEST if config.window > 1 else MOST_FOUND + 1
+            return max(min(widest, WIDEST_FORWARD // slots), config.window + 1)
         return int(config.row_budget) * (2 if slots > 1 and config.shares_budget else 1)
 
     @classmethod
     def most_nodes(cls, config: DecodingConfig, facts: Facts, slots: int) -> int:
         nodes = max((cls.most_queries(config, slots) - 1) // (1 if facts.token_shift else 2), 1)
-        return min(nodes, config.window - 1) if config.draft_shape == "chain" else nodes
+        return min(nodes, cls.most_depths(config, facts)) if config.draft_shape == "chain" else nodes
 
     @staticmethod
     def most_depths(config: DecodingConfig, facts: Facts) -> int:
-        return config.window - 1
+        return max(config.window - 1, DEEPEST * config.looks_up)
 
     @property
     def capacity(self) -> int:
@@ -130,13 +152,51 @@ class Sliding(Target):
 
     def plan(self) -> Plan:
         self._began = clock.agreed()
+        if self.config.looks_up:
+            self._look_up()
         plan = super().plan()
         self._plan = replace(plan, rows={**plan.rows, "learned": self.budget.learned()})
         return self._plan
 
+    def admitted(self, slot: int) -> None:
+        if self.config.looks_up:
+            before, self.texts[slot] = self.texts.get(slot), Text(self.rows.tokens[slot])
+            if not self.config.shares_budget:
+                self.lookups[slot] = Lookup()
+            elif before is not None:
+                self.lookups[slot].finished(before)
+        super().admitted(slot)
+
+    def _look_up(self) -> None:
+        """Give trees to the rows that are about to run a round without one."""
+        rows, budget = self.rows, self.budget
+        running = rows.active()[rows.phase[rows.active()] != PREFILL]
+        queries = (1 + rows.nodes[running]) * budget.node + rows.windows[running] * budget.window
+        left = budget.left(queries)
+        found: dict[int, Draft] = {}
+        for slot, most in zip(running.tolist(), left.tolist(), strict=True):
+            text, lookup, room = (
+                self.texts[slot],
+                self.lookups[slot],
+                int(rows.limit[slot]) - len(rows.tokens[slot]) - 1,
+            )
+            lookup.follow(text)
+            if not rows.nodes[slot]:
+                chain = self.config.draft_shape == "chain"
+                nodes = min(most, rows.most_nodes, MOST_FOUND)
+                found[slot] = lookup.draft(text, nodes, min(DEEPEST, room), LEAST_WORTH, chain)
+        worth = np.sort([value for draft in found.values() for value in draft.value])[::-1]
+        price = budget.price_of_nodes(worth, int(queries.sum()), len(running))
+        rows.written = {slot: draft.above(price) for slot, draft in found.items()}
+        for slot, draft in rows.written.items():
+            rows.nodes[slot] = len(draft.token)
+            rows.phase[slot] = VERIFY if draft.token else rows.phase[slot]
+
     # ---- device ----
 
     def _propose(self, logits: torch.Tensor, end: torch.Tensor) -> list[torch.Tensor]:
+        if not self.window:
+            return []
         sent, rows = self._sent, self.rows
         index = torch.arange(rows.token.shape[1], device=rows.device)
         at_end = (sent["holder"] == end) & (index < sent["windows"])
@@ -176,10 +236,15 @@ class Sliding(Target):
         return super().settle(table)
 
     def _after_round(self, slots: np.ndarray, accepted: np.ndarray, proposed: np.ndarray) -> None:
-        rows, (met, nodes, windows, price) = self.rows, proposed.T
-        ran = (slots, rows.nodes[slots], rows.windows[slots], accepted, met)
-        for slot, tree, drafts, taken, used in zip(*(values.tolist() for values in ran), strict=True):
+        rows = self.rows
+        bought = [0 if slot in rows.written else int(rows.nodes[slot]) for slot in slots.tolist()]
+        for slot, tree, taken in zip(slots.tolist(), bought, accepted.tolist(), strict=True):
             self.budget.round_ran(tree, taken, self.price[slot])
+        if not self.window:
+            rows.nodes[slots] = 0
+            return
+        met, nodes, windows, price = proposed.T
+        for slot, drafts, used in zip(*(values.tolist() for values in (slots, rows.windows[slots], met)), strict=True):
             for name, more in (("windows", drafts), ("windows_used", used), ("windows_missed", 1 - used)):
                 rows.progress[slot].count(name, more)
         rows.nodes[slots], rows.windows[slots], self.price[slots] = nodes, windows, price / PRICE_UNIT

@@ -14,7 +14,8 @@ masks in the same forward (:mod:`~s2d2_lmeval.decoding.rounds.sliding`) or from 
 (:mod:`~s2d2_lmeval.decoding.rounds.dflash`, :mod:`~s2d2_lmeval.decoding.rounds.ddtree`). The target's choice is the
 argmax, or a draw from randomness keyed by request and position, so the output is the same for every tree.
 
-Trees are grown on the device and stay there; the host knows how many nodes and windows each row has.
+Trees are grown on the device and stay there; the host knows how many nodes and windows each row has. Trees that the
+host drafts (:mod:`~s2d2_lmeval.decoding.rounds.lookup`) go up with the plan.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from s2d2_lmeval.decoding.options.option import SCHEMES
 from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent, ragged
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed
+from s2d2_lmeval.decoding.rounds.lookup import Draft
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, SequenceState
 from s2d2_lmeval.decoding.steps import pack
@@ -64,6 +66,8 @@ class RoundRows(SequenceState):
         """How many nodes and draft windows run: the first ones of the tables."""
         self.most_nodes = nodes
         """Nodes that a tree has room for."""
+        self.written: dict[int, Draft] = {}
+        """Slot -> the tree that it runs next, where the host drafted it."""
 
     def room_for(self, nodes: int) -> int:
         """Nodes, root included, that a step looks at to see these: few different numbers where steps are captured."""
@@ -80,6 +84,18 @@ class RoundRows(SequenceState):
         self.tokens[slot] = list(request.prompt)
         self.limit[slot] = len(request.prompt) + request.max_new_tokens
         self.nodes[slot], self.windows[slot], self.round[slot] = 0, 1, 0
+
+    def told(self) -> dict[str, np.ndarray]:
+        """What the device is told of every row before each round: ``limit``, ``key`` and ``round`` (count,), and
+        ``written`` (4, count, n), the trees of :attr:`written` as in the tables and whether there is one; n is 0
+        without any.
+        """
+        nodes = max((len(draft.token) for draft in self.written.values()), default=-1) + 1
+        written = np.zeros((4, self.count, self.room_for(nodes) if nodes else 0), dtype=np.int64)
+        for slot, draft in self.written.items():
+            written[:3, slot, 1 : len(draft.token) + 1] = draft.token, draft.parent, draft.depth
+            written[3, slot] = 1
+        return {"limit": self.limit, "key": self.key, "round": self.round, "written": written}
 
     def lengths(self) -> np.ndarray:
         """(count,) tokens of every sequence, prompt included."""
@@ -136,6 +152,7 @@ def plan_round(
     per_row = np.zeros((4, rows.count), dtype=np.int64)
     base = builder.groups["window"].start + (windows.cumsum() - windows) * window
     per_row[:, slots] = nodes, windows, base, begun
+    told = rows.told()
     queries = {"slot": slots[builder.layout.row_of], "text": builder.column("text", facts.mask_token_id)}
     if facts.draft_adapter is not None and len(masks.row):
         queries["gated"] = builder.column("gated")
@@ -145,10 +162,10 @@ def plan_round(
         rows.most_nodes + 1,
         queries=queries,
         tables={"kind": (0, trees.NOBODY), "owner": (0, 0)},
-        rows={"length": lengths, "limit": rows.limit, "key": rows.key, "round": rows.round, "per_row": per_row},
+        rows={"length": lengths, "per_row": per_row, **told},
         moves=feeds_drafter or bool(depths),
         feeds_drafter=feeds_drafter,
-        fixed=(rows.room_for(int(nodes.max(initial=0)) + 1),),
+        fixed=(rows.room_for(int(nodes.max(initial=0)) + 1), told["written"].shape[2]),
     )
 
 
@@ -174,10 +191,18 @@ def assemble_round(
     kind, owner, packed = sent["kind"], sent["owner"], sent["packed"]
     sent["nodes"], sent["windows"], sent["base"], sent["running"] = sent["per_row"].unsqueeze(2)
     sent["token"], sent["parent"] = rows.token, rows.parent
+    if sent.fixed[1]:
+        *trees_written, written = sent["written"]
+        for table, told in zip((rows.token, rows.parent, rows.depth), trees_written, strict=True):
+            of_nodes = table[:, : sent.fixed[1]]
+            of_nodes.copy_(told.where(written > 0, of_nodes))
     index = torch.arange(rows.depth.shape[1], device=rows.device)
     depth = sent["depth"] = rows.depth.where(index <= sent["nodes"], -1)
     if causal_windows is not None:
-        sent["holder"] = rows.holder * (sent["nodes"] > 0)  # without a node: the root
+        bought = sent["nodes"] > 0  # without: a window at the root
+        if sent.fixed[1]:
+            bought &= sent["written"][3, :, :1] == 0
+        sent["holder"] = rows.holder * bought
         owner = owner.where(kind != trees.WINDOW, sent["holder"][sent["slots"]].gather(1, owner))
     at = sent["slot"], owner.flatten()[packed]
     sent["positions"] = sent["positions"] + depth[at].clamp_min(0)
@@ -230,7 +255,7 @@ class Target(Decoder[RoundRows]):
     def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
         self.rows.make_room()
         choices = min(self.acceptance.choices, self.facts.vocab_size)
-        self.beams = trees.beams_of(self.depths, choices, self.rows.most_nodes, self.tables.put)
+        self.beams = trees.beams_of(self.window or self.depths, choices, self.rows.most_nodes, self.tables.put)
 
     @property
     def most_logits(self) -> tuple[int, int]:

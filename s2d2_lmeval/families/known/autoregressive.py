@@ -22,11 +22,12 @@ def _family(name: str, native_class: str, config_class: type[PreTrainedConfig]) 
         config_class=config_class,
         config_map=as_it_is,
         token_shift=True,
-        defaults=lambda block_length: {"temperature": 1.0, "do_sample": False},
+        defaults=lambda block_length: {"temperature": 1.0, "do_sample": False, "window": 1},
         presets={},
         published_mask_ids={},
         published_block_length=1,
         scheme=AUTOREGRESSIVE,
+        default_decoder="ar",
     )
 
 
