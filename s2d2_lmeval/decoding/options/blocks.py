@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2d2_lmeval.decoding.options.option import option
+from s2d2_lmeval.registry import DECODERS
 
 _UNDIVIDED = ("block",)
 _IN_TURN = ("block", "subblock", "seeded")
@@ -30,6 +31,8 @@ class ScheduleOption:
         """What is wrong between these options and others."""
         if config.schedule != "lookahead":
             return
+        if not DECODERS[config.decoder].acceptances:
+            yield f"schedule=lookahead is for verifications, and {config.decoder} has none; use schedule=fused."
         if not (config.cache_ver and config.draft_ver):
             yield (
                 "schedule=lookahead keeps the verifier's keys and values, which is correct only under AR-like caching: "
