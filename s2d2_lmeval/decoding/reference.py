@@ -97,6 +97,8 @@ class Rules:
     """So is one with a stop token."""
     finishes_blocks: bool
     """Sub-blocks continue after the last requested token, to the end of the block."""
+    breaks_ties: bool
+    """Equal confidences are ordered as ``torch.topk`` orders them on the published tensor, not from the left."""
 
 
 def rules_of(config: DecodingConfig, facts: Facts) -> Rules:
@@ -118,7 +120,19 @@ def rules_of(config: DecodingConfig, facts: Facts) -> Rules:
         commits_last_block=reference and facts.commits_last_block != "never",
         commits_stopped_block=reference and facts.commits_last_block == "always",
         finishes_blocks=reference,
+        breaks_ties=reference and not config.keyed,
     )
+
+
+def most_confident(confidence: torch.Tensor, order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """``order`` (1, L) of a block with its ``count`` (1,) first places chosen as published: by ``torch.topk`` of the
+    ``confidence`` (1, L), -inf where nothing is masked. Which of equal values it takes depends on how many are asked
+    for, and on top-p with trained weights most are exactly 1.
+    """
+    chosen = confidence[0].topk(min(int(count), confidence.shape[1])).indices
+    places = order[0].argsort()
+    rest = places[~torch.isin(places, chosen)]
+    return torch.cat([chosen, rest]).argsort().unsqueeze(0)
 
 
 def within_collapsed_entropy(confidence: torch.Tensor, order: torch.Tensor, bound: float) -> torch.Tensor:

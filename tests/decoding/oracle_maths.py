@@ -108,6 +108,13 @@ def by_confidence(positions: Sequence[int], confidence: Tensor) -> list[int]:
     return sorted(positions, key=lambda i: -float(confidence[i]))
 
 
+def top(count: int, positions: Sequence[int], confidence: Tensor) -> list[int]:
+    """The ``count`` most confident of the ``positions``, chosen among equals by the operation of the published code."""
+    eligible = torch.full_like(confidence, -math.inf)
+    eligible[list(positions)] = confidence[list(positions)]
+    return eligible.topk(count).indices.tolist()
+
+
 def residual(draft: Tensor, target: Tensor) -> Tensor:
     """What is left of the verifier's law where it exceeds the drafter's, normalised; all of it if nothing is left."""
     excess = (target - draft).clamp_min(0.0)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from s2d2_lmeval import Generation
+from s2d2_lmeval import Generation, load
+from s2d2_lmeval.families import load_checkpoint
+from s2d2_lmeval.toy import checkpoint_path
 
 from .drawn import MASK, POLICIES, Case, cases
-from .oracle import Result, decode
+from .oracle import Draws, Options, Result, TorchSource, decode
 from .oracle_loop import assert_agrees, draws_of
 from .tiny import KeyedDraws, engine, engine_config, tiny_model
 
@@ -56,3 +59,21 @@ def test_engine_decodes_what_the_definition_says_at_length(
     decoder: str, policy: str | None, data: st.DataObject
 ) -> None:
     check_same(data.draw(cases(decoder, policy)))
+
+
+PROMPTS = [[21, 3, 8], [5, 17, 30, 2]]
+
+
+@pytest.mark.parametrize("options", [{"decoder": "static"}, {"decoder": "dynamic", "confidence_threshold": 1.0}])
+def test_reference_breaks_ties_as_published(options: dict[str, Any]) -> None:
+    """On trained weights a small nucleus makes most confidences exactly 1."""
+    options |= {"block_length": 8, "denoising_steps": 3, "max_new_tokens": 12, "do_sample": True, "top_p": 0.5}
+    plain, toy = load_checkpoint(checkpoint_path())[0], load(checkpoint_path(), device="cpu")
+    for number, prompt in enumerate(PROMPTS):
+        torch.manual_seed(number)
+        published = decode(plain, prompt, Options(**options), Draws(TorchSource()), mask_id=toy.facts.mask_token_id)
+        torch.manual_seed(number)
+        config = engine_config(Options(**options), random_source="torch", schedule="reference")
+        assert toy.generate([prompt], config)[0].decoding_order == published.decoding_order
+        steps = [[place for place in step if place != "|"] for step in published.decoding_order]
+        assert any(step != sorted(step) for step in steps)

@@ -227,7 +227,8 @@ class BlockDenoiser(Decoder[Rows]):
         self, masks: torch.Tensor, count: torch.Tensor, confidence: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The ``masks`` (rows, B) that the remasking strategy decides, and their order."""
-        step = Undecided(masks, count, confidence, self.entropy, self.config, at_most_count=self.verifies)
+        bound, breaks_ties = self.verifies, self.rules.breaks_ties
+        step = Undecided(masks, count, confidence, self.entropy, self.config, bound, breaks_ties)
         return choose(self.config.strategy, step)
 
     # ---- host ----

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.decoding.reference import within_collapsed_entropy
+from s2d2_lmeval.decoding.reference import most_confident, within_collapsed_entropy
 from s2d2_lmeval.registry import STRATEGIES
 
 
@@ -20,7 +20,8 @@ class Undecided:
     """The input of a strategy: R rows of L places.
 
     ``masks`` (R, L); ``count`` (R,) is how many the schedule asks for; ``confidence`` and ``entropy`` (nats; only where
-    ``entropy_bounded`` is in force and not collapsed) are (R, L); ``at_most_count``: ``count`` is a bound, as in S2D2.
+    ``entropy_bounded`` is in force and not collapsed) are (R, L); ``at_most_count``: ``count`` is a bound, as in S2D2;
+    ``breaks_ties`` as :class:`~s2d2_lmeval.decoding.reference.Rules` say.
     """
 
     masks: torch.Tensor
@@ -29,6 +30,14 @@ class Undecided:
     entropy: torch.Tensor
     config: DecodingConfig
     at_most_count: bool = False
+    breaks_ties: bool = False
+
+    def most_confident(self) -> torch.Tensor:
+        """Rank (R, L) of every mask by descending confidence; the first ``count`` are to be decided."""
+        order = ranks(self.confidence, self.masks)
+        if not self.breaks_ties:
+            return order
+        return most_confident(self.confidence.masked_fill(~self.masks, -torch.inf), order, self.count)
 
     def from_left(self) -> torch.Tensor:
         """Rank (R, L) of every mask from left to right."""
@@ -60,7 +69,7 @@ def sequential(step: Undecided) -> tuple[torch.Tensor, torch.Tensor]:
 @STRATEGIES.register("low_confidence_static")
 def low_confidence_static(step: Undecided) -> tuple[torch.Tensor, torch.Tensor]:
     """The most confident masks."""
-    return ranks(step.confidence, step.masks), step.count
+    return step.most_confident(), step.count
 
 
 @STRATEGIES.register("low_confidence_dynamic")
@@ -68,7 +77,7 @@ def low_confidence_dynamic(step: Undecided) -> tuple[torch.Tensor, torch.Tensor]
     """All above ``confidence_threshold`` if these are enough, else the most confident."""
     above = (step.masks & (step.confidence > step.config.confidence_threshold)).sum(-1)
     enough = (above >= step.count) & (step.count > 0)
-    return ranks(step.confidence, step.masks), torch.where(enough, above, step.count)
+    return step.most_confident(), torch.where(enough, above, step.count)
 
 
 @STRATEGIES.register("entropy_bounded")
