@@ -49,7 +49,6 @@ class DecoderEntry(Entry):
         acceptances: supported values of the option ``acceptance``, the default first.
         strategy: the remasking strategy, if it is fixed.
         needs_drafter: whether it needs a separate drafter.
-        needs_masks: whether it needs masks, of the model itself or of an adapter.
         accelerates: whether it runs the steps of another decoder, ``base``.
         plain: whether it denoises without speculation, by its own definition: others are compared with it, and may
             run its steps.
@@ -61,7 +60,6 @@ class DecoderEntry(Entry):
     acceptances: tuple[str, ...] = ()
     strategy: str | None = None
     needs_drafter: bool = False
-    needs_masks: bool = False
     accelerates: bool = False
     plain: bool = False
     unfit: Mapping[str, str] = field(default_factory=dict)

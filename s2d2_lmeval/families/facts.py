@@ -35,14 +35,9 @@ _ALIGNMENTS = {
 }
 
 
-def fitting(scheme: str, drafted: bool = False, masked: bool = True) -> tuple[str, ...]:
-    """Names of the decoders of a scheme; ``drafted``: those that need a drafter; ``masked``: also those that need
-    masks.
-    """
-    found = {name: DECODERS[name] for name in DECODERS.names(scheme)}
-    return tuple(
-        name for name, one in found.items() if one.needs_drafter == drafted and (masked or not one.needs_masks)
-    )
+def fitting(scheme: str, drafted: bool = False) -> tuple[str, ...]:
+    """Names of the decoders of a scheme; ``drafted``: those that need a drafter."""
+    return tuple(name for name in DECODERS.names(scheme) if DECODERS[name].needs_drafter == drafted)
 
 
 def preferred(decoder: str | None, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -172,7 +167,7 @@ class Facts:
     def decoders(self) -> tuple[str, ...]:
         """Names of the decoders that fit, the default one first: with a drafter, those that use it."""
         with_drafter = fitting(self.scheme, drafted=True) * (self.drafter is not None)
-        return with_drafter + preferred(self.default_decoder, fitting(self.scheme, masked=self.has_masks))
+        return with_drafter + preferred(self.default_decoder, fitting(self.scheme))
 
 
 @dataclass(frozen=True)
@@ -242,7 +237,7 @@ class Family:
     @property
     def decoders(self) -> tuple[str, ...]:
         """Names of the decoders that fit checkpoints without a drafter, the default one first."""
-        return preferred(self.default_decoder, fitting(self.scheme, masked=self.has_masks))
+        return preferred(self.default_decoder, fitting(self.scheme))
 
     @property
     def has_masks(self) -> bool:

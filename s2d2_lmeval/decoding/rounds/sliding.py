@@ -37,7 +37,6 @@ from s2d2_lmeval.decoding.rounds.lookup import Draft, Lookup, Text
 from s2d2_lmeval.decoding.rounds.target import Target, unread_masks
 from s2d2_lmeval.decoding.state import PREFILL, VERIFY
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.costs import MeasureCosts
@@ -68,7 +67,6 @@ PRICE_UNIT = 2.0**30
     "float32 and float64, and on a CPU in bfloat16 with exact=true; otherwise near-ties can fall either way)",
     options=(AcceptanceOption, SlidingOptions),
     acceptances=("keyed", "rejection"),
-    needs_masks=True,
 )
 class Sliding(Target):
     """The decoder ``sliding``."""
@@ -89,10 +87,10 @@ class Sliding(Target):
     def __init__(self, setup: DecoderSetup) -> None:
         super().__init__(setup)
         config, rows = self.config, self.rows
-        if self.facts.mask_token_id == NO_MASK and config.window > 1:
+        if config.window > 1 and not self.facts.has_masks:
             raise ConfigError(
                 f"window={config.window} is a window of masks, and {self.facts.family} checkpoints have no mask token: "
-                "use window=1, where all drafts are looked up."
+                "use window=1, where all drafts are looked up, or give a draft_adapter."
             )
         self.window = config.window - 1
         self.price = np.zeros(rows.count)
