@@ -52,6 +52,10 @@ class CapacityError(S2D2Error):
     """Memory that does not hold a single request."""
 
 
+class TrainingError(S2D2Error):
+    """Training that cannot begin or go on."""
+
+
 class StudyError(S2D2Error):
     """A study that contradicts itself, or a folder of results that cannot be resumed."""
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "sweep": "s2d2_lmeval.cli.sweep",
     "report": "s2d2_lmeval.cli.report",
     "calibrate": "s2d2_lmeval.cli.calibrate",
+    "adapt": "s2d2_lmeval.cli.adapt",
 }
 """Subcommand -> its module."""
 

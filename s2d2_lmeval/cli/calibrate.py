@@ -13,13 +13,11 @@ examples:
 from __future__ import annotations
 
 import argparse
-import random
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from s2d2_lmeval.cli.values import add_shared, nonempty, parse_options
-from s2d2_lmeval.errors import ConfigError, RequestError, first_line, shown
+from s2d2_lmeval.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -63,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     from s2d2_lmeval.cli.checkpoints import encode, open_model
     from s2d2_lmeval.cli.console import begin
+    from s2d2_lmeval.cli.prompts import read_prompts, task_prompts
     from s2d2_lmeval.prompts import with_stops
     from s2d2_lmeval.studies.calibrate import calibrate
 
@@ -98,51 +97,6 @@ def run(args: argparse.Namespace) -> int:
         console.print(part)
     console.print(f"written to {args.output}; use it with decoder=spiffy,base={config.base},draft_graph={args.output}")
     return 0
-
-
-def read_prompts(path: Path, limit: int) -> list[str]:
-    """Up to ``limit`` prompts of a file.
-
-    Raises:
-        RequestError: if there is none.
-    """
-    from s2d2_lmeval.families.files import parse_json, read_text
-
-    try:
-        lines = read_text(path).splitlines()
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--prompts {shown(str(path))} cannot be read ({first_line(error)}).") from None
-    lines = [line for line in lines if line.strip()]
-    texts: list[Any] = [None]
-    with suppress(ValueError, KeyError, TypeError):
-        texts = [parse_json(line)["prompt"] for line in lines] if path.suffix == ".jsonl" else lines
-    if not all(isinstance(text, str) for text in texts):
-        raise RequestError(f'--prompts {path}: every line must be an object with the text of its "prompt".')
-    if not texts:
-        raise RequestError(f"--prompts {path} holds no prompt.")
-    return texts[:limit]
-
-
-def task_prompts(names: str, limit: int) -> list[str]:
-    """Up to ``limit`` prompts of the harness's tasks ``names``, in equal parts; the same ones every time.
-
-    Raises:
-        RequestError: if a task generates nothing.
-    """
-    from s2d2_lmeval.studies.tasks import load_tasks, task_manager
-
-    named = names.split(",")
-    manager = task_manager(None, (), named)
-    tasks = {name: task for one in named for name, task in load_tasks(manager, one).items()}
-    share = -(-limit // len(tasks))
-    texts: list[str] = []
-    for name, task in tasks.items():
-        task.build_all_requests(limit=None, rank=0, world_size=1)
-        asked = [request.args[0] for request in task.instances if request.request_type == "generate_until"]
-        if not asked:
-            raise RequestError(f"Task {name} generates nothing; calibrate on tasks that do.")
-        texts += random.Random(0).sample(asked, min(share, len(asked)))
-    return texts[:limit]
 
 
 def show(graph: DraftGraph) -> list[RenderableType]:

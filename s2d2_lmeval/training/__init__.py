@@ -1,0 +1,1 @@
+"""Training of what drafts: an adapter that makes an autoregressive checkpoint draft for itself."""

@@ -1,0 +1,136 @@
+"""A frozen target with a trainable draft adapter: its parameters, its forward, its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from s2d2_lmeval.errors import TrainingError
+from s2d2_lmeval.families.drafts import MASKS, RECORD, VECTORS
+from s2d2_lmeval.runtime.gated import Gate
+from s2d2_lmeval.training.anchors import Windows
+from s2d2_lmeval.training.checkpointing import replaced
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HIGH_RATE = 2.0
+"""By how much B learns faster than A: it begins at zero."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an adapter is: its rank, the option ``window`` that it is for, and its masks: vectors, one for each place,
+    which see each other, or random tokens of ``noise`` [low, high), each of which sees earlier ones (Uno's form).
+    """
+
+    window: int = 8
+    rank: int = 16
+    noise: tuple[int, int] | None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether masks see earlier ones only."""
+        return self.noise is not None
+
+
+class AdaptedModel:
+    """``model``, frozen, and an adapter of ``form`` in float32."""
+
+    def __init__(self, model: PreTrainedModel, form: Form, seed: int) -> None:
+        self.model, self.form = model.requires_grad_(False), form
+        self.backbone, self.head = model.get_decoder(), model.get_output_embeddings()
+        embedding = model.get_input_embeddings().weight
+        self.device = embedding.device
+        generator = torch.Generator().manual_seed(seed)
+        self.parameters: dict[str, nn.Parameter] = {}
+        factors = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in PROJECTIONS:
+                start = torch.randn(form.rank, module.in_features, generator=generator) / module.in_features**0.5
+                pair = start, torch.zeros(module.out_features, form.rank)
+                low, high = (nn.Parameter(one.to(module.weight.device)) for one in pair)
+                self.parameters |= {f"{name}.lora_A.weight": low, f"{name}.lora_B.weight": high}
+                factors[name] = low, high
+        if not factors:
+            raise TrainingError(f"a {type(model).__name__} has no projections named {', '.join(PROJECTIONS)}.")
+        vectors = None
+        if form.noise is None:
+            mean = embedding.float().mean(0)
+            vectors = self.parameters[MASKS] = nn.Parameter(mean.repeat(form.window - 1, 1))
+        self.gate = Gate(model, factors, vectors)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Groups of parameters for an optimizer, with ``scale``, what the learning rate is multiplied by."""
+        fast = [one for name, one in self.parameters.items() if name.endswith("lora_B.weight")]
+        slow = [one for name, one in self.parameters.items() if not name.endswith("lora_B.weight")]
+        return [{"params": slow, "scale": 1.0}, {"params": fast, "scale": HIGH_RATE}]
+
+    def forward(self, windows: Windows, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (K * W, H) of the masks, with a gradient, and of the plain target in their places."""
+        cache = DynamicCache()
+        with torch.no_grad():
+            clean = self.backbone(
+                input_ids=windows.tokens.unsqueeze(0),
+                position_ids=windows.positions.unsqueeze(0),
+                attention_mask=self._bias(windows.clean_sight()),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[0]
+        low, high = self.form.noise or (0, 1)
+        masks = torch.randint(low, high, windows.ahead.shape, generator=generator).to(self.device)
+        with self.gate.opened(1 + windows.place, captured=True):
+            drafted = self.backbone(
+                input_ids=masks.unsqueeze(0),
+                position_ids=windows.mask_positions.unsqueeze(0),
+                attention_mask=self._bias(windows.sight(self.form.causal)),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[0]
+        return drafted, clean[windows.ahead]
+
+    def _bias(self, seen: torch.Tensor) -> torch.Tensor:
+        """What is added to attention scores, (1, 1, queries, keys)."""
+        dtype = self.model.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill(~seen, torch.finfo(dtype).min)[
+            None, None
+        ]
+
+    def save(self, folder: Path, base: str, source: str) -> None:
+        """Write the adapter as the package peft does, and what is said of its drafts, in bfloat16 for size."""
+        stored = {
+            name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in self.parameters.items()
+        }
+        vectors = stored.pop(MASKS, None)
+        names = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in stored})
+        factors = {f"base_model.model.{name}": value for name, value in stored.items()}
+        record: dict[str, Any] = {"window": self.form.window, "sight": "causal" if self.form.causal else "both"}
+        if self.form.noise is not None:
+            record["noise"] = list(self.form.noise)
+        rank = self.form.rank
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": source,
+            "r": rank,
+            "lora_alpha": rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": names,
+            "inference_mode": True,
+        }
+        replaced(folder / "adapter_model.safetensors", save(factors, metadata={"format": "pt"}))
+        if vectors is not None:
+            replaced(folder / VECTORS, save({MASKS: vectors}))
+        replaced(folder / RECORD, _json({**record, "base": base}))
+        replaced(folder / "adapter_config.json", _json(config))
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

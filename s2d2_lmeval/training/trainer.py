@@ -1,0 +1,202 @@
+"""The loop that trains a draft adapter: windows that grow, a rate that falls, a look at held-out texts now and then.
+
+Every draw is a function of (seed, step, process), so a run that goes on from what it saved ends as one that was never
+interrupted, if its length is given in steps; given in minutes, how many steps that is depends on the machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import nn
+
+from s2d2_lmeval.errors import TrainingError
+from s2d2_lmeval.training.adapter import AdaptedModel
+from s2d2_lmeval.training.anchors import Windows, draw
+from s2d2_lmeval.training.checkpointing import log, read_log, read_state, save_state
+from s2d2_lmeval.training.data import Text
+from s2d2_lmeval.training.losses import draft_loss, hits, weights
+from s2d2_lmeval.training.processes import Processes
+
+WARM_UP_STEPS, LAST_RATE = 20, 0.1
+GROWTH = ((0.05, 2), (0.15, 4))
+"""Share of the run up to which windows are no larger than this; then they are as large as asked."""
+ENTROPY_SHARE = 1 / 3
+"""Share of the run before the loss is the distance of laws."""
+HELD_OUT_WINDOWS = 12
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how to train: ``steps``, or else ``minutes``; each step ``accumulate`` times ``texts`` texts with up
+    to ``windows`` windows each; ``rate`` is that of AdamW, ``look`` the seconds between looks at held-out texts.
+    """
+
+    minutes: float | None = None
+    steps: int | None = None
+    texts: int = 1
+    windows: int = 16
+    accumulate: int = 1
+    rate: float = 1e-3
+    seed: int = 0
+    look: float = 60.0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must not change when a run goes on."""
+        return {name: value for name, value in asdict(self).items() if name not in ("minutes", "look")}
+
+
+class Trainer:
+    """Trains ``adapted`` on ``texts``; measures on ``held_out``; keeps its state and log in ``folder``.
+
+    ``on_look`` is called with every record of the log, after the state was saved; ``on_step`` with the share of the run
+    that is done.
+    """
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        texts: Sequence[Text],
+        held_out: Sequence[Text],
+        recipe: Recipe,
+        folder: Path,
+        processes: Processes,
+        on_look: Callable[[dict[str, Any]], None] = lambda record: None,
+        on_step: Callable[[float], None] = lambda share: None,
+    ) -> None:
+        self.adapted, self.texts, self.recipe, self.folder = adapted, texts, recipe, folder
+        self.processes, self.on_look, self.on_step = processes, on_look, on_step
+        self.masks = adapted.form.window - 1
+        self.decay = max(adapted.form.window / 2, 1.0)
+        self.optimizer = torch.optim.AdamW(adapted.groups(), lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.0)
+        self.fixed = [draw([text], self.masks, HELD_OUT_WINDOWS, Random(1), adapted.device) for text in held_out]
+        self.step, self.seconds, self.mask_tokens, self.clean_tokens = 0, 0.0, 0, 0
+        self.mean: float | None = None
+        self._resume()
+
+    @property
+    def share(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        if self.recipe.steps is not None:
+            return min(self.step / self.recipe.steps, 1.0)
+        assert self.recipe.minutes is not None
+        return min(self.seconds / (60 * self.recipe.minutes), 1.0)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; returns the last record of the log."""
+        looked = self.seconds if self.records else -self.recipe.look
+        while self.share < 1:
+            if self.seconds - looked >= self.recipe.look:
+                self._look()
+                looked = self.seconds
+            began = time.perf_counter()
+            self._train()
+            self.seconds = self.processes.of_first(self.seconds + time.perf_counter() - began)
+            self.on_step(self.share)
+        if not self.records or self.records[-1]["step"] < self.step:
+            self._look()
+        return self.records[-1]
+
+    def _train(self) -> None:
+        """One step."""
+        recipe, share = self.recipe, self.share
+        masks = next((window - 1 for end, window in GROWTH if share < end and window - 1 < self.masks), self.masks)
+        rng = Random(f"{recipe.seed} {self.step} {self.processes.rank}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        for _ in range(recipe.accumulate):
+            chosen = [rng.choice(self.texts) for _ in range(recipe.texts)]
+            windows = draw(chosen, masks, recipe.windows, rng, self.adapted.device)
+            loss = self._loss(windows, generator, share >= ENTROPY_SHARE)
+            (loss / recipe.accumulate).backward()
+            self.mask_tokens += windows.known.numel() * self.processes.count
+            self.clean_tokens += len(windows.tokens) * self.processes.count
+            self.mean = loss.item() if self.mean is None else 0.95 * self.mean + 0.05 * loss.item()
+        rate = recipe.rate * min(1.0, (self.step + 1) / WARM_UP_STEPS) * max(LAST_RATE, 1 - share)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        parameters = self.adapted.parameters.values()
+        self.processes.average(parameter.grad for parameter in parameters if parameter.grad is not None)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    def _loss(self, windows: Windows, generator: torch.Generator, by_law: bool) -> torch.Tensor:
+        drafted, taught = self.adapted.forward(windows, generator)
+        weight = weights(windows.known, self.decay).flatten()
+        return draft_loss(self.adapted.head, drafted, taught, windows.truth.flatten(), weight, by_law)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, Any]:
+        """Of held-out texts: how often each place of a window is right, and how many tokens a draft gets accepted."""
+        generator = torch.Generator().manual_seed(0)
+        right = [
+            hits(self.adapted.head, self.adapted.forward(one, generator)[0], one.truth, one.known) for one in self.fixed
+        ]
+        found = torch.cat(right).float()
+        return {
+            "accepted_per_draft": round(found.cumprod(1).sum(1).mean().item(), 4),
+            "right": [round(share, 3) for share in found.mean(0).tolist()],
+        }
+
+    def _look(self) -> None:
+        """Measure, log, save."""
+        record = {
+            "step": self.step,
+            "seconds": round(self.seconds, 1),
+            "mask_tokens": self.mask_tokens,
+            "clean_tokens": self.clean_tokens,
+            "loss": None if self.mean is None else round(self.mean, 4),
+            **self.measure(),
+        }
+        self.records.append(record)
+        if self.processes.rank == 0:
+            self._save()
+            log(self.folder, record)
+            self.on_look(record)
+        self.processes.wait()
+
+    # ---- going on ----
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for name, parameter in self.adapted.parameters.items():
+            found[name] = parameter
+            held = self.optimizer.state.get(parameter, {})
+            found |= {f"{field}.{name}": held[field] for field in ("exp_avg", "exp_avg_sq") if field in held}
+        return found
+
+    def _save(self) -> None:
+        counts = {name: getattr(self, name) for name in ("step", "seconds", "mask_tokens", "clean_tokens", "mean")}
+        recipe = {**self.recipe.identity, **asdict(self.adapted.form), "processes": self.processes.count}
+        save_state(self.folder, self._state(), {"counts": counts, "recipe": recipe})
+
+    def _resume(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        found = read_state(self.folder)
+        if found is None:
+            return
+        tensors, about = found
+        now = {**self.recipe.identity, **asdict(self.adapted.form), "processes": self.processes.count}
+        now = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items()}
+        other = sorted(name for name in now if now[name] != about["recipe"].get(name))
+        if other or not tensors.keys() >= self.adapted.parameters.keys():
+            what = f"with another {other[0]}" if other else "of another model"
+            raise TrainingError(
+                f"{self.folder} holds a run {what}; give the same options to go on with it, or another folder."
+            )
+        for name, parameter in self.adapted.parameters.items():
+            parameter.data.copy_(tensors[name])
+            if f"exp_avg.{name}" in tensors:
+                held = {field: tensors[f"{field}.{name}"].to(parameter.device) for field in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(about["counts"]["step"])), **held}
+        for name, value in about["counts"].items():
+            setattr(self, name, value)
+        self.records = read_log(self.folder, self.step)
