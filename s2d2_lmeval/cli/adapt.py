@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from s2d2_lmeval.cli.console import begin
-    from s2d2_lmeval.training.adapt import Answers, adapt
+    from s2d2_lmeval.training.adapt import Answers, Target, adapt
     from s2d2_lmeval.training.adapter import Form
     from s2d2_lmeval.training.trainer import Recipe
 
@@ -84,18 +84,13 @@ def run(args: argparse.Namespace) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         adapt(
-            args.model,
+            Target(args.model, args.revision, args.device, args.dtype),
             prompts,
             args.out,
             Form(args.window, args.rank, noise),
             recipe,
-            Answers(args.rows, args.temperature, args.max_new_tokens),
-            about=args.prompts,
-            held_out=args.held_out,
-            revision=args.revision,
-            device=args.device,
-            dtype=args.dtype,
-            watcher=_watcher(progress, len(prompts)),
+            Answers(args.rows, args.temperature, args.max_new_tokens, args.held_out, about=args.prompts),
+            _watcher(progress, len(prompts)),
         )
     console.print(f"written to {args.out}; use it with draft_adapter={args.out}")
     return 0

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from s2d2_lmeval.errors import TrainingError
 from s2d2_lmeval.families import Facts, checkpoint_facts, load_checkpoint
 from s2d2_lmeval.families.drafts import digest
 from s2d2_lmeval.families.facts import AUTOREGRESSIVE
 from s2d2_lmeval.families.files import resolve, weight_files
-from s2d2_lmeval.model import BlockDiffusionModel, load
+from s2d2_lmeval.model import load
 from s2d2_lmeval.training.adapter import AdaptedModel, Form
 from s2d2_lmeval.training.card import card
 from s2d2_lmeval.training.checkpointing import replaced, writing
@@ -24,12 +23,35 @@ from s2d2_lmeval.training.trainer import Recipe, Trainer
 
 
 @dataclass(frozen=True)
+class Target:
+    """The checkpoint that is adapted: folder or hub id, and how it is loaded."""
+
+    source: str
+    revision: str | None = None
+    device: str | None = None
+    dtype: str = "auto"
+
+    def loading(self, processes: Processes) -> dict[str, Any]:
+        """How this process loads it."""
+        device = processes.device or self.device
+        return {"revision": self.revision, "device": device, "dtype": self.dtype}
+
+    def digest(self) -> str:
+        """Of the weights."""
+        return digest(weight_files(resolve(self.source), revision=self.revision))
+
+
+@dataclass(frozen=True)
 class Answers:
-    """How the target answers: ``rows`` side by side, at ``temperature``, up to ``max_new_tokens``."""
+    """How the target answers: ``rows`` side by side, at ``temperature``, up to ``max_new_tokens``. The first
+    ``held_out`` are to measure on. ``about`` says for the card what the prompts are.
+    """
 
     rows: int = 8
     temperature: float = 0.0
     max_new_tokens: int = 256
+    held_out: int = 32
+    about: str = "prompts"
 
 
 @dataclass(frozen=True)
@@ -42,66 +64,48 @@ class Watcher:
 
 
 def adapt(
-    source: str,
+    target: Target,
     prompts: Sequence[list[int]],
     folder: Path,
     form: Form,
     recipe: Recipe,
-    answers: Answers,
-    *,
-    about: str = "prompts",
-    held_out: int = 32,
-    revision: str | None = None,
-    device: str | None = None,
-    dtype: str = "auto",
+    answers: Answers | None = None,
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
-    """Train a draft adapter for the checkpoint ``source`` on its own answers to ``prompts``, and write it to
-    ``folder`` at every look; the same call goes on with a run that was stopped.
-
-    Args:
-        about: what the prompts are, for the card.
-
-    Returns:
-        The last record of the log.
+    """Train a draft adapter for ``target`` on its own answers to ``prompts`` (token ids), and write it to ``folder`` at
+    every look; the same call goes on with a run that was stopped. Returns the last record of the log.
 
     Raises:
         TrainingError: something to train that cannot be trained.
     """
-    watcher = watcher or Watcher()
-    facts = checkpoint_facts(source, revision)
-    check(source, facts, form, prompts, answers.max_new_tokens)
+    answers, watcher = answers or Answers(), watcher or Watcher()
+    facts = checkpoint_facts(target.source, target.revision)
+    check(target.source, facts, form, prompts, answers.max_new_tokens)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     processes = Processes()
-    options: dict[str, Any] = {"device": processes.device or device, "dtype": dtype, "revision": revision}
-
-    def target() -> BlockDiffusionModel:
-        return load(source, max_batch=answers.rows, **options)
+    loading = target.loading(processes)
 
     def answer() -> list[Text]:
-        how: dict[str, Any] = {
-            "temperature": answers.temperature,
-            "max_new_tokens": answers.max_new_tokens,
-            "seed": recipe.seed,
-        }
-        return answered(target, prompts, folder, on_answered=watcher.answered, **how)
+        rows, how = answers.rows, {"temperature": answers.temperature, "seed": recipe.seed}
+        model = partial(load, target.source, max_batch=rows, **loading)
+        return answered(model, prompts, folder, how, answers.max_new_tokens, watcher.answered)
 
     texts = answer() if processes.rank == 0 else []
     processes.wait()
-    learnt, kept = divided(texts or answer(), held_out)
-    model, _ = load_checkpoint(source, **options)
-    adapted = AdaptedModel(model, form, recipe.seed)
-    base = digest(weight_files(resolve(source), revision=revision))
+    learnt, kept = divided(texts or answer(), answers.held_out)
+    adapted = AdaptedModel(load_checkpoint(target.source, **loading)[0], form, recipe.seed)
+    base = target.digest()
 
     def looked(record: dict[str, Any]) -> None:
-        adapted.save(folder, base, source)
-        written = card(source, about, form, recipe, answers.temperature, len(learnt), trainer.records)
-        replaced(folder / "README.md", written.encode())
+        adapted.save(folder, base, target.source)
+        about = (
+            f"{len(learnt)} {'sampled' if answers.temperature else 'greedy'} answers of the model to {answers.about}"
+        )
+        replaced(folder / "README.md", card(target.source, about, form, recipe, trainer.records).encode())
         watcher.looked(record)
 
     trainer = Trainer(adapted, learnt, kept, recipe, folder, processes, looked, watcher.trained)
-    torch.manual_seed(recipe.seed)
     return trainer.run()
 
 

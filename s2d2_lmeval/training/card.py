@@ -17,17 +17,14 @@ def card(
     about: str,
     form: Form,
     recipe: Recipe,
-    temperature: float,
-    texts: int,
     records: Sequence[Mapping[str, Any]],
 ) -> str:
-    """The card as Markdown."""
+    """The card as Markdown; ``about`` says what the adapter was trained on."""
     masks = (
         f"random tokens from {form.noise[0]} to {form.noise[1] - 1}, each of which sees earlier ones"
         if form.noise
         else "a vector for each place, which see each other"
     )
-    answers = "greedy" if temperature == 0 else f"sampled (temperature {temperature:g})"
     step = -(-len(records) // ROWS)
     shown = [*records[:: max(step, 1)]]
     if shown[-1] is not records[-1]:
@@ -53,7 +50,7 @@ those of the plain weights.
     lm_eval --model s2d2 --model_args pretrained={source},draft_adapter=THIS_FOLDER --tasks …
 
 - window {form.window}; masks: {masks}
-- trained on {texts} {answers} answers of the model itself to: {about}
+- trained on {about}
 - {recipe.texts * recipe.accumulate} texts per step, up to {recipe.windows} windows each; AdamW, rate {recipe.rate:g}
 
 On held-out answers: tokens that a draft gets accepted, and how often each place of a window is right.

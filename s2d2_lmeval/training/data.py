@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from s2d2_lmeval.errors import TrainingError
 from s2d2_lmeval.model import BlockDiffusionModel
@@ -33,13 +34,11 @@ def answered(
     model: Callable[[], BlockDiffusionModel],
     prompts: Sequence[list[int]],
     folder: Path,
-    *,
-    temperature: float,
+    options: Mapping[str, Any],
     max_new_tokens: int,
-    seed: int,
     on_answered: Callable[[int], None],
 ) -> list[Text]:
-    """The target's own answers to ``prompts``, one after the other by the decoder ``ar``.
+    """The target's own answers to ``prompts`` by the decoder ``ar``, with ``options`` (``temperature``, ``seed``).
 
     They are kept in :data:`ANSWERS` in ``folder``, a whole call at a time, and what is there is not answered again;
     ``model`` is loaded only if anything is left. ``on_answered`` is told how many there are.
@@ -55,11 +54,11 @@ def answered(
     if len(found) < len(prompts):
         target = model()
         step = PER_CALL * target.max_batch
-        options = {"decoder": "ar", "temperature": temperature, "do_sample": temperature > 0, "seed": seed}
+        how = {"decoder": "ar", "do_sample": options["temperature"] > 0, **options}
         for first in range(len(found), len(prompts), step):
             asked = [list(prompt) for prompt in prompts[first : first + step]]
             seeds = list(range(first, first + len(asked)))
-            said = target.generate(asked, options, max_new_tokens=max_new_tokens, seeds=seeds)
+            said = target.generate(asked, how, max_new_tokens=max_new_tokens, seeds=seeds)
             texts = [Text(prompt, one.token_ids) for prompt, one in zip(asked, said, strict=True)]
             with writing(path), path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(vars(text)) + "\n" for text in texts))
