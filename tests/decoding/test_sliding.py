@@ -136,6 +136,18 @@ def test_ar_is_what_a_plain_model_writes_without_cache(family: str) -> None:
     assert answer.stats["nfe"] == 12
 
 
+@pytest.mark.parametrize("family", ["sdar", "fast_dllm_v2"])
+@pytest.mark.parametrize("row_budget", [17, 18, 20, 33])
+def test_drafts_are_verified_however_tight_the_budget(family: str, row_budget: int) -> None:
+    """A window costs nearly all of it, and promises more than unsure drafts do; every third round runs one."""
+    prompts = [[n, 3, 1, 4, 1, 5] for n in range(4)]
+    options = {"decoder": "sliding", "window": 16, "row_budget": row_budget, "lookup": False}
+    for batch in (1, 4):
+        for answer in decode(prompts, [24] * 4, batch, family, **options):
+            drafting = answer.stats["rounds"]
+            assert drafting >= 0.3 * (answer.stats["nfe"] - 2)
+
+
 def test_rows_share_the_budget() -> None:
     """Together no more than their shares, those of rows that just ended included; one of them more than its own."""
     model = engine(dtype=torch.float64)

@@ -18,7 +18,7 @@ import torch
 from s2d2_lmeval.decoding.rounds.trees import Tree
 from s2d2_lmeval.runtime.graphs import Tables
 
-PRICES = 64
+PRICES = 32
 """Prices tried, in equal ratios."""
 CHEAPEST = 1e-4
 """The lowest price, relative to the one at which no row buys."""
@@ -73,9 +73,7 @@ def bid(tree: Tree, terms: Terms) -> Bids:
     value = tree.value.float()
     prices = terms.prices()
     node = torch.arange(value.shape[1] + 1, device=value.device)
-    elder = (tree.parent.unsqueeze(2) == tree.parent.unsqueeze(1)) & (node[1:].unsqueeze(1) > node[1:])
-    taken = torch.where(elder, value.unsqueeze(1), 0).sum(2)
-    before = _with_root(value).gather(1, tree.parent) - taken
+    before = _with_root(value).gather(1, tree.parent) - _elders(tree).float()
 
     def windows(chance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         surplus = terms.draft_value * chance.unsqueeze(-1) - terms.window * prices
@@ -98,6 +96,17 @@ def bid(tree: Tree, terms: Terms) -> Bids:
 def _with_root(value: torch.Tensor) -> torch.Tensor:
     """(R, N + 1) from those of the nodes (R, N); the walk always comes to the root."""
     return torch.nn.functional.pad(value, (1, 0), value=1.0)
+
+
+def _elders(tree: Tree) -> torch.Tensor:
+    """(R, N) what the siblings before each node are worth together."""
+    parent, order = tree.parent.sort(dim=1, stable=True)
+    value = tree.value.double().gather(1, order)
+    before = value.cumsum(1) - value
+    eldest = torch.ones_like(parent, dtype=torch.bool)
+    eldest[:, 1:] = parent[:, 1:] != parent[:, :-1]
+    families = before.where(eldest, 0).cummax(1).values
+    return torch.zeros_like(value).scatter(1, order, before - families)
 
 
 def price_within(bids: Bids, budget: torch.Tensor) -> torch.Tensor:
@@ -125,41 +134,70 @@ def price_paid(
     return rate * longer / bought.clamp_min(1)
 
 
-def fit(tree: Tree, budget: torch.Tensor, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best that each row can run with ``budget`` (R,) queries of its own: the first so many nodes (R, 1), and which
-    of them, root first, have a window (R, N + 1). Every number of nodes is tried, each with as many windows as are
-    left, where the walk most likely ends.
-    """
-    rows, most = tree.value.shape
-    value = _with_root(tree.value)
-    # children[r, m, i]: summed value of the children of i among the first m nodes
-    born = torch.zeros(rows, most, most + 1, dtype=value.dtype, device=value.device)
-    born.scatter_(2, tree.parent.unsqueeze(2), tree.value.unsqueeze(2))
-    children = torch.nn.functional.pad(born.cumsum(1), (0, 0, 1, 0))
-    index = torch.arange(most + 1, device=value.device)
-    ends = (value.unsqueeze(1) - children).clamp_min(0).masked_fill(index > index.unsqueeze(1), -1.0)
-    likeliest, order = ends.topk(min(terms.most // terms.window, most + 1), dim=2)
-    left = budget.unsqueeze(1) - terms.node * index
-    windows = torch.minimum(left.clamp_min(0) // terms.window, index + 1)
-    won = torch.nn.functional.pad(likeliest.clamp_min(0).cumsum(2), (1, 0))
-    worth = value.cumsum(1) + terms.draft_value * won.gather(2, windows.unsqueeze(2)).squeeze(2)
-    nodes = worth.masked_fill((left < 0) | (value <= 0), -torch.inf).argmax(1, keepdim=True)
-    best = order.gather(1, nodes.unsqueeze(2).expand(rows, 1, order.shape[2])).squeeze(1)
-    among = torch.arange(best.shape[1], device=value.device) < windows.gather(1, nodes)
-    return nodes, torch.zeros_like(value, dtype=torch.bool).scatter(1, best, among)
-
-
 def at_price(tree: Tree, bids: Bids, price: torch.Tensor, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
     """What every row buys at the price with the index ``price`` (1,), as in :func:`fit`. Its bid says how many windows;
     they go where the walk most likely ends.
     """
     nodes = bids.nodes.index_select(1, price)
-    value = _with_root(tree.value)
-    index = torch.arange(value.shape[1], device=value.device)
-    ends = value.scatter_add(1, tree.parent, -tree.value * (index[1:] <= nodes)).masked_fill(index > nodes, -1.0)
     windows = (bids.queries.index_select(1, price) - terms.node * nodes) // terms.window
-    rank = ends.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    rank = walks_end(tree, nodes).squeeze(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return nodes, rank < windows
+
+
+def fit(tree: Tree, budget: torch.Tensor, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best that each row can run with ``budget`` (R,) queries of its own: the first so many nodes (R, 1), and which
+    of them, root first, have a window (R, N + 1). Of few numbers of nodes, close together where they are small, it is
+    the best, each with as many windows as are left, where the walk most likely ends; and then as many more nodes as
+    pay.
+    """
+    rows, most = tree.value.shape
+    value = _with_root(tree.value)
+    counts = some_up_to(most, value.device)
+    ends = walks_end(tree, counts.expand(rows, -1))
+    likeliest, order = ends.topk(min(terms.most // terms.window, most + 1), dim=2)
+    left = budget.unsqueeze(1) - terms.node * counts
+    windows = torch.minimum(left.clamp_min(0) // terms.window, counts + 1).clamp_max(likeliest.shape[2])
+    won = torch.nn.functional.pad(likeliest.clamp_min(0).cumsum(2), (1, 0))
+    worth = value.cumsum(1)[:, counts] + terms.draft_value * won.gather(2, windows.unsqueeze(2)).squeeze(2)
+    which = worth.masked_fill((left < 0) | (value[:, counts] <= 0), -torch.inf).argmax(1, keepdim=True)
+    best = order.gather(1, which.unsqueeze(2).expand(rows, 1, order.shape[2])).squeeze(1)
+    among = torch.arange(best.shape[1], device=value.device) < windows.gather(1, which)
+    windowed, nodes = torch.zeros_like(value, dtype=torch.bool).scatter(1, best, among), counts[which]
+    # A further node is walked to instead of the end at its parent, which may have a window.
+    index = torch.arange(1, most + 1, device=value.device)
+    gain = tree.value * (1 - terms.draft_value * windowed.gather(1, tree.parent)) * (index > nodes)
+    runs = (terms.node * index <= budget.unsqueeze(1) - terms.window * windowed.sum(1, keepdim=True)) & (gain != 0)
+    more, last = gain.cumsum(1).masked_fill(~runs, -torch.inf).max(1, keepdim=True)
+    return torch.where(more > 0, last + 1, nodes), windowed
+
+
+def some_up_to(most: int, device: torch.device) -> torch.Tensor:
+    """Rising whole numbers (C,) from 0 to at most ``most``: all up to 16, then eight per doubling."""
+    doublings = max(most.bit_length() - 4, 0)
+    place = torch.arange(8 * doublings + (most >> doublings) + 1, device=device)
+    return torch.where(place < 8, place, (8 + place % 8) << (place // 8 - 1).clamp_min(0))
+
+
+def walks_end(tree: Tree, nodes: torch.Tensor) -> torch.Tensor:
+    """How likely the walk ends at root and each node (R, C, N + 1), where the first ``nodes`` (R, C) run; -1 where none
+    does.
+    """
+    value = _with_root(tree.value).unsqueeze(1)
+    run = torch.arange(value.shape[2], device=value.device) <= nodes.unsqueeze(2)
+    children = (-value * run)[:, :, 1:]
+    parent = tree.parent.unsqueeze(1).expand_as(children)
+    return value.expand_as(run).scatter_add(2, parent, children).clamp_min(0).masked_fill(~run, -1.0)
+
+
+def in_turn(
+    tree: Tree, nodes: torch.Tensor, windows: torch.Tensor, budget: torch.Tensor, terms: Terms, waited: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``nodes`` (R, 1) and ``windows`` (R, N + 1) as bought of ``budget`` (R,); but rows that have ``waited`` (R, 1),
+    because no node of their last draft was run, run this one: however much a new one promises, so would the next.
+    """
+    instead = torch.minimum(budget.unsqueeze(1) // terms.node, (tree.value > 0).sum(1, keepdim=True))
+    now = waited & (nodes == 0) & (instead > 0)
+    return torch.where(now, instead, nodes), windows & ~now
 
 
 class QueryBudget:
@@ -187,7 +225,9 @@ class QueryBudget:
     @property
     def draft_value(self) -> float:
         """The gain of a draft in tokens: those accepted, minus the price of its nodes."""
-        return max((PRIOR_GAIN * PRIOR_WEIGHT + self._gained) / (PRIOR_WEIGHT + self._drafts), 0.0)
+        gain = (PRIOR_GAIN * PRIOR_WEIGHT + self._gained) / (PRIOR_WEIGHT + self._drafts)
+        within = self.depths if self.queries is None else (self.queries - self.node) // self.node
+        return max(min(gain, float(within)), 0.0)
 
     def learned(self) -> np.ndarray:
         """The gain of a draft and the rate of tokens per second, float64 in the guise of whole numbers (2,)."""
@@ -212,26 +252,35 @@ class QueryBudget:
         self.most = min(self.most, max(pays, self.window + self.node))
 
     def buy(
-        self, tree: Tree, drafted: torch.Tensor, running: torch.Tensor, draft_value: torch.Tensor, rate: torch.Tensor
+        self,
+        tree: Tree,
+        drafted: torch.Tensor,
+        running: torch.Tensor,
+        waited: torch.Tensor,
+        draft_value: torch.Tensor,
+        rate: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Nodes (count, 1) and windows (count, N + 1) of every row, and the price of a query (1,), by what has been
         :meth:`learned`.
 
         Only ``running`` rows (count,) spend. Of a budget in queries, rows without a draft (``drafted`` (count, 1) is
-        false) spend a window; else they run one if it pays.
+        false) spend a window; else they run one if it pays. ``waited`` (count, 1) is as in :func:`in_turn`.
         """
         terms = Terms(self.node, self.window, draft_value, self.most - self.node)
         if self.queries is None:
             bids = bid(tree, terms).of(running)
             fixed = running.sum(0, keepdim=True) * self.node
             at = price_for_rate(bids, self._seconds_of, fixed, rate)
-            return *at_price(tree, bids, at, terms), price_paid(bids, self._seconds_of, fixed, rate, at)
+            price = price_paid(bids, self._seconds_of, fixed, rate, at)
+            bought = bids.queries.index_select(1, at).squeeze(1)
+            return *in_turn(tree, *at_price(tree, bids, at, terms), bought, terms, waited), price
         share = self.queries - self.node
         if self.shared:
-            price, spent = self._share_out(tree, terms, share, drafted.squeeze(1), running)
+            price, spent = self._share_out(bid(tree, terms), share, drafted.squeeze(1), running)
         else:
             price, spent = tree.value.new_zeros(1), torch.full_like(tree.parent[:, 0], share)
-        nodes, windows = fit(tree, spent.clamp(0, terms.most), terms)
+        spent = spent.clamp(0, terms.most)
+        nodes, windows = in_turn(tree, *fit(tree, spent, terms), spent, terms, waited)
         first = torch.arange(windows.shape[1], device=drafted.device) == 0
         return nodes * drafted, torch.where(drafted, windows, first), price
 
@@ -258,10 +307,10 @@ class QueryBudget:
         return float(worth[most]) if most < len(worth) else 0.0
 
     def _share_out(
-        self, tree: Tree, terms: Terms, share: int, drafted: torch.Tensor, running: torch.Tensor
+        self, bids: Bids, share: int, drafted: torch.Tensor, running: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The price of a query (1,) and what each row may spend (count,), together ``share`` queries per row."""
-        bids, drafting = bid(tree, terms).of(running & drafted), (running & drafted).sum()
+        bids, drafting = bids.of(running & drafted), (running & drafted).sum()
         budget = running.sum() * share - (running & ~drafted).sum() * self.window
         price = price_within(bids, budget)
         spent = bids.queries.index_select(1, price).squeeze(1)

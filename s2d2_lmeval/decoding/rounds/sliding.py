@@ -50,7 +50,7 @@ WIDEST, WIDEST_FORWARD = 256, 1024
 DEEPEST, MOST_FOUND = 15, 32
 """Depth and nodes of a tree that is looked up."""
 
-LEAST_WORTH = 0.05
+LEAST_WORTH = 0.1
 """Probability of acceptance below which a node that was looked up is not run, even if there is room for it."""
 
 CHOICES = 16
@@ -95,6 +95,8 @@ class Sliding(Target):
         self.window = config.window - 1
         self.price = np.zeros(rows.count)
         """The price per query of each row's tree, in tokens, when it was bought."""
+        self.waited = np.zeros(rows.count, dtype=np.int64)
+        """Whether no node of a row's last draft is run."""
         queries = None if config.row_budget == "auto" else int(config.row_budget)
         most = self.most_queries(config, rows.count)
         self.budget = QueryBudget(
@@ -153,7 +155,8 @@ class Sliding(Target):
         if self.config.looks_up:
             self._look_up()
         plan = super().plan()
-        self._plan = replace(plan, rows={**plan.rows, "learned": self.budget.learned()})
+        told = {"learned": self.budget.learned(), "waited": self.waited}
+        self._plan = replace(plan, rows={**plan.rows, **told})
         return self._plan
 
     def admitted(self, slot: int) -> None:
@@ -202,7 +205,8 @@ class Sliding(Target):
         base = sent["base"] - sent.part("window").start
         tree = self._draft(logits, met, base + at_end.long().argmax(1, keepdim=True) * self.window, end)
         running, learned = sent["running"].squeeze(1).bool(), sent["learned"].view(torch.float64)
-        nodes, windows, price = self.budget.buy(tree, met, running, *learned)
+        waited = sent["waited"].unsqueeze(1).bool()
+        nodes, windows, price = self.budget.buy(tree, met, running, waited, *learned)
         rows.plant(slice(None), tree)
         rows.holder.copy_(windows.long().argsort(dim=1, descending=True, stable=True))
         return [met, nodes, windows.sum(1, keepdim=True), (price * PRICE_UNIT).expand_as(nodes)]
@@ -246,3 +250,4 @@ class Sliding(Target):
             for name, more in (("windows", drafts), ("windows_used", used), ("windows_missed", 1 - used)):
                 rows.progress[slot].count(name, more)
         rows.nodes[slots], rows.windows[slots], self.price[slots] = nodes, windows, price / PRICE_UNIT
+        self.waited[slots] = (met > 0) & (nodes == 0)
