@@ -34,6 +34,19 @@ def test_missing_weights(publish, rewrite, family, caplog):
     assert "LOAD REPORT" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("llama_4_scaling_beta", None), ("llama_4_scaling_beta", "0.1"), ("original_max_position_embeddings", 0)],
+)
+def test_a_scale_by_position_that_is_not_one(publish, name, value):
+    """Ministral3 reads both in every forward, whatever its rotary frequencies."""
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    rope |= {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8}
+    folder, _, config, _ = publish("nemotron_labs_diffusion")
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": {**rope, name: value}}))
+    refused(folder, f"{name}={value!r}", "rope_parameters")
+
+
 def test_missing_weights_are_named(publish, rewrite):
     folder, _, _, weights = publish("sdar")
     rewrite(folder, {name: value for name, value in weights.items() if ".layers.1." not in name})

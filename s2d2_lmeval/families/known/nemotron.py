@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import Ministral3Config
 
-from s2d2_lmeval.families.config_map import SIZES, translate
+from s2d2_lmeval.families.config_map import SIZES, is_number, require, translate
 from s2d2_lmeval.families.facts import Family
 
 _ASSUMES = {"attention_bias": False, "mlp_bias": False}
@@ -33,9 +33,15 @@ def defaults(block_length: int) -> dict[str, Any]:
 
 
 def _ministral3(config: Mapping[str, Any]) -> Ministral3Config:
-    return translate(
+    native = translate(
         config, Ministral3Config, (*SIZES, "head_dim"), optional=("hidden_act",), assumes=_ASSUMES, sliding_window=None
     )
+    # Queries are scaled by 1 + beta·ln(1 + ⌊position / original context⌋), whatever the rotary frequencies.
+    for name in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+        value = native.rope_parameters.get(name)
+        fine = is_number(value) and value >= 0 and (value > 0 or name == "llama_4_scaling_beta")
+        require(native.rope_parameters, name, "a positive number in rope_parameters", fine)
+    return native
 
 
 def _doubt(config: Mapping[str, Any], source: str) -> str | None:

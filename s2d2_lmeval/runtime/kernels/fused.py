@@ -1,10 +1,10 @@
 """Decoder layers in few GPU kernels: ten launches instead of about sixty, with the numbers of the module.
 
-A layer is recognised by its structure (Qwen2, Qwen3, Llama and what is built like them): RMS norms, projections without
-quantisation or adapters, rotary embeddings over whole heads, a gated SiLU. Of a layer whose feed-forward part is
-something else, such as experts, only the attention is fused. Its ``forward`` is replaced; the module, its parameters
-and its hooks stay: what goes in and what comes out is the same. Projections that read the same input become one
-product, of which the module's own weights are views. ::
+A layer is recognised by its structure (Qwen2, Qwen3, Llama, Ministral3 and what is built like them): RMS norms,
+projections without quantisation or adapters, rotary embeddings over whole heads, a gated SiLU. Of a layer whose
+feed-forward part is something else, such as experts, only the attention is fused. Its ``forward`` is replaced; the
+module, its parameters and its hooks stay: what goes in and what comes out is the same. Projections that read the same
+input become one product, of which the module's own weights are views. ::
 
     add_norm, query-key-value product, rope_write, attention (2), output product,
     add_norm, gate-up product, silu_mul, down product (adds to the residual stream)
@@ -61,6 +61,9 @@ class FusedLayer:
         gated = _is_gated(getattr(layer, "mlp", None))
         _expect_known_parts(layer, attention, gated)
         self.cache_argument = cache_argument(layer)
+        rope = getattr(getattr(attention, "config", None), "rope_parameters", None) or {}
+        self.beta: float | None = rope.get("llama_4_scaling_beta")
+        self.original: float = rope.get("original_max_position_embeddings") or 1
         self.attends = _Joined([getattr(attention, name) for name in _ATTENTION[:3]])
         self.gates = _Joined([layer.mlp.gate_proj, layer.mlp.up_proj]) if gated else None
         self.down: Any = layer.mlp.down_proj.weight.detach().t() if gated else None
@@ -75,7 +78,8 @@ class FusedLayer:
         if context is None or not isinstance(cache, SlotCache) or not self.stands():
             out: torch.Tensor = self.plain(hidden_states, *args, **kwargs)
             return out
-        return self._forward(hidden_states[0], kwargs["position_embeddings"], cache, context).unsqueeze(0)
+        positions = kwargs["position_ids"][0] if self.beta else None
+        return self._forward(hidden_states[0], kwargs["position_embeddings"], positions, cache, context).unsqueeze(0)
 
     def stands(self) -> bool:
         """Whether the modules still have these weights, and did not move or get others."""
@@ -88,6 +92,7 @@ class FusedLayer:
         self,
         stream: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
+        positions: torch.Tensor | None,
         cache: SlotCache,
         context: AttentionContext,
     ) -> torch.Tensor:
@@ -109,6 +114,9 @@ class FusedLayer:
             keys,
             values,
         )
+        if positions is not None:  # Ministral3: queries beyond the original context are larger
+            scale = 1 + (self.beta or 0) * torch.floor(positions / self.original).log1p()
+            queries = queries * scale.to(queries.dtype).view(-1, 1, 1)
         seen, _ = pass_attention(
             attention,
             queries.transpose(0, 1).unsqueeze(0),
@@ -247,7 +255,9 @@ def _compare(backbone: Any, fused: list[FusedLayer], backend: str) -> None:
         cache.write_to(context.destinations)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, layout.queries, weight.shape[1], generator=generator).to(weight)
-        positions = (context.destinations % cache.capacity).unsqueeze(0)
+        # Over the whole context: what depends on the position may do so in few places.
+        apart = max(1, getattr(backbone.config, "max_position_embeddings", 1) // cache.capacity)
+        positions = (context.destinations % cache.capacity * apart).unsqueeze(0)
         rotary = backbone.rotary_emb(x, positions)
         if not isinstance(rotary, tuple) or rotary[0].shape[-1] != forward.dim:
             raise Unlike("their rotary embedding covers part of a head")
@@ -259,9 +269,10 @@ def _compare(backbone: Any, fused: list[FusedLayer], backend: str) -> None:
             "position_embeddings": rotary,
             forward.cache_argument: cache,
             "use_cache": True,
+            "position_ids": positions,
             "pass_context": context,
         }
-        wanted = forward.plain(x, attention_mask=None, position_ids=positions, **given), *map(torch.clone, rooms)
+        wanted = forward.plain(x, attention_mask=None, **given), *map(torch.clone, rooms)
         for one, other in zip(wanted, (forward(x, **given), *rooms), strict=True):
             differences.append((one - other).abs().max() / one.abs().max())
     worst = torch.stack([one.to(differences[0].device) for one in differences]).max().item()

@@ -15,6 +15,8 @@ from transformers import (
     Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -43,12 +45,20 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+LONG = {  # queries are scaled from position 4 on
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 16.0,
+    "original_max_position_embeddings": 4,
+    "llama_4_scaling_beta": 0.5,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MODELS: dict[str, Any] = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
     "qwen3 with biases": (Qwen3ForCausalLM, Qwen3Config(**SIZES, attention_bias=True)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
     "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "ministral3": (Ministral3ForCausalLM, Ministral3Config(**SIZES, rope_parameters=LONG, max_position_embeddings=64)),
     "qwen3 with experts": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**SIZES, **EXPERTS, decoder_sparse_step=2)),
 }
 
