@@ -21,7 +21,7 @@ import torch
 
 from s2d2_lmeval.decoding import reference
 from s2d2_lmeval.decoding.blocks.planning import plan_blocks
-from s2d2_lmeval.decoding.blocks.remasking import Undecided, choose
+from s2d2_lmeval.decoding.blocks.remasking import Undecided, choose, ranks
 from s2d2_lmeval.decoding.blocks.rows import BlockState, Rows
 from s2d2_lmeval.decoding.decoder import Decided, Decoder, DecoderSetup
 from s2d2_lmeval.decoding.generation import DENOISED
@@ -29,6 +29,7 @@ from s2d2_lmeval.decoding.options.blocks import (
     BlockOption,
     ConfidenceOption,
     EntropyOptions,
+    MultiBlockOption,
     ScheduleOption,
     StepOptions,
 )
@@ -61,7 +62,7 @@ def _remasking(name: str, strategy: str, what: str, *options: type) -> Callable[
 @_remasking("entropy_bounded", "entropy_bounded", "entropy-bounded remasking", EntropyOptions)
 @_remasking("sequential", "sequential", "sequential block denoising")
 @_remasking("static", "low_confidence_static", "static low-confidence remasking")
-@_remasking("dynamic", "low_confidence_dynamic", "dynamic (confidence-threshold) remasking", ConfidenceOption)
+@_remasking("dynamic", "low_confidence_dynamic", "dynamic (confidence-threshold) remasking", ConfidenceOption, MultiBlockOption)
 class BlockDenoiser(Decoder[Rows]):
     """The decoders ``sequential``, ``static``, ``dynamic`` and ``entropy_bounded``."""
 
@@ -91,6 +92,7 @@ class BlockDenoiser(Decoder[Rows]):
             absolute=absolute,
             short_last=self.whole.short_last_block,
             whole_length=block,
+            blocks=config.multi_block,
         )
         self._tables, self._dtype = setup.tables, setup.dtype
         rows.prefix_grain = block if absolute else 1 if self.whole.token_causal else None
@@ -112,8 +114,13 @@ class BlockDenoiser(Decoder[Rows]):
 
     def _cells(self, name: str, dtype: torch.dtype | None = None) -> Cells:
         """A table of every place of the blocks, of the logits' type if not given."""
-        size = self.rows.count * self.rows.block_length + 1
-        return Cells(self._tables.full(name, (size,), 0, dtype or self._dtype), self.rows.block_length)
+        size = self.rows.count * self.rows.width + 1
+        return Cells(self._tables.full(name, (size,), 0, dtype or self._dtype), self.rows.width)
+
+    @staticmethod
+    def layout(config: DecodingConfig) -> str:
+        several = f", {config.multi_block} at once, so not the output of one after the other"
+        return super(BlockDenoiser, BlockDenoiser).layout(config) + several * (config.multi_block > 1)
 
     @property
     def capacity(self) -> int:
@@ -124,7 +131,7 @@ class BlockDenoiser(Decoder[Rows]):
     def most_logits(self) -> tuple[int, int]:
         # Under lookahead a verifier brings the next block's draft.
         blocks = 2 if self.verifies and self.config.schedule == "lookahead" else 1
-        return (blocks * self.rows.block_length,) * 2
+        return (blocks * self.rows.width,) * 2
 
     def admitted(self, slot: int) -> None:
         """A request has been admitted to ``slot``."""
@@ -162,8 +169,9 @@ class BlockDenoiser(Decoder[Rows]):
             masked.masked_fill_(overdue & sent["current"].bool(), -torch.inf)
 
     def _overdue(self, block: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        """Rows (rows,) whose ``block`` (rows, B) has masks although all steps of its schedule are over."""
-        return ((step >= self.config.steps) & (block == self.rows.mask_token_id)).any(-1)
+        """Rows (rows,) whose ``block`` (rows, W) has masks although all steps of its schedule are over."""
+        current = slice(self.rows.block_length)
+        return ((step[:, current] >= self.config.steps) & (block[:, current] == self.rows.mask_token_id)).any(-1)
 
     def _decide(self, state: BlockState, logits: torch.Tensor) -> Decided:
         """The device part of a step of the rows that drafted."""
@@ -219,8 +227,17 @@ class BlockDenoiser(Decoder[Rows]):
         """Edit decided tokens of the rows ``drafting`` (rows,), in schemes with editing; here they stay."""
 
     def _denoise(self, decisions: Decisions, count: torch.Tensor, among: torch.Tensor) -> None:
-        """Decide by the remasking strategy ``count`` (rows,) tokens or more in the rows ``among`` (rows,)."""
-        chosen, order = self._choose(decisions.masks, count * among, self.confidence)
+        """Decide by the remasking strategy ``count`` (rows,) tokens or more in the rows ``among`` (rows,); in blocks
+        ahead those above the threshold, however many.
+        """
+        masks, length = decisions.masks, self.rows.block_length
+        if self.rows.width > length:
+            ahead = masks & among.unsqueeze(1) & (self.confidence > self.config.confidence_threshold)
+            ahead[:, :length] = False
+            decisions.decide(ahead, self.drafted, DENOISED, ranks(self.confidence, ahead))
+            masks = masks.clone()
+            masks[:, length:] = False
+        chosen, order = self._choose(masks, count * among, self.confidence)
         decisions.decide(chosen, self.drafted, DENOISED, order)
 
     def _choose(
@@ -236,7 +253,7 @@ class BlockDenoiser(Decoder[Rows]):
     def settle(self, table: np.ndarray | None) -> np.ndarray:
         assert table is not None
         # The steps that are recorded outlive the table, which the next step overwrites.
-        return self._synchronize(step_result(table.copy(), self.rows.block_length, self._plan.count("verify") > 0))
+        return self._synchronize(step_result(table.copy(), self.rows.width, self._plan.count("verify") > 0))
 
     def _synchronize(self, read: StepResult) -> np.ndarray:
         """Bring the host's mirror up to date and move every active row to its next phase."""
@@ -309,10 +326,13 @@ class BlockDenoiser(Decoder[Rows]):
         rows.write(slots, block, np.where(block == rows.mask_token_id, step.draft[slots], block))
 
     def _after_step(self, slots: np.ndarray) -> None:
-        """A denoising step of theirs is over: go on in the block, or with the next."""
-        rows = self.rows
-        rows.step[slots] += 1
-        finished = self._block_finished(slots)
+        """A denoising step of theirs is over."""
+        self.rows.step[slots] += 1
+        self._follow(slots)
+
+    def _follow(self, slots: np.ndarray) -> None:
+        """Go on in the block, or with the next."""
+        rows, finished = self.rows, self._block_finished(slots)
         if finished.any():
             over = slots[finished]
             for slot in over.tolist():
@@ -332,7 +352,7 @@ class BlockDenoiser(Decoder[Rows]):
 
     def _block_finished(self, slots: np.ndarray) -> np.ndarray:
         """Whether their blocks need no further step (K,)."""
-        return ~self.rows.masks[slots].any(1)
+        return ~self.rows.masks[slots, : self.rows.block_length].any(1)
 
     def _next_block(self, slots: np.ndarray) -> None:
         """Begin the next block, or be complete."""
@@ -340,7 +360,8 @@ class BlockDenoiser(Decoder[Rows]):
         rows.complete[slots[ended]] = True
         for slot in slots[~ended].tolist():
             rows.begin_block(slot, int(rows.start[slot]) + rows.block_length)
-        self._enter_draft(slots[~ended])
+        if not ended.all():
+            self._follow(slots[~ended])  # it may have been decided ahead
 
     def _enter_draft(self, slots: np.ndarray) -> None:
         """Draft next, or first run what must be in the cache and cannot share the draft's forward."""
@@ -348,4 +369,4 @@ class BlockDenoiser(Decoder[Rows]):
         rides = rows.start[slots] - rows.cached[slots] <= self.longest_ride
         rows.phase[slots], rows.wanted[slots] = np.where(rides, DRAFT, PREFILL), rows.masks[slots]
         if self.rules.drafts_whole_block:
-            rows.wanted[slots] = np.arange(rows.block_length) < (rows.total - rows.start)[slots, None]
+            rows.wanted[slots] = np.arange(rows.width) < (rows.total - rows.start)[slots, None]

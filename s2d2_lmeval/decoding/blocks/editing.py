@@ -22,7 +22,7 @@ from s2d2_lmeval.decoding.blocks.rows import BlockState
 from s2d2_lmeval.decoding.blocks.s2d2 import S2D2
 from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.generation import EDITED
-from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, EditingOptions
+from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, EditingOptions, MultiBlockOption
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.steps import Decisions, StepTables
 from s2d2_lmeval.registry import DECODERS
@@ -32,7 +32,7 @@ from s2d2_lmeval.registry import DECODERS
     "editing",
     "editing",
     promise="the definition of block denoising with token editing (LLaDA2)",
-    options=(*DENOISING, ConfidenceOption, EditingOptions),
+    options=(*DENOISING, ConfidenceOption, MultiBlockOption, EditingOptions),
     strategy="low_confidence_dynamic",
     plain=True,
 )
@@ -51,7 +51,8 @@ class EditingDenoiser(BlockDenoiser):
 
     def _revise(self, decisions: Decisions, state: BlockState, drafting: torch.Tensor) -> None:
         place = torch.arange(state.block.shape[1], device=state.block.device)
-        editable = drafting.unsqueeze(1) & ~decisions.masks & (place >= state.given.unsqueeze(1))
+        own = (place >= state.given.unsqueeze(1)) & (place < self._sent["inside"].unsqueeze(1))
+        editable = drafting.unsqueeze(1) & ~decisions.masks & own
         # A decided token never becomes the mask token again; the published code leaves that to the model.
         other = (self.drafted != decisions.block) & (self.drafted != self.rows.mask_token_id)
         decisions.decide(editable & other & (self.confidence > self.config.editing_threshold), self.drafted, EDITED)
@@ -65,7 +66,7 @@ class EditingDenoiser(BlockDenoiser):
     def _record(self, slots: np.ndarray, step: StepTables[np.ndarray], kind: str) -> None:
         super()._record(slots, step, kind)
         if kind == "draft":
-            self.edited[slots] = (step.marks[slots] == EDITED).any(1)
+            self.edited[slots] = (step.marks[slots, : self.rows.block_length] == EDITED).any(1)
 
     def _block_finished(self, slots: np.ndarray) -> np.ndarray:
         """No masks, and no further step that may edit."""
@@ -79,7 +80,8 @@ class EditingDenoiser(BlockDenoiser):
         super()._enter_draft(slots)
         rows = self.rows
         if not self.rules.drafts_whole_block:
-            rows.wanted[slots] = rows.start[slots, None] + np.arange(rows.block_length) >= rows.prompt[slots, None]
+            position = rows.start[slots, None] + np.arange(rows.width)
+            rows.wanted[slots] = (position >= rows.prompt[slots, None]) & (position < rows.total[slots, None])
 
 
 @DECODERS.register("s2d2", "editing")

@@ -50,8 +50,11 @@ def rounded_counts(length: int, steps: int) -> np.ndarray:
 
 
 def text_end(rows: Rows, slots: np.ndarray, chunk: int) -> np.ndarray:
-    """Where the text that each row brings ends: with a prefill chunk of whole blocks, or with the current block."""
-    start, end = rows.start[slots], np.minimum(rows.start + rows.block_length, rows.total)[slots]
+    """Where the text that each row brings ends: with a prefill chunk of whole blocks, or with the current block, or, in
+    a draft, with the last block in work.
+    """
+    start, ahead = rows.start[slots], (rows.phase == DRAFT) * (rows.width - rows.block_length)
+    end = np.minimum(rows.start + rows.block_length + ahead, rows.total)[slots]
     return np.where(rows.phase[slots] == PREFILL, prefill_end(rows, slots, rows.block_length, chunk, start), end)
 
 
@@ -110,7 +113,7 @@ def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> Plan:
     builder = PassBuilder(slots)
     text = builder.span(cached, end - cached)
     set_text(text, rows, slots, config)
-    mask, verifies = rows.length + length, verifying.any()
+    mask, verifies = rows.length + rows.width, verifying.any()
     if verifies:
         copy_row, copy_place = np.nonzero(wanted & verifying[:, None])
         copies = builder.each(copy_row, start[copy_row] + copy_place)
@@ -214,12 +217,12 @@ def block_plan(
 ) -> Plan:
     """The plan of a pass that feeds from the rows' store.
 
-    It tells of every row, active or not: ``block`` (rows, B) tokens of the current block, ``position`` (rows, B),
-    ``step`` (rows, 1), ``key`` (rows, 1), ``count`` (rows,) tokens the schedule asks for, ``given`` (rows,) prompt
-    tokens in the block, ``drafting`` and ``verifying`` (rows,), and ``more``, which overrides some of it; lists
+    It tells of every row, active or not: ``block`` (rows, W) tokens of the current block, ``position`` (rows, W),
+    ``step`` (rows, 1 or W), ``key`` (rows, 1), ``count`` (rows,) tokens the schedule asks for, ``given`` (rows,) prompt
+    tokens in the block, ``inside`` (rows,) places before the last block's end, ``drafting`` and ``verifying`` (rows,), and ``more``, which overrides some of it; lists
     ``verify_slots``, the rows that verify; and ``tokens`` (N,), ``rank`` and ``reach`` (R, W) of queries.
     """
-    position = rows.start[:, None] + np.arange(rows.block_length)
+    position = rows.start[:, None] + np.arange(rows.width)
     source = np.minimum(builder.column("source"), rows.states_at - 1)
     tokens = rows.store[builder.slots[builder.layout.row_of], source]
     told = {
@@ -227,16 +230,17 @@ def block_plan(
         "block": rows.block,
         "drafting": rows.phase == DRAFT,
         "verifying": rows.phase == VERIFY,
-        "step": rows.step[:, None],
+        "step": rows.draw,
         "count": scheduled_count(rows.step, config, rows.fresh),
         "key": rows.key[:, None],
-        "given": (rows.prompt - rows.start).clip(0, rows.block_length),
+        "given": (rows.prompt - rows.start).clip(0, rows.width),
+        "inside": rows.total - rows.start,
         "in_flight": np.array([len(builder.slots)]),
     }
     return builder.plan(
         rows.phase[builder.slots],
         keep,
-        rows.block_length,
+        rows.width,
         queries={"tokens": tokens, **queries},
         tables={"rank": (0, NOBODY), "reach": (0, NOTHING), **tables},
         rows={**told, **more},

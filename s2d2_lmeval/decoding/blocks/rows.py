@@ -20,10 +20,11 @@ class Rows(SequenceState):
     """State of ``count`` sequences of up to ``length`` positions in blocks of ``block_length`` (B), on the host.
 
     Blocks are counted from position 0 if ``absolute``, else back and forth from the prompt's end; ``whole_length`` is
-    that of whole blocks if these are parts. With ``short_last`` the last block ends with the requested tokens; what its
-    tables hold beyond is :attr:`filler`, which no pass feeds.
+    that of whole blocks if these are parts. ``blocks`` are in work at once: the tables (count, W) of the current block
+    hold W / B of them, of which it is the first. With ``short_last`` the last block ends with the requested tokens;
+    what the tables hold beyond is :attr:`filler`, which no pass feeds.
 
-    ``store`` (count, length + B + 1) holds each row's canvas (prompt, decided tokens, masks), after it the current
+    ``store`` (count, length + W + 1) holds each row's canvas (prompt, decided tokens, masks), after it the current
     block with every mask drafted, and one mask token: everything that a pass may feed, addressed by one index. Places
     from :attr:`states_at` on are those of drafted states, which only the device knows.
     """
@@ -38,10 +39,12 @@ class Rows(SequenceState):
         absolute: bool = True,
         short_last: bool = False,
         whole_length: int | None = None,
+        blocks: int = 1,
     ) -> None:
         super().__init__(count)
         self.device = device
-        self.length = -(-length // block_length) * block_length
+        self.width = width = block_length * blocks
+        self.length = -(-length // block_length) * block_length + width - block_length
         self.block_length = self.prefix_grain = block_length
         self.mask_token_id = mask_token_id
         self.absolute, self.short_last = absolute, short_last
@@ -49,7 +52,7 @@ class Rows(SequenceState):
         self.filler = int(mask_token_id == 0)
         self.shifted_drafts = True
         """In shifted models: whether masks, too, predict the token after them."""
-        self.states_at = self.length + block_length + 1
+        self.states_at = self.length + width + 1
         """Where the drafted states begin."""
         self.draft_states = 0
         """Maximum number of drafted states of a row."""
@@ -64,17 +67,25 @@ class Rows(SequenceState):
         """Masks of the current block when it began."""
         self.step = np.zeros(count, dtype=np.int64)
         """Denoising steps of the current block that are complete."""
-        self.block = np.full((count, block_length), mask_token_id, dtype=np.int64)
-        """Mirror of the current block."""
-        self.wanted = np.zeros((count, block_length), dtype=bool)
+        self.block = np.full((count, width), mask_token_id, dtype=np.int64)
+        """Mirror of the current block, and of those after it that are in work."""
+        self.wanted = np.zeros((count, width), dtype=bool)
         """Places of the block whose logits the next forward must return."""
-        self.span = np.zeros((count, block_length), dtype=bool)
+        self.span = np.zeros((count, width), dtype=bool)
         """Places of the block that are being verified."""
 
     @property
     def masks(self) -> np.ndarray:
-        """(count, B) undecided places of the current block."""
+        """(count, W) undecided places of the current block."""
         return self.block == self.mask_token_id
+
+    @property
+    def draw(self) -> np.ndarray:
+        """(count, 1), or (count, W) with several blocks: how often each place was drawn, or another number of its own.
+        A block counts its steps from 0 in every place that it has among those in work.
+        """
+        ahead = np.arange(self.width) // self.block_length << 16
+        return self.step[:, None] + (ahead if self.width > self.block_length else 0)
 
     def admit(self, slot: int, request: Request) -> None:
         """Take a request; its first block begins at the last block boundary in the prompt."""
@@ -86,7 +97,7 @@ class Rows(SequenceState):
         self.total[slot] = total if self.short_last else start - (start - total) // block * block
         self.store[slot, : self.length] = self.mask_token_id
         self.store[slot, :prompt] = request.prompt
-        if self.short_last:
+        if self.short_last or self.width > self.block_length:
             self.store[slot, self.total[slot] : self.length] = self.filler
         self.tokens[slot] = list(request.prompt[:start])
         self.begin_block(slot, start)
@@ -100,25 +111,19 @@ class Rows(SequenceState):
         return (self.start + self.offset) // length * length - self.offset
 
     def write(self, slots: np.ndarray, block: np.ndarray, draft: np.ndarray) -> None:
-        """The current blocks of ``slots`` (K,) are ``block`` (K, B) now; ``draft`` (K, B) is the same with every mask
+        """The current blocks of ``slots`` (K,) are ``block`` (K, W) now; ``draft`` (K, W) is the same with every mask
         drafted.
         """
         self.block[slots] = block
-        self.store[slots[:, None], self.start[slots, None] + np.arange(self.block_length)] = block
-        self.store[slots, self.length : self.length + self.block_length] = draft
+        self.store[slots[:, None], self.start[slots, None] + np.arange(self.width)] = block
+        self.store[slots, self.length : self.length + self.width] = draft
 
     def begin_block(self, slot: int, start: int) -> None:
-        """Open the block at ``start``; it holds the rest of the prompt, then masks."""
+        """Open the block at ``start``; it holds the rest of the prompt, what was decided ahead, and masks."""
         self.start[slot] = start
         self.step[slot] = 0
-        self.block[slot] = self.mask_token_id
-        request = self.requests[slot]
-        assert request is not None
-        rest = request.prompt[start : start + self.block_length]
-        self.block[slot, : len(rest)] = rest
-        if self.short_last:
-            self.block[slot, max(int(self.total[slot]) - start, 0) :] = self.filler
-        self.fresh[slot] = (self.block[slot] == self.mask_token_id).sum()
+        self.block[slot] = self.store[slot, start : start + self.width]
+        self.fresh[slot] = (self.block[slot, : self.block_length] == self.mask_token_id).sum()
 
     def end_block(self, slot: int, stop_token_ids: tuple[int, ...], ends: bool = True) -> None:
         """The current block is finished: take over its tokens and check whether the answer ends here.
@@ -126,7 +131,7 @@ class Rows(SequenceState):
         ``ends`` as in :meth:`extend`.
         """
         self.progress[slot].blocks += 1
-        within = self.block[slot, : self.total[slot] - self.start[slot]]
+        within = self.block[slot, : min(self.block_length, self.total[slot] - self.start[slot])]
         stop_hit = self.extend(slot, within.tolist(), stop_token_ids, ends)
         self.ended[slot] = stop_hit or self.start[slot] + self.block_length >= self.total[slot]
 
@@ -136,11 +141,11 @@ class BlockState:
     """The position of every row in its block, on the device."""
 
     block: torch.Tensor
-    """(rows, B) tokens."""
+    """(rows, W) tokens."""
     position: torch.Tensor
-    """(rows, B)"""
+    """(rows, W)"""
     step: torch.Tensor
-    """(rows, 1) of the block."""
+    """(rows, 1) of the block, or (rows, W): :attr:`Rows.draw`."""
     count: torch.Tensor
     """(rows,) tokens that the schedule asks of the step."""
     given: torch.Tensor

@@ -132,6 +132,26 @@ class ConfidenceOption:
 
 
 @dataclass(frozen=True)
+class MultiBlockOption:
+    """Blocks that are denoised at once."""
+
+    multi_block: int = option(
+        1,
+        "dynamic, editing: blocks denoised at once. Those after the first, whose text before them is not settled, decide "
+        "what is above confidence_threshold: fewer forwards, and other tokens than with one block after the other",
+        schemes=(*_UNDIVIDED, *_EDITING),
+        low=1,
+        high=64,
+    )
+
+    @staticmethod
+    def faults(config: Any) -> Iterator[str]:
+        """What is wrong between these options and others."""
+        if config.multi_block > 1 and config.steps_of != config.decoder:
+            yield f"decoder={config.decoder} accelerates one block after the other: leave multi_block out."
+
+
+@dataclass(frozen=True)
 class EntropyOptions:
     """How much entropy a step may decide."""
 

@@ -50,6 +50,7 @@ class DecodingConfig(
     s2d2.RemaskingOption,
     s2d2.AcceptanceOption,
     blocks.EntropyOptions,
+    blocks.MultiBlockOption,
     blocks.ConfidenceOption,
     blocks.SubblockOptions,
     blocks.StepOptions,
