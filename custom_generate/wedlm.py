@@ -1,7 +1,7 @@
 """WeDLM's decoders under their published names, run by this package's engine.
 
 With the default ``random_source="torch"`` ids, forwards and decoding order of :func:`generate` equal the published
-engine's for the same seed.
+engine's for the same seed; those of :func:`generate_wedlm` the published model's method, which draws nothing.
 """
 
 from __future__ import annotations
@@ -44,6 +44,40 @@ def generate(arguments: dict[str, Any]) -> Any:
         trim_stop_tokens=False,
     )
     answer = engine.generate([prompt], config)[0]
+    ids = torch.tensor([prompt + answer.token_ids], device=arguments["input_ids"].device)
+    if not arguments["return_stats"]:
+        return ids
+    return ids, {"nfe": int(answer.stats["decode_nfe"]), "decoding_order": answer.decoding_order}
+
+
+@published(
+    "max_new_tokens=... block_size=... mask_token_id=None confidence_threshold=0.0 temperature=1.0 top_p=1.0 top_k=0 "
+    "return_stats=True"
+)
+def generate_wedlm(arguments: dict[str, Any]) -> Any:
+    """Continue one prompt window by window, each filled by confidence before the next begins (WeDLM).
+
+    Args:
+        model: what :func:`s2d2_lmeval.load` returns, or a Qwen3 or Qwen2 model of transformers with these weights.
+        max_new_tokens: that many; no token ends the answer, as published.
+        block_size: places of a window.
+        confidence_threshold: fill every mask of at least this probability, and the best one; 0: one per forward.
+        temperature: rescales probabilities; tokens are the argmax at any temperature, as published.
+        top_p, top_k: without effect, as published.
+
+    Returns:
+        ids (1, P + new); with ``return_stats`` a pair of these and a dictionary with ``nfe`` (the prompt runs with the
+        first window, as published) and ``decoding_order``.
+    """
+    engine = ready(arguments["model"], family="wedlm", mask_token_id=arguments["mask_token_id"])
+    prompt = one_prompt(arguments["input_ids"])
+    config = config_of(
+        {**arguments, "random_source": "fixed", "top_p": 1.0, "top_k": 0},
+        decoder="reordered",
+        whole_windows=True,
+        stop_token_ids=(),
+    )
+    answer = engine.generate([prompt], config.replace(suppress_mask_token=True))[0]
     ids = torch.tensor([prompt + answer.token_ids], device=arguments["input_ids"].device)
     if not arguments["return_stats"]:
         return ids

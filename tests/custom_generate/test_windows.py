@@ -25,6 +25,7 @@ ENTRY_POINTS = {
     ("idlm", "IDLMPipeline.__call__"): idlm.generate,
     ("idlm", "isd_greedy_verify (ours)"): idlm.generate,
     ("wedlm", "LLM.generate"): wedlm.generate,
+    ("wedlm", "generate_wedlm"): wedlm.generate_wedlm,
 }
 REFUSED = {"max_thinking_tokens", "causal_context", "remasking", "stochastic_transfer", "right_shift_logits"}
 EVERY = [
@@ -51,12 +52,14 @@ def call(family: str, run: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
     torch.manual_seed(run["seed"])
     function = ENTRY_POINTS[family, run["fn"]]
     engine = model(family, run.get("adapter"))
-    ids, stats = function(engine, torch.tensor([run["prompt"]]), random_source=run["rng"], **arguments)
+    if run["fn"] != "generate_wedlm":  # it draws nothing
+        arguments["random_source"] = run["rng"]
+    ids, stats = function(engine, torch.tensor([run["prompt"]]), **arguments)
     return ids[0].tolist(), stats
 
 
 def test_there_are_as_many_recorded_runs_as_there_were() -> None:
-    assert len(RUNS) == 88
+    assert len(RUNS) == 91
     assert sum(bool(run["kwargs"].get("temperature", 0.2)) for _, run in RUNS) > 12
 
 

@@ -42,3 +42,8 @@ class ReorderedOptions:
     position_penalty: float = option(
         0.02, "entropy added per place after the window's first mask", schemes=("reordered",), low=0.0
     )
+    whole_windows: bool = option(
+        False,
+        "decide a window whole before the next begins, and by confidence_threshold (0: one token a step), not entropy",
+        schemes=("reordered",),
+    )

@@ -3,10 +3,11 @@
 A step of a row, whose window of ``block_length`` places follows the text:
 
 1. slide    the decided places at the window's front leave: they join the answer, and as many masks enter at the end
+            (with ``whole_windows`` only once the window is decided)
 2. forward  the decided tokens (those that leave first), then the masks, each at its own position, every one seeing
             those before it in this order; the keys of those that leave stay
 3. fill     every mask whose entropy, plus a penalty for its distance from the first mask, is below the threshold, and
-            at least the lowest one
+            at least the lowest one; with ``whole_windows`` those of enough confidence, and at least the best one
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.generation import DENOISED, NOTHING, Step
-from s2d2_lmeval.decoding.options.blocks import BlockOption
+from s2d2_lmeval.decoding.options.blocks import BlockOption, ConfidenceOption
 from s2d2_lmeval.decoding.options.windows import ReorderedOptions
 from s2d2_lmeval.decoding.passes import Cells, PassBuilder, Sent
 from s2d2_lmeval.decoding.sampling import random
@@ -31,7 +32,7 @@ from s2d2_lmeval.registry import DECODERS
     "reordered",
     "reordered",
     promise="the definition of WeDLM's streaming decoding; not the autoregressive law",
-    options=(BlockOption, ReorderedOptions),
+    options=(BlockOption, ConfidenceOption, ReorderedOptions),
 )
 class Reordered(WindowDecoder):
     """The decoder ``reordered``. A row's window begins after its tokens; those leaving are its first ones."""
@@ -43,6 +44,8 @@ class Reordered(WindowDecoder):
         super().__init__(setup, 2 * self.width)
         self.leaving = np.zeros(self.rows.count, dtype=np.int64)
         """Decided places at the front of each row's window, which join the answer."""
+        self.staying = np.zeros(self.rows.count, dtype=np.int64)
+        """Places after these."""
 
     @staticmethod
     def layout(config: object) -> str:
@@ -55,7 +58,7 @@ class Reordered(WindowDecoder):
     def _lay_out(self, builder: PassBuilder, slots: np.ndarray, among: np.ndarray) -> np.ndarray:
         rows = self.rows
         window, leaving = rows.window[slots], self.leaving[slots] * among
-        width = self.width + leaving
+        width = self.staying[slots] + leaving
         place = np.arange(window.shape[1])
         # Decided places first, then masks, both from left to right; what lies beyond the window comes last.
         rank = (window == rows.mask_token_id) + 2 * (place >= width[:, None])
@@ -80,40 +83,62 @@ class Reordered(WindowDecoder):
         if not sent.has("window"):
             return [window]
         logits = logits[sent.part("window")]
-        log_p = logits.log_softmax(-1)
-        rated = Cells.like(torch.zeros(window.shape, dtype=log_p.dtype, device=window.device), torch.inf)
-        entropy = rated.put(cells, -(log_p.exp() * log_p).nansum(-1))
-        place, masks = torch.arange(window.shape[1], device=window.device), entropy.isfinite()
-        entropy = entropy + config.position_penalty * (place - masks.long().argmax(1, keepdim=True))
-        first_least = place == entropy.argmin(1, keepdim=True)
-        chosen = masks & ((entropy < config.entropy_threshold) | first_least)
+        law = probabilities(logits, config) if config.sampled else logits.softmax(-1)
+        tokens = logits.argmax(-1)
         if config.sampled:
             slots, places = sent.at("window")
             key = random.Key(random.DRAFT, sent["key"][slots], sent["length"][slots] + places, sent["step"][slots])
-            tokens = self.source.categorical(probabilities(logits, config), key)
+            tokens = self.source.categorical(law, key)
+        rated = Cells.like(torch.zeros(window.shape, dtype=law.dtype, device=window.device), torch.inf)
+        place = torch.arange(window.shape[1], device=window.device)
+        if config.whole_windows:
+            doubt = rated.put(cells, 1 - law.gather(1, tokens.unsqueeze(1)).squeeze(1))
+            masks, sure = doubt.isfinite(), doubt <= 1 - (config.confidence_threshold or 2)
         else:
-            tokens = logits.argmax(-1)
+            log_p = logits.log_softmax(-1)
+            doubt = rated.put(cells, -(log_p.exp() * log_p).nansum(-1))
+            masks = doubt.isfinite()
+            doubt = doubt + config.position_penalty * (place - masks.long().argmax(1, keepdim=True))
+            sure = doubt < config.entropy_threshold
+        chosen = masks & (sure | (place == doubt.argmin(1, keepdim=True)))
         return [torch.where(chosen, Cells.like(window).put(cells, tokens), window)]
 
     # ---- host ----
 
     def _begin(self, slot: int) -> None:
         self.rows.window[slot] = self.rows.mask_token_id
-        self.leaving[slot] = 0
+        self.leaving[slot], self.staying[slot] = 0, self._fresh(slot, 0)
+
+    def _fresh(self, slot: int, leaving: int) -> int:
+        """Places of a fresh window after ``leaving`` decided ones."""
+        room = int(self.rows.limit[slot]) - len(self.rows.tokens[slot]) - leaving
+        return min(self.width, room) if self.config.whole_windows else self.width
 
     def _after_window(self, slot: int, phase: int, decided: np.ndarray) -> int:
         rows, filled = self.rows, decided
         gone, before, start = int(self.leaving[slot]), rows.window[slot].copy(), len(rows.tokens[slot])
+        width = gone + int(self.staying[slot])
+        staying = filled[gone:width]
         rows.window[slot] = rows.mask_token_id
-        rows.window[slot, : self.width] = filled[gone : gone + self.width]
-        undecided = rows.window[slot, : self.width] == rows.mask_token_id
-        self.leaving[slot] = int(np.append(undecided, True).argmax())
-        if gone:
-            stops = rows.extend(slot, filled[:gone].tolist(), self.config.stop_token_ids)
-            rows.complete[slot] |= stops or len(rows.tokens[slot]) >= rows.limit[slot]
-        if not rows.complete[slot]:
-            width = self.width + gone
+        rows.window[slot, : len(staying)] = staying
+        self.leaving[slot] = leaving = int(np.append(staying == rows.mask_token_id, True).argmax())
+        self._join(slot, filled[:gone])
+        going_on = not rows.complete[slot]
+        if self.config.whole_windows and leaving < len(staying):
+            self.staying[slot] = len(staying) - leaving
+        else:
+            self.staying[slot] = self._fresh(slot, leaving)
+        if going_on and not self.staying[slot]:
+            self._join(slot, staying)
+        if going_on:
             marks = np.where(before == filled, NOTHING, DENOISED)[:width].tolist()
             then, now = before[:width].tolist(), filled[:width].tolist()
             rows.progress[slot].record(partial(Step, "draft", start, then, now, now, marks), verified=False)
         return 0
+
+    def _join(self, slot: int, tokens: np.ndarray) -> None:
+        """Decided ``tokens`` (K,) join the answer of row ``slot``; it may be complete."""
+        rows = self.rows
+        if len(tokens):
+            stops = rows.extend(slot, tokens.tolist(), self.config.stop_token_ids)
+            rows.complete[slot] |= stops or len(rows.tokens[slot]) >= rows.limit[slot]
