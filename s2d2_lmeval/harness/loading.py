@@ -133,7 +133,7 @@ def load_tokenizer(arguments: Arguments, source: str, revision: str | None) -> P
         tokenizer("a")  # some damage shows only in use
         return tokenizer
     except Exception as error:
-        said = first_line(error)
+        said = first_line(error).rstrip(" :").removesuffix(" from one of")  # of ways that are all files it lacks
         if "custom code" in str(error):
             raise CheckpointError(
                 f"the tokenizer of {named} is code of its own, which is not run unasked. Look at it and give "

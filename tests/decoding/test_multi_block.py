@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,12 +12,12 @@ from s2d2_lmeval.decoding.blocks.rows import Rows
 from s2d2_lmeval.errors import ConfigError
 
 from . import editing_tiny, tiny
+from .recompute import Denoising
 
 BLOCK, NEW, MASK = 4, 14, tiny.VOCABULARY - 1
 PROMPTS = [[3, 1, 4, 1, 5], [2, 7, 1, 8], [9], list(range(1, 20))]
 DECODERS = ["dynamic", "editing"]
 EDITS = {"editing_threshold": 0.3, "max_post_steps": 2}
-Answer = tuple[list[int], int]
 
 
 def engine(decoder: str, max_batch: int = 8) -> BlockDiffusionModel:
@@ -34,48 +33,14 @@ def options(decoder: str, blocks: int, **more: Any) -> dict[str, Any]:
     return chosen | others[decoder] | more
 
 
-@torch.no_grad()
-def recomputed(model: Any, prompt: Sequence[int], decoder: str, blocks: int) -> Answer:
-    """Tokens and forwards, by a forward over all text so far in every step."""
-    stop = -(-(len(prompt) + NEW) // BLOCK) * BLOCK
-    canvas = [*prompt, *[MASK] * (stop - len(prompt))]
-    start, forwards, edits_after = len(prompt) // BLOCK * BLOCK, 0, 2 * (decoder == "editing")
-    while start < stop:
-        after = 0
-        while True:
-            own = range(start, start + BLOCK)
-            filled = MASK not in canvas[start : own.stop]
-            after += filled
-            if filled and after > edits_after:
-                break
-            end = min(start + blocks * BLOCK, stop)
-            block = torch.arange(end) // BLOCK
-            visible = (block[:, None] >= block[None])[None, None]
-            logits = model(input_ids=torch.tensor([canvas[:end]]), attention_mask=visible).logits[0]
-            logits[:, MASK] = -torch.inf
-            confidence, best = logits.softmax(-1).max(-1)
-            forwards += 1
-            masks = [at for at in range(start, end) if canvas[at] == MASK]
-            chosen = {at for at in masks if confidence[at] > 0.35}
-            if not chosen & {*own} and not filled:
-                chosen.add(max((at for at in masks if at in own), key=lambda at: confidence[at].item()))
-            edits = set()
-            if decoder == "editing":
-                among = range(max(start, len(prompt)), end)
-                edits = {at for at in among if at not in masks and best[at] != canvas[at] and confidence[at] > 0.3}
-            for at in chosen | edits:
-                canvas[at] = int(best[at])
-            if filled and not edits & {*own}:
-                break
-        start += BLOCK
-    return canvas[len(prompt) : len(prompt) + NEW], forwards
-
-
 @pytest.mark.parametrize("blocks", [1, 2, 3, 8])
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_tokens_and_forwards_of_a_full_recompute(decoder: str, blocks: int) -> None:
-    plain = editing_tiny.tiny_model() if decoder == "editing" else tiny.tiny_model()
-    expected = [recomputed(plain, prompt, decoder, blocks) for prompt in PROMPTS]
+    plain, edits = tiny.tiny_model(), {}
+    if decoder == "editing":
+        plain, edits = editing_tiny.tiny_model(), {"editing": 0.3, "post_steps": 2}
+    denoising = Denoising(MASK, NEW, BLOCK, at_once=blocks, **edits)
+    expected = [denoising.run(plain, prompt) for prompt in PROMPTS]
     answers = engine(decoder).generate(PROMPTS, options(decoder, blocks))
     assert [(one.token_ids, int(one.stats["nfe"])) for one in answers] == expected
 

@@ -16,9 +16,6 @@ from s2d2_lmeval.errors import ConfigError, S2D2Error
 if TYPE_CHECKING:
     from s2d2_lmeval.harness.arguments import Arguments
 
-_ONLY_TO_TRY = {"entropy_bounded": {"eb_threshold": 0.35}}
-"""Options without which a decoder cannot be configured."""
-
 finding = partial(Finding, "checkpoint")
 
 
@@ -62,7 +59,8 @@ def _facts(facts: Any, max_context: Any) -> Iterator[Finding]:
     if facts.draft_adapter is not None:
         yield finding("draft adapter", _draft(facts.draft_adapter))
     shift = "predict the next token (shifted)" if facts.token_shift else "predict their own token (not shifted)"
-    yield finding("logits", shift)
+    masks = "" if facts.draft_shift in (None, facts.token_shift) else "; those of masks their own token"
+    yield finding("logits", shift + masks)
     if facts.stop_token_ids:
         yield finding("stop tokens", ", ".join(map(str, facts.stop_token_ids)))
     else:
@@ -168,12 +166,21 @@ def _decoders(facts: Any, asked: Mapping[str, Any]) -> Iterator[Finding]:
         yield from looked_at("decoders", name, _decoder(name, {"decoder": name}, facts))
 
 
+def _needed(name: str, facts: Any) -> dict[str, Any]:
+    """Options without which the decoder ``name`` cannot be configured."""
+    if name == "entropy_bounded":
+        return {"eb_threshold": 0.35}
+    return {"short_last_block": False} if name == "spiffy" and facts.defaults.get("short_last_block") else {}
+
+
 def _decoder(name: str, options: Mapping[str, Any], facts: Any) -> Iterator[Finding]:
+    from s2d2_lmeval.cli.options import as_written
     from s2d2_lmeval.decoding.options.config import DecodingConfig
 
-    extra = _ONLY_TO_TRY.get(name, {})
+    extra = _needed(name, facts)
     config = DecodingConfig.from_options({**options, **extra}, facts)
-    needs = f" (needs {', '.join(extra)})" if extra else ""
+    written = ", ".join(f"{key}={as_written(value)}" for key, value in extra.items())
+    needs = f" (needs {written})" if extra else ""
     about = f"{config.decoder}, {config.layout}" if name == "as asked" else config.promise + needs
     yield Finding("decoders", name, about)
 
@@ -211,7 +218,7 @@ def _shift(arguments: Arguments, revision: str | None, model: Any) -> Iterator[F
 def _trial(model: Any, name: str, facts: Any) -> Iterator[Finding]:
     reserved, length = {facts.mask_token_id, *facts.stop_token_ids}, 2 * facts.block_length
     prompt = [token for token in range(min(facts.vocab_size, 64)) if token not in reserved][:length]
-    options = {"decoder": name, "max_new_tokens": length, "stop_token_ids": (), **_ONLY_TO_TRY.get(name, {})}
+    options = {"decoder": name, "max_new_tokens": length, "stop_token_ids": (), **_needed(name, facts)}
     stats = model.generate([prompt], options)[0].stats
     yield Finding("trial", name, f"{int(stats['new_tokens'])} tokens in {int(stats['nfe'])} forwards")
 

@@ -62,7 +62,9 @@ def _remasking(name: str, strategy: str, what: str, *options: type) -> Callable[
 @_remasking("entropy_bounded", "entropy_bounded", "entropy-bounded remasking", EntropyOptions)
 @_remasking("sequential", "sequential", "sequential block denoising")
 @_remasking("static", "low_confidence_static", "static low-confidence remasking")
-@_remasking("dynamic", "low_confidence_dynamic", "dynamic (confidence-threshold) remasking", ConfidenceOption, MultiBlockOption)
+@_remasking(
+    "dynamic", "low_confidence_dynamic", "dynamic (confidence-threshold) remasking", ConfidenceOption, MultiBlockOption
+)
 class BlockDenoiser(Decoder[Rows]):
     """The decoders ``sequential``, ``static``, ``dynamic`` and ``entropy_bounded``."""
 

@@ -219,8 +219,9 @@ def block_plan(
 
     It tells of every row, active or not: ``block`` (rows, W) tokens of the current block, ``position`` (rows, W),
     ``step`` (rows, 1 or W), ``key`` (rows, 1), ``count`` (rows,) tokens the schedule asks for, ``given`` (rows,) prompt
-    tokens in the block, ``inside`` (rows,) places before the last block's end, ``drafting`` and ``verifying`` (rows,), and ``more``, which overrides some of it; lists
-    ``verify_slots``, the rows that verify; and ``tokens`` (N,), ``rank`` and ``reach`` (R, W) of queries.
+    tokens in the block, ``inside`` (rows,) places before the last block's end, ``drafting`` and ``verifying`` (rows,),
+    and ``more``, which overrides some of it; lists ``verify_slots``, the rows that verify; and ``tokens`` (N,),
+    ``rank`` and ``reach`` (R, W) of queries.
     """
     position = rows.start[:, None] + np.arange(rows.width)
     source = np.minimum(builder.column("source"), rows.states_at - 1)

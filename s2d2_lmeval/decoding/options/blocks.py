@@ -137,8 +137,8 @@ class MultiBlockOption:
 
     multi_block: int = option(
         1,
-        "dynamic, editing: blocks denoised at once. Those after the first, whose text before them is not settled, decide "
-        "what is above confidence_threshold: fewer forwards, and other tokens than with one block after the other",
+        "dynamic, editing: blocks denoised at once. Those after the first decide what is above confidence_threshold "
+        "although the text before them is not settled: fewer forwards, and other tokens than one block after the other",
         schemes=(*_UNDIVIDED, *_EDITING),
         low=1,
         high=64,
