@@ -354,7 +354,7 @@ class BlockDenoiser(Decoder[Rows]):
 
     def _block_finished(self, slots: np.ndarray) -> np.ndarray:
         """Whether their blocks need no further step (K,)."""
-        return ~self.rows.masks[slots, : self.rows.block_length].any(1)
+        return np.asarray(~self.rows.masks[slots, : self.rows.block_length].any(1))
 
     def _next_block(self, slots: np.ndarray) -> None:
         """Begin the next block, or be complete."""
