@@ -120,7 +120,7 @@ def rules_of(config: DecodingConfig, facts: Facts) -> Rules:
         commits_last_block=reference and facts.commits_last_block != "never",
         commits_stopped_block=reference and facts.commits_last_block == "always",
         finishes_blocks=reference,
-        breaks_ties=reference and not config.keyed,
+        breaks_ties=not config.keyed,
     )
 
 

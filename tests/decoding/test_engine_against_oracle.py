@@ -65,7 +65,7 @@ PROMPTS = [[21, 3, 8], [5, 17, 30, 2]]
 
 
 @pytest.mark.parametrize("options", [{"decoder": "static"}, {"decoder": "dynamic", "confidence_threshold": 1.0}])
-def test_reference_breaks_ties_as_published(options: dict[str, Any]) -> None:
+def test_ties_are_broken_as_published(options: dict[str, Any]) -> None:
     """On trained weights a small nucleus makes most confidences exactly 1."""
     options |= {"block_length": 8, "denoising_steps": 3, "max_new_tokens": 12, "do_sample": True, "top_p": 0.5}
     plain, toy = load_checkpoint(checkpoint_path())[0], load(checkpoint_path(), device="cpu")
