@@ -36,7 +36,7 @@ TEST_ENV := $(OFFLINE) TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-ddtree check test lint test-fast test-slow gpu bench toy draft-graphs docs clean report demo-sweep \
+.PHONY: help install demo demo-ddtree check test lint test-fast test-slow test-browser gpu bench toy draft-graphs docs clean report demo-sweep \
     bench-gsm8k bench-humaneval bench-ifeval sweep-gsm8k sweep-humaneval sweep-ifeval
 
 help:  ## list the targets
@@ -51,7 +51,7 @@ demo-ddtree: $(VENV)/.installed  ## drafts for an autoregressive target: ar, dfl
 	$(OFFLINE) $(BIN)/s2d2-lmeval demo-ddtree --limit $(DOCUMENTS)
 
 check: lint  ## lint, types, and the tests nearest to the uncommitted change
-	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow and not gpu" $$($(BIN)/python tests/nearest.py)
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow and not gpu and not browser" $$($(BIN)/python tests/nearest.py)
 
 test: lint test-fast  ## lint, types, and every test that is neither slow nor for a GPU
 
@@ -61,10 +61,14 @@ lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/mypy
 
 test-fast: $(VENV)/.installed  ## the tests without lint
-	$(PYTEST) -q -m "not slow and not gpu"
+	$(PYTEST) -q -m "not slow and not gpu and not browser"
 
 test-slow: $(VENV)/.installed  ## the slow tests, and those for a GPU where there is one
 	$(PYTEST) -q -m "slow or gpu"
+
+test-browser: $(VENV)/.installed  ## the report's page in a headless Chromium, which it installs (PySide6, 0.5 GB)
+	$(BIN)/python -m pip install -q PySide6
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m browser tests/studies
 
 gpu:  ## measure what only a GPU can tell, in nine minutes, with PYTHON's torch and transformers; results in OUT/gpu
 	$(PYTHON) -m benchmarks.gpu --out $(OUT)/gpu

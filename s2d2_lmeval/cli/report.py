@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the report, and show its tables."""
     from rich.text import Text
 
-    from s2d2_lmeval.cli.console import make_console, table
+    from s2d2_lmeval.cli.console import columns_that_fit, make_console, table
     from s2d2_lmeval.studies.report import tables
     from s2d2_lmeval.studies.report.page import write_report
 
@@ -26,9 +26,14 @@ def run(args: argparse.Namespace) -> int:
     with console.status("drawing"):
         results, written = write_report(args.folder, args.output)
     for (model, task), rows in results.groups().items():
-        header, lines = tables.cells(tables.COLUMNS, rows)
-        console.print(table(header, lines, title=f"{model}, {task}", bold=[row.on_front for row in rows]))
+        header, lines = tables.cells(tables.columns_of(rows, unsaid=True), rows)
+        fits = columns_that_fit(header, lines, console.width)
+        shown, bold = [line[:fits] for line in lines], [row.on_front for row in rows]
+        console.print(table(header[:fits], shown, title=f"{model}, {task}", bold=bold))
+        if fits < len(header):
+            console.print(Text(f"Not shown: {', '.join(header[fits:])}; they are in tables.md.", "dim"))
         console.print(Text(f"{tables.about(rows)}. Bold: on the Pareto front of accuracy and speed.", "dim"))
+        console.print(table(*tables.aup(rows)))
     for problem in results.problems:
         console.print(Text(problem, "yellow"))
     console.print(f"Written to {written[0]} and its folder.", markup=False, soft_wrap=True)

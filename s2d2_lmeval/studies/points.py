@@ -36,6 +36,19 @@ def named(value: Any) -> Any:
     return names
 
 
+def named_models(raw: Any) -> Any:
+    """Name -> model arguments; also accepts a list of names or paths."""
+    raw = [raw] if isinstance(raw, str) else raw
+    if isinstance(raw, list) and all(isinstance(source, str) for source in raw):
+        by_name = {source.rstrip("/").rpartition("/")[2]: source for source in raw}
+        if len(by_name) < len(raw):
+            raise ValueError("two end in the same name; give them names: models: {NAME: {pretrained: …}}.")
+        raw = by_name
+    if not isinstance(raw, Mapping):
+        return raw
+    return {name: {"pretrained": given} if isinstance(given, str) else given or {} for name, given in raw.items()}
+
+
 def check_options(options: Mapping[str, Any], where: str = "") -> None:
     """Refuse names that are not decoding options; other checks depend on the checkpoint.
 

@@ -36,7 +36,17 @@ from s2d2_lmeval.harness.arguments import nearest, sort_arguments
 from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.studies import points as parts
 from s2d2_lmeval.studies.files import read_yaml, refuse_exotic
-from s2d2_lmeval.studies.points import MOST_POINTS, Axis, Named, Options, Point, Search, Task, TaskSettings
+from s2d2_lmeval.studies.points import (
+    MOST_POINTS,
+    Axis,
+    Named,
+    Options,
+    Point,
+    Search,
+    Task,
+    TaskSettings,
+    named_models,
+)
 
 Baseline = Literal["ar", "dynamic"]
 
@@ -49,19 +59,6 @@ def _folder_name(name: str) -> str:
     if name in (".", "..") or set(name) & set("/\\"):
         raise ValueError(f"{name} is not the name of a folder; leave out slashes, or choose the place with --output.")
     return name
-
-
-def _models(raw: Any) -> Any:
-    """Name -> model arguments; also accepts a list of names or paths."""
-    raw = [raw] if isinstance(raw, str) else raw
-    if isinstance(raw, list) and all(isinstance(source, str) for source in raw):
-        by_name = {source.rstrip("/").rpartition("/")[2]: source for source in raw}
-        if len(by_name) < len(raw):
-            raise ValueError("two end in the same name; give them names: models: {NAME: {pretrained: …}}.")
-        raw = by_name
-    if not isinstance(raw, Mapping):
-        return raw
-    return {name: {"pretrained": given} if isinstance(given, str) else given or {} for name, given in raw.items()}
 
 
 def _check_models(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -142,7 +139,7 @@ class Study(TaskSettings):
     )
     models: Annotated[
         Named[Options],
-        BeforeValidator(_models, json_schema_input_type=str | list[str] | dict[str, str | dict[str, Any]]),
+        BeforeValidator(named_models, json_schema_input_type=str | list[str] | dict[str, str | dict[str, Any]]),
         AfterValidator(_check_models),
     ] = Field(description="a mapping, NAME: {pretrained: FOLDER or hub id} for each model", min_length=1)
     tasks: Annotated[list[Task], BeforeValidator(_tasks, json_schema_input_type=str | Task | list[str | Task])] = Field(

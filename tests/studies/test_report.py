@@ -15,7 +15,8 @@ from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.studies.report.page import headline, write_report
 from s2d2_lmeval.studies.report.results import _notes, read_results
-from s2d2_lmeval.studies.report.tables import COLUMNS, cells, latex, markdown
+from s2d2_lmeval.studies.report.tables import COLUMNS, cells, columns_of, latex, markdown
+from s2d2_lmeval.studies.report.varied import aup_by_decoder, model_args, varied_options
 from s2d2_lmeval.studies.store import PointStore
 
 ENVIRONMENT = {"device": "a machine", "torch": "2"}
@@ -29,7 +30,11 @@ def write_study(folder: Path, points: Mapping[str, Mapping[str, Any]], **manifes
         digest = of_plain(definition)
         decoder = about.get("decoder", name)
         for_point = {"model": "m", "task": about.get("task", "t"), "decoding": name.partition("#")[0]}
-        listed[digest] = {**for_point, "options": {"decoder": decoder}, "seed": about.get("seed", 0)}
+        listed[digest] = {
+            **for_point,
+            "options": {"decoder": decoder, **about.get("options", {})},
+            "seed": about.get("seed", 0),
+        }
         with PointStore(folder / "points" / f"{digest}.jsonl") as store:
             store.append("point", definition=definition)
             for _ in range(segments := about.get("segments", 1)):
@@ -47,7 +52,7 @@ def write_study(folder: Path, points: Mapping[str, Mapping[str, Any]], **manifes
                     "segment": document % segments,
                     "elapsed": elapsed,
                     "document": document,
-                    "text": "",
+                    "text": about.get("texts", ""),
                 }
                 store.append("sample", name=str(document), **content)
             if about.get("failure"):
@@ -180,21 +185,57 @@ def test_tables(folder: Path) -> None:
 
 def test_the_headline_is_no_worse_than_the_baseline(folder: Path) -> None:
     found = headline(read_results(folder).rows)
-    assert found == {"speed": "4.00× ar", "text": "s2d2: accuracy 95.0 %"}
+    assert found["speed"] == "2.00× ar's tokens/forward"
+    assert found["text"] == "s2d2: accuracy 95.0 %; timed once: 40 tokens/s, 4.00× ar's"
 
 
 def test_the_page_needs_nothing_else(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder)]) == 0
     assert "s2d2" in capsys.readouterr().out
     page = (folder / "report" / "index.html").read_text(encoding="utf-8")
-    assert len(re.findall(r'src="data:image/svg\+xml;base64,', page)) == 4
-    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
+    assert len(re.findall(r'src="data:image/svg\+xml;base64,', page)) == 2
+    assert re.findall(r'(?:src|href)="(?!data:|#)', page) == []
     assert "◆" in page
     figures = {path.name for path in (folder / "report" / "figures").glob("*.png")}
     expected = ("m_accuracy_and_tokens_per_second", "m_accuracy_and_tokens_per_forward", "m_t_acceptance", "m_t_order")
     assert figures == {f"{name}.png" for name in expected}
     written = json.loads((folder / "report" / "results.json").read_text())
     assert [row["decoding"] for row in written["rows"]] == list(POINTS)
+
+
+def test_what_was_varied_is_a_column_and_a_line_to_copy(tmp_path: Path) -> None:
+    found = {"decoder": "dynamic", "right": range(9), "nfe": 4, "seconds": 8.0}
+    points = {
+        "ar": POINTS["ar"],
+        "trial 0": {**found, "options": {"confidence_threshold": 0.5, "block_length": 8}},
+        "trial 1": {**found, "options": {"confidence_threshold": 0.25, "block_length": 8}},
+    }
+    models = {"m": {"pretrained": "a/b", "dtype": "bfloat16"}}
+    results = read_results(write_study(tmp_path, points, study={"models": models}))
+    assert varied_options(results.rows) == ["confidence_threshold"]
+    header, lines = cells(columns_of(results.rows), results.rows)
+    assert header[:2] == ["decoding", "confidence_threshold"]
+    assert [line[1] for line in lines] == ["", "0.5", "0.25"]
+    arguments = model_args(results.rows[2], results.models)
+    assert arguments == "pretrained=a/b,dtype=bfloat16,decoder=dynamic,confidence_threshold=0.25,block_length=8"
+    assert f"Copy --model_args {arguments}" in write_report(tmp_path)[1][0].read_text(encoding="utf-8")
+
+
+def test_the_same_forwards_are_the_same_pace(tmp_path: Path) -> None:
+    same = {"decoder": "dynamic", "right": range(12), "nfe": 4}
+    points = {"ar": POINTS["ar"], "a": {**same, "seconds": 8.0}, "b": {**same, "seconds": 10.0}}
+    rows = {row.decoding: row for row in read_results(write_study(tmp_path, points)).rows}
+    assert (rows["a"].tokens_per_second, rows["b"].tokens_per_second) == (25.0, 20.0)
+    assert rows["a"].pace == rows["b"].pace == 22.5
+    assert {name for name, row in rows.items() if row.on_front} == {"a", "b"}
+
+
+def test_accuracy_under_parallelism_is_per_decoder(folder: Path) -> None:
+    entries = {entry["decoder"]: entry for entry in aup_by_decoder(read_results(folder).rows)}
+    assert list(entries) == ["s2d2", "dynamic", "ar"]
+    assert entries["s2d2"]["aup"] == pytest.approx(2.0 * 95)
+    assert (entries["dynamic"]["settings"], entries["dynamic"]["left_out"]) == (2, 1)
+    assert "Accuracy under parallelism" in (write_report(folder)[1][1]).read_text(encoding="utf-8")
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:

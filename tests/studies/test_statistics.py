@@ -7,7 +7,13 @@ import random
 
 import pytest
 
-from s2d2_lmeval.studies.report.statistics import holm, interval, paired_p_value, pareto
+from s2d2_lmeval.studies.report.statistics import (
+    accuracy_under_parallelism,
+    holm,
+    interval,
+    paired_p_value,
+    pareto,
+)
 
 
 def yes_no(right: int, of: int) -> list[list[float]]:
@@ -60,3 +66,20 @@ def test_holm() -> None:
 
 def test_fronts() -> None:
     assert pareto([(1, 5), (2, 4), (1, 4), (3, 1), (2, 4)]) == [True, True, False, True, True]
+
+
+def test_accuracy_under_parallelism_by_hand() -> None:
+    def worth(accuracy: float) -> float:
+        return accuracy * math.exp(-3 * (1 - accuracy / 75.4))
+
+    points = [(3.1, 74.0), (1.0, 74.2), (9.9, 60.1), (5.6, 72.9)]
+    area, kept = accuracy_under_parallelism(points, 75.4)
+    by_hand = 74.2 + 2.1 * (worth(74.2) + worth(74.0)) / 2 + 2.5 * (worth(74.0) + worth(72.9)) / 2
+    assert area == pytest.approx(by_hand)
+    assert kept == [(1.0, 74.2), (3.1, 74.0), (5.6, 72.9)]
+
+
+def test_accuracy_under_parallelism_of_lossless_decoders_is_that_of_their_speed() -> None:
+    assert accuracy_under_parallelism([(2.0, 80.0)], 80.0)[0] == 160.0
+    assert accuracy_under_parallelism([(1.0, 80.0), (4.0, 80.0)], 80.0)[0] == pytest.approx(320.0)
+    assert accuracy_under_parallelism([(1.0, 0.0), (4.0, 0.0)], 0.0)[0] == 0.0

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import IO, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -56,6 +57,16 @@ def table(
         cells = [cell if isinstance(cell, Text) else Text(cell) for cell in (["", *line[1:]] if repeated else line)]
         framed.add_row(*cells, end_section=last, style="bold" if bold and bold[place] else "")
     return framed
+
+
+def columns_that_fit(header: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> int:
+    """How many columns of a :func:`table`, from the left, are shown uncut on ``width`` characters; at least two."""
+    room, margin = width - 2, 2
+    for column, name in enumerate(header):
+        room -= max(map(cell_len, (name, *(line[column] for line in lines)))) + margin
+        if room < 0:
+            return max(column, 2)
+    return len(header)
 
 
 def pairs(lines: Sequence[Sequence[str | Text]], *columns: dict[str, Any]) -> Table:

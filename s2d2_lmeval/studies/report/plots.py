@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8C8C00")
 _AR = "#555555"
-_STYLE = {
+STYLE = {
     "font.size": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -35,6 +35,7 @@ _STYLE = {
     "ytick.color": "#444444",
     "figure.dpi": 110,
     "savefig.bbox": "tight",
+    "svg.fonttype": "none",  # the reader's fonts: outlines would triple the page
     "svg.hashsalt": "s2d2-lmeval",
     "text.parse_math": False,  # a name may hold a dollar sign
 }
@@ -64,7 +65,7 @@ def _styled(draw: Callable[..., Figure | None]) -> Callable[..., Figure | None]:
         import matplotlib
 
         matplotlib.use("Agg", force=False)
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(STYLE):
             return draw(*of)
 
     return styled

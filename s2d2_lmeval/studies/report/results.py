@@ -12,6 +12,7 @@ from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.statistics import ratios
 from s2d2_lmeval.studies.files import read_manifest
+from s2d2_lmeval.studies.points import named_models
 from s2d2_lmeval.studies.report.statistics import holm, interval, paired_p_value, pareto
 from s2d2_lmeval.studies.store import Line, PointRecord, read_point
 
@@ -25,7 +26,9 @@ class Row:
     ``accuracy`` with its 95 % interval is a mean over documents and seeds; ``forwards`` are means per answer;
     ``acceptance`` is accepted over drafted tokens (None without a verifier) and ``acceptance_lengths`` counts
     verifications by how many tokens they accepted; ``difference`` and ``p_value`` (adjusted for the number of
-    comparisons) are against ``baseline``, the tuned configuration without verification, on the same documents.
+    comparisons) are against ``baseline``, the tuned configuration without verification, on the same documents. ``pace``
+    is the tokens per second by which rows are ranked: rows of a decoder that took the same forwards share their mean,
+    since only noise parts them.
     """
 
     model: str
@@ -51,11 +54,13 @@ class Row:
     notes: tuple[str, ...] = ()
     orders: Sequence[tuple[str, list[list[int]]]] = ()
     scores: Mapping[int, list[float]] = field(default_factory=dict, repr=False)
+    texts: Mapping[int, str] = field(default_factory=dict, repr=False)
     baseline: str = ""
     difference: float | None = None
     p_value: float | None = None
     speedup_over_ar: float | None = None
     speedup_over_baseline: float | None = None
+    pace: float = float("nan")
     on_front: bool = False
 
 
@@ -67,6 +72,11 @@ class Results:
     rows: list[Row]
     problems: list[str]
     manifest: Mapping[str, Any]
+
+    @property
+    def models(self) -> dict[str, dict[str, Any]]:
+        """The model arguments of the study by name; empty where the manifest does not say."""
+        return named_models((self.manifest.get("study") or {}).get("models") or {})
 
     def groups(self) -> dict[tuple[str, str], list[Row]]:
         """(model, task) -> its rows."""
@@ -178,6 +188,7 @@ def _row(key: tuple[str, str, str], several: Sequence[tuple[Line, PointRecord]],
         notes=_notes(several, segments),
         orders=[(str(sample["document"]), sample["order"]) for sample in samples if sample.get("order")],
         scores=scores,
+        texts={sample["document"]: sample["text"] for sample in several[0][1].samples.values()},
     )
 
 
@@ -206,7 +217,13 @@ def _compare(group: Sequence[Row], baselines: Mapping[str, str]) -> None:
     tuned = max(plain, key=lambda row: (row.accuracy, row.tokens_per_second), default=None)
     tuned = named.get(baselines.get("dynamic", ""), tuned)
     ar = named.get(baselines.get("ar", ""), next((row for row in group if row.decoder == "ar"), None))
-    for row, on_front in zip(group, pareto([(row.tokens_per_second, row.accuracy) for row in group]), strict=True):
+    alike: dict[Any, list[Row]] = {}
+    for row in group:
+        alike.setdefault((row.decoder, row.new_tokens, *row.forwards.values()), []).append(row)
+    for rows in alike.values():
+        for row in rows:
+            row.pace = _mean([one.tokens_per_second for one in rows])
+    for row, on_front in zip(group, pareto([(row.pace, row.accuracy) for row in group]), strict=True):
         row.on_front = on_front
         row.speedup_over_ar, row.speedup_over_baseline = _ratio(row, ar), _ratio(row, tuned)
         if tuned is None or tuned is row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import integrate, stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -59,6 +59,31 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, p_values[place] * (len(p_values) - rank)))
         adjusted[place] = largest
     return adjusted
+
+
+AUP_DECAY = 3.0
+AUP_TOLERANCE = 5.0
+
+
+def accuracy_under_parallelism(
+    points: Sequence[tuple[float, float]], best: float
+) -> tuple[float, list[tuple[float, float]]]:
+    """AUP, the score of the d3LLM leaderboard: the area under accuracy over tokens per forward, where accuracy below
+    the ``best`` counts for exponentially less.
+
+    Args:
+        points: (tokens per forward, accuracy in per cent) of one method at its settings, one or more.
+        best: the best accuracy of all methods that are compared on the task, in per cent.
+
+    Returns:
+        The score, and the points that count: those at most 5 below the accuracy of the slowest. (The published function
+        stops where the fastest is not among them.) The slowest counts in full, whatever its accuracy.
+    """
+    ordered = sorted(points)
+    kept = [point for point in ordered if point[1] >= ordered[0][1] - AUP_TOLERANCE]
+    speed, accuracy = np.array(kept).T
+    worth = accuracy * np.minimum(np.exp(-AUP_DECAY * (1 - accuracy / best)), 1) if best else accuracy
+    return float(speed[0] * accuracy[0] + integrate.trapezoid(worth, speed)), kept
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:

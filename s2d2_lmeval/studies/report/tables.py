@@ -7,6 +7,7 @@ from math import isnan
 from typing import Any
 
 from s2d2_lmeval.studies.report.results import KINDS, Row
+from s2d2_lmeval.studies.report.varied import AUP_COLUMNS, aup_by_decoder, option_columns
 
 Cells = list[list[str]]
 DIFFERENCE = "vs. baseline"
@@ -35,6 +36,11 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 """``vs. baseline`` is the difference in accuracy; ``forwards`` and its kinds are means per answer."""
 
 
+def columns_of(rows: Sequence[Row], *, unsaid: bool = False) -> dict[str, Callable[[Row], str]]:
+    """:data:`COLUMNS`, with what was varied among ``rows`` after the name (``unsaid``: unless the name says it)."""
+    return {"decoding": COLUMNS["decoding"], **option_columns(rows, unsaid=unsaid), **COLUMNS}
+
+
 def cells(columns: Mapping[str, Callable[[Any], str]], entries: Sequence[Any]) -> tuple[list[str], Cells]:
     """Header and cells: one line per entry, without columns that are empty in every line."""
     lines = [[cell(entry) for cell in columns.values()] for entry in entries]
@@ -53,11 +59,16 @@ def about(rows: Sequence[Row]) -> str:
 
 def markdown(rows: Sequence[Row]) -> str:
     """A table; the front is in bold."""
-    header, table = cells(COLUMNS, rows)
+    header, table = cells(columns_of(rows), rows)
     for row, line in zip(rows, table, strict=True):
         line[:] = [cell.replace("|", "\\|") for cell in line]
         line[0] = f"**{line[0]}**" if row.on_front else line[0]
     return in_markdown(header, table)
+
+
+def aup(rows: Sequence[Row]) -> tuple[list[str], Cells]:
+    """Accuracy under parallelism of every decoder among ``rows``, as header and cells."""
+    return cells(AUP_COLUMNS, aup_by_decoder(rows))
 
 
 def in_markdown(header: Sequence[str], lines: Sequence[Sequence[str]], texts: int = 1) -> str:
@@ -82,7 +93,7 @@ _ESCAPED = str.maketrans(
 
 def latex(rows: Sequence[Row]) -> str:
     """A booktabs table, with the Pareto front in bold."""
-    header, table = cells(COLUMNS, rows)
+    header, table = cells(columns_of(rows), rows)
     caption = f"{rows[0].model}, {rows[0].task}: {about(rows)}. Bold: on the accuracy–speed front."
     lines = [[cell.translate(_ESCAPED) for cell in line] for line in (header, *table)]
     for row, line in zip(rows, lines[1:], strict=True):
