@@ -32,7 +32,7 @@ class Gate:
         factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
         vectors: torch.Tensor | None = None,
     ) -> None:
-        self._queries: torch.Tensor | None = None
+        self._draft: torch.Tensor | None = None
         self._index: torch.Tensor | None = None
         self._places = torch.zeros(0, dtype=torch.long)
         self._hooks = [
@@ -70,14 +70,14 @@ class Gate:
     def opened(self, queries: torch.Tensor, captured: bool) -> Iterator[None]:
         """While the model runs, let the adapter act on its draft ``queries`` (N,): 0, or 1 + the place in a window."""
         if captured:
-            self._queries = queries
+            self._draft, self._places = (queries > 0).view(1, -1, 1), queries - 1
         else:
             self._index = queries.nonzero().squeeze(1)
             self._places = queries[self._index] - 1
         try:
             yield
         finally:
-            self._queries = self._index = None
+            self._draft = self._index = None
 
     def _add(
         self,
@@ -90,9 +90,9 @@ class Gate:
         """``output`` (1, N, out) of a projection with the adapter's part added for draft queries."""
         (x,) = inputs
         low, high = low.to(x.dtype).T, high.to(x.dtype).T
-        if self._queries is not None:
-            draft = self._queries.to(x.device).view(1, -1, 1) > 0
-            return torch.where(draft, output + x @ low @ high, output)
+        if self._draft is not None:
+            more = torch.addmm(output[0], x[0] @ low, high)
+            return torch.where(self._draft.to(x.device), more, output)
         if self._index is None or not len(self._index):
             return output
         index = self._index.to(x.device)
@@ -102,10 +102,10 @@ class Gate:
         self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, vectors: torch.Tensor
     ) -> torch.Tensor:
         """``output`` (1, N, hidden size) of the embedding with the vectors of masks in their place."""
-        if self._queries is not None:
-            own = vectors[(self._queries - 1).clamp(0, len(vectors) - 1)].to(output.dtype)
-            return torch.where(self._queries.view(1, -1, 1) > 0, own, output)
-        if self._index is None or not len(self._index):
+        if self._draft is None and (self._index is None or not len(self._index)):
             return output
         own = vectors[self._places.clamp(0, len(vectors) - 1)].to(output.dtype)
-        return output.index_copy(1, self._index, own.unsqueeze(0))
+        if self._index is not None:
+            return output.index_copy(1, self._index, own.unsqueeze(0))
+        assert self._draft is not None
+        return torch.where(self._draft, own, output)

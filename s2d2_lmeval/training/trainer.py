@@ -93,16 +93,21 @@ class Trainer:
         """Train to the end; returns the last record of the log."""
         looked = self.seconds if self.records else -self.recipe.look
         while self.share < 1:
-            if self.seconds - looked >= self.recipe.look:
+            if self.seconds - looked >= self.recipe.look and not self._looked:
                 self._look()
                 looked = self.seconds
             began = time.perf_counter()
             self._train()
             self.seconds = self.processes.of_first(self.seconds + time.perf_counter() - began)
             self.on_step(self.share)
-        if not self.records or self.records[-1]["step"] < self.step:
+        if not self._looked:
             self._look()
         return self.records[-1]
+
+    @property
+    def _looked(self) -> bool:
+        """Whether the log has this step."""
+        return bool(self.records) and self.records[-1]["step"] == self.step
 
     def _train(self) -> None:
         """One step."""
