@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,10 +105,16 @@ def run(args: argparse.Namespace) -> int:
     on_ray = {"address": args.ray_address, "num_gpus": args.num_gpus, "num_cpus": args.num_cpus}
     backend = RayBackend(**on_ray) if args.backend == "ray" else LocalBackend()
     sweep = Sweep(plan, backend, search)
+    # A batch system's end is an interruption like any other.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with Display(console, sweep):
             counts = sweep.run()
+    except KeyboardInterrupt:
+        console.print(f"interrupted; what was finished is in {folder}, and the same command resumes", markup=False)
+        raise
     finally:
+        signal.signal(signal.SIGTERM, before)
         backend.close()
     for progress in sweep.points.values():
         if progress.unreadable:

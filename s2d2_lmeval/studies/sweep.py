@@ -16,6 +16,7 @@ from s2d2_lmeval.errors import StudyError, first_line
 from s2d2_lmeval.harness.identity import code_version
 from s2d2_lmeval.studies.evaluation import Evaluator, Outcome
 from s2d2_lmeval.studies.planning import Job, Plan
+from s2d2_lmeval.studies.report.results import accuracy_of
 from s2d2_lmeval.studies.store import Line, PointRecord, PointStore, read_point
 
 WAITING, RUNNING, COMPLETE, FAILED = "waiting", "running", "complete", "failed"
@@ -33,6 +34,7 @@ class Progress:
     new_tokens: float = 0.0
     nfe: float = 0.0
     seconds: float = 0.0
+    accuracy: float | None = None
     state: str = WAITING
     error: str = ""
     unreadable: int = 0
@@ -51,6 +53,7 @@ class Progress:
             new_tokens=record.total("new_tokens"),
             nfe=record.total("nfe"),
             seconds=record.decoding_seconds,
+            accuracy=_accuracy(record, job) if finished else None,
             state=COMPLETE if finished else WAITING,
             unreadable=len(record.unreadable),
         )
@@ -69,6 +72,14 @@ class Progress:
     def tokens_per_second(self) -> float:
         """New tokens over seconds of decoding, all samples."""
         return self.new_tokens / self.seconds if self.seconds else 0.0
+
+
+def _accuracy(record: PointRecord, job: Job) -> float | None:
+    """A complete point's accuracy; None where its result lacks the metric, which its report then says."""
+    try:
+        return accuracy_of(record, job.task.metric)[1]
+    except StudyError:
+        return None
 
 
 @dataclass

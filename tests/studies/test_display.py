@@ -48,19 +48,20 @@ def test_the_table_on_a_terminal(study: dict[str, Any], tmp_path: Path) -> None:
     last.print(table)
     text = last.file.getvalue()  # type: ignore[attr-defined]
     line = next(line for line in text.splitlines() if "confidence_threshold=0.5 " in line)
-    assert line.split() == [
-        "▶",
-        "toy",
-        "s2d2_toy_arithmetic",
-        "d",
-        "confidence_threshold=0.5",
-        "0",
-        "1/6",
-        "15.0",
-        "3.00",
-    ]
+    expected = ["▶", "d", "confidence_threshold=0.5", "s2d2_toy_arithmetic", "1/6", "3.00", "15.0", "toy", "0"]
+    assert line.split() == expected
     assert "0 of 3 points, 1 of 18 samples" in text
     assert "✗" in shown.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_swept_value_is_never_cut(study: dict[str, Any], tmp_path: Path, width: int) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    display = Display(console, sweep_of(3, study, tmp_path))
+    console.print(display._table())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(f"confidence_threshold={value}" in text for value in (0.5, 0.51, 0.52))
+    assert ("seed" in text) == (width == 200)
 
 
 def test_elsewhere_a_line_per_point(study: dict[str, Any], tmp_path: Path) -> None:

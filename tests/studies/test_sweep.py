@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.process
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -229,6 +230,17 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr().out
     assert "2/2 complete: toy, s2d2_toy_arithmetic, s2d2: 1 samples" in shown
     assert "2 complete." in shown
+
+
+def test_a_termination_is_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    monkeypatch.setattr(Sweep, "run", lambda self: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["sweep", str(tmp_path / "study.yaml"), "--output", str(tmp_path / "out")]) == 130
+    assert "the same command resumes" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_failure_shows_in_the_exit_code(

@@ -6,7 +6,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from s2d2_lmeval.cli.console import table
+from s2d2_lmeval.cli.console import columns_that_fit, table
 from s2d2_lmeval.studies.sweep import Progress, Sweep
 
 ROWS_SHOWN = 20
@@ -51,14 +51,18 @@ class Display:
         lines: list[list[str | Text]] = [
             [
                 Text(*_STATES[one.state]),
-                *(one.job.model, one.job.task.task, one.job.decoding, str(one.job.seed)),
-                f"{one.done}/{one.job.samples}",
-                f"{one.tokens_per_second:.1f}" if one.seconds else "",
+                *(one.job.decoding, one.job.task.task, f"{one.done}/{one.job.samples}"),
+                "" if one.accuracy is None else f"{100 * one.accuracy:.1f}",
                 f"{one.tokens_per_forward:.2f}" if one.nfe else "",
+                f"{one.tokens_per_second:.1f}" if one.seconds else "",
+                *(one.job.model, str(one.job.seed)),
             ]
             for one in shown
         ]
-        header = ["", "model", "task", "decoding", "seed", "samples", "tokens/s", "tokens/forward"]
+        header = ["", "decoding", "task", "samples", "accuracy", "tokens/forward", "tokens/s", "model", "seed"]
+        # What does not fit is left out: a swept value that is cut says nothing.
+        fits = columns_that_fit(header, [[str(cell) for cell in line] for line in lines], self.console.width)
+        header, lines = header[:fits], [line[:fits] for line in lines]
         left = self.sweep.seconds_left
         done, samples = sum(one.done for one in points), sum(one.job.samples for one in points)
         line = f"{sum(one.has_ended for one in points)} of {len(points)} points, {done} of {samples} samples"
@@ -66,7 +70,7 @@ class Display:
             line += f", {duration(left)} left"
         if len(shown) < len(points):
             line += f"; {len(points) - len(shown)} points not shown"
-        return Group(table(header, lines, texts=range(5), title=self.sweep.plan.study.name), Text(line))
+        return Group(table(header, lines, texts=(0, 1, 2, 7), title=self.sweep.plan.study.name), Text(line))
 
 
 _STATES = {"waiting": ("·", "dim"), "running": ("▶", "cyan"), "complete": ("✓", "green"), "failed": ("✗", "red")}
