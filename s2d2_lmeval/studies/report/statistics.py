@@ -22,11 +22,15 @@ def interval(documents: Sequence[Sequence[float]]) -> tuple[float, float]:
     means = np.array([np.mean(document) for document in documents])
     if _binary(documents):
         bounds = stats.binomtest(int(means.sum()), len(means)).proportion_ci(CONFIDENCE, method="wilson")
-    elif len(means) == 1:
+        return float(bounds.low), float(bounds.high)
+    return _bootstrap(means)
+
+
+def _bootstrap(means: np.ndarray) -> tuple[float, float]:
+    if len(means) == 1:
         return float(means[0]), float(means[0])
-    else:
-        settings = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "rng": np.random.default_rng(0)}
-        bounds = stats.bootstrap((means,), np.mean, method="percentile", **settings).confidence_interval
+    settings = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "rng": np.random.default_rng(0)}
+    bounds = stats.bootstrap((means,), np.mean, method="percentile", **settings).confidence_interval
     return float(bounds.low), float(bounds.high)
 
 
@@ -46,6 +50,21 @@ def paired_p_value(first: Sequence[Sequence[float]], second: Sequence[Sequence[f
         return float(stats.binomtest(int((differences > 0).sum()), len(differences)).pvalue)
     settings = {"n_resamples": RESAMPLES, "rng": np.random.default_rng(0)}
     return float(stats.permutation_test((differences,), np.sum, permutation_type="samples", **settings).pvalue)
+
+
+def difference_interval(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """A 95 % confidence interval of the mean difference, first less second, on the same documents.
+
+    Agresti and Min's (2005) for one yes or no per document, which is not empty where no document differs; else a
+    bootstrap over documents.
+    """
+    differences = np.array([np.mean(a) - np.mean(b) for a, b in zip(first, second, strict=True)])
+    if not (_binary(first) and _binary(second)):
+        return _bootstrap(differences)
+    count, more, less = len(differences) + 2, (differences > 0).sum() + 0.5, (differences < 0).sum() + 0.5
+    middle = (more - less) / count
+    spread = stats.norm.ppf((1 + CONFIDENCE) / 2) * np.sqrt(more + less - (more - less) ** 2 / count) / count
+    return float(max(middle - spread, -1)), float(min(middle + spread, 1))
 
 
 def _binary(documents: Sequence[Sequence[float]]) -> bool:

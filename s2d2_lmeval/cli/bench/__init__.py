@@ -131,7 +131,7 @@ def _fill_in(args: argparse.Namespace) -> None:
 
 def _show_launches(args: argparse.Namespace, model: BlockDiffusionModel, console: Any) -> dict[str, Any]:
     """What steps ask of a GPU; returns the content of the file."""
-    from s2d2_lmeval.cli.bench_launches import count_all, launch_table
+    from s2d2_lmeval.cli.bench.launches import count_all, launch_table
     from s2d2_lmeval.harness.report import environment
     from s2d2_lmeval.studies.bench.launches import every_entry
 
