@@ -152,7 +152,7 @@ def _difference(
 ) -> Difference:
     values = {document: (float(one[metric]), float(other[metric])) for document, (one, other) in pairs.items()}
     first, second = ([[pair[side]] for pair in values.values()] for side in (0, 1))
-    means = [sum(value for (value,) in side) / len(side) for side in (first, second)]
+    mean, other_mean = (sum(value for (value,) in side) / len(side) for side in (first, second))
     low, high = difference_interval(second, first)
     differing = tuple(
         (document, *values[document], _answer(one), _answer(other))
@@ -160,7 +160,8 @@ def _difference(
         if values[document][0] != values[document][1]
     )
     p_value = paired_p_value(second, first)
-    return Difference(task, label, len(values), *means, means[1] - means[0], low, high, p_value, differing)
+    difference = other_mean - mean
+    return Difference(task, label, len(values), mean, other_mean, difference, low, high, p_value, differing)
 
 
 def _answer(sample: Mapping[str, Any]) -> str:
