@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import policies, spiffy_savings
+from benchmarks import frontier, policies, spiffy_savings
 
 
 def test_policies(capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,3 +22,11 @@ def test_spiffy_savings(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert rows["| static itself"].endswith("| 1.00 |")
     assert float(rows["| calibrated, 4 nodes"].split(" | ")[-1].strip(" |")) > 1
     assert {"| static, fused", "| static, fused, spiffy"} <= rows.keys()
+
+
+def test_frontier(capsys: pytest.CaptureFixture[str]) -> None:
+    frontier.main(["--prompts", "1", "--new_tokens", "8"])
+    rows = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in capsys.readouterr().out.splitlines()}
+    assert rows.keys() >= frontier.WAYS["toy"].keys()
+    assert all(rows[name][-1].startswith("3 of 3") for name in frontier.WAYS["toy"])
+    assert float(rows["sliding"][1]) > float(rows["ar"][1]) == 1.0

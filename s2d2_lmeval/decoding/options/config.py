@@ -45,6 +45,7 @@ class DecodingConfig(
     windows.StridedOptions,
     windows.ReorderedOptions,
     rounds.TreeOptions,
+    rounds.PairsOption,
     rounds.DrafterOptions,
     s2d2.VerifierOptions,
     s2d2.RemaskingOption,

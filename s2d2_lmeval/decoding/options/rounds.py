@@ -61,6 +61,19 @@ class SlidingOptions:
 
 
 @dataclass(frozen=True)
+class PairsOption:
+    """Trees that know the token above (sliding, DDTree)."""
+
+    pairs: float = option(
+        0.5,
+        "weight of counted pairs of tokens, of prompts and answers so far, when a tree is grown; 0: none, as with "
+        "share_budget=false and schedule=reference",
+        low=0.0,
+        high=4.0,
+    )
+
+
+@dataclass(frozen=True)
 class DrafterOptions:
     """Rounds whose drafts come from a separate drafter (DFlash, DDTree)."""
 

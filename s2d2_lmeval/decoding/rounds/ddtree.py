@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.options.blocks import ScheduleOption
-from s2d2_lmeval.decoding.options.rounds import DrafterOptions, TreeOptions
+from s2d2_lmeval.decoding.options.rounds import DrafterOptions, PairsOption, TreeOptions
 from s2d2_lmeval.decoding.passes import Sent
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.dflash import TARGETS_LAW, DFlash
+from s2d2_lmeval.decoding.rounds.pairs import Pairs
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
 from s2d2_lmeval.runtime.passes import DRAFTER
@@ -29,6 +31,9 @@ from s2d2_lmeval.runtime.passes import DRAFTER
 if TYPE_CHECKING:
     from s2d2_lmeval.decoding.options.config import DecodingConfig
     from s2d2_lmeval.families import Facts
+
+CHOICES = 16
+"""Tokens per place that a tree branches over where it goes by pairs; otherwise as many as it has nodes."""
 
 WIDEST, WIDEST_FORWARD = 256, 1024
 """What ``tree_budget=auto`` considers: nodes per row, and queries of all rows together."""
@@ -38,7 +43,7 @@ WIDEST, WIDEST_FORWARD = 256, 1024
     "ddtree",
     *("autoregressive", "block"),
     promise=TARGETS_LAW,
-    options=(ScheduleOption, DrafterOptions, TreeOptions),
+    options=(ScheduleOption, DrafterOptions, TreeOptions, PairsOption),
     needs_drafter=True,
 )
 class DDTree(DFlash):
@@ -58,9 +63,18 @@ class DDTree(DFlash):
         share = WIDEST_FORWARD // (slots * (1 if facts.token_shift else 2))
         return max(min(WIDEST, share), cls.most_depths(config, facts))
 
+    def __init__(self, setup: DecoderSetup) -> None:
+        super().__init__(setup)
+        if self._counts_pairs:
+            self.pairs = Pairs(setup, self.config.pairs, self.depths + 2)
+
+    @property
+    def _counts_pairs(self) -> bool:
+        return bool(self.config.pairs) and self.config.schedule != "reference"
+
     @property
     def choices(self) -> int:
-        return max(self.rows.most_nodes, 1)
+        return max(min(self.rows.most_nodes, CHOICES) if self._counts_pairs else self.rows.most_nodes, 1)
 
     def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
         """With ``tree_budget=auto``, measure the cost of rounds at this batch size."""
@@ -72,10 +86,11 @@ class DDTree(DFlash):
             self.seconds_of = self.tables.put("seconds", torch.from_numpy(target + draft))
         super().calibrate_costs(measure_costs)
 
-    def _grow(self, log_p: torch.Tensor, token: torch.Tensor) -> trees.Tree:
+    def _grow(self, log_p: torch.Tensor, token: torch.Tensor, last: torch.Tensor) -> trees.Tree:
         # In double precision, so that the order of nodes is that of exact sums.
         log_p, nodes = log_p.double() * self.config.tree_sharpen, self.rows.most_nodes
-        return trees.grow(log_p, token, nodes, self.config.tree_seed_chain, self.beams)
+        branches = None if self.pairs is None else self.pairs.branches(log_p, token, last)
+        return trees.grow(log_p, token, nodes, self.config.tree_seed_chain, self.beams, branches)
 
     def _nodes_to_run(self, tree: trees.Tree, sent: Sent) -> torch.Tensor | None:
         if self.seconds_of is None:

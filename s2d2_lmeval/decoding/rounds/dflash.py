@@ -56,6 +56,7 @@ def plan_draft(rows: RoundRows, mask_token_id: int, block: int) -> Plan:
             "waiting": (slots, 0),
             "base": (np.arange(len(slots)) * (block - 1), 0),
             "length": (lengths[slots], 0),
+            "last": (last, 0),
             "key": (rows.key[slots], 0),
         },
         model=DRAFTER,
@@ -124,7 +125,7 @@ class DFlash(Target):
         ahead = torch.arange(self.depths, device=logits.device)
         position = sent["length"].unsqueeze(1) + ahead
         of_rows = logits[(sent["base"].unsqueeze(1) + ahead).flatten()]
-        tree = self._grow(*self.acceptance.candidates(of_rows, position, sent))
+        tree = self._grow(*self.acceptance.candidates(of_rows, position, sent), sent["last"].unsqueeze(1))
         self.rows.plant(sent["waiting"], tree)
         return Decided(self._nodes_to_run(tree, sent))
 
@@ -138,8 +139,10 @@ class DFlash(Target):
         rows.phase[slots] = VERIFY
         return np.zeros_like(slots)
 
-    def _grow(self, log_p: torch.Tensor, token: torch.Tensor) -> trees.Tree:
-        """The tree (R, N) of drafts, the likeliest tokens (R, depths, choices) and their ``log_p``."""
+    def _grow(self, log_p: torch.Tensor, token: torch.Tensor, last: torch.Tensor) -> trees.Tree:
+        """The tree (R, N) of drafts after the ``last`` token (R, 1), from the likeliest tokens (R, depths, choices) and
+        their ``log_p``.
+        """
         return trees.grow(log_p, token, self.depths, beams=self.beams)
 
     def _nodes_to_run(self, tree: trees.Tree, sent: Sent) -> torch.Tensor | None:

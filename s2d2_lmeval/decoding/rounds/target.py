@@ -20,6 +20,7 @@ host drafts (:mod:`~s2d2_lmeval.decoding.rounds.lookup`) go up with the plan.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,7 @@ from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent, ragged
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed
 from s2d2_lmeval.decoding.rounds.lookup import Draft
+from s2d2_lmeval.decoding.rounds.pairs import Pairs
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, SequenceState
 from s2d2_lmeval.decoding.steps import pack
@@ -229,6 +231,8 @@ class Target(Decoder[RoundRows]):
         self.depths = self.most_depths(config, facts)
         self.rows = RoundRows(setup, self.most_nodes(config, facts, setup.slots))
         self.acceptance = Keyed(config, self.source, self.depths)
+        self.pairs: Pairs | None = None
+        """The counted pairs that its trees go by, if they do."""
         self.sound = setup.tables.full("sound", (), True, torch.bool)
         """Whether all logits were numbers."""
 
@@ -263,12 +267,16 @@ class Target(Decoder[RoundRows]):
 
     def admitted(self, slot: int) -> None:
         """A request has been admitted to ``slot``."""
+        if self.pairs is not None:
+            self.pairs.known[slot] = 0
         self._enter_round(np.array([slot]))
 
     def plan(self) -> Plan:
         """Lay out the next forward of all active rows."""
         chunk, feeds = self.prefill_chunk, self.feeds_drafter
         self._plan = plan_round(self.rows, self.facts, self.depths, chunk, self.window, feeds)
+        if self.pairs is not None:
+            self._plan = replace(self._plan, rows={**self._plan.rows, "fresh": self.pairs.fresh(self.rows)})
         return self._plan
 
     # ---- device ----
@@ -280,19 +288,21 @@ class Target(Decoder[RoundRows]):
         if not sent.present:  # prefill chunks only
             return Decided(None)
         self._sent = sent
+        if self.pairs is not None:
+            self.pairs.read(sent["fresh"])
         if self.facts.mask_token_id != NO_MASK:
             logits[:, self.facts.mask_token_id] = -torch.inf
         verify, window = logits[sent.part("verify")], logits[sent.part("window")]
         path, bonus = self.acceptance.judge(verify, sent)
         tokens = torch.cat([sent["token"].gather(1, path), bonus], dim=1)
         depth = sent["depth"][:, : sent["above"].shape[1]]
-        proposed = self._propose(window, path.amax(1, keepdim=True))
+        proposed = self._propose(window, path.amax(1, keepdim=True), bonus)
         self.sound.logical_and_(~verify.isnan().any())
         return Decided(pack([self.sound.expand_as(bonus), path, tokens, depth, *proposed]), path[:, 1:] - 1)
 
-    def _propose(self, logits: torch.Tensor, end: torch.Tensor) -> list[torch.Tensor]:
-        """Draft the next round from the window ``logits``, given the walks' ``end`` (count, 1); returns columns
-        (count, any) for :meth:`_after_round`.
+    def _propose(self, logits: torch.Tensor, end: torch.Tensor, bonus: torch.Tensor) -> list[torch.Tensor]:
+        """Draft the next round from the window ``logits``, given the walks' ``end`` and ``bonus`` token (count, 1);
+        returns columns (count, any) for :meth:`_after_round`.
         """
         return []
 

@@ -33,34 +33,50 @@ class Tree:
     value: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Branches:
+    """The choices of each position in the order of their value after each choice of the position before, best first:
+    their log-values and which they are (R, S, K above, K).
+    """
+
+    log_p: torch.Tensor
+    choice: torch.Tensor
+
+
 def grow(
     log_p: torch.Tensor,
     token: torch.Tensor,
     nodes: int,
     seed_chain: bool = False,
     beams: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    branches: Branches | None = None,
 ) -> Tree:
     """The best ``nodes`` prefixes of each row.
 
     ``log_p`` and ``token`` (R, S, K) are the K likeliest tokens of each of S future positions, best first; minus
     infinity rules a choice out. With ``seed_chain`` the argmax chain comes first, then the best others.
-    ``beams`` are those of :func:`beams_of`.
+    ``beams`` are those of :func:`beams_of`. With ``branches`` a token is worth what it is after the one above it.
     """
     rows, depths, choices = log_p.shape
     if beams is None:
         beams = beams_of(depths, choices, nodes, lambda _, index: index.to(log_p.device))
-    score = log_p.new_zeros(rows, 1)
+    score, own = log_p.new_zeros(rows, 1), token.new_zeros(rows, 1)
     scores, keys, parents, picks, offset = [], [], [], [], 0
     for depth in range(depths):
         above, choice = beams[depth]
-        candidates = score[:, above] + log_p[:, depth, choice]
+        if branches is None:
+            worth, picked = log_p[:, depth, choice], choice.expand(rows, -1)
+        else:
+            place = own[:, above] * choices + choice
+            worth, picked = (table[:, depth].flatten(1).gather(1, place) for table in (branches.log_p, branches.choice))
+        candidates = score[:, above] + worth
         key = candidates.clone()
         if seed_chain:
             key[:, :1] = torch.inf  # the first child of the first, which is the chain's
         key, index = key.topk(min(nodes, candidates.shape[1]), dim=1)
-        score = candidates.gather(1, index)
+        score, own = candidates.gather(1, index), picked.gather(1, index)
         parents.append(offset + above[index])
-        picks.append(depth * choices + choice[index])
+        picks.append(depth * choices + own)
         scores.append(score)
         keys.append(key)
         offset = 1 + sum(part.shape[1] for part in scores[:-1])
