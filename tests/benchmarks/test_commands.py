@@ -29,4 +29,4 @@ def test_frontier(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in capsys.readouterr().out.splitlines()}
     assert rows.keys() >= frontier.WAYS["toy"].keys()
     assert all(rows[name][-1].startswith("3 of 3") for name in frontier.WAYS["toy"])
-    assert float(rows["sliding"][1]) > float(rows["ar"][1]) == 1.0
+    assert float(rows["sliding, 64 queries"][1]) > float(rows["ar"][1]) == 1.0

@@ -87,3 +87,15 @@ def test_every_token_is_counted_once() -> None:
     assert pairs.tokens.tolist() == [Counter([2, 3, 1, 2, 4, 9, 1, 2])[one] for one in range(50)]
     assert int(pairs.counts.sum()) == 8
     assert pairs.counts.max() == 3
+
+
+def test_sure_drafts_are_trees_too() -> None:
+    """Where a position's choices are all there is of it, rounding may make them more than that."""
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        log_p = (20 * torch.randn(1, 6, 4, generator=generator)).log_softmax(2).sort(descending=True).values.double()
+        token = torch.rand(1, 6, 9, generator=generator).argsort(2)[:, :, :4]
+        text = torch.randint(9, (60,), generator=generator).tolist()
+        branches = counted([text], 0.5).branches(log_p, token, torch.tensor([[text[-1]]]))
+        for nodes in (3, 6, 12):
+            assert paths_of(trees.grow(log_p, token, nodes, branches=branches), 0)

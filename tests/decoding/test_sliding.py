@@ -141,7 +141,7 @@ def test_ar_is_what_a_plain_model_writes_without_cache(family: str) -> None:
 def test_drafts_are_verified_however_tight_the_budget(family: str, row_budget: int) -> None:
     """A window costs nearly all of it, and promises more than unsure drafts do; every third round runs one."""
     prompts = [[n, 3, 1, 4, 1, 5] for n in range(4)]
-    options = {"decoder": "sliding", "window": 16, "row_budget": row_budget, "lookup": False}
+    options = {"decoder": "sliding", "window": 16, "row_budget": row_budget}
     for batch in (1, 4):
         for answer in decode(prompts, [24] * 4, batch, family, **options):
             drafting = answer.stats["rounds"]

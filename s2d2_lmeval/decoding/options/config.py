@@ -158,8 +158,10 @@ class DecodingConfig(
 
     @property
     def looks_up(self) -> bool:
-        """Whether drafts are looked up in text. They have no distribution, which rejection would have to know."""
-        return self.lookup and self.acceptance != "rejection"
+        """Whether drafts are looked up in text: where a window of masks drafts, a walk along what was looked up would
+        leave it behind.
+        """
+        return self.lookup and self.window == 1
 
     @property
     def caution(self) -> str | None:

@@ -30,8 +30,8 @@ class SlidingOptions:
     draft_shape: str = option("tree", "the shape of a draft", choices=DRAFT_SHAPES)
     lookup: bool = option(
         True,
-        "where there is no such draft, draft what followed the last tokens before, in prompt, answer and (with "
-        "share_budget) earlier answers; not with acceptance=rejection",
+        "with window=1, draft what followed the last tokens before, in prompt, answer and (with share_budget) earlier "
+        "answers",
     )
 
     @staticmethod

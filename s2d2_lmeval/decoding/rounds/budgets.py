@@ -284,24 +284,21 @@ class QueryBudget:
         first = torch.arange(windows.shape[1], device=drafted.device) == 0
         return nodes * drafted, torch.where(drafted, windows, first), price
 
-    def left(self, planned: np.ndarray) -> np.ndarray:
-        """How many more nodes (R,) each of the rows may run that have ``planned`` so many queries (R,)."""
-        if self.queries is None:
-            return (self.most - planned).clip(0) // self.node
-        if self.shared:
-            return np.minimum(self.most - planned, self.queries * len(planned) - planned.sum()).clip(0) // self.node
-        return (self.queries - planned).clip(0) // self.node
+    def nodes_left(self, rows: int) -> int:
+        """How many nodes one of ``rows`` may run beside its last token, if the others run none."""
+        most = self.most if self.queries is None else min(self.most, self.queries * (rows if self.shared else 1))
+        return most // self.node - 1
 
-    def price_of_nodes(self, worth: np.ndarray, planned: int, rows: int) -> float:
-        """What a node has to be worth more than, of those that are ``worth`` (K,), in falling order, on top of
-        ``planned`` queries of all ``rows``.
+    def price_of_nodes(self, worth: np.ndarray, rows: int) -> float:
+        """What a node has to be worth more than, of those that are ``worth`` (K,), in falling order, of all ``rows``
+        together, where there are no windows.
         """
         if self.queries is None:
-            asked = planned + self.node * np.arange(len(worth) + 1)
+            asked = self.node * np.arange(rows, rows + len(worth) + 1)
             seconds = self._known[asked.clip(max=len(self._known) - 1)]
             most = int((np.append(0.0, worth.cumsum()) - self._tokens / self._seconds * seconds).argmax())
         elif self.shared:
-            most = max(self.queries * rows - planned, 0) // self.node
+            most = self.queries * rows // self.node - rows
         else:
             return 0.0
         return float(worth[most]) if most < len(worth) else 0.0

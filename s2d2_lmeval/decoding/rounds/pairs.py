@@ -60,7 +60,9 @@ class Pairs:
         often = (self.counts[_counter(above, token.unsqueeze(2))] / share.unsqueeze(2)).log1p()
         given = log_p.unsqueeze(2) + self.weight * often
         given = given + (log_p.logsumexp(2)[:, :, None, None] - given.logsumexp(3, keepdim=True))
-        return Branches(*given.nan_to_num(nan=-torch.inf, neginf=-torch.inf).sort(dim=3, descending=True, stable=True))
+        # Rounded, a mass may exceed 1; but no node is worth more than its parent.
+        given = given.nan_to_num(nan=-torch.inf, neginf=-torch.inf).clamp_max(0)
+        return Branches(*given.sort(dim=3, descending=True, stable=True))
 
 
 def _counter(above: torch.Tensor, token: torch.Tensor) -> torch.Tensor:

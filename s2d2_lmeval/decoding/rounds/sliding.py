@@ -8,8 +8,9 @@ a. draft   the window at the walk's end, if it had one, gives the marginals of t
            (:mod:`~s2d2_lmeval.decoding.rounds.trees`)
 b. buy     all rows divide the forward's query budget among nodes and windows
            (:mod:`~s2d2_lmeval.decoding.rounds.budgets`)
-c. look up rows without such a draft continue as text did before (:mod:`~s2d2_lmeval.decoding.rounds.lookup`), with
-           what is left of the budget. It is all that there is for models without a mask token, and with ``window=1``
+
+Without masks (``window=1``, all that there is for models without a mask token) drafts are what followed the last tokens
+of the text before (:mod:`~s2d2_lmeval.decoding.rounds.lookup`), and the host gives trees to rows before their round.
 
 The target chooses as the ``ar`` decoder does: the argmax, or a draw from randomness keyed by position. So the tokens
 are those of ``ar`` with the same seed, whatever was drafted, and a round without a usable draft still yields one token.
@@ -36,7 +37,7 @@ from s2d2_lmeval.decoding.rounds.budgets import QueryBudget
 from s2d2_lmeval.decoding.rounds.lookup import Draft, Lookup, Text
 from s2d2_lmeval.decoding.rounds.pairs import Pairs
 from s2d2_lmeval.decoding.rounds.target import Target, unread_masks
-from s2d2_lmeval.decoding.state import PREFILL, VERIFY
+from s2d2_lmeval.decoding.state import DRAFT, PREFILL, VERIFY
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime import clock
@@ -172,29 +173,26 @@ class Sliding(Target):
         super().admitted(slot)
 
     def _look_up(self) -> None:
-        """Give trees to the rows that are about to run a round without one."""
+        """Give trees to the rows that are about to run a round."""
         rows, budget = self.rows, self.budget
         running = rows.active()[rows.phase[rows.active()] != PREFILL]
-        queries = (1 + rows.nodes[running]) * budget.node + rows.windows[running] * budget.window
-        left = budget.left(queries)
+        most = min(budget.nodes_left(len(running)), rows.most_nodes, MOST_FOUND)
         found: dict[int, Draft] = {}
-        for slot, most in zip(running.tolist(), left.tolist(), strict=True):
+        for slot in running.tolist():
             text, lookup, room = (
                 self.texts[slot],
                 self.lookups[slot],
                 int(rows.limit[slot]) - len(rows.tokens[slot]) - 1,
             )
             lookup.follow(text)
-            if not rows.nodes[slot]:
-                chain = self.config.draft_shape == "chain"
-                nodes = min(most, rows.most_nodes, MOST_FOUND)
-                found[slot] = lookup.draft(text, nodes, min(DEEPEST, room), LEAST_WORTH, chain)
+            chain = self.config.draft_shape == "chain"
+            found[slot] = lookup.draft(text, most, min(DEEPEST, room), LEAST_WORTH, chain)
         worth = np.sort([value for draft in found.values() for value in draft.value])[::-1]
-        price = budget.price_of_nodes(worth, int(queries.sum()), len(running))
+        price = budget.price_of_nodes(worth, len(running))
         rows.written = {slot: draft.above(price) for slot, draft in found.items()}
         for slot, draft in rows.written.items():
             rows.nodes[slot] = len(draft.token)
-            rows.phase[slot] = VERIFY if draft.token else rows.phase[slot]
+            rows.phase[slot] = VERIFY if draft.token else DRAFT
 
     # ---- device ----
 
@@ -245,16 +243,17 @@ class Sliding(Target):
         return super().settle(table)
 
     def _after_round(self, slots: np.ndarray, accepted: np.ndarray, proposed: np.ndarray) -> None:
-        rows = self.rows
-        bought = [0 if slot in rows.written else int(rows.nodes[slot]) for slot in slots.tolist()]
-        for slot, tree, taken in zip(slots.tolist(), bought, accepted.tolist(), strict=True):
-            self.budget.round_ran(tree, taken, self.price[slot])
+        rows, ran = self.rows, (slots, self.rows.nodes[slots], self.rows.windows[slots], accepted)
+        for slot, nodes_run, windows_run, taken in zip(*(values.tolist() for values in ran), strict=True):
+            self.budget.round_ran(nodes_run, taken, self.price[slot])
+            if self.window:
+                rows.progress[slot].count("windows", windows_run)
         if not self.window:
             rows.nodes[slots] = 0
             return
         met, nodes, windows, price = proposed.T
-        for slot, drafts, used in zip(*(values.tolist() for values in (slots, rows.windows[slots], met)), strict=True):
-            for name, more in (("windows", drafts), ("windows_used", used), ("windows_missed", 1 - used)):
-                rows.progress[slot].count(name, more)
+        for slot, used in zip(slots.tolist(), met.tolist(), strict=True):
+            rows.progress[slot].count("windows_used", used)
+            rows.progress[slot].count("windows_missed", 1 - used)
         rows.nodes[slots], rows.windows[slots], self.price[slots] = nodes, windows, price / PRICE_UNIT
         self.waited[slots] = (met > 0) & (nodes == 0)

@@ -201,10 +201,7 @@ def assemble_round(
     index = torch.arange(rows.depth.shape[1], device=rows.device)
     depth = sent["depth"] = rows.depth.where(index <= sent["nodes"], -1)
     if causal_windows is not None:
-        bought = sent["nodes"] > 0  # without: a window at the root
-        if sent.fixed[1]:
-            bought &= sent["written"][3, :, :1] == 0
-        sent["holder"] = rows.holder * bought
+        sent["holder"] = rows.holder * (sent["nodes"] > 0)  # without a node: the root
         owner = owner.where(kind != trees.WINDOW, sent["holder"][sent["slots"]].gather(1, owner))
     at = sent["slot"], owner.flatten()[packed]
     sent["positions"] = sent["positions"] + depth[at].clamp_min(0)
