@@ -117,7 +117,7 @@ def _check_plain(source: str, config: Mapping[str, Any]) -> None:
     if odd:
         raise CheckpointError(
             f"the adapter {source} says {odd[0]}={config[odd[0]]!r}, which is more than a plain LoRA. Merge it with "
-            "the package peft, and load the result."
+            "the package peft, and load the result; one for drafts cannot be merged, and has to be plain."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from s2d2_lmeval import load
@@ -214,3 +215,31 @@ def test_a_full_disk_leaves_whole_files(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(checkpointing.os, "fsync", full)
     refused("No space left", lambda: replaced(tmp_path / "kept", b"after"))
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("kept", b"before")]
+
+
+TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_every_target_is_adapted(family: str, tmp_path: Path) -> None:
+    name, more = TARGETS[family]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes, **more)
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(tmp_path / "base")
+    train(tmp_path / "base", tmp_path / "drafts", Recipe(steps=2, windows=4))
+    plain = load(tmp_path / "base", device="cpu")
+    adapted = load(tmp_path / "base", device="cpu", draft_adapter=tmp_path / "drafts")
+    assert plain.facts.family == family
+    found = [model.generate(PROMPTS, {"max_new_tokens": 8}) for model in (plain, adapted)]
+    assert [one.token_ids for one in found[0]] == [one.token_ids for one in found[1]]
+    assert all(one.stats["windows"] for one in found[1])
