@@ -101,9 +101,17 @@ build/smollm2: | $(VENV)/.installed
 draft-graphs: $(VENV)/.installed  ## calibrate the draft graphs that come with the package, on the toy model
 	$(OFFLINE) $(BIN)/python -m benchmarks.spiffy_savings --make-default-graphs
 
-docs: $(VENV)/.installed  ## write docs/options.md and the schema of study files anew from the code
+docs: $(VENV)/.installed  ## write docs/options.md, the table of docs/models.md and the schema of study files anew
 	$(BIN)/s2d2-lmeval options --markdown > docs/options.md
 	$(BIN)/s2d2-lmeval sweep --schema > s2d2_lmeval/studies/study.schema.json
+	$(OFFLINE) $(BIN)/python -m tests.families.table
+
+.PHONY: families-cases nemotron
+families-cases: $(VENV)/.installed  ## a thousand random cases on the families with recorded checkpoints
+	$(PYTEST) -q -m slow tests/families/test_random_cases.py
+
+nemotron: $(VENV)/.installed  ## Nemotron's published loop and sliding on a tiny checkpoint, which this trains: the table
+	$(BIN)/python -m benchmarks.nemotron
 
 bench-gsm8k bench-humaneval bench-ifeval: bench-%: $(VENV)/.installed
 	$(BIN)/s2d2-lmeval eval --model s2d2 --model_args pretrained=$(MODEL),decoder=$(or $(DECODER),s2d2) \

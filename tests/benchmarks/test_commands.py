@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import frontier, policies, spiffy_savings
+from benchmarks import frontier, nemotron, policies, spiffy_savings
 
 
 def test_policies(capsys: pytest.CaptureFixture[str]) -> None:
     policies.main(["--tasks", "instructions", "--limit", "1", "--repeats", "1"])
     shown = capsys.readouterr().out
     assert [name for name in policies.GRID if f" {name} " not in shown] == []
+
+
+def test_nemotron(capsys: pytest.CaptureFixture[str]) -> None:
+    nemotron.main(["--steps", "20", "--prompts", "2", "--new_tokens", "6"])
+    rows = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in capsys.readouterr().out.splitlines()[2:]}
+    assert rows.keys() == nemotron.LOOPS.keys()
+    assert rows["`ar`"][:2] == ["12", "1.00"]
 
 
 @pytest.mark.slow

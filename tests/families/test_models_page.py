@@ -70,5 +70,11 @@ def test_numbers_of_lines_and_recorded_runs(name):
     assert runs == f"{recorded} of {recorded}"
 
 
+def test_the_table_of_families_and_decoders_is_up_to_date():
+    from .table import page
+
+    assert page() == PAGE, "run `make docs`"
+
+
 def test_number_of_shared_lines():
     assert int(re.search(r"(\d+) more lines merge adapters", PAGE)[1]) == lines_of("../adapters")
