@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import s2d2_lmeval
+from s2d2_lmeval.errors import CheckpointError, ConfigError, RequestError
 
 DATA = Path(__file__).parent / "data"
 CAUSAL = ("nemotron_labs_diffusion", "idlm", "wedlm")
@@ -114,3 +115,36 @@ def test_sliding_is_ar_is_the_plain_model_and_drafts_are_worth_something(family:
         one.stats["nfe"] for one in model(family).generate(PROMPTS, {**options, **SHAPES[1], "temperature": 0.0})
     )
     assert forwards < 60  # of 80 tokens
+
+
+def test_an_option_of_another_decoder_names_one_that_this_checkpoint_has() -> None:
+    with pytest.raises(ConfigError, match=r"decoder dynamic or static or linear_spec, .*choose decoder=dynamic"):
+        model("nemotron_labs_diffusion").generate([[3]], {"block_length": 4})
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, "tiny_a2d", "stable_diffcoder"])
+def test_what_does_not_belong_to_a_checkpoint_is_refused_in_a_sentence(family: str) -> None:
+    folder = DATA / family / "checkpoint"
+    own: dict[str, Any] = {"family": family, "mask_token_id": 96}
+    other = "wedlm" if family == "nemotron_labs_diffusion" else "nemotron_labs_diffusion"
+    lora = DATA / "nemotron_labs_diffusion" / "checkpoint" / "linear_spec_lora"
+    for given, said in (
+        ({**own, "adapter": folder / "nowhere"}, "there is no folder"),
+        ({**own, "adapter": folder}, "holds no adapter_config.json"),
+        ({**own, "block_length": 0}, "block length 0 is not a positive integer"),
+        ({**own, "block_length": 5000}, "does not fit its 512 positions"),
+        ({**own, "mask_token_id": 97}, "mask token id 97 is not in the vocabulary"),
+        ({"family": "llada2"}, "config.json lacks"),
+        *([] if family == "nemotron_labs_diffusion" else [({**own, "adapter": lora}, "does not have under that name")]),
+    ):
+        with pytest.raises(CheckpointError, match=said) as caught:
+            s2d2_lmeval.load(folder, device="cpu", **given)
+        assert "\n" not in str(caught.value)
+    engine = s2d2_lmeval.load(folder, device="cpu", **own)
+    with pytest.raises(RequestError, match="contains the mask token"):
+        engine.generate([[3, 96]], max_new_tokens=2)
+    with pytest.raises(RequestError, match="outside the vocabulary"):  # of another tokenizer
+        engine.generate([[3, 97]], max_new_tokens=2)
+    preset = "wedlm" if other == "wedlm" else "nemotron"
+    with pytest.raises(ConfigError, match=f"preset={preset} is a setting of {other}"):
+        engine.generate([[3]], {"preset": preset})

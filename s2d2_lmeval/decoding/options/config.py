@@ -196,7 +196,7 @@ class DecodingConfig(
         setting = {} if preset is None else preset_options(preset, facts)
         default = next(iter(DECODERS)) if facts is None else facts.decoders[0]
         decoder = given.get("decoder", setting.pop("decoder", default))
-        refuse_foreign(decoder, base, given)
+        refuse_foreign(decoder, base, given, facts)
         below: dict[str, Any] = {}
         if facts is not None:
             refuse_other_schemes(fields, given, facts)

@@ -94,11 +94,11 @@ def layer(known: Fields, options: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def refuse_foreign(decoder: str, base: str, given: Mapping[str, Any]) -> None:
-    """Refuse options of another decoder."""
+def refuse_foreign(decoder: str, base: str, given: Mapping[str, Any], facts: Facts | None = None) -> None:
+    """Refuse options of another decoder; names those that have them and decode checkpoints of ``facts``."""
     also = f" with base={base}" if accelerated(decoder, base) != decoder else ""
     for name in given.keys() - set(names_of(decoder, base)):
-        whose = owners(name)
+        whose = [one for one in owners(name) if facts is None or one in facts.decoders] or owners(name)
         raise ConfigError(
             f"{name} is an option of decoder {' or '.join(whose)}, and this run uses decoder={decoder}{also}; drop "
             f"{name} or choose decoder={whose[0]}."
