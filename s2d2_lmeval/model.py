@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from s2d2_lmeval.decoding.engine import Engine
 from s2d2_lmeval.decoding.generation import Generation, Request
+from s2d2_lmeval.decoding.open_run import Arrivals, OpenRun
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.option import converted
 from s2d2_lmeval.decoding.scoring import Scorer
@@ -287,6 +288,32 @@ class BlockDiffusionModel:
             return self.generate([ids], resolved, max_new_tokens=budget, seeds=[seed], stop=stop)[0]
 
         return pieces(self.tokenizer, resolved, budget, run)
+
+    def request(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        seed: int = 0,
+        stop: Callable[[int, list[int]], int | None] | None = None,
+    ) -> Request:
+        """A request for :meth:`serve`; the arguments are those of :meth:`generate`.
+
+        Raises:
+            RequestError: a prompt that cannot be decoded.
+        """
+        return self._requests([prompt], [max_new_tokens], [seed], stop)[0]
+
+    def serve(self, arrivals: Arrivals, config: DecodingConfig, on_finished: Callable[[int, Generation], None]) -> None:
+        """Decode requests as they arrive, until there are no more. An answer is the one of :meth:`generate`.
+
+        Raises:
+            CapacityError: memory does not hold a single row of ``max_context`` positions.
+        """
+        if not self.ranks.alone:
+            raise ConfigError("a model that is split over processes cannot be served yet: load it on one.")
+        state = self._runner, self.facts, config, self.trace, self.rows
+        with self._runner.as_current_device():
+            OpenRun(*state, longest=self.max_context, arrivals=arrivals).serve(on_finished)
 
     def score(
         self,

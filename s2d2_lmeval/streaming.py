@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any
@@ -83,18 +83,43 @@ def pieces(
 
 
 def _text(tokenizer: Any, passed: Iterator[Any]) -> Iterator[str]:
-    token_ids: list[int] = []
-    shown_ = ""
+    text = Text(tokenizer)
     for tokens in passed:
         if isinstance(tokens, BaseException):
             raise tokens
-        token_ids += tokens
-        text = decoded(tokenizer, token_ids)
-        # The last character may still lack bytes.
-        certain = text.rstrip("\ufffd")
-        if len(certain) > len(shown_) and certain.startswith(shown_):
-            yield certain[len(shown_) :]
-            shown_ = certain
-    rest = decoded(tokenizer, token_ids)[len(shown_) :]
-    if rest:
+        if piece := text.more(tokens):
+            yield piece
+    if rest := text.rest():
         yield rest
+
+
+class Text:
+    """The text of an answer, as pieces that are certain: nothing is taken back, ``until`` strings end it unseen."""
+
+    def __init__(self, tokenizer: Any, until: Sequence[str] = ()) -> None:
+        self._tokenizer, self._until = tokenizer, [string for string in until if string]
+        self._token_ids: list[int] = []
+        self._shown = ""
+
+    @property
+    def whole(self) -> str:
+        """All of it, up to the first of the ``until`` strings."""
+        text = decoded(self._tokenizer, self._token_ids)
+        return text[: min((place for string in self._until if (place := text.find(string)) >= 0), default=len(text))]
+
+    def more(self, token_ids: list[int]) -> str:
+        """What can be said after these tokens too."""
+        self._token_ids += token_ids
+        certain = self.whole.rstrip("\ufffd")  # the last character may still lack bytes
+        ends = [size for string in self._until for size in range(1, len(string)) if certain.endswith(string[:size])]
+        return self._said(certain[: len(certain) - max(ends, default=0)])
+
+    def rest(self) -> str:
+        """What is left, once there are no more tokens."""
+        return self._said(self.whole)
+
+    def _said(self, text: str) -> str:
+        if len(text) <= len(self._shown) or not text.startswith(self._shown):
+            return ""
+        piece, self._shown = text[len(self._shown) :], text
+        return piece

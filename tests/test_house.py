@@ -26,7 +26,7 @@ STOREYS = (
     ("model", "lockstep", "prompts", "streaming", "_autoload", ""),
     ("harness",),
     ("studies", "custom_generate", "task_configs"),
-    ("auto", "training"),
+    ("auto", "training", "serve"),
     ("cli",),
     ("__main__",),
 )

@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": "s2d2_lmeval.cli.bench",
     "sweep": "s2d2_lmeval.cli.sweep",
     "report": "s2d2_lmeval.cli.report",
+    "serve": "s2d2_lmeval.cli.serve",
     "compare": "s2d2_lmeval.cli.compare",
     "calibrate": "s2d2_lmeval.cli.calibrate",
     "adapt": "s2d2_lmeval.cli.adapt",

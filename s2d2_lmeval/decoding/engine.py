@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -38,6 +38,10 @@ PREFILL_CHUNK, PREFILL_TOKENS = 512, 8192
 
 REHEARSED, WORTH_REHEARSING = 48, 512
 """Tokens of an answer that a rehearsal decodes, and tokens per row in flight of a run that is worth one."""
+
+
+Requests = Sequence[Request] | Mapping[int, Request]
+"""By their number."""
 
 
 class Engine:
@@ -78,25 +82,37 @@ class Engine:
             if request.max_new_tokens == 0:
                 finished(index, self._nothing_to_do(request))
         while waiting:
-            if not self._decode(requests, waiting, finished):
-                # The exception is gone by now, and with it the tensors of the failed step that it kept alive.
-                waiting.extendleft(sorted(self.in_flight.values(), reverse=True))
-                self.in_flight = {}
-                self._back_off()
+            self._decode(requests, waiting, finished)
         return [answer for answer in answers if answer is not None]
 
-    def _decode(
-        self, requests: Sequence[Request], waiting: deque[int], finished: Callable[[int, Generation], None]
+    def _decode(self, requests: Requests, waiting: deque[int], finished: Callable[[int, Generation], None]) -> None:
+        """Answer all that are ``waiting``. If memory runs out, those in flight wait again, for fewer rows."""
+        if not self._went_through(requests, waiting, finished):
+            # The exception is gone by now, and with it the tensors of the failed step that it kept alive.
+            waiting.extendleft(sorted(self.in_flight.values(), reverse=True))
+            self.in_flight = {}
+            self._back_off()
+
+    def _expected(self, requests: Requests, waiting: deque[int]) -> Sequence[Request]:
+        """The requests that the run makes room for."""
+        return [requests[index] for index in waiting]
+
+    def _more(self, waiting: deque[int]) -> bool:
+        """Whether requests wait to be admitted."""
+        return bool(waiting)
+
+    def _went_through(
+        self, requests: Requests, waiting: deque[int], finished: Callable[[int, Generation], None]
     ) -> bool:
         """Answer all that are ``waiting``; False if memory ran out, with requests still in flight."""
         self.slots = 0
         try:
-            asked = [requests[index] for index in waiting]
+            asked = self._expected(requests, waiting)
             self._prepare(asked)
             if self._worth_rehearsing(asked):
                 self._rehearse(asked[: 2 * self.slots])
                 self._prepare(asked)
-            while waiting or self.in_flight:
+            while self._more(waiting) or self.in_flight:
                 self._admit(requests, waiting)
                 self._step()
                 for slot in [slot for slot in self.in_flight if self.rows.complete[slot]]:
@@ -203,7 +219,7 @@ class Engine:
         read, drawn = decoder.most_logits
         return RowNeeds(decoder.capacity, read + drawn * (tables_of(self.config) - 1), tokens)
 
-    def _admit(self, requests: Sequence[Request], waiting: deque[int]) -> None:
+    def _admit(self, requests: Requests, waiting: deque[int]) -> None:
         """Fill free slots with waiting requests."""
         for slot in self.rows.free().tolist():
             place = self.prefixes.next(waiting, requests) if waiting else None

@@ -12,7 +12,7 @@ shares nothing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -36,7 +36,7 @@ class SharedPrefixes:
         self.held = [np.empty(0, dtype=np.int64) for _ in range(rows.count)]
         """The prompt that was last admitted to each slot."""
 
-    def next(self, waiting: deque[int], requests: Sequence[Request]) -> int | None:
+    def next(self, waiting: deque[int], requests: Sequence[Request] | Mapping[int, Request]) -> int | None:
         """The index in ``waiting`` of the first request that need not wait for another's prefix; None if all wait."""
         if self.grain is None:
             return 0

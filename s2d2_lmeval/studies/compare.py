@@ -185,7 +185,7 @@ def what_differed(first: Run, second: Run) -> list[tuple[str, str, str]]:
 
 def _settings(results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     config = results["config"]
-    yield "model", config.get("model")
+    yield "lm_eval --model", config.get("model")
     arguments = config.get("model_args") or {}
     yield from arguments.items() if isinstance(arguments, Mapping) else [("model_args", arguments)]
     yield from ((name, config.get(name)) for name in _ASKED_BY)
