@@ -39,7 +39,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-ddtree demo-real smollm2 check test lint test-fast test-slow test-browser gpu bench toy draft-graphs docs clean report demo-sweep \
-    bench-gsm8k bench-humaneval bench-ifeval sweep-gsm8k sweep-humaneval sweep-ifeval
+    bench-gsm8k bench-humaneval bench-ifeval bench-mbpp sweep-gsm8k sweep-humaneval sweep-ifeval sweep-mbpp
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /  make \1\t/' | expand -t 24
@@ -113,26 +113,29 @@ families-cases: $(VENV)/.installed  ## a thousand random cases on the families w
 nemotron: $(VENV)/.installed  ## Nemotron's published loop and sliding on a tiny checkpoint, which this trains: the table
 	$(BIN)/python -m benchmarks.nemotron
 
-bench-gsm8k bench-humaneval bench-ifeval: bench-%: $(VENV)/.installed
+bench-gsm8k bench-humaneval bench-ifeval bench-mbpp: bench-%: $(VENV)/.installed
 	$(BIN)/s2d2-lmeval eval --model s2d2 --model_args pretrained=$(MODEL),decoder=$(or $(DECODER),s2d2) \
 	    --tasks s2d2_$* --apply_chat_template --batch_size $(BATCH) $(if $(LIMIT),--limit $(LIMIT)) \
 	    $(if $(DATA),--metadata s2d2_data_dir=$(DATA)) $(UNSAFE_$*) --log_samples --output_path $(OUT)/bench-$*
 
-sweep-gsm8k sweep-humaneval sweep-ifeval: sweep-%: $(VENV)/.installed
+sweep-gsm8k sweep-humaneval sweep-ifeval sweep-mbpp: sweep-%: $(VENV)/.installed
 	$(BIN)/s2d2-lmeval sweep studies/thresholds.yaml --model $(MODEL) --task s2d2_$* --batch_size $(BATCH) \
 	    $(if $(DECODER),--decoder $(DECODER)) $(if $(LIMIT),--limit $(LIMIT)) $(if $(DATA),--data_dir $(DATA)) \
 	    $(UNSAFE_$*) --output $(OUT)/sweep-$*
 	$(BIN)/s2d2-lmeval report $(OUT)/sweep-$*
 
-# HumanEval runs what the model wrote, in a limited process.
+# HumanEval and MBPP run what the model wrote, in a limited process.
 UNSAFE_humaneval := --confirm_run_unsafe_code
+UNSAFE_mbpp := --confirm_run_unsafe_code
 
 bench-gsm8k:  ## evaluate MODEL with DECODER on GSM8K
 bench-humaneval:  ## on HumanEval
 bench-ifeval:  ## on IFEval
+bench-mbpp:  ## on MBPP
 sweep-gsm8k:  ## a grid of decoders and thresholds on GSM8K, resumable, and its report in OUT/sweep-gsm8k/report
 sweep-humaneval:  ## on HumanEval
 sweep-ifeval:  ## on IFEval
+sweep-mbpp:  ## on MBPP
 
 report: $(VENV)/.installed  ## the report of the results in OUT
 	$(BIN)/s2d2-lmeval report $(OUT)

@@ -1,4 +1,4 @@
-"""Writes the task grids of ``task_configs/{gsm8k,humaneval,ifeval}/sweep``: a YAML per point.
+"""Writes the task grids of ``task_configs/{gsm8k,humaneval,ifeval,mbpp}/sweep``: a YAML per point.
 
 ``lm_eval --tasks s2d2_gsm8k_sweep`` runs a whole grid in one process. After a change here:
 ``python -m benchmarks.task_sweeps``; a test compares the files with what this would write.
@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-BENCHMARKS = ("gsm8k", "humaneval", "ifeval")
+BENCHMARKS = ("gsm8k", "humaneval", "ifeval", "mbpp")
 
 CONFIDENCE = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 SPANS = (1, 2, 4, 8)

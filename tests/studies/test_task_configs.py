@@ -40,9 +40,11 @@ def test_the_grids_are_what_the_generator_writes() -> None:
 
 @pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
 def test_tasks(path: Path) -> None:
-    task = {**read_task(path.parent / "_base.yaml"), **read_task(path)}
+    base = read_task(path.parent / "_base.yaml")
+    above = read_task(path.parent / base["include"]) if "include" in base else {}
+    task = {**above, **base, **read_task(path)}
     assert task["task"] == path.stem
-    assert task.get("unsafe_code", False) == (path.parent.name == "humaneval")
+    assert task.get("unsafe_code", False) == (path.parent.name in ("humaneval", "mbpp"))
     assert "do_sample" not in task["generation_kwargs"]  # the family's published setting, or the run's
     assert METRICS.keys() < {entry["metric"] for entry in task["metric_list"]}
 
@@ -109,6 +111,20 @@ def test_humaneval_documents_and_scores(data: Path) -> None:
     assert humaneval.process_results(doc, [[right, wrong]]) == {"pass@1": 0.5}
     assert humaneval.process_results(doc, [["    return 'one'"]]) == {"pass@1": 1.0}
     assert humaneval.process_results(doc, [["    import os; os._exit(0)"]]) == {"pass@1": 0.0}
+
+
+def test_mbpp_documents_and_scores(tmp_path: Path) -> None:
+    mbpp = utils("mbpp")
+    code = "def helper(x):\n    return x\ndef twice(x):\n    return helper(2 * x)"
+    doc = {"text": "Double it.", "code": code, "test_setup_code": "", "test_list": ["assert twice(2) == 4"]}
+    lines = [json.dumps({**doc, "task_id": number}) for number in (2, 11, 510, 511)]
+    (tmp_path / "mbpp.jsonl").write_text("\n".join(lines))
+    docs = mbpp.load(s2d2_data_dir=str(tmp_path))["test"]
+    assert docs["task_id"] == [11, 510]
+    assert mbpp.function_of(docs[0]) == "twice"
+    right, wrong = "Sure:\n```python\ndef twice(x):\n    return x + x\n```", "def twice(x):\n    return x"
+    assert mbpp.process_results(docs[0], [[right, wrong, code]]) == {"pass@1": pytest.approx(2 / 3)}
+    assert mbpp.process_results(docs[0], [["def twice(x): raise SystemExit(0)"]]) == {"pass@1": 0.0}
 
 
 def test_ifeval_documents_and_scores(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
