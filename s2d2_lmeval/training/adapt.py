@@ -105,7 +105,7 @@ def adapt(
         replaced(folder / "README.md", card(target.source, about, form, recipe, trainer.records).encode())
         watcher.looked(record)
 
-    trainer = Trainer(adapted, learnt, kept, recipe, folder, processes, looked, watcher.trained)
+    trainer = Trainer(adapted, learnt, kept, recipe, folder, base, processes, looked, watcher.trained)
     return trainer.run()
 
 

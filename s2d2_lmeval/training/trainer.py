@@ -49,12 +49,13 @@ class Recipe:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run goes on."""
+        """All but how long and how often it is looked at."""
         return {name: value for name, value in asdict(self).items() if name not in ("minutes", "look")}
 
 
 class Trainer:
-    """Trains ``adapted`` on ``texts``; measures on ``held_out``; keeps its state and log in ``folder``.
+    """Trains ``adapted`` on ``texts``; measures on ``held_out``; keeps its state and log in ``folder``; ``base`` is the
+    digest of the target's weights.
 
     ``on_look`` is called with every record of the log, after the state was saved; ``on_step`` with the share of the run
     that is done.
@@ -67,12 +68,16 @@ class Trainer:
         held_out: Sequence[Text],
         recipe: Recipe,
         folder: Path,
+        base: str,
         processes: Processes,
         on_look: Callable[[dict[str, Any]], None] = lambda record: None,
         on_step: Callable[[float], None] = lambda share: None,
     ) -> None:
         self.adapted, self.texts, self.recipe, self.folder = adapted, texts, recipe, folder
         self.processes, self.on_look, self.on_step = processes, on_look, on_step
+        kept = {**recipe.identity, **asdict(adapted.form), "processes": processes.count, "base": base}
+        self.kept = {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+        """What must not change when a run goes on."""
         self.masks = adapted.form.window - 1
         self.decay = max(adapted.form.window / 2, 1.0)
         self.optimizer = torch.optim.AdamW(adapted.groups(), lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -180,8 +185,7 @@ class Trainer:
 
     def _save(self) -> None:
         counts = {name: getattr(self, name) for name in ("step", "seconds", "mask_tokens", "clean_tokens", "mean")}
-        recipe = {**self.recipe.identity, **asdict(self.adapted.form), "processes": self.processes.count}
-        save_state(self.folder, self._state(), {"counts": counts, "recipe": recipe})
+        save_state(self.folder, self._state(), {"counts": counts, "recipe": self.kept})
 
     def _resume(self) -> None:
         self.records: list[dict[str, Any]] = []
@@ -189,9 +193,7 @@ class Trainer:
         if found is None:
             return
         tensors, about = found
-        now = {**self.recipe.identity, **asdict(self.adapted.form), "processes": self.processes.count}
-        now = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items()}
-        other = sorted(name for name in now if now[name] != about["recipe"].get(name))
+        other = sorted(name for name, value in self.kept.items() if value != about["recipe"].get(name))
         if other or not tensors.keys() >= self.adapted.parameters.keys():
             what = f"with another {other[0]}" if other else "of another model"
             raise TrainingError(

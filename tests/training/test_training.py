@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from s2d2_lmeval import load
 from s2d2_lmeval.cli import main
@@ -200,6 +200,11 @@ def test_what_cannot_be_trained_is_refused(checkpoint: Path, tmp_path: Path) -> 
     train(checkpoint, tmp_path / "run", Recipe(steps=1, windows=2))
     refused("answers to other prompts", lambda: train(checkpoint, tmp_path / "run", prompts=[[9, 9]] * 12))
     refused("another rate", lambda: train(checkpoint, tmp_path / "run", Recipe(steps=2, windows=2, rate=0.5)))
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    weights_of = load_file(tmp_path / "model.safetensors")
+    save_file({key: 2 * value for key, value in weights_of.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    refused("another base", lambda: train(tmp_path, tmp_path / "run", Recipe(steps=2, windows=2)))
     (tmp_path / "run" / "state.safetensors").write_bytes(b"half")
     refused("remove it to begin anew", lambda: train(checkpoint, tmp_path / "run", Recipe(steps=2, windows=2)))
     (tmp_path / "file").write_text("")
