@@ -51,7 +51,7 @@ those of the plain weights.
 
 - window {form.window}; masks: {masks}
 - trained on {about}
-- {recipe.texts * recipe.accumulate} texts per step, up to {recipe.windows} windows each; AdamW, rate {recipe.rate:g}
+- texts per step: {recipe.texts * recipe.accumulate}, up to {recipe.windows} windows each; AdamW, rate {recipe.rate:g}
 
 On held-out answers: tokens that a draft gets accepted, and how often each place of a window is right.
 
