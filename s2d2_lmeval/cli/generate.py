@@ -1,4 +1,8 @@
-"""Complete one prompt and show its cost; with --trace, also the order in which tokens were decided."""
+"""Complete one prompt and show its cost; with --trace, also the order in which tokens were decided.
+
+Without --prompt, a conversation: a line is a prompt, the answer appears as it is decoded. Ctrl-C ends an answer, Ctrl-D
+the conversation.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,12 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.cli.values import add_shared, nonempty, parse_options, whole
-from s2d2_lmeval.errors import ConfigError, shown
+from s2d2_lmeval.errors import ConfigError, RequestError, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,13 +24,13 @@ if TYPE_CHECKING:
     from s2d2_lmeval.decoding.options.config import DecodingConfig
     from s2d2_lmeval.model import BlockDiffusionModel
 
-SUMMARY = "complete one prompt; --stream, block by block; --trace draws the decoding order"
+SUMMARY = "complete one prompt, or converse; --stream, block by block; --trace draws the decoding order"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("--model", "-m", type=nonempty, required=True, metavar="PATH", help='folder, hub id, or "toy"')
-    parser.add_argument("--prompt", "-p", required=True, metavar="TEXT", help="the prompt; - reads it from stdin")
+    parser.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; - reads stdin; none: a conversation")
     add_shared(parser, "--chat")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
     parser.add_argument("--decoder", "-d", metavar="NAME", help="default: s2d2")
@@ -49,20 +53,25 @@ def run(args: argparse.Namespace) -> int:
 
     if args.stream and args.json:
         raise ConfigError("--stream and --json: give one; an object is printed whole.")
+    if args.prompt is None and (args.json or args.trace):
+        raise ConfigError("--json and --trace show one answer: give its --prompt.")
 
     if args.json or not sys.stderr.isatty():
         begin()
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     model, tokenizer, options = open_model(
         args.model, _options(args), device=args.device, dtype=args.dtype, revision=args.revision
     )
     config = with_stops(model.config(options), options, tokenizer)
-    prompt_ids = encode(tokenizer, prompt, chat=args.chat, system=args.system)
     console = make_console()
 
     def write(piece: str) -> None:
         console.print(printable(piece), markup=False, emoji=False, soft_wrap=True, end="")
 
+    if args.prompt is None:
+        converse(Conversation(model, tokenizer, config, args.chat, args.system), write)
+        return 0
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt_ids = encode(tokenizer, prompt, chat=args.chat, system=args.system)
     answer = Answer(model, tokenizer, config, prompt_ids, write if args.stream else None)
     if args.json:
         steps = {"steps": [asdict(step) for step in answer.generation.steps]} if args.trace else {}
@@ -88,6 +97,58 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(f"--{option} {value} and --option {option}={shown(options[option])}: give one.")
         options[option] = value
     return options
+
+
+@dataclass
+class Conversation:
+    """Turns of a user and a model: in the chat template if there is one (or ``chat`` says so), else each on its own."""
+
+    model: BlockDiffusionModel
+    tokenizer: Any
+    config: DecodingConfig
+    chat: bool | None = None
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def answer(self, prompt: str) -> Iterator[str]:
+        """The answer to the next turn, in pieces; what was said so far of an interrupted one belongs to it."""
+        from s2d2_lmeval.harness.templates import limited
+        from s2d2_lmeval.prompts import encode
+
+        templated = bool(self.tokenizer.chat_template) if self.chat is None else self.chat
+        if templated and self.system is not None and not self.messages:
+            self.messages.append({"role": "system", "content": self.system})
+        self.messages.append({"role": "user", "content": prompt})
+        with limited():
+            asked = encode(self.tokenizer, self.messages if templated else prompt)
+        said = {"role": "assistant", "content": ""}
+        self.messages.append(said)
+        for piece in self.model.stream(asked, self.config):
+            said["content"] += piece
+            yield piece
+
+
+def converse(conversation: Conversation, write: Callable[[str], Any]) -> None:
+    """Read prompts and ``write`` answers until the input ends."""
+    while True:
+        try:
+            prompt = input("> ").strip()
+        except EOFError:
+            write("\n")
+            return
+        if not prompt:
+            continue
+        pieces = conversation.answer(prompt)
+        try:
+            for piece in pieces:
+                write(piece)
+        except KeyboardInterrupt:
+            pieces.close()  # type: ignore[attr-defined]
+            write(" …")
+        except RequestError as error:
+            del conversation.messages[-2:]
+            write(str(error))
+        write("\n")
 
 
 @dataclass

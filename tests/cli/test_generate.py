@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,43 @@ def test_a_streamed_answer_is_the_answer(checkpoint: Path, capsys: pytest.Captur
     assert streamed.partition("new tokens")[0].strip() == whole.partition("new tokens")[0].strip()
     assert run(checkpoint, "--stream", "--json", *arguments) == 2
     assert "--stream and --json" in capsys.readouterr().err
+
+
+def test_a_conversation_remembers_and_can_be_interrupted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["3 + 4 =", "", "and then?", "too long " * 600, "again"])
+
+    def typed(shown: str) -> str:
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", typed)
+    asked: list[list[int]] = []
+    plain = s2d2_lmeval.BlockDiffusionModel.stream
+
+    def stream(self: s2d2_lmeval.BlockDiffusionModel, prompt: list[int], *options: object) -> Iterator[str]:
+        asked.append(prompt)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        yield from plain(self, prompt, *options)
+
+    monkeypatch.setattr(s2d2_lmeval.BlockDiffusionModel, "stream", stream)
+    arguments = ["generate", "--model", "toy", "--device", "cpu", "--max_new_tokens", "12", "--system", "Be brief."]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    tokenizer = s2d2_lmeval.load("toy", device="cpu").tokenizer
+    texts = [tokenizer.decode(ids) for ids in asked]
+    first = shown.splitlines()[0]
+    assert first
+    assert all("Be brief." in text for text in texts)
+    assert first in texts[1]  # the answer is part of the next turn
+    assert "the context holds" in shown
+    assert "too long" not in texts[3]  # what could not be answered was not said
+    assert shown.rstrip().endswith("…")
+    assert main(["generate", "--model", "toy", "--json"]) == 2
+    assert "--json and --trace show one answer" in capsys.readouterr().err
 
 
 def test_json_holds_what_python_answers(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
