@@ -27,7 +27,7 @@ ENTRY_POINTS = {
     ("wedlm", "LLM.generate"): wedlm.generate,
     ("wedlm", "generate_wedlm"): wedlm.generate_wedlm,
 }
-REFUSED = {"max_thinking_tokens", "causal_context", "remasking", "stochastic_transfer", "right_shift_logits"}
+REFUSED = {"causal_context", "remasking", "stochastic_transfer", "right_shift_logits"}
 EVERY = [
     (family, run)
     for family in ("nemotron_labs_diffusion", "stable_diffcoder", "tiny_a2d", "idlm", "wedlm")
@@ -59,7 +59,7 @@ def call(family: str, run: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
 
 
 def test_there_are_as_many_recorded_runs_as_there_were() -> None:
-    assert len(RUNS) == 91
+    assert len(RUNS) == 93
     assert sum(bool(run["kwargs"].get("temperature", 0.2)) for _, run in RUNS) > 12
 
 
@@ -94,3 +94,27 @@ def test_batched_decoders_with_the_law_of_ar_give_its_output(family: str) -> Non
         ours = engine.generate(prompts, {**options, "decoder": decoder, "block_length": 4}, seeds=[1, 2, 3, 4])
         plain = engine.generate(prompts, {**options, "decoder": "ar"}, seeds=[1, 2, 3, 4])
         assert [one.token_ids for one in ours] == [one.token_ids for one in plain]
+
+
+@pytest.mark.parametrize("budget", [0, 1, 6, 30])
+def test_thoughts_end_within_their_budget(budget: int) -> None:
+    """By whichever decoder: the token comes once, after that many; an end that comes by itself changes nothing."""
+    ids, engine = torch.tensor([[39, 60, 39, 60, 68, 60]]), model("nemotron_labs_diffusion")
+    shared = {"max_new_tokens": 16, "eos_token_id": 95, "return_stats": False}
+    free = nemotron.ar_generate(engine, ids, **shared)[0, 6:].tolist()
+    given = {**shared, "max_thinking_tokens": budget, "end_think_token_id": 3}
+    ar = nemotron.ar_generate(engine, ids, **given)[0, 6:].tolist()
+    assert ar[:budget] == free[:budget]
+    assert ar == free if budget >= 16 else ar[budget] == 3
+    spec = nemotron.linear_spec_generate(engine, ids, block_length=8, **given)[0, 6:].tolist()
+    assert spec[:16] == ar
+    blocks = nemotron.generate(engine, ids, block_length=8, **given)[0, 6:].tolist()
+    assert budget >= 16 or blocks[budget] == 3
+    early = {**given, "end_think_token_id": free[0], "max_thinking_tokens": max(budget, 1)}
+    assert nemotron.ar_generate(engine, ids, **early)[0, 6:].tolist() == free
+
+
+def test_half_a_budget_is_refused() -> None:
+    for function in (nemotron.ar_generate, nemotron.generate, nemotron.linear_spec_generate):
+        with pytest.raises(ConfigError, match="go together"):
+            function(model("nemotron_labs_diffusion"), torch.tensor([[3]]), max_new_tokens=32, max_thinking_tokens=4)

@@ -29,6 +29,7 @@ from s2d2_lmeval.decoding.decoder import Decided, DecoderSetup
 from s2d2_lmeval.decoding.generation import AUTOREGRESSIVE
 from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, SubblockOptions
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.windows import ThinkingOptions
 from s2d2_lmeval.decoding.passes import Cells, Plan
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import draft_tokens
@@ -38,8 +39,8 @@ from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.registry import DECODERS
 
 
-@DECODERS.register("static", "seeded")
-@DECODERS.register("dynamic", "seeded")
+@DECODERS.register("static", "seeded", options=(*DENOISING, ThinkingOptions))
+@DECODERS.register("dynamic", "seeded", options=(*DENOISING, ConfidenceOption, ThinkingOptions))
 @DECODERS.register("dynamic", "subblock", options=(*DENOISING, ConfidenceOption, SubblockOptions))
 class SubblockDenoiser(BlockDenoiser):
     """The decoders ``dynamic`` and ``static`` of shifted models. The rows' "block" is a sub-block here."""
@@ -69,6 +70,8 @@ class SubblockDenoiser(BlockDenoiser):
         assert request is not None
         self.limit[slot] = len(request.prompt) + request.max_new_tokens
         self.narrow[slot] = False
+        if self._ends_thoughts(slot, int(self.rows.start[slot])):
+            self.rows.begin_block(slot, int(self.rows.start[slot]))
         super().admitted(slot)
 
     def plan(self) -> Plan:
@@ -186,8 +189,22 @@ class SubblockDenoiser(BlockDenoiser):
 
     def _begin_block(self, slot: int, start: int) -> None:
         """Open the sub-block at ``start``."""
+        self._ends_thoughts(slot, start)
         self.rows.begin_block(slot, start)
         self.rows.progress[slot].blocks += int(self.rows.begins_block(slot))
+
+    def _ends_thoughts(self, slot: int, start: int) -> bool:
+        """Put the token that ends thoughts into the sub-block at ``start`` where their budget ends in it, if there is
+        one and the token has not come before; whether it did.
+        """
+        rows, budget, token = self.rows, self.whole.max_thinking_tokens, self.whole.end_think_token_id
+        if budget is None or token is None:
+            return False
+        prompt = int(rows.prompt[slot])
+        due = start <= prompt + budget < start + rows.block_length and token not in rows.tokens[slot][prompt:]
+        if due:
+            rows.store[slot, prompt + budget] = token
+        return due
 
     def _complete(self, slot: int, decided: int) -> None:
         """Nothing more to run; the first ``decided`` tokens of the sub-block belong to the answer."""

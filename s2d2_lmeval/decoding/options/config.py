@@ -42,6 +42,7 @@ class DecodingConfig(
     rounds.SlidingOptions,
     spiffy.SpiffyOptions,
     windows.LinearOptions,
+    windows.ThinkingOptions,
     windows.StridedOptions,
     windows.ReorderedOptions,
     rounds.TreeOptions,

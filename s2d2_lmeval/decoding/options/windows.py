@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from s2d2_lmeval.decoding.options.option import option
 
@@ -18,6 +20,25 @@ class LinearOptions:
         low=0.0,
         high=1.0,
     )
+
+
+@dataclass(frozen=True)
+class ThinkingOptions:
+    """A budget for thoughts (Nemotron-Labs-Diffusion)."""
+
+    max_thinking_tokens: int | None = option(
+        None,
+        "tokens of the answer after which end_think_token_id is put into the block, if it has not come before",
+        schemes=("seeded",),
+        low=0,
+    )
+    end_think_token_id: int | None = option(None, "the token that ends thoughts", schemes=("seeded",), low=0)
+
+    @staticmethod
+    def faults(config: Any) -> Iterator[str]:
+        """What is wrong between these options and others."""
+        if (config.max_thinking_tokens is None) != (config.end_think_token_id is None):
+            yield "max_thinking_tokens and end_think_token_id go together: give both, or neither."
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,7 @@ def _qwen2(config: Mapping[str, Any]) -> Qwen2Config:
 
 def _check(config: Mapping[str, Any], norms: bool) -> None:
     """Norms of queries and keys go without biases, and the other way round."""
-    biased = config.get("attention_bias", not norms)
-    if _has_norms(config) != norms or bool(biased) == norms:
+    if _has_norms(config) != norms or bool(config.get("attention_bias", not norms)) == norms:
         raise CheckpointError(
             f"config.json says qk_norm={config.get('qk_norm')!r} and attention_bias={config.get('attention_bias')!r}; "
             "WeDLM is published with the one or the other."
