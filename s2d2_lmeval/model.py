@@ -16,11 +16,13 @@ from s2d2_lmeval.decoding.generation import Generation, Request
 from s2d2_lmeval.decoding.open_run import Arrivals, OpenRun
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.option import converted
+from s2d2_lmeval.decoding.options.reading import queries_of
 from s2d2_lmeval.decoding.scoring import Scorer
 from s2d2_lmeval.errors import ConfigError, RequestError, shown
 from s2d2_lmeval.families import Facts, adopt, load_checkpoint
 from s2d2_lmeval.families.facts import DrafterFacts
 from s2d2_lmeval.families.files import HUB_OPTIONS
+from s2d2_lmeval.picture import Picture, picture, token_text
 from s2d2_lmeval.prompts import encode, is_text, is_whole, several, tokenizer_of, tokens, undecodable, with_stops
 from s2d2_lmeval.ranks import Ranks
 from s2d2_lmeval.runtime.drafting.dflash import DraftingRunner
@@ -31,9 +33,6 @@ from s2d2_lmeval.runtime.probe import ShiftProbe, probe_shift
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import Trace
 from s2d2_lmeval.streaming import decoded, pieces
-
-EXACT_QUERIES = 64
-"""Queries of every forward under ``exact=true``: an H100 reads its weights for so many in the time of one."""
 
 
 def load(
@@ -96,20 +95,6 @@ def load(
         runner = DraftingRunner(model, drafter, attention, static_shapes, fused, part)
     limits: dict[str, Any] = {"max_batch": max_batch, "max_context": max_context}
     return BlockDiffusionModel(model, facts, attention=attention, runner=runner, hub=hub, **limits)
-
-
-def queries_of(exact: bool | int | str) -> int:
-    """Queries of every forward under ``exact``; 0 if forwards are as wide as they need to be.
-
-    Raises:
-        ConfigError: it is neither true or false nor a number of queries.
-    """
-    if isinstance(exact, bool) or str(exact).lower() in ("true", "false"):
-        return EXACT_QUERIES * converted("exact", "bool", exact)
-    queries = int(converted("exact", "int", exact))
-    if queries < 2:
-        raise ConfigError(f"exact={queries}: give true, false, or the number of queries of every forward, 2 or more.")
-    return queries
 
 
 class BlockDiffusionModel:
@@ -314,6 +299,17 @@ class BlockDiffusionModel:
         state = self._runner, self.facts, config, self.trace, self.rows
         with self._runner.as_current_device():
             OpenRun(*state, longest=self.max_context, arrivals=arrivals).serve(on_finished)
+
+    def draw(self, answer: Generation, width: int = 100, color: bool = True) -> Picture:
+        """The order in which an answer of :meth:`generate` was decided, a line per step; notebooks show it in colours.
+
+        Args:
+            color: mark how a token was decided by colours; otherwise by a symbol before it.
+        """
+        stops = (*self.facts.stop_token_ids, self.tokenizer.eos_token_id)
+        text, mask, given = partial(token_text, self.tokenizer), self.facts.mask_token_id, answer.prompt_length
+        how: dict[str, Any] = {"stop_token_ids": stops, "width": width, "color": color}
+        return Picture(picture(answer.steps, text, mask_token_id=mask, prompt_length=given, **how))
 
     def score(
         self,

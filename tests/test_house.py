@@ -23,7 +23,7 @@ STOREYS = (
     ("families",),
     ("runtime",),
     ("decoding",),
-    ("model", "lockstep", "prompts", "streaming", "_autoload", ""),
+    ("model", "lockstep", "picture", "prompts", "streaming", "_autoload", ""),
     ("harness",),
     ("studies", "custom_generate", "task_configs"),
     ("auto", "training", "serve"),

@@ -50,14 +50,6 @@ def open_model(
     return loaded.engine, tokenizer, dict(arguments.decoding)
 
 
-def token_text(tokenizer: Any, token: int) -> str:
-    """The text of one token; the tokenizer's own spelling if the token is only part of a character."""
-    text = tokenizer.decode([token], skip_special_tokens=False)
-    if text and "\ufffd" not in text:
-        return str(text)
-    return str(tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
-
-
 def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None, system: str | None = None) -> list[int]:
     """Token ids of ``prompt``, as a user's message in the chat template or as it is.
 

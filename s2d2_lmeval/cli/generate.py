@@ -227,22 +227,12 @@ class Answer:
 
     def draw(self, console: Console) -> None:
         """Print the picture of the decoding order."""
-        from s2d2_lmeval.cli.checkpoints import token_text
         from s2d2_lmeval.cli.console import has_color
-        from s2d2_lmeval.cli.console.picture import picture
 
-        lines = picture(
-            self.generation.steps,
-            lambda token: token_text(self.tokenizer, token),
-            mask_token_id=self.model.facts.mask_token_id,
-            stop_token_ids=self.config.stop_token_ids,
-            prompt_length=len(self.prompt_ids),
-            width=console.width,
-            color=has_color(console),
-        )
-        for line in lines:
+        drawn = self.model.draw(self.generation, console.width, has_color(console))
+        for line in drawn.lines:
             console.print(line, no_wrap=True, overflow="crop", crop=True)
-        if not lines:
+        if not drawn.lines:
             console.print(f"decoder {self.config.decoder} leaves no trace of its steps", style="dim")
 
 

@@ -271,13 +271,13 @@ class Engine:
             counted = kept = request.max_new_tokens
             reason = "length"
         stats = self._count(progress, len(request.prompt), counted)
-        return Generation(new[:kept], reason, stats, canvas, progress)
+        return Generation(new[:kept], reason, stats, canvas, progress, prompt_length=len(request.prompt))
 
     def _nothing_to_do(self, request: Request) -> Generation:
         """The answer to a request for no tokens."""
         progress = Progress()
         stats = self._count(progress, len(request.prompt), 0)
-        return Generation([], "length", stats, list(request.prompt), progress)
+        return Generation([], "length", stats, list(request.prompt), progress, prompt_length=len(request.prompt))
 
     def _count(self, progress: Progress, prompt: int, new_tokens: int) -> dict[str, float]:
         """The statistics of a complete request, which the trace counts too."""

@@ -58,7 +58,8 @@ class Generation:
 
     ``token_ids`` are the new tokens up to the stop or the limit; ``finish_reason`` is ``stop`` (a stop token),
     ``stop_string`` (the request's own rule) or ``length``; ``canvas`` holds the prompt and every decided block
-    untrimmed; ``progress`` is how it came about; ``text`` is the answer to a prompt that was text.
+    untrimmed; ``progress`` is how it came about; ``text`` is the answer to a prompt that was text;
+    ``prompt_length`` counts the prompt's tokens.
     """
 
     token_ids: list[int]
@@ -67,6 +68,7 @@ class Generation:
     canvas: list[int] = field(repr=False)
     progress: Progress = field(repr=False, compare=False)
     text: str | None = None
+    prompt_length: int = field(default=0, repr=False)
 
     @property
     def steps(self) -> list[Step]:

@@ -6,8 +6,9 @@ import pytest
 from rich.cells import cell_len
 from rich.text import Text
 
-from s2d2_lmeval.cli.console.picture import State, picture, read_steps, visible
+import s2d2_lmeval
 from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, HIGH_CONFIDENCE, KEPT, RATIO, RESAMPLED, Step
+from s2d2_lmeval.picture import State, picture, read_steps, visible
 
 M, STOP = 99, 98
 WORDS = {1: "The", 2: " cat", 3: "\n", 4: " sat", 5: "日本", 6: "on"}
@@ -130,3 +131,17 @@ def test_blanks_and_controls_are_visible_and_long_texts_are_cut(text: str, shown
 
 def test_nothing_to_show() -> None:
     assert draw([]) == []
+
+
+def test_a_model_draws_an_answer_for_terminals_and_notebooks() -> None:
+    model = s2d2_lmeval.load("toy", device="cpu")
+    (answer,) = model.generate(["3 + 4 ="], {"decoder": "s2d2", "block_length": 8}, max_new_tokens=16)
+    plain, drawn = str(model.draw(answer, color=False)), model.draw(answer)
+    assert "verify" in plain
+    assert "+" in plain
+    assert ":3" in plain.replace(" ", "")  # the prompt's tokens are marked as given
+    page = drawn._repr_html_()
+    assert page.startswith("<pre")
+    assert "background-color" in page
+    assert "accepted" in page
+    assert repr(drawn) == str(drawn)

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from s2d2_lmeval import load
+from s2d2_lmeval.decoding.options.reading import queries_of
 from s2d2_lmeval.decoding.passes import Sent
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed
 from s2d2_lmeval.decoding.rounds.target import Target
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.model import queries_of
 from s2d2_lmeval.runtime.cache import SlotCache
 from s2d2_lmeval.runtime.passes import Layout
 from s2d2_lmeval.runtime.shapes import Frame, Shape

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.decoding.options.general import EVERY_DECODER, GREEDY
 from s2d2_lmeval.decoding.options.names import changes_nothing, nearest
-from s2d2_lmeval.decoding.options.option import SYNONYMS, checked, takes_none
+from s2d2_lmeval.decoding.options.option import SYNONYMS, checked, converted, takes_none
 from s2d2_lmeval.decoding.options.s2d2 import RemaskingOption, RoutingOptions
 from s2d2_lmeval.decoding.options.spiffy import BASES
 from s2d2_lmeval.errors import ConfigError, shown
@@ -123,3 +123,21 @@ def misfit(decoder: str, facts: Facts, option: str = "decoder") -> str:
         reason = " without a drafter (give its path or hub id as draft=…)"
     fitting = [name for name in facts.decoders if option == "decoder" or name in set(BASES)]
     return f"{option}={decoder} does not fit {facts.family} checkpoints{reason}; use one of: {', '.join(fitting)}."
+
+
+EXACT_QUERIES = 64
+"""Queries of every forward under ``exact=true``: an H100 reads its weights for so many in the time of one."""
+
+
+def queries_of(exact: bool | int | str) -> int:
+    """Queries of every forward under ``exact``; 0 if forwards are as wide as they need to be.
+
+    Raises:
+        ConfigError: it is neither true or false nor a number of queries.
+    """
+    if isinstance(exact, bool) or str(exact).lower() in ("true", "false"):
+        return EXACT_QUERIES * converted("exact", "bool", exact)
+    queries = int(converted("exact", "int", exact))
+    if queries < 2:
+        raise ConfigError(f"exact={queries}: give true, false, or the number of queries of every forward, 2 or more.")
+    return queries

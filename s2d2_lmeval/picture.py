@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from rich.cells import cell_len
+from rich.console import Console
 from rich.text import Text
 
 from s2d2_lmeval.decoding.generation import ACCEPTED, MARK_NAMES, Step
@@ -31,6 +34,26 @@ class State(Enum):
     CAUSAL = ("autoregressive", "&", "black on bright_green", "predicted by the text before it")
     EDITED = ("edited", "/", "black on bright_magenta", "decided before, replaced by another token")
     OTHER = ("other", "#", "black on white", "decided in another way")
+
+
+class Picture:
+    """Lines of text with colours: a notebook shows it in them, ``print`` without."""
+
+    def __init__(self, lines: Sequence[Text]) -> None:
+        self.lines = list(lines)
+
+    def __str__(self) -> str:
+        return "\n".join(line.plain.rstrip() for line in self.lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        width = max((line.cell_len for line in self.lines), default=1)
+        console = Console(record=True, file=io.StringIO(), width=width, color_system="truecolor", force_terminal=True)
+        for line in self.lines:
+            console.print(line, no_wrap=True)
+        frame = '<pre style="font-family: monospace; line-height: 1.35; overflow-x: auto">{code}</pre>'
+        return console.export_html(inline_styles=True, code_format=frame)
 
 
 _OF_MARK = {state.label: state for state in State}
@@ -77,6 +100,14 @@ def picture(
     seen = {state for line in lines for state, _ in line.cells}
     stopped = any(shown == STOP for line in lines for _, shown in line.cells)
     return [*drawn, Text(), *legend(seen, color, stopped)]
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """The text of one token; the tokenizer's own spelling if the token is only part of a character."""
+    text = tokenizer.decode([token], skip_special_tokens=False)
+    if text and "\ufffd" not in text:
+        return str(text)
+    return str(tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
 
 
 def legend(states: set[State], color: bool, stopped: bool = False) -> list[Text]:
