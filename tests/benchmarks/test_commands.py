@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import frontier, nemotron, policies, spiffy_savings
+from benchmarks.published import __main__ as published
 
 
 def test_policies(capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,3 +38,9 @@ def test_frontier(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows.keys() >= frontier.WAYS["toy"].keys()
     assert all(rows[name][-1].startswith("3 of 3") for name in frontier.WAYS["toy"])
     assert float(rows["sliding, 64 queries"][1]) > float(rows["ar"][1]) == 1.0
+
+
+def test_published_loops_decide_the_same_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    published.main(["--pairs", "1", "--new-tokens", "32"])
+    shown = capsys.readouterr().out
+    assert [one.name for one in published.pairs() if one.name not in shown] == []
