@@ -62,8 +62,8 @@ def load(
             and ``ddtree``.
         static_shapes: pad narrow forwards to a few shapes, captured as graphs on CUDA; by default if the model is on a
             single CUDA device.
-        fused: ``auto``, ``on`` or ``off``: layers as few GPU kernels, with the numbers of the module
-            (:func:`~s2d2_lmeval.runtime.kernels.fused.fuse`); by default on CUDA where that works.
+        fused: ``auto``, ``on`` or ``off``: layers as few kernels (:mod:`~s2d2_lmeval.runtime.kernels.fused`), on a CPU
+            in few calls (:mod:`~s2d2_lmeval.runtime.kernels.lean`), with the numbers of the modules.
         exact: run every forward in one shape, of 64 queries or so many: then, in bfloat16 and float16 too, an answer
             does not depend on its batch, and ``sliding`` is ``ar``. Slower where fewer queries would do.
         compile: compile the experts of a mixture-of-experts model with ``torch.compile``: seconds to minutes, once.

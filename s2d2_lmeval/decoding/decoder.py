@@ -82,7 +82,7 @@ class Kept:
         self.values[: len(values)].copy_(values)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Decided:
     """What the device part of a step ends with: the ``table`` (rows, C) of whole numbers that the host reads, if it is
     to read any, and the ``path`` (rows, D) of queries that become prefix if they are not just leading ones: how far

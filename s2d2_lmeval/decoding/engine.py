@@ -10,6 +10,7 @@ from functools import partial
 from itertools import cycle
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -42,6 +43,9 @@ REHEARSED, WORTH_REHEARSING = 48, 512
 
 Requests = Sequence[Request] | Mapping[int, Request]
 """By their number."""
+
+NOT_KEPT = np.empty(0, dtype=np.int64)
+"""In place of what only kept records tell."""
 
 
 class Engine:
@@ -248,7 +252,7 @@ class Engine:
             ForwardRecord(
                 kinds=tuple(KIND_OF_PHASE[phase] for phase in plan.phases),
                 widths=plan.layout.widths,
-                wanted=plan.wanted_counts,
+                wanted=plan.wanted_counts if self.trace.keep_records else NOT_KEPT,
                 kept=plan.keep + kept,
                 seconds=clock.since(started),
                 model_seconds=self.runner.model_seconds - model_seconds,

@@ -4,7 +4,7 @@ besides. All of it is arrays on the host, which go to the device in one transfer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from s2d2_lmeval.runtime.passes import TARGET, Layout
+from s2d2_lmeval.runtime.passes import TARGET, Layout, ragged
 from s2d2_lmeval.runtime.shapes import Frame
 
 _NOTHING = np.zeros(0, dtype=np.int64)
@@ -35,7 +35,7 @@ class Segment:
     """(K,) packed index, once the pass is laid out."""
 
     def __post_init__(self) -> None:
-        self.row, self.local = ragged(self.count)
+        self.row, self.local, _ = ragged(self.count)
 
     @property
     def position(self) -> np.ndarray:
@@ -48,7 +48,7 @@ class Segment:
         return self
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """The next forward of all R active rows and how to read its logits; arrays on the host.
 
@@ -213,22 +213,29 @@ class PassBuilder:
 
     def lay_out(self) -> Layout:
         """Fix the order of all queries; :attr:`Segment.query` is valid afterwards."""
-        self.layout = Layout(self.slots, np.add.reduce([segment.count for segment in self._segments]))
-        first = self.layout.offsets
+        counts = [segment.count for segment in self._segments]
+        self.layout = Layout(self.slots, counts[0] if len(counts) == 1 else np.add.reduce(counts))
+        first, used = self.layout.offsets, [segment for segment in self._segments if len(segment.row)]
         for segment in self._segments:
             segment.first, segment.query = first, segment.row
-            if len(segment.row):
+            if len(used) == 1 and segment is used[0]:
+                segment.query = np.arange(len(segment.row))
+            elif len(segment.row):
                 segment.query = first[segment.row] + segment.local
                 first = first + segment.count
-        self._segments = [segment for segment in self._segments if len(segment.row)]
+        self._segments = used
         return self.layout
 
     def column(self, name: str, default: int = 0) -> np.ndarray:
         """(N,) the segments' values of ``name`` (also ``position``); ``default`` for segments without one."""
+        if len(self._segments) == 1:
+            only = self._segments[0].columns.get(name, default)
+            if isinstance(only, np.ndarray):
+                return only
         values = np.full(self.layout.queries, default, dtype=np.int64)
         for segment in self._segments:
             if name in segment.columns:
-                values[slice(None) if len(self._segments) == 1 else segment.query] = segment.columns[name]
+                values[segment.query] = segment.columns[name]
         return values
 
     def padded(self, name: str, fill: int, default: int = 0) -> np.ndarray:
@@ -265,12 +272,10 @@ class PassBuilder:
         """The plan of what was laid out. ``tables`` names the columns to tell as tables, with the value for queries
         without it and the padding; the rest is as in :class:`Plan`.
         """
-        groups = [group for group in self._reads.values() if len(group[0])] or [(_NOTHING,) * 3]
-        row, place, query = map(np.concatenate, zip(*groups, strict=True))
+        read = {name: group for name, group in self._reads.items() if len(group[0])}
+        row, place, query = map(_joined, zip(*read.values(), strict=True)) if read else (_NOTHING,) * 3
         reads = {
-            fact: np.concatenate(
-                [of.get(name, np.zeros(len(rows), dtype=np.int64)) for name, (rows, _, _) in self._reads.items()]
-            )
+            fact: _joined([of.get(name, np.zeros(len(rows), dtype=np.int64)) for name, (rows, _, _) in read.items()])
             for fact, of in self._facts.items()
         }
         return Plan(
@@ -292,9 +297,6 @@ class PassBuilder:
         )
 
 
-def ragged(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The row and the index within it of each of ``count`` (R,) things per row, row-major."""
-    if not count.any():
-        return _NOTHING, _NOTHING
-    row = np.repeat(np.arange(len(count)), count)
-    return row, np.arange(len(row)) - (count.cumsum() - count)[row]
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The ``parts`` one after the other."""
+    return np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else _NOTHING

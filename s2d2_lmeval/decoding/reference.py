@@ -130,9 +130,9 @@ def most_confident(confidence: torch.Tensor, order: torch.Tensor, count: torch.T
     for, and on top-p with trained weights most are exactly 1.
     """
     chosen = confidence[0].topk(min(int(count), confidence.shape[1])).indices
-    places = order[0].argsort()
-    rest = places[~torch.isin(places, chosen)]
-    return torch.cat([chosen, rest]).argsort().unsqueeze(0)
+    rank = order + order.shape[1]
+    rank[0, chosen] = torch.arange(len(chosen), device=rank.device)
+    return (rank.unsqueeze(-2) < rank.unsqueeze(-1)).sum(-1)
 
 
 def within_collapsed_entropy(confidence: torch.Tensor, order: torch.Tensor, bound: float) -> torch.Tensor:

@@ -59,11 +59,11 @@ class SequenceState:
 
     def free(self) -> np.ndarray:
         """Slots without a request."""
-        return np.flatnonzero(self.phase == IDLE)
+        return (self.phase == IDLE).nonzero()[0]
 
     def active(self) -> np.ndarray:
         """Slots with a request."""
-        return np.flatnonzero(self.phase != IDLE)
+        return (self.phase != IDLE).nonzero()[0]
 
     def admit(self, slot: int, request: Request) -> None:
         """Take a request; it starts with nothing in the cache."""

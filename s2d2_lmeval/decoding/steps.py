@@ -56,7 +56,7 @@ class Decisions:
         return StepTables(self.before, drafted, self.block, self.marks, self.order)
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepResult:
     """What an engine step decided, as the host sees it."""
 

@@ -161,7 +161,7 @@ class AttentionContext:
             visible=visible,
             lengths=told["lengths"],
             destinations=told["destinations"],
-            mask=prefix_mask(visible, told["lengths"], shape.span) if backend == "sdpa" else None,
+            mask=prefix_mask(visible, told["lengths"], shape.span, frame.prefix) if backend == "sdpa" else None,
             backend=backend,
         )
 
@@ -199,7 +199,7 @@ class AttentionContext:
             assert self.mask is not None
             bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
             bias = bias.masked_fill_(~self.mask, -torch.inf)
-            self._biases[dtype, groups] = bias if groups == 1 else bias.repeat(1, 1, groups, 1)
+            self._biases[dtype, groups] = bias if groups == 1 else torch.cat([bias] * groups, dim=2)
         return self._biases[dtype, groups]
 
 
@@ -220,15 +220,21 @@ def pass_attention(
     cache's storage. Returns (1, N, heads, dim), as transformers expects it.
     """
     context = pass_context.to(query.device)
-    packed = query[0].transpose(0, 1)
+    return attention_of_rows(context, query[0].transpose(0, 1), key, value, scaling).unsqueeze(0), None
+
+
+def attention_of_rows(
+    context: AttentionContext, packed: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Attention of the queries ``packed`` (N, heads, dim), and its shape, over the cache's storage ``key`` and
+    ``value``.
+    """
     if context.backend == "triton":
-        return attended(context, packed, key, value, scaling).unsqueeze(0), None
+        return attended(context, packed, key, value, scaling)
     queries = context.padded(packed)
     out = (_flash if context.backend == "flash" else _sdpa)(context, queries, key, value, scaling)
     out = out.reshape(-1, *out.shape[2:])
-    if context.gather is not None:
-        out = out.index_select(0, context.gather)
-    return out.unsqueeze(0), None
+    return out if context.gather is None else out.index_select(0, context.gather)
 
 
 def attended(

@@ -39,6 +39,8 @@ class SlotCache:
         self._banks: list[torch.Tensor] = []
         """Storage of several layers each, (layers, 2, slots + 1, capacity, heads, dim)."""
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._flat: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """The same as (slots * capacity, heads, dim), scratch included."""
         self._destinations: dict[torch.device, torch.Tensor] = {}
 
     @property
@@ -63,13 +65,17 @@ class SlotCache:
 
         Return the storage (slots + 1, capacity, heads, dim).
         """
+        return self.write(layer, keys[0].transpose(0, 1), values[0].transpose(0, 1))
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`update`, of ``keys`` and ``values`` (N, heads, dim)."""
         rooms, destinations = self.storage(layer, keys, values), self.places(keys.device)
-        for storage, fresh in zip(rooms, (keys, values), strict=True):
-            storage.view(-1, *storage.shape[2:]).index_copy_(0, destinations, fresh[0].transpose(0, 1))
+        for flat, fresh in zip(self._flat[layer], (keys, values), strict=True):
+            flat.index_copy_(0, destinations, fresh)
         return rooms
 
     def storage(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where such ``keys`` and ``values`` (1, heads, N, dim) of ``layer`` lie: (slots + 1, capacity, heads, dim)."""
+        """Where such ``keys`` and ``values`` (N, heads, dim) of ``layer`` lie: (slots + 1, capacity, heads, dim)."""
         if layer not in self._layers:
             self._allocate(layer, keys, values)
         return self._layers[layer]
@@ -82,17 +88,21 @@ class SlotCache:
 
     def _allocate(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Room for ``layer`` and, if they are alike, all layers, where the layer lives."""
-        size, (heads, dim) = (self.slots + 1, self.capacity), (keys.shape[1], keys.shape[3])
+        size, heads = (self.slots + 1, self.capacity), keys.shape[1]
         if keys.shape != values.shape:
-            made = [new.new_zeros(1, 1, *size, heads, new.shape[3]) for new in (keys, values)]
+            made = [new.new_zeros(1, 1, *size, heads, new.shape[2]) for new in (keys, values)]
             self._banks += made
-            self._layers[layer] = made[0][0, 0], made[1][0, 0]
+            self._place(layer, made[0][0, 0], made[1][0, 0])
             return
         together = range(self.layers) if not self._layers and layer < self.layers else [layer]
-        bank = keys.new_zeros(len(together), 2, *size, heads, dim)
+        bank = keys.new_zeros(len(together), 2, *size, heads, keys.shape[2])
         self._banks.append(bank)
         for index, number in enumerate(together):
-            self._layers[number] = bank[index, 0], bank[index, 1]
+            self._place(number, bank[index, 0], bank[index, 1])
+
+    def _place(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._layers[layer] = keys, values
+        self._flat[layer] = keys.flatten(0, 1), values.flatten(0, 1)
 
     def move(self, to: torch.Tensor, origin: torch.Tensor) -> None:
         """Copy keys and values of the places ``origin`` (K,) to the places ``to`` (K,) of the flattened storage."""

@@ -38,7 +38,11 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def upload(device: torch.device, arrays: Arrays) -> dict[str, torch.Tensor]:
-    """``arrays`` as int64 tensors on ``device``, shapes kept, in one transfer."""
+    """``arrays`` as int64 tensors on ``device``, shapes kept, in one transfer; on a CPU they are the same memory,
+    and what says yes or no stays bool.
+    """
+    if device.type == "cpu":
+        return dict(zip(arrays, map(torch.from_numpy, arrays.values()), strict=True))
     flat = torch.from_numpy(np.concatenate([values.ravel() for values in arrays.values()], dtype=np.int64))
     return _views(flat.to(device, non_blocking=True), arrays)
 

@@ -11,11 +11,34 @@ widths share one forward and cost what their tokens cost.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 TARGET, DRAFTER = "target", "drafter"
+
+REMEMBERED = 512
+"""Things of all rows up to which :func:`ragged` remembers: steps that decode lay out the same few counts again."""
+
+
+def ragged(count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The row and the index within it of each of ``count`` (R,) things per row, row-major, and the first of each row.
+    Not to be written to.
+    """
+    if count.sum() <= REMEMBERED:
+        return _remembered(count.astype(np.int64, copy=False).tobytes())
+    return _ragged(count)
+
+
+@lru_cache(maxsize=1024)
+def _remembered(count: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return _ragged(np.frombuffer(count, dtype=np.int64))
+
+
+def _ragged(count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    first, row = count.cumsum() - count, np.arange(len(count)).repeat(count)
+    return row, np.arange(len(row)) - first[row], first
 
 
 @dataclass(frozen=True)
@@ -33,26 +56,22 @@ class Layout:
     """(N,) row of each query, as an index into ``slots``."""
     local: np.ndarray = field(init=False)
     """(N,) index of each query inside its row."""
+    widest: int = field(init=False)
+    """W, the number of queries of the widest row."""
 
     def __post_init__(self) -> None:
-        offsets = np.cumsum(self.widths) - self.widths
-        row_of = np.repeat(np.arange(len(self.slots)), self.widths)
-        object.__setattr__(self, "offsets", offsets)
-        object.__setattr__(self, "row_of", row_of)
-        object.__setattr__(self, "local", np.arange(len(row_of)) - offsets[row_of])
+        row_of, local, offsets = ragged(self.widths)
+        self.__dict__.update(offsets=offsets, row_of=row_of, local=local, widest=int(self.widths.max()))
 
     @property
     def queries(self) -> int:
         """N, the number of queries of the forward."""
         return len(self.row_of)
 
-    @property
-    def widest(self) -> int:
-        """W, the number of queries of the widest row."""
-        return int(self.widths.max())
-
     def padded(self, values: np.ndarray, fill: int) -> np.ndarray:
         """Spread packed ``values`` (N,) over a table (R, W); unused places hold ``fill``."""
+        if self.queries == len(self.slots) * self.widest:
+            return values.reshape(-1, self.widest)
         table = np.full((len(self.slots), self.widest), fill, dtype=np.int64)
         table[self.row_of, self.local] = values
         return table

@@ -19,6 +19,7 @@ from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, widths_to_measur
 from s2d2_lmeval.runtime.gated import Gate
 from s2d2_lmeval.runtime.graphs import Graphs, upload
 from s2d2_lmeval.runtime.kernels.fused import fuse
+from s2d2_lmeval.runtime.kernels.lean import lean_decoder
 from s2d2_lmeval.runtime.memory import RowNeeds, rows_that_fit
 from s2d2_lmeval.runtime.passes import TARGET, Layout, Pass
 from s2d2_lmeval.runtime.shapes import Frame, Shape
@@ -38,7 +39,8 @@ class Runner:
     Args:
         static_shapes: pad steps to a few shapes, captured as graphs on CUDA (:mod:`~s2d2_lmeval.runtime.graphs`);
             None: where a single CUDA device holds the model.
-        fused: whether layers run as few kernels (:func:`~s2d2_lmeval.runtime.kernels.fused.fuse`).
+        fused: whether layers run as few kernels (:func:`~s2d2_lmeval.runtime.kernels.fused.fuse`); ``auto`` on a CPU:
+            in few calls (:mod:`~s2d2_lmeval.runtime.kernels.lean`).
         part: run decoding in forwards of exactly so many queries (:mod:`~s2d2_lmeval.runtime.shapes`); 0: as wide as
             they need to be.
     """
@@ -74,6 +76,8 @@ class Runner:
             raise ConfigError("fused layers take no draft adapter; leave fused out.")
         with self.as_current_device():
             self.fused = fuse(model, False if self.gate is not None else fused, self.attention)
+        on_cpu = devices == {torch.device("cpu")} and self.ranks.alone and not part
+        self.lean = lean_decoder(model, self.attention) if on_cpu and fused == "auto" and self.gate is None else None
         self.cache = SlotCache(0, 0)
         self._cache_argument = cache_argument(self.backbone)
         self.model_seconds = 0.0
@@ -291,6 +295,8 @@ class Runner:
     def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """What the head reads of every query, (N, hidden size)."""
         self.cache.write_to(context.destinations)
+        if self.lean is not None:
+            return self.lean(tokens, positions, self.cache, context)
         hidden: torch.Tensor = self.backbone(
             input_ids=tokens.unsqueeze(0),
             position_ids=positions.unsqueeze(0),

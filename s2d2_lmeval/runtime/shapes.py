@@ -27,6 +27,9 @@ MOST_QUERIES = 8192
 MOST_PADDED = 65536
 """Rows times queries of the widest row, up to which attention is padded in a bucket."""
 
+FEW_QUERIES = 256
+"""Queries up to which a bucket has only two numbers of wanted logits: what else is read of the head is padding."""
+
 SHORTEST_SPAN = 256
 """A bucket reads at least so many cache positions; beyond, powers of two."""
 
@@ -64,7 +67,7 @@ class Shape:
             return None
         reached = int((cache.lengths[layout.slots] + layout.widths).max()) if reads_span else cache.capacity
         span = max(power(reached), SHORTEST_SPAN)
-        return cls(queries, rows, widest, min(span, cache.capacity), rung(wanted), padded=True)
+        return cls(queries, rows, widest, min(span, cache.capacity), _wanted_of(queries, wanted), padded=True)
 
     @classmethod
     def in_parts(cls, layout: Layout, wanted: int, cache: SlotCache, slots: int, part: int) -> Shape:
@@ -104,6 +107,15 @@ def rung(least: int) -> int:
     return whole * 3 // 4 if whole >= 8 and least <= whole * 3 // 4 else whole
 
 
+def _wanted_of(queries: int, wanted: int) -> int:
+    """Logits of a bucket of ``queries``: all of them or the first half, so that their number makes few buckets more. Of
+    a wide pass, mostly prompts, fewer.
+    """
+    if not wanted or queries > FEW_QUERIES or wanted > queries:
+        return power(wanted) if wanted else 0
+    return queries // 2 if wanted <= queries // 2 else queries
+
+
 class Frame:
     """Where the parts of a pass over ``layout`` lie in buffers of ``shape``."""
 
@@ -115,6 +127,8 @@ class Frame:
         """(N,) place of each query in the buffers."""
         self.part_of = np.zeros_like(layout.widths)
         """(rows in flight,) the forward in which each row runs."""
+        self.prefix: int | None = None
+        """Length of the prefix of the only row, where that is no part of a bucket."""
         if shape.part:
             self.part_of = _part_of(layout.widths, shape.part)
             first = np.flatnonzero(np.diff(self.part_of, prepend=-1))
@@ -149,7 +163,10 @@ class Frame:
         of_rows = np.zeros((4, shape.rows), dtype=np.int64)
         if shape.padded:
             of_rows[1] = np.arange(shape.rows)
-        of_rows[:, self.row_at] = cache.lengths[layout.slots], layout.slots, layout.offsets, layout.widths
+        lengths = cache.lengths[layout.slots]
+        of_rows[:, self.row_at] = lengths, layout.slots, layout.offsets, layout.widths
+        if len(lengths) == 1 and not shape.padded:
+            self.prefix = int(lengths[0])
         table = self.row_at[layout.row_of] * shape.widest + layout.local
         arrays = dict(zip(("lengths", "slots", "offsets", "widths"), of_rows, strict=True))
         arrays["destinations"] = self.queries(cache.destinations(layout), cache.scratch)

@@ -21,7 +21,7 @@ _ALWAYS = (
 _OF_TWO_MODELS = ("drafter_steps", "target_steps", "drafter_seconds", "target_seconds")
 
 
-@dataclass(frozen=True)
+@dataclass
 class ForwardRecord:
     """What one forward did, row by row (R rows).
 
@@ -75,25 +75,23 @@ class Trace:
         """Count a forward."""
         if self.keep_records:
             self.records.append(record)
-        prompt_only, rows = set(record.kinds) == {"prefill"}, len(record.kinds)
+        kinds, counts = record.kinds, self._forwards
+        prompts = kinds.count("prefill")
+        prompt_only = prompts == len(kinds)
         # Of a drafter beside the target; its step does not wait for a GPU, so what it leaves there shows in the target.
-        model = "drafter" if "drafter" in record.kinds else "target"
-        self._forwards.update(f"{kind}_forwards" for kind in record.kinds)
-        self._forwards.update(
-            {
-                "forwards": 1,
-                "prompt_only_forwards": int(prompt_only),
-                "nfe": rows,
-                "decode_nfe": rows - record.kinds.count("prefill"),
-                "queries": int(record.widths.sum()),
-                "seconds": record.seconds,
-                "decode_seconds": 0.0 if prompt_only else record.seconds,
-                "model_seconds": record.model_seconds,
-                "clock_reversals": int(record.seconds < 0),
-                f"{model}_steps": 1,
-                f"{model}_seconds": record.seconds,
-            }
-        )
+        model = "drafter" if "drafter" in kinds else "target"
+        for kind in kinds:
+            counts[f"{kind}_forwards"] += 1
+        counts["forwards"] += 1
+        counts["prompt_only_forwards"] += prompt_only
+        counts["nfe"] += len(kinds)
+        counts["decode_nfe"] += len(kinds) - prompts
+        counts["queries"] += int(record.widths.sum())
+        counts["clock_reversals"] += record.seconds < 0
+        counts[f"{model}_steps"] += 1
+        for name in ("seconds", f"{model}_seconds", *(() if prompt_only else ("decode_seconds",))):
+            counts[name] += record.seconds  # type: ignore[assignment]
+        counts["model_seconds"] += record.model_seconds  # type: ignore[assignment]
 
     def finished(self, stats: Mapping[str, Any]) -> None:
         """Count a request that is complete, with its statistics."""

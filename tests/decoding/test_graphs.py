@@ -98,7 +98,8 @@ def bucket(slots: list[int], widths: list[int], wanted: int, cache: SlotCache) -
     [
         ([0], [1], 1, Shape(1, 1, 1, 256, 1, padded=True)),
         ([0], [9], 0, Shape(12, 1, 12, 256, 0, padded=True)),  # a single row is as wide as its queries
-        ([0, 2], [3, 5], 6, Shape(8, 4, 8, 256, 6, padded=True)),
+        ([0, 2], [3, 5], 4, Shape(8, 4, 8, 256, 4, padded=True)),
+        ([0, 2], [3, 5], 5, Shape(8, 4, 8, 256, 8, padded=True)),  # half of the logits, or all
         ([0, 1, 2, 3, 4], [16] * 5, 80, Shape(96, 6, 16, 256, 96, padded=True)),  # no more rows than slots
         ([0, 5], [512, 1], 2, Shape(768, 6, 512, 256, 2, padded=True)),
         ([0], [8193], 1, None),

@@ -162,18 +162,11 @@ class BlockDenoiser(Decoder[Rows]):
 
         Otherwise a model that keeps predicting the mask would loop forever.
         """
-        sent, masked = self._sent, logits[:, self.rows.mask_token_id]
+        masked = logits[:, self.rows.mask_token_id]
         if self.config.suppress_mask_token:
             masked.fill_(-torch.inf)
         else:
-            # The next block's draft is at its first step.
-            overdue = self._overdue(block, sent["step"])[sent["read_slot"]]
-            masked.masked_fill_(overdue & sent["current"].bool(), -torch.inf)
-
-    def _overdue(self, block: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        """Rows (rows,) whose ``block`` (rows, W) has masks although all steps of its schedule are over."""
-        current = slice(self.rows.block_length)
-        return ((step[:, current] >= self.config.steps) & (block[:, current] == self.rows.mask_token_id)).any(-1)
+            masked.masked_fill_(self._sent["overdue"].bool(), -torch.inf)
 
     def _decide(self, state: BlockState, logits: torch.Tensor) -> Decided:
         """The device part of a step of the rows that drafted."""
@@ -216,7 +209,7 @@ class BlockDenoiser(Decoder[Rows]):
         tokens, confidence = self._draw(logits, state.draws(random.DRAFT).take(at))
         self._drafted.put(cells, tokens)
         self._confidence.put(cells, confidence)
-        self.sound.logical_and_(~confidence.isnan().any())
+        self.sound.logical_and_(confidence.eq(confidence).all())
         if self.config.strategy == "entropy_bounded" and not self.config.collapse_entropy:
             p = logits.softmax(-1)
             self._entropy.put(cells, -torch.special.xlogy(p, p).sum(-1))
@@ -264,8 +257,8 @@ class BlockDenoiser(Decoder[Rows]):
             raise NumericalError
         rows.cached[slots] += self._plan.keep
         accepted = np.zeros(len(slots), dtype=np.int64)
-        phases = self._plan.phases
-        for slot, phase in zip(slots.tolist(), phases.tolist(), strict=True):
+        phases, present = self._plan.phases, self._plan.phases.tolist()
+        for slot, phase in zip(slots.tolist(), present, strict=True):
             rows.progress[slot].forwards[KIND_OF_PHASE[phase]] += 1
         after = {
             PREFILL: self._after_prefill,
@@ -273,10 +266,9 @@ class BlockDenoiser(Decoder[Rows]):
             DRAFT: self._after_draft,
             VERIFY: self._after_verify,
         }
-        for phase, follow in after.items():
-            among = np.flatnonzero(phases == phase)
-            if len(among):
-                follow(among, slots[among], read, accepted)
+        for phase in sorted(set(present)):
+            among = (phases == phase).nonzero()[0]
+            after[phase](among, slots[among], read, accepted)
         return accepted
 
     # What follows is about the rows ``slots`` (K,), which are ``among`` (K,) the active ones.

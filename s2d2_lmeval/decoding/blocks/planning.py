@@ -74,19 +74,16 @@ def end_of_block(
 
 def set_text(text: Segment, rows: Rows, slots: np.ndarray, config: DecodingConfig) -> None:
     """Set tokens and visibility of the queries of the rows' own text; ``config`` is that of whole blocks."""
-    row, position, start = text.row, text.position, rows.start[slots]
-    verifying, block = rows.phase[slots] == VERIFY, rows.block_start(config.block_length)[slots]
-    first_mask = start + rows.masks[slots].argmax(1)
-    drafted = (rows.phase[slots] == DRAFT)[row] & (position >= block[row])
-    causal = np.where(drafted, config.draft_ver & (position < first_mask[row]), (config.token_causal | verifying)[row])
-    # A verifier reads the drafted block, which lies after the canvas.
-    from_draft = verifying[row] & (position >= start[row])
-    text.set(
-        source=position + np.where(from_draft, (rows.length - start)[row], 0),
-        rank=position,
-        reach=np.where(causal, position, end_of_block(rows, slots, row, position, config.block_length)),
-        branch=drafted,
-    )
+    row, position, start, phase = text.row, text.position, rows.start[slots], rows.phase[slots]
+    verifying, block = phase == VERIFY, rows.block_start(config.block_length)[slots]
+    source, drafted = position, (phase == DRAFT)[row] & (position >= block[row])
+    causal = ~drafted & (config.token_causal | verifying)[row]
+    if config.draft_ver:
+        causal |= drafted & (position < (start + rows.masks[slots].argmax(1))[row])
+    if verifying.any():  # a verifier reads the drafted block, which lies after the canvas
+        source = position + (verifying[row] & (position >= start[row])) * (rows.length - start)[row]
+    reach = end_of_block(rows, slots, row, position, config.block_length)
+    text.set(source=source, rank=position, reach=np.where(causal, position, reach), branch=drafted)
 
 
 def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> Plan:
@@ -98,43 +95,56 @@ def plan_blocks(rows: Rows, config: DecodingConfig, chunk: int) -> Plan:
             the unread rows)
     ahead   lookahead: if the verification may finish the block, the masks of the next one, seeing the text
 
-    Reads ``verify`` and ``fresh``, the drafts of this block and the next, of which ``current`` is this block's; knows
-    ``text`` (R,), the queries of the first segment. Sends ``carries``, the rows with an ``ahead``.
+    Reads ``verify`` and ``fresh``, the drafts of this block and the next, and tells which are ``overdue``
+    (:func:`overdue`); knows ``text`` (R,), the queries of the first segment. Sends ``carries``, the rows with an
+    ``ahead``.
     """
     slots, length = rows.active(), rows.block_length
     phase, cached, start = rows.phase[slots], rows.cached[slots], rows.start[slots]
     wanted, masks, verifying, drafting = rows.wanted[slots], rows.masks[slots], phase == VERIFY, phase == DRAFT
-    lookahead = config.schedule == "lookahead"
-    may_finish = verifying & lookahead & (wanted == masks).all(1)
-    carries = may_finish & (start + 2 * length <= rows.total[slots])
-    last_wanted = start + length - 1 - wanted[:, ::-1].argmax(1)
-    end = np.where(verifying & ~may_finish, last_wanted + lookahead, text_end(rows, slots, chunk))
+    lookahead, verifies = config.schedule == "lookahead", bool(verifying.any())
+    end, more = text_end(rows, slots, chunk), {}
+    if verifies:
+        may_finish = verifying & lookahead & (wanted == masks).all(1)
+        carries = may_finish & (start + 2 * length <= rows.total[slots])
+        last_wanted = start + length - 1 - wanted[:, ::-1].argmax(1)
+        end = np.where(verifying & ~may_finish, last_wanted + lookahead, end)
 
     builder = PassBuilder(slots)
     text = builder.span(cached, end - cached)
     set_text(text, rows, slots, config)
-    mask, verifies = rows.length + rows.width, verifying.any()
+    mask = rows.length + rows.width
     if verifies:
-        copy_row, copy_place = np.nonzero(wanted & verifying[:, None])
+        copy_row, copy_place = (wanted & verifying[:, None]).nonzero()
         copies = builder.each(copy_row, start[copy_row] + copy_place)
         copies.set(source=mask, rank=NOBODY, reach=copies.position - 1)
         ahead = builder.span(start + length, carries * length)
         ahead.set(source=mask, rank=ahead.position, reach=end_of_block(rows, slots, ahead.row, ahead.position, length))
 
     builder.lay_out()
-    row, place = np.nonzero(wanted & drafting[:, None])
-    fresh = [(row, place, (text.first + start - cached)[row] + place, np.ones_like(row))]
+    row, place = (wanted & drafting[:, None]).nonzero()
+    query = (text.first + start - cached)[row] + place
+    late = overdue(rows, slots, config)
+    of_fresh = late[row]
     if verifies:
-        builder.read("verify", copy_row, copy_place, copies.query, current=np.ones_like(copy_row))
-        fresh.append((ahead.row, ahead.local, ahead.query, np.zeros_like(ahead.row)))
-    row, place, query, current = map(np.concatenate, zip(*fresh, strict=True))
-    builder.read("fresh", row, place, query, current=current)
-    carrying = np.zeros(rows.count, dtype=np.int64)
-    carrying[slots] = carries
+        builder.read("verify", copy_row, copy_place, copies.query, overdue=late[copy_row])
+        # The next block's draft is at its first step.
+        of_fresh = np.concatenate([of_fresh, np.zeros(len(ahead.row), dtype=bool)])
+        fresh = (row, ahead.row), (place, ahead.local), (query, ahead.query)
+        row, place, query = map(np.concatenate, fresh)
+    builder.read("fresh", row, place, query, overdue=of_fresh)
+    more["carries"] = np.zeros(rows.count, dtype=np.int64)
+    if verifies:
+        more["carries"][slots] = carries
     # Under lookahead the draft already runs the decided prefix of the block token-causally: it stays.
-    settled = np.where(lookahead, start + masks.argmax(1), start)
+    settled = start + masks.argmax(1) if lookahead else start
     keep = np.where(verifying, 0, np.where(drafting, settled, end) - cached)
-    return block_plan(builder, rows, config, keep, known={"text": end - cached}, more={"carries": carrying})
+    return block_plan(builder, rows, config, keep, known={"text": end - cached}, more=more)
+
+
+def overdue(rows: Rows, slots: np.ndarray, config: DecodingConfig) -> np.ndarray:
+    """(R,) whose block has masks although all steps of its schedule are over."""
+    return (rows.step[slots] >= config.steps) & rows.masks[slots, : rows.block_length].any(1)
 
 
 def plan_subblocks(rows: Rows, config: DecodingConfig, whole: DecodingConfig, chunk: int, narrow: np.ndarray) -> Plan:
@@ -167,14 +177,15 @@ def plan_subblocks(rows: Rows, config: DecodingConfig, whole: DecodingConfig, ch
         set_text(segment, rows, slots, whole)
 
     builder.lay_out()
+    late = overdue(rows, slots, config)
     for name, among in (("verify", verifying), ("fresh", drafting)):
-        row, place = np.nonzero(wanted & among[:, None])
+        row, place = (wanted & among[:, None]).nonzero()
         # The query before a token predicts it; if the pass has none, or masks predict their own token, its own.
         shift = name == "verify" or rows.shifted_drafts
         before = np.maximum(start[row] + place - shift, np.where(narrow, start, block)[row])
         inside = last[row] & (before >= start[row])
         query = np.where(inside, (subblock.first - start)[row], (text.first - begin)[row]) + before
-        builder.read(name, row, place, query, current=np.ones_like(row))
+        builder.read(name, row, place, query, overdue=late[row])
     first = read_first(builder, rows, end)
     keep = np.where(verifying, 0, np.where(drafting, block, end) - cached)
     # Progress is the decided share of the sub-block, including prompt tokens.
@@ -245,7 +256,7 @@ def block_plan(
         queries={"tokens": tokens, **queries},
         tables={"rank": (0, NOBODY), "reach": (0, NOTHING), **tables},
         rows={**told, **more},
-        lists={"verify_slots": (np.flatnonzero(rows.phase == VERIFY), 0), **lists},
+        lists={"verify_slots": ((rows.phase == VERIFY).nonzero()[0], 0), **lists},
         known=known,
         moves=moves,
         fixed=fixed,

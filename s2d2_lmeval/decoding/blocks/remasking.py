@@ -15,7 +15,7 @@ from s2d2_lmeval.decoding.reference import most_confident, within_collapsed_entr
 from s2d2_lmeval.registry import STRATEGIES
 
 
-@dataclass(frozen=True)
+@dataclass
 class Undecided:
     """The input of a strategy: R rows of L places.
 
@@ -32,10 +32,12 @@ class Undecided:
     at_most_count: bool = False
     breaks_ties: bool = False
 
-    def most_confident(self) -> torch.Tensor:
-        """Rank (R, L) of every mask by descending confidence; the first ``count`` are to be decided."""
+    def most_confident(self, more: torch.Tensor | None = None) -> torch.Tensor:
+        """Rank (R, L) of every mask by descending confidence; the first ``count`` are to be decided, or ``more`` (R,)
+        says that more are.
+        """
         order = ranks(self.confidence, self.masks)
-        if not self.breaks_ties:
+        if not self.breaks_ties or (more is not None and bool(more)):
             return order
         return most_confident(self.confidence.masked_fill(~self.masks, -torch.inf), order, self.count)
 
@@ -77,7 +79,7 @@ def low_confidence_dynamic(step: Undecided) -> tuple[torch.Tensor, torch.Tensor]
     """All above ``confidence_threshold`` if these are enough, else the most confident."""
     above = (step.masks & (step.confidence > step.config.confidence_threshold)).sum(-1)
     enough = (above >= step.count) & (step.count > 0)
-    return step.most_confident(), torch.where(enough, above, step.count)
+    return step.most_confident(enough), torch.where(enough, above, step.count)
 
 
 @STRATEGIES.register("entropy_bounded")

@@ -136,7 +136,7 @@ class Rows(SequenceState):
         self.ended[slot] = stop_hit or self.start[slot] + self.block_length >= self.total[slot]
 
 
-@dataclass(frozen=True)
+@dataclass
 class BlockState:
     """The position of every row in its block, on the device."""
 

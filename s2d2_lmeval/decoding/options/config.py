@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from s2d2_lmeval.decoding.options import blocks, general, pipelined, rounds, s2d2, spiffy, windows
@@ -125,7 +126,7 @@ class DecodingConfig(
         """The maximum number of steps per block."""
         return self.denoising_steps or self.block_length
 
-    @property
+    @cached_property
     def strategy(self) -> str:
         """The remasking strategy in force."""
         return DECODERS[self.steps_of].strategy or self.remasking_strategy

@@ -141,9 +141,10 @@ class DFlash(Target):
 
     def _grow(self, log_p: torch.Tensor, token: torch.Tensor, last: torch.Tensor) -> trees.Tree:
         """The tree (R, N) of drafts after the ``last`` token (R, 1), from the likeliest tokens (R, depths, choices) and
-        their ``log_p``.
+        their ``log_p``; here a chain.
         """
-        return trees.grow(log_p, token, self.depths, beams=self.beams)
+        above = torch.arange(self.depths, device=token.device).expand(len(token), -1)
+        return trees.Tree(token[:, :, 0], above, above + 1, log_p[:, :, 0].cumsum(1).exp())
 
     def _nodes_to_run(self, tree: trees.Tree, sent: Sent) -> torch.Tensor | None:
         """How many nodes of each tree are run (R, 1); None for all."""

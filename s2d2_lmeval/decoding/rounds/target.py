@@ -30,7 +30,7 @@ from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decided, Decoder, Decod
 from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.option import SCHEMES
-from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent, ragged
+from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed
 from s2d2_lmeval.decoding.rounds.lookup import Draft
@@ -42,6 +42,7 @@ from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
+from s2d2_lmeval.runtime.passes import ragged
 from s2d2_lmeval.runtime.shapes import power
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def plan_round(
     builder.span(cached, texts).set(text=np.concatenate(pieces), kind=trees.TEXT)
     drafted = builder.add(nodes)
     drafted.set(position=length[drafted.row] - 1, kind=trees.NODE, owner=drafted.local + 1)
-    read_row, read_node = ragged((nodes + 1) * begun)
+    read_row, read_node, _ = ragged((nodes + 1) * begun)
     if not shifted:
         builder.add((nodes + 1) * begun).set(position=length[read_row], kind=trees.VERIFIER, owner=read_node)
     unread = unread_masks(facts)

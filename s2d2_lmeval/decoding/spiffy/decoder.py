@@ -212,7 +212,8 @@ class Spiffy(BlockDenoiser):
         mask, rows = self.rows.mask_token_id, self._sent["slots_read"]
         chosen = logits[self._sent["lookup"].gather(0, at[rows].unsqueeze(0)).squeeze(0)]
         if not self.config.suppress_mask_token:
-            chosen[:, mask] = chosen[:, mask].masked_fill(self._overdue(state.block, state.step)[rows], -torch.inf)
+            overdue = ((state.step >= self.config.steps) & (state.block == mask)).any(-1)
+            chosen[:, mask] = chosen[:, mask].masked_fill(overdue[rows], -torch.inf)
         return chosen
 
     def _match(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

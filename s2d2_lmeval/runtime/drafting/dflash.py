@@ -93,6 +93,12 @@ class DFlash(nn.Module):
 
         return head if scale == 1 and not cap else scaled
 
+    @property
+    def plain(self) -> bool:
+        """Whether all layers see everything, from an embedding that is not scaled."""
+        shape = self.shape
+        return shape.embedding_scale == 1 and not any(shape.causal) and set(shape.windows) == {None}
+
     def get_decoder(self) -> DFlash:
         """What answers a pass with hidden states: this."""
         return self

@@ -6,6 +6,7 @@ import logging
 from types import ModuleType
 
 import torch
+from torch.nn.functional import pad
 
 from s2d2_lmeval.errors import first_line
 from s2d2_lmeval.runtime.kernels.dispatch import kernel, runs_triton
@@ -79,11 +80,15 @@ def _owners(offsets: torch.Tensor, widths: torch.Tensor, count: int) -> tuple[to
     return row, query.squeeze(1) - offsets[row], has.any(1)
 
 
-def prefix_mask(visible: torch.Tensor, lengths: torch.Tensor, span: int) -> torch.Tensor:
+def prefix_mask(visible: torch.Tensor, lengths: torch.Tensor, span: int, prefix: int | None = None) -> torch.Tensor:
     """Who sees which of the first ``span`` positions of its slot, (R, 1, W, span): the prefix, then the queries just
-    written as ``visible`` (R, W, W) says, then nothing.
+    written as ``visible`` (R, W, W) says, then nothing. ``prefix`` is the length of all rows, if it is known.
     """
     rows, widest = visible.shape[:2]
+    if prefix is not None:
+        mask = pad(visible, (prefix, 0), value=True)
+        beyond = span - mask.shape[2]
+        return (mask if not beyond else pad(mask, (0, beyond)) if beyond > 0 else mask[:, :, :span]).unsqueeze(1)
     column = torch.arange(span, device=visible.device) - lengths.unsqueeze(1)
     fellow = column.clamp(0, widest - 1).unsqueeze(1).expand(rows, widest, span)
     mask = visible.gather(2, fellow)

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from s2d2_lmeval.errors import ConfigError, first_line, shown
-from s2d2_lmeval.runtime.attention import AttentionContext, pass_attention
+from s2d2_lmeval.runtime.attention import AttentionContext, attention_of_rows
 from s2d2_lmeval.runtime.cache import SlotCache, cache_argument
 from s2d2_lmeval.runtime.graphs import upload
 from s2d2_lmeval.runtime.kernels.dispatch import runs_triton
@@ -36,7 +36,7 @@ logger = logging.getLogger("s2d2_lmeval")
 CHOICES = ("auto", "on", "off")
 
 _ATTENTION = tuple(f"{name}_proj" for name in "qkvo")
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference between layer and module, relative to the largest number, that is still rounding."""
 
 
@@ -56,10 +56,7 @@ class FusedLayer:
         # Where accelerate brings inputs to a layer's device, it calls what was the forward before.
         self.layer, self.place = layer, "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
         self.plain = getattr(layer, self.place)
-        self.dim: int = attention.head_dim
-        self.norms: tuple[Any, Any] = _norms(layer, attention, self.dim)
-        gated = _is_gated(getattr(layer, "mlp", None))
-        _expect_known_parts(layer, attention, gated)
+        self.dim, self.norms, gated = recognised(layer)
         self.cache_argument = cache_argument(layer)
         rope = getattr(getattr(attention, "config", None), "rope_parameters", None) or {}
         self.beta: float | None = rope.get("llama_4_scaling_beta")
@@ -117,16 +114,8 @@ class FusedLayer:
         if positions is not None:  # Ministral3: queries beyond the original context are larger
             scale = 1 + (self.beta or 0) * torch.floor(positions / self.original).log1p()
             queries = queries * scale.to(queries.dtype).view(-1, 1, 1)
-        seen, _ = pass_attention(
-            attention,
-            queries.transpose(0, 1).unsqueeze(0),
-            keys,
-            values,
-            None,
-            scaling=attention.scaling,
-            pass_context=context,
-        )
-        out = linear(seen[0].flatten(1), attention.o_proj.weight, attention.o_proj.bias)
+        seen = attention_of_rows(context.to(queries.device), queries, keys, values, attention.scaling)
+        out = linear(seen.flatten(1), attention.o_proj.weight, attention.o_proj.bias)
         norm = layer.post_attention_layernorm
         stream, normed = add_norm(stream, out, norm.weight, norm.variance_epsilon)
         if self.gates is None:
@@ -135,8 +124,21 @@ class FusedLayer:
         return stream.addmm_(silu_mul(self.gates(normed)), self.down)
 
     def heads_of(self, like: torch.Tensor) -> torch.Tensor:
-        """The shape of this layer's keys, and of its values, (1, heads, 1, dim); without contents."""
-        return like.new_empty(1, self.layer.self_attn.k_proj.out_features // self.dim, 1, self.dim)
+        """The shape of this layer's keys, and of its values, (1, heads, dim); without contents."""
+        return like.new_empty(1, self.layer.self_attn.k_proj.out_features // self.dim, self.dim)
+
+
+def recognised(layer: Any) -> tuple[int, tuple[Any, Any], bool]:
+    """The head dimension of a decoder ``layer``, the norms of its queries and keys (or twice None), and whether its
+    feed-forward part is a gated SiLU.
+
+    Raises:
+        Unlike: it is built differently.
+    """
+    attention = layer.self_attn
+    norms, gated = _norms(layer, attention, attention.head_dim), _is_gated(getattr(layer, "mlp", None))
+    _expect_known_parts(layer, attention, gated)
+    return attention.head_dim, norms, gated
 
 
 class _Joined:
@@ -276,5 +278,5 @@ def _compare(backbone: Any, fused: list[FusedLayer], backend: str) -> None:
         for one, other in zip(wanted, (forward(x, **given), *rooms), strict=True):
             differences.append((one - other).abs().max() / one.abs().max())
     worst = torch.stack([one.to(differences[0].device) for one in differences]).max().item()
-    if not worst <= _ROUNDING.get(weight.dtype, 0):
+    if not worst <= ROUNDING.get(weight.dtype, 0):
         raise ArithmeticError(f"they give something else than their modules (by {worst:.1e} of the largest number)")
