@@ -51,7 +51,7 @@ class EditingDenoiser(BlockDenoiser):
 
     def _revise(self, decisions: Decisions, state: BlockState, drafting: torch.Tensor) -> None:
         place = torch.arange(state.block.shape[1], device=state.block.device)
-        own = (place >= state.given.unsqueeze(1)) & (place < self._sent["inside"].unsqueeze(1))
+        own = (place >= state.given.unsqueeze(1)) & (place < self._sent["room"].unsqueeze(1))
         editable = drafting.unsqueeze(1) & ~decisions.masks & own
         # A decided token never becomes the mask token again; the published code leaves that to the model.
         other = (self.drafted != decisions.block) & (self.drafted != self.rows.mask_token_id)

@@ -230,7 +230,7 @@ def block_plan(
 
     It tells of every row, active or not: ``block`` (rows, W) tokens of the current block, ``position`` (rows, W),
     ``step`` (rows, 1 or W), ``key`` (rows, 1), ``count`` (rows,) tokens the schedule asks for, ``given`` (rows,) prompt
-    tokens in the block, ``inside`` (rows,) places before the last block's end, ``drafting`` and ``verifying`` (rows,),
+    tokens in the block, ``room`` (rows,) places before the last block's end, ``drafting`` and ``verifying`` (rows,),
     and ``more``, which overrides some of it; lists ``verify_slots``, the rows that verify; and ``tokens`` (N,),
     ``rank`` and ``reach`` (R, W) of queries.
     """
@@ -246,7 +246,7 @@ def block_plan(
         "count": scheduled_count(rows.step, config, rows.fresh),
         "key": rows.key[:, None],
         "given": (rows.prompt - rows.start).clip(0, rows.width),
-        "inside": rows.total - rows.start,
+        "room": rows.total - rows.start,
         "in_flight": np.array([len(builder.slots)]),
     }
     return builder.plan(
