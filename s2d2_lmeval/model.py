@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -22,7 +22,6 @@ from s2d2_lmeval.errors import ConfigError, RequestError, shown
 from s2d2_lmeval.families import Facts, adopt, load_checkpoint
 from s2d2_lmeval.families.facts import DrafterFacts
 from s2d2_lmeval.families.files import HUB_OPTIONS
-from s2d2_lmeval.picture import Picture, picture, token_text
 from s2d2_lmeval.prompts import encode, is_text, is_whole, several, tokenizer_of, tokens, undecodable, with_stops
 from s2d2_lmeval.ranks import Ranks
 from s2d2_lmeval.runtime.drafting.dflash import DraftingRunner
@@ -33,6 +32,9 @@ from s2d2_lmeval.runtime.probe import ShiftProbe, probe_shift
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import Trace
 from s2d2_lmeval.streaming import decoded, pieces
+
+if TYPE_CHECKING:
+    from s2d2_lmeval.picture import Picture
 
 
 def load(
@@ -306,6 +308,8 @@ class BlockDiffusionModel:
         Args:
             color: mark how a token was decided by colours; otherwise by a symbol before it.
         """
+        from s2d2_lmeval.picture import Picture, picture, token_text  # draws with rich, which decoding does not need
+
         stops = (*self.facts.stop_token_ids, self.tokenizer.eos_token_id)
         text, mask, given = partial(token_text, self.tokenizer), self.facts.mask_token_id, answer.prompt_length
         how: dict[str, Any] = {"stop_token_ids": stops, "width": width, "color": color}

@@ -68,7 +68,7 @@ def test_a_refusal_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str
     assert "nowhere" in captured.err
 
 
-@pytest.mark.parametrize("arguments", [[], ["evaluate"], ["generate"], ["generate", "--model", "toy"]])
+@pytest.mark.parametrize("arguments", [[], ["evaluate"], ["generate"], ["generate", "--prompt", "x"]])
 def test_a_wrong_command_line_is_exit_code_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(arguments)

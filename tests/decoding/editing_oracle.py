@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .oracle_inputs import Draws, Options, Result
 from .oracle_loop import Account, first_run
-from .oracle_maths import Router, top, two_halves
+from .oracle_maths import Router, two_halves
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class EditingOracle(Account[EditingOptions]):
         if missing > 0:
             left = [i for i in masked if i not in chosen]
             above = [i for i in high if i not in chosen]
-            take = above if len(above) >= missing else top(missing, left, confidence)
+            take = above if len(above) >= missing else self.top(missing, left, confidence)
             for i in sorted(take):
                 chosen[i] = drafted[i]
                 order.append(start + i)

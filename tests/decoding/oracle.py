@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .oracle_inputs import Draws, FixedSource, Options, Result, Source, TorchSource
 from .oracle_loop import Account, first_run
-from .oracle_maths import by_confidence, causal, entropy, top, two_halves, wide
+from .oracle_maths import by_confidence, causal, entropy, two_halves, wide
 
 __all__ = ["Draws", "FixedSource", "Options", "Oracle", "Result", "Source", "TorchSource", "decode"]
 
@@ -124,10 +124,10 @@ class Oracle(Account[Options]):
         if options.strategy == "sequential":
             return left[:count]
         if options.strategy == "low_confidence_static":
-            return top(count, left, confidence)
+            return self.top(count, left, confidence)
         if options.strategy == "low_confidence_dynamic":
             high = [i for i in best if confidence[i] > options.confidence_threshold]
-            return high if len(high) >= count else top(count, left, confidence)
+            return high if len(high) >= count else self.top(count, left, confidence)
         assert options.strategy == "entropy_bounded"
         assert options.eb_threshold is not None
         if options.collapse_entropy:

@@ -18,7 +18,7 @@ from torch import Tensor
 from s2d2_lmeval import Generation
 
 from .oracle_inputs import Draws, FixedSource, Options, Result, TorchSource
-from .oracle_maths import Context, Router, block_causal, causal, drafts, residual, transformed
+from .oracle_maths import Context, Router, block_causal, by_confidence, causal, drafts, residual, top, transformed
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 
@@ -34,6 +34,11 @@ class Account(Generic[OptionsT]):
         self.router = Router(options)
         self.block = options.block_length
         self.watch: Callable[[str, list[int], Tensor], None] = lambda kind, tokens, logits: None
+
+    def top(self, count: int, left: list[int], confidence: Tensor) -> list[int]:
+        """Among equals those that the published code takes, if draws are made in its order; else the leftmost."""
+        published = isinstance(getattr(self.draws, "source", None), TorchSource)
+        return top(count, left, confidence) if published else by_confidence(left, confidence)[:count]
 
     def run(self, prompt: Sequence[int]) -> Result:
         """One block after the other; :meth:`decode_block` says how each is decoded."""

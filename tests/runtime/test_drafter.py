@@ -215,7 +215,7 @@ def test_load_with_a_drafter(folder: Path, tmp_path: Path) -> None:
     assert engine.facts.family == "qwen3"
     assert engine.facts.drafter is not None
     assert engine.facts.drafter.block_length == BLOCK
-    assert engine.facts.decoders == ("ddtree", "dflash", "ar")
+    assert engine.facts.decoders == ("ddtree", "dflash", "ar", "sliding")
     ids = engine.generate([[1, 2, 3]], max_new_tokens=8)[0].token_ids
     expected = model.generate(
         torch.tensor([[1, 2, 3]]), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None

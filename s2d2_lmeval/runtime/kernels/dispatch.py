@@ -54,7 +54,7 @@ class Kernel(Generic[P, R]):
         return found
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu":
+        if args and isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu":
             return self.reference(*args, **kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         device = tensors[0].device
