@@ -107,9 +107,13 @@ class Text:
         text = decoded(self._tokenizer, self._token_ids)
         return text[: min((place for string in self._until if (place := text.find(string)) >= 0), default=len(text))]
 
+    def take(self, token_ids: list[int]) -> None:
+        """These tokens come next."""
+        self._token_ids += token_ids
+
     def more(self, token_ids: list[int]) -> str:
         """What can be said after these tokens too."""
-        self._token_ids += token_ids
+        self.take(token_ids)
         certain = self.whole.rstrip("\ufffd")  # the last character may still lack bytes
         ends = [size for string in self._until for size in range(1, len(string)) if certain.endswith(string[:size])]
         return self._said(certain[: len(certain) - max(ends, default=0)])

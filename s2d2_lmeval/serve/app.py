@@ -146,7 +146,9 @@ class Answers:
         self._told: asyncio.Queue[tuple[int, list[int] | Generation | Exception]] = asyncio.Queue()
         self.asks = [self._ask(prompt, seed) for prompt in asked.prompts for seed in asked.seeds]
         for index, ask in enumerate(self.asks):
-            ask.on_tokens = ask.on_end = lambda told, index=index: self._tell(index, told)  # type: ignore[misc]
+            ask.on_end = lambda told, index=index: self._tell(index, told)  # type: ignore[misc]
+            if asked.stream:  # otherwise nobody reads a part of it
+                ask.on_tokens = ask.on_end
         self.texts = [Text(tokenizer, asked.until) for _ in self.asks]
         self._generations: dict[int, Generation] = {}
         self.failure: str | None = None
@@ -196,15 +198,20 @@ class Answers:
             return ""
         if isinstance(told, Generation):
             self._generations[index] = told
+            if not self.asked.stream:
+                self.texts[index].take(told.token_ids)
             return self.texts[index].rest()
         return self.texts[index].more(told)
 
 
 async def _body(request: Request) -> Any:
-    if int(request.headers.get("content-length") or 0) > LARGEST_BODY:
-        raise RequestError(f"the body is larger than {LARGEST_BODY >> 20} MB.")
+    read = bytearray()
+    async for part in request.stream():
+        read += part
+        if len(read) > LARGEST_BODY:
+            raise RequestError(f"the body is larger than {LARGEST_BODY >> 20} MB.")
     try:
-        return json.loads(await request.body())
+        return json.loads(read)
     except (ValueError, RecursionError):
         raise RequestError("the body is not JSON.") from None
 

@@ -231,6 +231,6 @@ def test_a_draft_is_charged_what_it_cost(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(QueryBudget, "buy", noted_buy)
     monkeypatch.setattr(QueryBudget, "round_ran", noted_run)
-    decode([[3, 1, 4, 1, 5]], [20], 1, decoder="sliding", row_budget=48, stop_token_ids=())
-    assert len(charged) > 3
+    decode([[3, 1, 4, 1, 5]], [32], 1, decoder="sliding", row_budget=48, stop_token_ids=())
+    assert len(charged) > 4
     assert charged == [0.0, *asked[: len(charged) - 1]]

@@ -150,6 +150,7 @@ def test_other_options_are_served_in_turn(client: Client, alone: list[str]) -> N
     [
         ("completions", b"{", "the body is not JSON"),
         ("completions", [1], "not a JSON object"),
+        ("completions", b" " * (17 << 20), "the body is larger than 16 MB"),
         ("completions", {"prompt": "a", "model": "gpt"}, "'gpt' is not served here: this is toy"),
         ("completions", {"prompt": "a", "logprobs": 1}, "logprobs=1 is not served"),
         ("completions", {"prompt": "a", "tempratur": 1}, "'tempratur' is not a field"),

@@ -166,7 +166,8 @@ def test_a_step_launches_no_more_than_the_adapters_part(
         assert row["reads"] <= 1
         assert row["blocking"] == 0
         assert row["replayed_share"] >= 0.98
-    assert rows[1]["launches_replayed"] - rows[0]["launches_replayed"] <= 3 * 14 + 10
+    # Means over steps would compare drafts of different sizes; the widest step is the same in both.
+    assert 0 < rows[1]["most_replayed"] - rows[0]["most_replayed"] <= 3 * 14 + 5
 
 
 # ---- what an adapter says of itself ----

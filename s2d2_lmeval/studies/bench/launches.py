@@ -110,6 +110,7 @@ def count_launches(
     return {
         **row,
         **{name: total[name] / len(steps) for name in PER_STEP},
+        "most_replayed": max(counted["launches_replayed"] for counted in steps),
         "replayed_share": sum(counted["replays"] > 0 for counted in steps) / len(steps),
         **_of_all(faults),
         "same_tokens": found == expected,
