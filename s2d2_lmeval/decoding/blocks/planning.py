@@ -189,9 +189,7 @@ def plan_subblocks(rows: Rows, config: DecodingConfig, whole: DecodingConfig, ch
     first = read_first(builder, rows, end)
     keep = np.where(verifying, 0, np.where(drafting, block, end) - cached)
     # Progress is the decided share of the sub-block, including prompt tokens.
-    return block_plan(
-        builder, rows, config, keep, known={"first": first}, more={"given": np.zeros(rows.count, dtype=np.int64)}
-    )
+    return block_plan(builder, rows, config, keep, known={"first": first}, given=np.zeros(rows.count, dtype=np.int64))
 
 
 def subblock_text(rows: Rows, slots: np.ndarray, whole: DecodingConfig, chunk: int) -> tuple[np.ndarray, np.ndarray]:
@@ -224,6 +222,7 @@ def block_plan(
     lists: Mapping[str, tuple[np.ndarray, int]] = MappingProxyType({}),
     moves: bool = False,
     fixed: tuple[int, ...] = (),
+    given: np.ndarray | None = None,
     more: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> Plan:
     """The plan of a pass that feeds from the rows' store.
@@ -231,7 +230,7 @@ def block_plan(
     It tells of every row, active or not: ``block`` (rows, W) tokens of the current block, ``position`` (rows, W),
     ``step`` (rows, 1 or W), ``key`` (rows, 1), ``count`` (rows,) tokens the schedule asks for, ``given`` (rows,) prompt
     tokens in the block, ``room`` (rows,) places before the last block's end, ``drafting`` and ``verifying`` (rows,),
-    and ``more``, which overrides some of it; lists ``verify_slots``, the rows that verify; and ``tokens`` (N,),
+    and ``more``, under names of its own; lists ``verify_slots``, the rows that verify; and ``tokens`` (N,),
     ``rank`` and ``reach`` (R, W) of queries.
     """
     position = rows.start[:, None] + np.arange(rows.width)
@@ -245,10 +244,11 @@ def block_plan(
         "step": rows.draw,
         "count": scheduled_count(rows.step, config, rows.fresh),
         "key": rows.key[:, None],
-        "given": (rows.prompt - rows.start).clip(0, rows.width),
+        "given": (rows.prompt - rows.start).clip(0, rows.width) if given is None else given,
         "room": rows.total - rows.start,
         "in_flight": np.array([len(builder.slots)]),
     }
+    assert not told.keys() & more.keys(), "two facts of the rows have one name"
     return builder.plan(
         rows.phase[builder.slots],
         keep,

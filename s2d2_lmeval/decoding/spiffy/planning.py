@@ -145,7 +145,6 @@ def plan_states(
     told |= {"offered": slot < (offers[0] + offers[1])[:, None], "ends": slot >= offers[0][:, None]}
     if shifted:
         known["first"] = read_first(builder, rows, end)
-        told["given"] = np.zeros(rows.count, dtype=np.int64)
     # In the table of drafted states (rows, D, B).
     of_state = builder.column("source") - rows.states_at
     of_state += np.where(of_state >= 0, slots[builder.layout.row_of] * rows.draft_states * part, 0)
@@ -160,6 +159,7 @@ def plan_states(
         lists={name: (values, rows.count * part) for name, values in read.items()},
         moves=bool(finishing.any()) and not shifted,
         fixed=(len(slot), chain),
+        given=np.zeros(rows.count, dtype=np.int64) if shifted else None,
         more=told,
     )
 
