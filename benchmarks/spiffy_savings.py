@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +24,7 @@ from recipes.toy.problems import training_stream
 from s2d2_lmeval.decoding.generation import Generation
 from s2d2_lmeval.decoding.spiffy.graph import DraftGraph, Pairs
 from s2d2_lmeval.model import BlockDiffusionModel, load
-from s2d2_lmeval.studies.calibrate import calibrate
+from s2d2_lmeval.studies.calibrate import RankedStep, calibrate, trace
 from s2d2_lmeval.toy import CORPORA, Problem, checkpoint_path, held_out
 
 BLOCK_LENGTH, NEW_TOKENS = 16, 96
@@ -215,6 +216,39 @@ def by_part(
                 )
 
 
+def limits(
+    model: BlockDiffusionModel, tokenizer: Any, bases: Iterable[str], folder: Path, problems: int
+) -> Iterator[str]:
+    """Rows of the table: what drafts of states could save at most, and how well their rank foretells a state."""
+    asked = [prompt_of(tokenizer, one) for name in CORPORA for one in held_out(name)[:problems]]
+    for base in bases:
+        config = model.config(options_of(model, tokenizer, base))
+        found: Counter[str] = Counter()
+        for steps in trace(model, config, asked, folder / f"{base}.held_out.jsonl"):
+            blocks = [list(of) for _, of in groupby(steps, key=lambda step: step.start)]
+            for number, block in enumerate(blocks):
+                found["steps"] += len(block)
+                # A block's first forward leaves a distribution, from which the second drafts what the third would be
+                # for; after the last comes the next block's first.
+                found["savable"] += max(len(block) - 2 + (number + 1 < len(blocks)), 0) if len(block) > 1 else 0
+                found += sum((_foretold(*pair) for pair in pairwise(block)), Counter())
+        best, shares = found["steps"] - found["savable"], ("order", "tokens", "both")
+        yield (
+            f"| {base} | {found['steps']} | {found['savable']} | {found['steps'] / best:.2f} | "
+            + " | ".join(f"{found[name] / found['next']:.0%}" for name in shares)
+            + " |"
+        )
+
+
+def _foretold(before: RankedStep, after: RankedStep) -> Counter[str]:
+    """Whether ``after`` decided the first places by the distribution ``before`` it, their best tokens, and both."""
+    decided = [n for n, (old, new) in enumerate(zip(before.tokens, after.tokens, strict=True)) if old != new]
+    order = {place: n for n, place in enumerate(before.places)}
+    leading = sorted(order[place] for place in decided) == list(range(len(decided)))
+    best = all(before.ranks[place][0] == after.tokens[place] for place in decided)
+    return Counter(next=1, order=leading, tokens=best, both=leading and best)
+
+
 def main() -> None:
     """Print the tables, or write the default graphs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -238,6 +272,10 @@ def main() -> None:
             console.print(f"\n| {base} | {' | '.join(CORPORA)} | fewer |\n| :-- |{' --: |' * (len(CORPORA) + 1)}")
             for row in by_graph(model, tokenizer, base, folder / f"{base}.jsonl", args.problems, args.nodes):
                 console.print(row, markup=False)
+        console.print("\n| | forwards | savable | at most | order foretold | tokens foretold | both |")
+        console.print(f"| :-- |{' --: |' * 6}")
+        for row in limits(model, tokenizer, args.bases, folder, args.problems):
+            console.print(row, markup=False)
         headings = ("forwards", "fewer", "queries per forward", "per step without a cache", "prompt tokens reused")
         console.print(f"\n| | {' | '.join(headings)} |\n| :-- |{' --: |' * len(headings)}")
         for row in by_part(model, tokenizer, args.bases, folder, args.problems, args.nodes[-1]):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks import frontier, nemotron, policies, spiffy_savings
 from benchmarks.published import __main__ as published
+from s2d2_lmeval.toy import CORPORA, held_out
 
 
 def test_policies(capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,6 +33,17 @@ def test_spiffy_savings(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert rows["| static itself"].endswith("| 1.00 |")
     assert float(rows["| calibrated, 4 nodes"].split(" | ")[-1].strip(" |")) > 1
     assert {"| static, fused", "| static, fused, spiffy"} <= rows.keys()
+
+
+def test_no_draft_saves_more_than_the_limit(tmp_path: Path) -> None:
+    model, tokenizer = spiffy_savings.open_toy()
+    (row,) = spiffy_savings.limits(model, tokenizer, ["static"], tmp_path, problems=1)
+    steps, savable = map(int, row.split(" | ")[1:3])
+    asked = [spiffy_savings.prompt_of(tokenizer, held_out(name)[0]) for name in CORPORA]
+    options = spiffy_savings.options_of(model, tokenizer, "static", draft_nodes=16)
+    line = spiffy_savings.measure(model, "drafted", options, asked)
+    assert line.steps == steps
+    assert 0 < line.accepted <= savable < steps
 
 
 def test_frontier(capsys: pytest.CaptureFixture[str]) -> None:
