@@ -28,7 +28,8 @@ COMMANDS = {
     "serve": "s2d2_lmeval.cli.serve",
     "compare": "s2d2_lmeval.cli.compare",
     "calibrate": "s2d2_lmeval.cli.calibrate",
-    "adapt": "s2d2_lmeval.cli.adapt",
+    "adapt": "s2d2_lmeval.cli.training.adapt",
+    "train-drafter": "s2d2_lmeval.cli.training.drafter",
 }
 """Subcommand -> its module."""
 

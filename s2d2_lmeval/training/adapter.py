@@ -1,4 +1,4 @@
-"""A frozen target with a trainable draft adapter: its parameters, its forward, its folder."""
+"""A draft adapter in its frozen target: its parameters, its forward, its folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save
@@ -14,10 +14,13 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from s2d2_lmeval.errors import TrainingError
+from s2d2_lmeval.families import Facts
 from s2d2_lmeval.families.drafts import MASKS, RECORD, VECTORS
+from s2d2_lmeval.families.facts import AUTOREGRESSIVE
 from s2d2_lmeval.runtime.gated import Gate
 from s2d2_lmeval.training.anchors import Windows
 from s2d2_lmeval.training.checkpointing import replaced
+from s2d2_lmeval.training.student import Student, bias
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HIGH_RATE = 2.0
@@ -34,22 +37,51 @@ class Form:
     rank: int = 16
     noise: tuple[int, int] | None = None
 
+    tags: ClassVar[str] = "lora"
+
     @property
     def causal(self) -> bool:
         """Whether masks see earlier ones only."""
         return self.noise is not None
 
+    def check(self, source: str, facts: Facts) -> None:
+        """Refuse a target that is not autoregressive; TrainingError."""
+        if facts.scheme != AUTOREGRESSIVE:
+            raise TrainingError(
+                f"{source} ({facts.family}) drafts for itself already. Adapters are trained for autoregressive "
+                "checkpoints."
+            )
 
-class AdaptedModel:
+    def student(self, model: PreTrainedModel, facts: Facts, seed: int) -> AdaptedModel:
+        """``model`` with an adapter that changes nothing yet."""
+        return AdaptedModel(model, self, seed)
+
+    def described(self, source: str) -> str:
+        """What it is, in Markdown."""
+        masks = (
+            f"random tokens from {self.noise[0]} to {self.noise[1] - 1}, each of which sees earlier ones"
+            if self.noise
+            else "a vector for each place, which see each other"
+        )
+        return f"""\
+# A draft adapter for {source}
+
+A LoRA of rank {self.rank} that only draft queries go through: with it {source} drafts for itself, and its answers stay
+those of the plain weights.
+
+    lm_eval --model s2d2 --model_args pretrained={source},draft_adapter=THIS_FOLDER --tasks …
+
+- window {self.window}; masks: {masks}"""
+
+
+class AdaptedModel(Student):
     """``model``, frozen, and an adapter of ``form`` in float32."""
 
     def __init__(self, model: PreTrainedModel, form: Form, seed: int) -> None:
-        self.model, self.form = model.requires_grad_(False), form
-        self.backbone, self.head = model.get_decoder(), model.get_output_embeddings()
+        super().__init__(model, form.window - 1)
+        self.form = form
         embedding = model.get_input_embeddings().weight
-        self.device = embedding.device
         generator = torch.Generator().manual_seed(seed)
-        self.parameters: dict[str, nn.Parameter] = {}
         factors = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and name.rpartition(".")[2] in PROJECTIONS:
@@ -73,34 +105,20 @@ class AdaptedModel:
         return [{"params": slow, "scale": 1.0}, {"params": fast, "scale": HIGH_RATE}]
 
     def forward(self, windows: Windows, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states (K * W, H) of the masks, with a gradient, and of the plain target in their places."""
-        cache = DynamicCache()
-        with torch.no_grad():
-            clean = self.backbone(
-                input_ids=windows.tokens.unsqueeze(0),
-                position_ids=windows.positions.unsqueeze(0),
-                attention_mask=self._bias(windows.clean_sight()),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[0]
+        """As the base class says."""
+        cache, width = DynamicCache(), windows.masks
+        clean = self.read(windows, cache)
         low, high = self.form.noise or (0, 1)
-        masks = torch.randint(low, high, windows.ahead.shape, generator=generator).to(self.device)
-        with self.gate.opened(1 + windows.place, captured=True):
+        masks = torch.randint(low, high, (len(windows.starts) * width,), generator=generator).to(self.device)
+        with self.gate.opened(1 + windows.places(width), captured=True):
             drafted = self.backbone(
                 input_ids=masks.unsqueeze(0),
-                position_ids=windows.mask_positions.unsqueeze(0),
-                attention_mask=self._bias(windows.sight(self.form.causal)),
+                position_ids=windows.positions_of(width).unsqueeze(0),
+                attention_mask=bias(windows.sight(width, self.form.causal), self.model.dtype),
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[0]
-        return drafted, clean[windows.ahead]
-
-    def _bias(self, seen: torch.Tensor) -> torch.Tensor:
-        """What is added to attention scores, (1, 1, queries, keys)."""
-        dtype = self.model.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill(~seen, torch.finfo(dtype).min)[
-            None, None
-        ]
+        return drafted, clean[windows.teachers]
 
     def save(self, folder: Path, base: str, source: str) -> None:
         """Write the adapter as the package peft does, and what is said of its drafts, in bfloat16 for size."""

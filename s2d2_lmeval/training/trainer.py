@@ -1,4 +1,4 @@
-"""The loop that trains a draft adapter: windows that grow, a rate that falls, a look at held-out texts now and then.
+"""The loop that trains what drafts: a rate that falls, a look at held-out texts now and then.
 
 Every draw is a function of (seed, step, process), so a run that goes on from what it saved ends as one that was never
 interrupted, if its length is given in steps; given in minutes, how many steps that is depends on the machine.
@@ -17,16 +17,16 @@ import torch
 from torch import nn
 
 from s2d2_lmeval.errors import TrainingError
-from s2d2_lmeval.training.adapter import AdaptedModel
 from s2d2_lmeval.training.anchors import Windows, draw
 from s2d2_lmeval.training.checkpointing import log, read_log, read_state, save_state
 from s2d2_lmeval.training.data import Text
-from s2d2_lmeval.training.losses import draft_loss, hits, weights
+from s2d2_lmeval.training.losses import draft_loss, hits
 from s2d2_lmeval.training.processes import Processes
+from s2d2_lmeval.training.student import Student, Trainable
 
 WARM_UP_STEPS, LAST_RATE = 20, 0.1
 GROWTH = ((0.05, 2), (0.15, 4))
-"""Share of the run up to which windows are no larger than this; then they are as large as asked."""
+"""Share of the run up to which windows that grow are no larger than this; then they are as large as asked."""
 ENTROPY_SHARE = 1 / 3
 """Share of the run before the loss is the distance of laws."""
 HELD_OUT_WINDOWS = 12
@@ -35,7 +35,8 @@ HELD_OUT_WINDOWS = 12
 @dataclass(frozen=True)
 class Recipe:
     """How long and how to train: ``steps``, or else ``minutes``; each step ``accumulate`` times ``texts`` texts with up
-    to ``windows`` windows each; ``rate`` is that of AdamW, ``look`` the seconds between looks at held-out texts.
+    to ``windows`` drafts each; ``rate`` is that of AdamW, ``look`` the seconds between looks at held-out texts. Places
+    weigh less the later, or by their ``pace`` (:func:`~s2d2_lmeval.training.losses.by_pace`).
     """
 
     minutes: float | None = None
@@ -46,6 +47,7 @@ class Recipe:
     rate: float = 1e-3
     seed: int = 0
     look: float = 60.0
+    pace: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -54,8 +56,8 @@ class Recipe:
 
 
 class Trainer:
-    """Trains ``adapted`` on ``texts``; measures on ``held_out``; keeps its state and log in ``folder``; ``base`` is the
-    digest of the target's weights.
+    """Trains ``student``, a ``form``, on ``texts``; measures on ``held_out``; keeps its state and log in ``folder``;
+    ``base`` is the digest of the target's weights.
 
     ``on_look`` is called with every record of the log, after the state was saved; ``on_step`` with the share of the run
     that is done.
@@ -63,7 +65,8 @@ class Trainer:
 
     def __init__(
         self,
-        adapted: AdaptedModel,
+        student: Student,
+        form: Trainable,
         texts: Sequence[Text],
         held_out: Sequence[Text],
         recipe: Recipe,
@@ -73,15 +76,14 @@ class Trainer:
         on_look: Callable[[dict[str, Any]], None] = lambda record: None,
         on_step: Callable[[float], None] = lambda share: None,
     ) -> None:
-        self.adapted, self.texts, self.recipe, self.folder = adapted, texts, recipe, folder
+        self.student, self.texts, self.recipe, self.folder = student, texts, recipe, folder
         self.processes, self.on_look, self.on_step = processes, on_look, on_step
-        kept = {**recipe.identity, **asdict(adapted.form), "processes": processes.count, "base": base}
+        kept = {**recipe.identity, **vars(form), "processes": processes.count, "base": base}
         self.kept = {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
         """What must not change when a run goes on."""
-        self.masks = adapted.form.window - 1
-        self.decay = max(adapted.form.window / 2, 1.0)
-        self.optimizer = torch.optim.AdamW(adapted.groups(), lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.0)
-        self.fixed = [draw([text], self.masks, HELD_OUT_WINDOWS, Random(1), adapted.device) for text in held_out]
+        self.decay = None if recipe.pace else max(form.window / 2, 1.0)
+        self.optimizer = torch.optim.AdamW(student.groups(), lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.0)
+        self.fixed = [draw([text], student.masks, HELD_OUT_WINDOWS, Random(1), student.device) for text in held_out]
         self.step, self.seconds, self.mask_tokens, self.clean_tokens = 0, 0.0, 0, 0
         self.mean: float | None = None
         self._resume()
@@ -117,12 +119,13 @@ class Trainer:
     def _train(self) -> None:
         """One step."""
         recipe, share = self.recipe, self.share
-        masks = next((window - 1 for end, window in GROWTH if share < end and window - 1 < self.masks), self.masks)
+        growth, masks = GROWTH if self.student.grows else (), self.student.masks
+        masks = next((window - 1 for end, window in growth if share < end and window - 1 < masks), masks)
         rng = Random(f"{recipe.seed} {self.step} {self.processes.rank}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         for _ in range(recipe.accumulate):
             chosen = [rng.choice(self.texts) for _ in range(recipe.texts)]
-            windows = draw(chosen, masks, recipe.windows, rng, self.adapted.device)
+            windows = draw(chosen, masks, recipe.windows, rng, self.student.device)
             loss = self._loss(windows, generator, share >= ENTROPY_SHARE)
             (loss / recipe.accumulate).backward()
             self.mask_tokens += windows.known.numel() * self.processes.count
@@ -131,7 +134,7 @@ class Trainer:
         rate = recipe.rate * min(1.0, (self.step + 1) / WARM_UP_STEPS) * max(LAST_RATE, 1 - share)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        parameters = self.adapted.parameters.values()
+        parameters = self.student.parameters.values()
         self.processes.average(parameter.grad for parameter in parameters if parameter.grad is not None)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
@@ -139,16 +142,16 @@ class Trainer:
         self.step += 1
 
     def _loss(self, windows: Windows, generator: torch.Generator, by_law: bool) -> torch.Tensor:
-        drafted, taught = self.adapted.forward(windows, generator)
-        weight = weights(windows.known, self.decay).flatten()
-        return draft_loss(self.adapted.head, drafted, taught, windows.truth.flatten(), weight, by_law)
+        drafted, taught = self.student.forward(windows, generator)
+        taught = taught if by_law else None
+        return draft_loss(self.student.head, drafted, taught, windows.truth, windows.known, self.decay)
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
         """Of held-out texts: how often each place of a window is right, and how many tokens a draft gets accepted."""
         generator = torch.Generator().manual_seed(0)
         right = [
-            hits(self.adapted.head, self.adapted.forward(one, generator)[0], one.truth, one.known) for one in self.fixed
+            hits(self.student.head, self.student.forward(one, generator)[0], one.truth, one.known) for one in self.fixed
         ]
         found = torch.cat(right).float()
         return {
@@ -177,7 +180,7 @@ class Trainer:
 
     def _state(self) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
-        for name, parameter in self.adapted.parameters.items():
+        for name, parameter in self.student.parameters.items():
             found[name] = parameter
             held = self.optimizer.state.get(parameter, {})
             found |= {f"{field}.{name}": held[field] for field in ("exp_avg", "exp_avg_sq") if field in held}
@@ -194,12 +197,12 @@ class Trainer:
             return
         tensors, about = found
         other = sorted(name for name, value in self.kept.items() if value != about["recipe"].get(name))
-        if other or not tensors.keys() >= self.adapted.parameters.keys():
+        if other or not tensors.keys() >= self.student.parameters.keys():
             what = f"with another {other[0]}" if other else "of another model"
             raise TrainingError(
                 f"{self.folder} holds a run {what}; give the same options to go on with it, or another folder."
             )
-        for name, parameter in self.adapted.parameters.items():
+        for name, parameter in self.student.parameters.items():
             parameter.data.copy_(tensors[name])
             if f"exp_avg.{name}" in tensors:
                 held = {field: tensors[f"{field}.{name}"].to(parameter.device) for field in ("exp_avg", "exp_avg_sq")}

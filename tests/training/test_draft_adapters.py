@@ -136,10 +136,10 @@ def test_training_sees_what_decoding_sees(checkpoint: Path, adapter: Adapter, fo
     low, high = of.noise or (0, 1)
     tokens = torch.randint(low, high, (len(drafted),), generator=torch.Generator().manual_seed(1)).tolist()
     model, start = load(checkpoint, device="cpu", draft_adapter=folder), 7
-    for number, anchor in enumerate(windows.anchors.tolist()):
-        if anchor < start:
+    for number, place in enumerate(windows.starts.tolist()):
+        if place < start:
             continue
-        text = windows.tokens[start : anchor + 1].tolist()
+        text = windows.tokens[start:place].tolist()
         rows = slice(number * windows.masks, (number + 1) * windows.masks)
         found = forward(model, text, tokens[rows], causal=of.causal, gated=True)[len(text) :]
         assert (adapted.head(drafted[rows]) - found).abs().max() < 1e-4

@@ -18,12 +18,15 @@ from s2d2_lmeval import load
 from s2d2_lmeval.cli import main
 from s2d2_lmeval.errors import TrainingError
 from s2d2_lmeval.training import checkpointing
-from s2d2_lmeval.training.adapt import Answers, Target, Watcher, adapt
 from s2d2_lmeval.training.adapter import Form
 from s2d2_lmeval.training.anchors import draw
 from s2d2_lmeval.training.checkpointing import replaced
 from s2d2_lmeval.training.data import Text, divided
-from s2d2_lmeval.training.losses import draft_loss, hits, weights
+from s2d2_lmeval.training.drafter import DrafterForm
+from s2d2_lmeval.training.losses import by_pace, by_place, draft_loss, hits
+from s2d2_lmeval.training.run import Answers, Target, Watcher
+from s2d2_lmeval.training.run import train as run
+from s2d2_lmeval.training.student import Trainable
 from s2d2_lmeval.training.trainer import Recipe
 
 from .conftest import VOCABULARY
@@ -33,9 +36,11 @@ FORM = Form(window=4, rank=2)
 RECIPE = Recipe(steps=6, windows=4, look=0.0)
 
 
-def train(checkpoint: Path, folder: Path, recipe: Recipe = RECIPE, form: Form = FORM, **more: Any) -> dict[str, Any]:
+def train(
+    checkpoint: Path, folder: Path, recipe: Recipe = RECIPE, form: Trainable = FORM, **more: Any
+) -> dict[str, Any]:
     target = Target(str(checkpoint), device="cpu")
-    return adapt(target, more.pop("prompts", PROMPTS), folder, form, recipe, Answers(4, max_new_tokens=12), **more)
+    return run(target, more.pop("prompts", PROMPTS), folder, form, recipe, Answers(4, max_new_tokens=12), **more)
 
 
 # ---- windows ----
@@ -44,8 +49,8 @@ def train(checkpoint: Path, folder: Path, recipe: Recipe = RECIPE, form: Form = 
 def test_a_mask_guesses_the_token_after_the_one_in_whose_place_it_stands() -> None:
     texts = [Text([10, 11, 12], [13, 14, 15, 16]), Text([20], [21, 22, 23])]
     windows = draw(texts, 3, 100, Random(0), "cpu")
-    assert windows.tokens[windows.anchors].tolist() == [12, 13, 14, 20, 21]
-    assert windows.mask_positions.view(-1, 3)[0].tolist() == [3, 4, 5]
+    assert windows.tokens[windows.starts].tolist() == [13, 14, 15, 21, 22]
+    assert windows.positions_of(3).view(-1, 3)[0].tolist() == [3, 4, 5]
     assert windows.truth[0].tolist() == [14, 15, 16]
     assert windows.known.tolist() == [
         [True, True, True],
@@ -54,18 +59,18 @@ def test_a_mask_guesses_the_token_after_the_one_in_whose_place_it_stands() -> No
         [True, True, False],
         [True, False, False],
     ]
-    assert (windows.tokens[windows.ahead].view(-1, 3)[:, 0]).tolist() == [13, 14, 15, 21, 22]
+    assert (windows.tokens[windows.teachers].view(-1, 3)[:, 0]).tolist() == [13, 14, 15, 21, 22]
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_mask_sees_its_text_to_the_anchor_and_its_window(causal: bool) -> None:
+def test_a_draft_sees_its_text_to_the_start_and_itself(causal: bool) -> None:
     windows = draw([Text([1, 2], [3, 4, 5]), Text([6], [7, 8])], 2, 100, Random(0), "cpu")
-    sight = windows.sight(causal)
-    for number, anchor in enumerate(windows.anchors.tolist()):
+    sight = windows.sight(2, causal)
+    for number, start in enumerate(windows.starts.tolist()):
         for place in range(2):
             row, own = sight[2 * number + place], [8 + 2 * number + at for at in range(2)]
-            start = 0 if anchor < 5 else 5
-            seen = [*range(start, anchor + 1), *(own[: place + 1] if causal else own)]
+            begin = 0 if start < 5 else 5
+            seen = [*range(begin, start), *(own[: place + 1] if causal else own)]
             assert row.nonzero().squeeze(1).tolist() == seen
     clean = windows.clean_sight()
     assert clean[4].tolist() == [True] * 5 + [False] * 3
@@ -75,23 +80,25 @@ def test_a_mask_sees_its_text_to_the_anchor_and_its_window(causal: bool) -> None
 # ---- loss ----
 
 
-def test_the_loss_is_the_distance_of_the_laws_and_some_entropy() -> None:
+@pytest.mark.parametrize("decay", [2.0, None], ids=["decay", "pace"])
+def test_the_loss_is_the_distance_of_the_laws_and_some_entropy(decay: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     head = torch.randn(11, 5, generator=generator)
     drafted, taught = torch.randn(2, 600, 5, generator=generator)
     drafted.requires_grad_()
-    truth, weight = torch.randint(11, (600,), generator=generator), torch.rand(600, generator=generator)
-    weight[::3] = 0
+    truth = torch.randint(11, (150, 4), generator=generator)
+    known = torch.rand(150, 4, generator=generator) < 0.7
 
     def answer(states: torch.Tensor) -> torch.Tensor:
         return states @ head.T
 
     law, target = answer(drafted).softmax(-1), answer(taught).softmax(-1)
-    entropy = -law.gather(1, truth[:, None]).squeeze(1).log()
-    expected = 0.1 * entropy + 0.9 * (law - target).abs().sum(1)
-    for by_law, each in ((False, entropy), (True, expected)):
+    said = law.gather(1, truth.view(-1, 1)).view(150, 4)
+    expected = -0.1 * said.log() + 0.9 * (law - target).abs().sum(1).view(150, 4)
+    weight = by_pace(known, said.detach()) if decay is None else by_place(known, decay)
+    for teacher, each in ((None, -said.log()), (taught, expected)):
         mean = (each * weight).sum() / weight.sum()
-        found = draft_loss(answer, drafted, taught, truth, weight, by_law)
+        found = draft_loss(answer, drafted, teacher, truth, known, decay)
         assert found.item() == pytest.approx(mean.item(), rel=1e-5)
         gradients = [torch.autograd.grad(one, drafted, retain_graph=True)[0] for one in (found, mean)]
         assert torch.allclose(*gradients, atol=1e-6)
@@ -99,7 +106,10 @@ def test_the_loss_is_the_distance_of_the_laws_and_some_entropy() -> None:
 
 def test_places_weigh_less_the_later_and_nothing_beyond_the_text() -> None:
     known = torch.tensor([[True, True, False]])
-    assert weights(known, 2.0)[0].tolist() == pytest.approx([1.0, 0.60653, 0.0], abs=1e-5)
+    assert by_place(known, 2.0)[0].tolist() == pytest.approx([1.0, 0.60653, 0.0], abs=1e-5)
+    reached = [0.5 + 0.5 * 0.8, (0.5 + 0.5 * 0.8) * (0.5 + 0.5 * 0.2)]
+    pace = by_pace(known, torch.tensor([[0.8, 0.2, 0.9]]))[0].tolist()
+    assert pace == pytest.approx([sum(reached), reached[1], 0.0])
     truth = torch.tensor([[0, 1, 2]])
     assert hits(lambda states: states, torch.eye(3), truth, known).tolist() == [[True, True, False]]
 
@@ -130,8 +140,8 @@ class Killed(BaseException):
     """What no code here catches, as a kill leaves it."""
 
 
-@pytest.mark.parametrize("form", [FORM, Form(4, 2, noise=(1, 50))], ids=["vectors", "noise"])
-def test_a_run_that_was_killed_ends_as_one_that_was_not(checkpoint: Path, tmp_path: Path, form: Form) -> None:
+@pytest.mark.parametrize("form", [FORM, Form(4, 2, (1, 50)), DrafterForm(4, 2)], ids=["vectors", "noise", "drafter"])
+def test_a_run_that_was_killed_ends_as_one_that_was_not(checkpoint: Path, tmp_path: Path, form: Trainable) -> None:
     whole = train(checkpoint, tmp_path / "whole", form=form)
     for step in (2, 4):
 
@@ -146,7 +156,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(checkpoint: Path, tmp_pa
                 file.write('{"step": ')
     parts = train(checkpoint, tmp_path / "parts", form=form)
     assert {**parts, "seconds": 0} == {**whole, "seconds": 0}
-    for name in ("adapter_model.safetensors", "state.safetensors", "s2d2_draft.safetensors"):
+    for name in ("adapter_model.safetensors", "state.safetensors", "s2d2_draft.safetensors", "model.safetensors"):
         if (tmp_path / "whole" / name).exists():
             one, other = (load_file(tmp_path / run / name) for run in ("whole", "parts"))
             assert one.keys() == other.keys()
@@ -195,7 +205,7 @@ def refused(said: str, call: Callable[[], Any]) -> None:
 def test_what_cannot_be_trained_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     refused("no prompt", lambda: train(checkpoint, tmp_path, prompts=[]))
     refused("do not fit the 256 positions", lambda: train(checkpoint, tmp_path, prompts=[[1] * 250]))
-    refused("drafts for itself already", lambda: adapt(Target("toy"), PROMPTS, tmp_path, FORM, RECIPE))
+    refused("drafts for itself already", lambda: run(Target("toy"), PROMPTS, tmp_path, FORM, RECIPE))
     refused("nothing to learn from", lambda: divided([Text([1], [2])] * 4, 1))
     train(checkpoint, tmp_path / "run", Recipe(steps=1, windows=2))
     refused("answers to other prompts", lambda: train(checkpoint, tmp_path / "run", prompts=[[9, 9]] * 12))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Qwen3Config
+from transformers import Cache, PreTrainedModel, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3DecoderLayer,
     Qwen3RMSNorm,
@@ -108,8 +108,7 @@ class DFlash(nn.Module):
         """Of the weights."""
         return self.fc.weight.dtype
 
-    @torch.inference_mode()
-    def absorb(self, features: torch.Tensor, positions: torch.Tensor, cache: SlotCache) -> None:
+    def absorb(self, features: torch.Tensor, positions: torch.Tensor, cache: SlotCache | Cache) -> None:
         """Write keys and values of text that the target has decided, from its ``features`` (N, number of layers read *
         hidden size) at ``positions`` (1, N), where ``cache`` was told to write.
         """
@@ -132,22 +131,33 @@ class DFlash(nn.Module):
         use_cache: bool = True,
     ) -> Any:
         """Hidden states of the packed blocks (1, N) of a pass, as ``last_hidden_state``."""
+        positions = position_ids[0].to(self.fc.weight.device)
+        contexts: dict[tuple[int | None, bool], AttentionContext] = {(None, False): pass_context}
+        for window, causal in zip(self.shape.windows, self.shape.causal, strict=True):
+            if (window, causal) not in contexts:
+                contexts[window, causal] = narrowed(pass_context, positions, window, causal)
+        each = [
+            {"pass_context": contexts[sight], "use_cache": use_cache}
+            for sight in zip(self.shape.windows, self.shape.causal, strict=True)
+        ]
+        return SimpleNamespace(last_hidden_state=self.fill(input_ids, position_ids, past_key_values, each))
+
+    def fill(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: SlotCache | Cache,
+        each: Sequence[Mapping[str, Any]],
+    ) -> torch.Tensor:
+        """Hidden states (1, N, H) of blocks after what ``cache`` has absorbed; ``each`` has what every layer's
+        attention is told.
+        """
         embedded = nn.functional.embedding(input_ids, self._shared[0].weight) * self.shape.embedding_scale
         hidden = embedded.to(self.fc.weight.device, self.dtype)
-        positions = position_ids.to(hidden.device)
-        rotary = self.rotary_emb(hidden, positions)
-        contexts: dict[tuple[int | None, bool], AttentionContext] = {(None, False): pass_context}
-        for layer, window, causal in zip(self.layers, self.shape.windows, self.shape.causal, strict=True):
-            if (window, causal) not in contexts:
-                contexts[window, causal] = narrowed(pass_context, positions[0], window, causal)
-            hidden = layer(
-                hidden,
-                position_embeddings=rotary,
-                use_cache=use_cache,
-                pass_context=contexts[window, causal],
-                **{self._cache_argument: past_key_values},
-            )
-        return SimpleNamespace(last_hidden_state=self.norm(hidden))
+        rotary = self.rotary_emb(hidden, position_ids.to(hidden.device))
+        for layer, told in zip(self.layers, each, strict=True):
+            hidden = layer(hidden, position_embeddings=rotary, **{self._cache_argument: cache}, **told)
+        return self.norm(hidden)
 
 
 def narrowed(context: AttentionContext, positions: torch.Tensor, window: int | None, causal: bool) -> AttentionContext:

@@ -1,4 +1,4 @@
-"""From a checkpoint and prompts to an adapter by which the checkpoint drafts for itself."""
+"""From a checkpoint and prompts to what drafts for it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from typing import Any
 from s2d2_lmeval.errors import TrainingError
 from s2d2_lmeval.families import Facts, checkpoint_facts, load_checkpoint
 from s2d2_lmeval.families.drafts import digest
-from s2d2_lmeval.families.facts import AUTOREGRESSIVE
 from s2d2_lmeval.families.files import resolve, weight_files
 from s2d2_lmeval.model import load
-from s2d2_lmeval.training.adapter import AdaptedModel, Form
 from s2d2_lmeval.training.card import card
 from s2d2_lmeval.training.checkpointing import replaced, writing
 from s2d2_lmeval.training.data import Text, answered, divided
 from s2d2_lmeval.training.processes import Processes
+from s2d2_lmeval.training.student import Trainable
 from s2d2_lmeval.training.trainer import Recipe, Trainer
 
 
 @dataclass(frozen=True)
 class Target:
-    """The checkpoint that is adapted: folder or hub id, and how it is loaded."""
+    """The checkpoint that is drafted for: folder or hub id, and how it is loaded."""
 
     source: str
     revision: str | None = None
@@ -63,17 +62,17 @@ class Watcher:
     looked: Callable[[dict[str, Any]], None] = lambda record: None
 
 
-def adapt(
+def train(
     target: Target,
     prompts: Sequence[list[int]],
     folder: Path,
-    form: Form,
+    form: Trainable,
     recipe: Recipe,
     answers: Answers | None = None,
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
-    """Train a draft adapter for ``target`` on its own answers to ``prompts`` (token ids), and write it to ``folder`` at
-    every look; the same call goes on with a run that was stopped. Returns the last record of the log.
+    """Train ``form`` for ``target`` on its own answers to ``prompts`` (token ids), and write it to ``folder`` at every
+    look; the same call goes on with a run that was stopped. Returns the last record of the log.
 
     Raises:
         TrainingError: something to train that cannot be trained.
@@ -94,32 +93,29 @@ def adapt(
     texts = answer() if processes.rank == 0 else []
     processes.wait()
     learnt, kept = divided(texts or answer(), answers.held_out)
-    adapted = AdaptedModel(load_checkpoint(target.source, **loading)[0], form, recipe.seed)
+    student = form.student(*load_checkpoint(target.source, **loading), recipe.seed)
     base = target.digest()
 
     def looked(record: dict[str, Any]) -> None:
-        adapted.save(folder, base, target.source)
+        student.save(folder, base, target.source)
         about = (
             f"{len(learnt)} {'sampled' if answers.temperature else 'greedy'} answers of the model to {answers.about}"
         )
         replaced(folder / "README.md", card(target.source, about, form, recipe, trainer.records).encode())
         watcher.looked(record)
 
-    trainer = Trainer(adapted, learnt, kept, recipe, folder, base, processes, looked, watcher.trained)
+    trainer = Trainer(student, form, learnt, kept, recipe, folder, base, processes, looked, watcher.trained)
     return trainer.run()
 
 
-def check(source: str, facts: Facts, form: Form, prompts: Sequence[list[int]], new: int) -> None:
-    """Refuse what cannot be adapted; TrainingError."""
-    if facts.scheme != AUTOREGRESSIVE:
-        raise TrainingError(
-            f"{source} ({facts.family}) drafts for itself already. Adapters are trained for autoregressive checkpoints."
-        )
+def check(source: str, facts: Facts, form: Trainable, prompts: Sequence[list[int]], new: int) -> None:
+    """Refuse what cannot be trained; TrainingError."""
+    form.check(source, facts)
     if not prompts:
         raise TrainingError("there is no prompt to learn from; give a file or a task that has some.")
     longest = max(map(len, prompts))
     if longest + new + form.window > facts.max_context:
         raise TrainingError(
-            f"a prompt of {longest} tokens, {new} new ones and a window of {form.window} do not fit the "
+            f"a prompt of {longest} tokens, {new} new ones and a draft of {form.window} do not fit the "
             f"{facts.max_context} positions of {source}. Leave long prompts out with --max_prompt."
         )

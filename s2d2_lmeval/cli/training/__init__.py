@@ -1,18 +1,9 @@
-"""Make an autoregressive checkpoint draft for itself: train an adapter that only its drafts go through.
-
-The checkpoint answers prompts, and a LoRA learns to guess several tokens of these answers at once. With it the decoder
-`sliding` gives the checkpoint's own answers in fewer forwards. The same command goes on with a run that was stopped.
-
-examples:
-  s2d2-lmeval adapt Qwen/Qwen2.5-1.5B-Instruct --prompts gsm8k --window 8 --minutes 60 --out qwen-drafts
-  s2d2-lmeval adapt ./model --prompts prompts.jsonl --steps 5000 --out drafts
-  accelerate launch -m s2d2_lmeval adapt ./model --prompts prompts.jsonl --minutes 60 --out drafts
-  lm_eval --model s2d2 --model_args pretrained=./model,draft_adapter=drafts --tasks gsm8k
-"""
+"""Commands that train what drafts; what they share."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,27 +12,22 @@ from s2d2_lmeval.cli.values import add_shared, nonempty, real, whole
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from s2d2_lmeval.training.adapt import Watcher
+    from s2d2_lmeval.training.run import Watcher
+    from s2d2_lmeval.training.student import Trainable
 
-SUMMARY = "train an adapter by which an autoregressive checkpoint drafts for itself"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
+def add_training(parser: argparse.ArgumentParser, rate: float) -> None:
+    """Declare the arguments of every command that trains; ``rate`` is its learning rate."""
     parser.add_argument("model", type=nonempty, metavar="CHECKPOINT", help="folder or hub id")
     prompts = (
         'a text file with one prompt per line, .jsonl with "prompt" or "messages", or tasks of the harness, whose '
     )
     prompts += "training documents are used"
     parser.add_argument("--prompts", type=nonempty, required=True, metavar="FILE|TASKS", help=prompts)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the adapter, log and card")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of what is trained, log and card")
     time = parser.add_mutually_exclusive_group(required=True)
     time.add_argument("--minutes", type=real(0.01, 1e6), help="of training, after the prompts are answered")
     time.add_argument("--steps", type=whole(1, 10**9), help="of training; ends the same on every machine of a kind")
-    parser.add_argument("--window", type=whole(2, 64), default=8, help="how far drafts look ahead (%(default)s)")
-    parser.add_argument("--rank", type=whole(1, 1024), default=16, help="of the LoRA (%(default)s)")
-    masks = "a trained vector for each place, or random tokens as in Uno (%(default)s)"
-    parser.add_argument("--masks", choices=("vectors", "noise"), default="vectors", help=masks)
     answers = parser.add_argument_group("answers")
     answers.add_argument("--limit", type=whole(), default=2000, help="prompts (%(default)s)")
     answers.add_argument("--max_prompt", type=whole(), default=1024, help="leave out longer prompts (%(default)s)")
@@ -52,9 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     answers.add_argument("--data_dir", type=nonempty, metavar="DIR", help=files)
     steps = parser.add_argument_group("training")
     steps.add_argument("--texts", type=whole(), default=1, help="answers in a forward (%(default)s)")
-    steps.add_argument("--windows", type=whole(), default=16, help="windows in an answer (%(default)s)")
+    steps.add_argument("--windows", type=whole(), default=16, help="drafts in an answer (%(default)s)")
     steps.add_argument("--accumulate", type=whole(), default=1, help="forwards in a step (%(default)s)")
-    steps.add_argument("--rate", type=real(1e-7, 1), default=1e-3, help="learning rate (%(default)s)")
+    steps.add_argument("--rate", type=real(1e-7, 1), default=rate, help="learning rate (%(default)s)")
+    weights = "places weigh less the later, or by what is still accepted there: D-PACE (%(default)s)"
+    steps.add_argument("--weights", choices=("decay", "pace"), default="decay", help=weights)
     steps.add_argument("--held_out", type=whole(), default=32, help="answers to measure on (%(default)s)")
     steps.add_argument("--look", type=real(0, 1e6), default=60.0, help="seconds between looks at them (%(default)s)")
     steps.add_argument("--seed", type=whole(0, 2**63 - 1), default=0)
@@ -63,13 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, "--revision", "--threads")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Answer, train, write."""
+def trained(args: argparse.Namespace, form: Callable[[int], Trainable], use: str) -> int:
+    """Answer, train, write. ``form`` is that for so many tokens of vocabulary; ``use`` says how it is used."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from s2d2_lmeval.cli.console import begin
-    from s2d2_lmeval.training.adapt import Answers, Target, adapt
-    from s2d2_lmeval.training.adapter import Form
+    from s2d2_lmeval.training.run import Answers, Target, train
     from s2d2_lmeval.training.trainer import Recipe
 
     console = begin(args.threads)
@@ -78,21 +65,20 @@ def run(args: argparse.Namespace) -> int:
     if longer:
         console.print(f"{longer} of {len(prompts)} prompts are longer than {args.max_prompt} tokens and left out")
     prompts = [prompt for prompt in prompts if len(prompt) <= args.max_prompt]
-    noise = (0, vocabulary) if args.masks == "noise" else None
     named = ("minutes", "steps", "texts", "windows", "accumulate", "rate", "seed", "look")
-    recipe = Recipe(**{name: getattr(args, name) for name in named})
+    recipe = Recipe(**{name: getattr(args, name) for name in named}, pace=args.weights == "pace")
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        adapt(
+        train(
             Target(args.model, args.revision, args.device, args.dtype),
             prompts,
             args.out,
-            Form(args.window, args.rank, noise),
+            form(vocabulary),
             recipe,
             Answers(args.rows, args.temperature, args.max_new_tokens, args.held_out, about=args.prompts),
             _watcher(progress, len(prompts)),
         )
-    console.print(f"written to {args.out}; use it with draft_adapter={args.out}")
+    console.print(f"written to {args.out}; use it with {use}")
     return 0
 
 
@@ -115,7 +101,7 @@ def _prompts(args: argparse.Namespace) -> tuple[list[list[int]], int]:
 
 def _watcher(progress: Progress, prompts: int) -> Watcher:
     """Shows how far answers and training are, and each look at held-out answers."""
-    from s2d2_lmeval.training.adapt import Watcher
+    from s2d2_lmeval.training.run import Watcher
 
     answering = progress.add_task("answering", total=prompts, said=f"{prompts} prompts")
     training = progress.add_task("training", total=1.0, said="")

@@ -1,0 +1,34 @@
+"""Train a DFlash drafter: a small block-diffusion model that drafts for a checkpoint from its hidden states.
+
+The checkpoint answers prompts, and a few layers beside it, which begin as copies of its own, learn to guess several
+tokens of these answers at once. With them the decoders `dflash` and `ddtree` give the checkpoint's own answers in fewer
+forwards. The same command goes on with a run that was stopped.
+
+examples:
+  s2d2-lmeval train-drafter Qwen/Qwen2.5-1.5B-Instruct --prompts gsm8k --minutes 60 --out qwen-drafter
+  s2d2-lmeval train-drafter ./model --prompts prompts.jsonl --block 16 --layers 5 --steps 5000 --out drafter
+  lm_eval --model s2d2 --model_args pretrained=./model,draft=drafter,decoder=ddtree --tasks gsm8k
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from s2d2_lmeval.cli.training import add_training, trained
+from s2d2_lmeval.cli.values import whole
+
+SUMMARY = "train a DFlash drafter for a checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_training(parser, rate=6e-4)
+    parser.add_argument("--block", type=whole(2, 64), default=8, help="tokens, the known one included (%(default)s)")
+    parser.add_argument("--layers", type=whole(1, 64), default=4, help="of the drafter (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer, train, write."""
+    from s2d2_lmeval.training.drafter import DrafterForm
+
+    return trained(args, lambda vocabulary: DrafterForm(args.block, args.layers), f"draft={args.out},decoder=ddtree")

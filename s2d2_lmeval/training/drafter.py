@@ -1,0 +1,168 @@
+"""A DFlash drafter beside its frozen target: where it begins, its forward over many blocks, its folder.
+
+As published (arXiv 2602.06036), blocks begin at a token of an answer and are followed by masks, which see the target's
+features of the text before, and each other. Not as published: it begins as copies of some of the target's layers, with
+the mean of the features as their context, so that it need not learn the language anew.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save
+from transformers import DynamicCache, PreTrainedModel
+
+from s2d2_lmeval.errors import TrainingError
+from s2d2_lmeval.families import Facts
+from s2d2_lmeval.families.facts import AUTOREGRESSIVE
+from s2d2_lmeval.runtime.drafting.dflash import DFlash, FeatureTap
+from s2d2_lmeval.runtime.drafting.loading import default_layer_ids, drafter_shape
+from s2d2_lmeval.training.anchors import Windows
+from s2d2_lmeval.training.checkpointing import replaced
+from s2d2_lmeval.training.student import Student, bias
+
+AS_THE_TARGET = (
+    *("attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "max_position_embeddings"),
+    *("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "vocab_size"),
+)
+"""What a drafter's config.json takes from its target's."""
+STORED_TYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class DrafterForm:
+    """What a drafter is: tokens of its ``block``, the known one included, and its ``layers``."""
+
+    block: int = 8
+    layers: int = 4
+    tags: ClassVar[str] = "dflash"
+
+    @property
+    def window(self) -> int:
+        """Positions that a draft needs after a text."""
+        return self.block
+
+    def check(self, source: str, facts: Facts) -> None:
+        """Refuse a target without a decoder for drafters; TrainingError."""
+        if facts.scheme not in (AUTOREGRESSIVE, "block"):
+            raise TrainingError(
+                f"{source} ({facts.family}) is not decoded with a drafter: its scheme is {facts.scheme}."
+            )
+
+    def student(self, model: PreTrainedModel, facts: Facts, seed: int) -> DraftingStudent:
+        """A drafter that begins as layers of ``model``."""
+        layers = model.config.num_hidden_layers
+        if self.layers > layers:
+            raise TrainingError(f"a drafter of {self.layers} layers has more than its target, {layers}; give --layers.")
+        return DraftingStudent(model, facts, drafter_config(self, model, facts), seed)
+
+    def described(self, source: str) -> str:
+        """What it is, in Markdown."""
+        return f"""\
+# A DFlash drafter for {source}
+
+It reads the hidden states of {source} and drafts {self.block - 1} tokens at once, which {source} verifies: the answers
+stay those of {source} alone.
+
+    lm_eval --model s2d2 --model_args pretrained={source},draft=THIS_FOLDER,decoder=ddtree --tasks …
+
+- blocks of {self.block}, {self.layers} layers that began as layers of the target"""
+
+
+def drafter_config(form: DrafterForm, model: PreTrainedModel, facts: Facts) -> dict[str, Any]:
+    """The config.json of a drafter for ``model``, as published."""
+    target = model.config
+    known = {name: getattr(target, name) for name in AS_THE_TARGET if getattr(target, name, None) is not None}
+    heads = {"head_dim": target.hidden_size // target.num_attention_heads, "attention_bias": False}
+    # A plain model has no mask: the last token of its vocabulary is padding, reserved or rare.
+    mask = facts.mask_token_id if facts.mask_token_id >= 0 else target.vocab_size - 1
+    rope = getattr(target, "rope_parameters", None) or {}
+    scaled = rope.get("rope_type", "default") != "default"
+    count = target.num_hidden_layers
+    read = [min(max(index, 0), count - 1) for index in default_layer_ids(form.layers, count)]
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        **heads,
+        **known,
+        "block_size": form.block,
+        "dflash_config": {"mask_token_id": mask, "target_layer_ids": read},
+        "num_hidden_layers": form.layers,
+        "num_target_layers": count,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        **({"rope_scaling": {name: value for name, value in rope.items() if name != "rope_theta"}} if scaled else {}),
+        "torch_dtype": str(STORED_TYPE).removeprefix("torch."),
+    }
+
+
+class DraftingStudent(Student):
+    """A drafter of ``config`` for ``model``, in float32."""
+
+    grows = False
+
+    def __init__(self, model: PreTrainedModel, facts: Facts, config: dict[str, Any], seed: int) -> None:
+        super().__init__(model, config["block_size"] - 1)
+        self.config, self.shifted = config, facts.token_shift
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.drafter = DFlash(drafter_shape(config, "the new drafter")).attach(model)
+        self.drafter.config._attn_implementation = "sdpa"
+        copy_layers(self.drafter, self.backbone)
+        self.drafter.to(self.device)
+        self.parameters = dict(self.drafter.named_parameters())
+        self.tap = FeatureTap(self.backbone, self.drafter.shape.layer_ids)
+
+    def forward(self, windows: Windows, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the base class says; there is nothing to draw."""
+        clean = self.read(windows)
+        features = self.tap.features()
+        self.tap.clear()
+        width, count = windows.masks + 1, len(windows.starts)
+        tokens = torch.full((count, width), self.drafter.shape.mask_token_id, device=self.device)
+        tokens[:, 0] = windows.tokens[windows.starts]
+        half = self.model.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(self.device.type, self.model.dtype, enabled=half):
+            cache = DynamicCache()
+            self.drafter.absorb(features, windows.positions.unsqueeze(0), cache)
+            hidden = self.drafter.fill(
+                tokens.view(1, -1),
+                windows.positions_of(width).unsqueeze(0),
+                cache,
+                [{"attention_mask": bias(windows.sight(width), torch.float32)}] * len(self.drafter.layers),
+            )
+        drafted = hidden.view(count, width, -1)[:, 1:].flatten(0, 1).to(self.model.dtype)
+        return drafted, clean[windows.teachers] if self.shifted else None
+
+    def save(self, folder: Path, base: str, source: str) -> None:
+        """Write the drafter as published."""
+        stored = {name: value.detach().to("cpu", STORED_TYPE).contiguous() for name, value in self.parameters.items()}
+        replaced(folder / "model.safetensors", save(stored, metadata={"format": "pt"}))
+        replaced(folder / "config.json", (json.dumps(self.config, indent=2) + "\n").encode())
+
+
+@torch.no_grad()
+def copy_layers(drafter: DFlash, backbone: Any) -> None:
+    """Let ``drafter`` begin as layers of a target, from the first to the last, where they are of a shape; its context
+    as the mean of what it reads.
+    """
+    count, own = len(backbone.layers), len(drafter.layers)
+    chosen = [backbone.layers[round(at * (count - 1) / max(own - 1, 1))] for at in range(own)]
+    for layer, of_target in zip(drafter.layers, chosen, strict=True):
+        weights = dict(of_target.named_parameters())
+        for name, weight in layer.named_parameters():
+            if name in weights and weights[name].shape == weight.shape:
+                weight.copy_(weights[name])
+        attention: Any = layer.self_attn
+        for side in ("q", "k"):
+            if f"self_attn.{side}_norm.weight" not in weights:
+                # Its queries and keys are not normed: keep their size, as it is for inputs that are noise.
+                scale = getattr(attention, f"{side}_proj").weight * weights["input_layernorm.weight"]
+                getattr(attention, f"{side}_norm").weight.fill_(scale.square().sum(1).mean().sqrt())
+    drafter.norm.weight.copy_(backbone.norm.weight)
+    drafter.hidden_norm.weight.copy_(torch.stack([one.input_layernorm.weight for one in chosen]).mean(0))
+    read = len(drafter.shape.layer_ids)
+    drafter.fc.weight.copy_(torch.eye(drafter.fc.out_features).repeat(1, read) / read)
