@@ -17,12 +17,22 @@ from s2d2_lmeval.decoding.open_run import Arrivals, OpenRun
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.option import converted
 from s2d2_lmeval.decoding.options.reading import queries_of
-from s2d2_lmeval.decoding.scoring import Scorer
-from s2d2_lmeval.errors import ConfigError, RequestError, shown
+from s2d2_lmeval.decoding.scoring import Pair, Scorer, Tokenwise
+from s2d2_lmeval.errors import ConfigError, shown
 from s2d2_lmeval.families import Facts, adopt, load_checkpoint
 from s2d2_lmeval.families.facts import DrafterFacts
 from s2d2_lmeval.families.files import HUB_OPTIONS
-from s2d2_lmeval.prompts import encode, is_text, is_whole, several, tokenizer_of, tokens, undecodable, with_stops
+from s2d2_lmeval.prompts import (
+    encode,
+    is_text,
+    laws_of,
+    pairs_of,
+    requests_of,
+    several,
+    tokenizer_of,
+    tokens,
+    with_stops,
+)
 from s2d2_lmeval.ranks import Ranks
 from s2d2_lmeval.runtime.drafting.dflash import DraftingRunner
 from s2d2_lmeval.runtime.drafting.loading import load_drafter
@@ -207,6 +217,7 @@ class BlockDiffusionModel:
         seeds: Sequence[int] | None = None,
         stop: Callable[[int, list[int]], int | None] | None = None,
         on_finished: Callable[[int, Generation], None] | None = None,
+        logprobs: str | Sequence[str] = (),
     ) -> list[Generation]:
         """Continue every prompt. All are queued at once; ``max_batch`` rows are in flight.
 
@@ -220,27 +231,26 @@ class BlockDiffusionModel:
             stop: ``stop(i, new_token_ids)`` is called after each finished block of request i, and returns how many of
                 its new tokens to keep, or None to continue.
             on_finished: called for each request as it completes.
+            logprobs: ``"decided"`` keeps those at the moment of decision (:attr:`Generation.logprobs`); ``"ar"`` scores
+                finished answers in the model's autoregressive mode, without sampling options
+                (:attr:`Generation.ar_logprobs`); or both.
 
         Raises:
             RequestError: a prompt that cannot be decoded.
         """
-        resolved = self.config(config)
+        laws, resolved = laws_of(logprobs), self.config(config)
+        if "decided" in laws:
+            resolved = resolved.replace(logprobs=True)
         prompts = [prompts] if not isinstance(prompts, str) and is_text(prompts) else several("prompts", prompts)
         texts = [is_text(prompt) for prompt in prompts]
         if any(texts):
             resolved = with_stops(resolved, config, self.tokenizer)
             prompts = [encode(self.tokenizer, one) if text else one for one, text in zip(prompts, texts, strict=True)]
         budget = resolved.max_new_tokens if max_new_tokens is None else max_new_tokens
-        budgets = [budget] * len(prompts) if is_whole(budget) else several("max_new_tokens", budget)
-        keys = list(range(len(prompts))) if seeds is None else several("seeds", seeds)
-        if not len(prompts) == len(budgets) == len(keys):
-            raise RequestError(
-                f"{len(prompts)} prompts, {len(budgets)} budgets, {len(keys)} seeds: give one of each per prompt."
-            )
         if not self.ranks.alone and resolved.random_source not in ("keyed", "fixed"):
             raise ConfigError("random_source: several ranks draw alike from keyed or fixed only; leave it out.")
         stop = None if stop is None else self.ranks.ask_first(stop)
-        requests = self._requests(prompts, budgets, keys, stop)
+        requests = requests_of(prompts, budget, seeds, stop, self.max_context, self.facts)
         engine = self.engine_class(self._runner, self.facts, resolved, self.trace, self.rows)
 
         def finished(index: int, answer: Generation) -> None:
@@ -251,7 +261,13 @@ class BlockDiffusionModel:
         answers: dict[int, Generation] = {}
         with self._runner.as_current_device():
             engine.run(requests, finished)
-        return [answers[index] for index in range(len(requests))]
+        found = [answers[index] for index in range(len(requests))]
+        return self._with_ar_logprobs(requests, found) if "ar" in laws else found
+
+    def _with_ar_logprobs(self, requests: Sequence[Request], answers: Sequence[Generation]) -> list[Generation]:
+        pairs = [(request.prompt, answer.token_ids) for request, answer in zip(requests, answers, strict=True)]
+        scores = iter(self._scores([pair for pair in pairs if pair[1]]))
+        return [replace(answer, ar_logprobs=next(scores)[0] if answer.token_ids else []) for answer in answers]
 
     def stream(
         self,
@@ -288,7 +304,7 @@ class BlockDiffusionModel:
         Raises:
             RequestError: a prompt that cannot be decoded.
         """
-        return self._requests([prompt], [max_new_tokens], [seed], stop)[0]
+        return requests_of([prompt], [max_new_tokens], [seed], stop, self.max_context, self.facts)[0]
 
     def serve(self, arrivals: Arrivals, config: DecodingConfig, on_finished: Callable[[int, Generation], None]) -> None:
         """Decode requests as they arrive, until there are no more. An answer is the one of :meth:`generate`.
@@ -332,24 +348,18 @@ class BlockDiffusionModel:
         Raises:
             RequestError: a pair that does not fit the context, holds the mask token or cannot be predicted.
         """
-        pairs = []
-        for index, request in enumerate(several("requests", requests)):
-            pair = several(f"Request {index}", request)
-            if len(pair) != 2:
-                raise RequestError(f"Request {index} is not a pair of context and continuation.")
-            context, continuation = (tokens(f"Request {index}", part) for part in pair)
-            if not continuation:
-                raise RequestError(f"Request {index}: the continuation is empty; there is nothing to score.")
-            if self.facts.token_shift and not context:
-                raise RequestError(
-                    f"Request {index}: the context is empty, and nothing predicts this model's first token. Put a "
-                    "token before it, such as the end-of-text token."
-                )
-            # With shifted logits the prediction after the last token is not needed, so that token takes no position.
-            self._check(index, [*context, *continuation], -int(self.facts.token_shift))
-            pairs.append((context, continuation))
-        facts = self.facts
-        scorer = Scorer(self._runner, facts.mask_token_id, facts.token_shift, self.trace, self.rows)
+        pairs = pairs_of(requests, self.max_context, self.facts)
+
+        def scored(index: int, score: Tokenwise) -> None:
+            if on_scored is not None:
+                on_scored(index, (sum(score[0]), score[1]))
+
+        return [(sum(logprobs), greedy) for logprobs, greedy in self._scores(pairs, scored)]
+
+    def _scores(
+        self, pairs: Sequence[Pair], on_scored: Callable[[int, Tokenwise], None] | None = None
+    ) -> list[Tokenwise]:
+        scorer = Scorer(self._runner, self.facts.mask_token_id, self.facts.token_shift, self.trace, self.rows)
         with self._runner.as_current_device():
             return scorer.run(pairs, on_scored)
 
@@ -370,29 +380,3 @@ class BlockDiffusionModel:
     def release(self) -> None:
         """Free the cache's memory; the next call allocates what it needs."""
         self._runner.release()
-
-    def _requests(
-        self,
-        prompts: Sequence[Any],
-        budgets: Sequence[Any],
-        keys: Sequence[Any],
-        stop: Callable[[int, list[int]], int | None] | None,
-    ) -> list[Request]:
-        requests = []
-        for index, (prompt, budget, key) in enumerate(zip(prompts, budgets, keys, strict=True)):
-            ids = tokens(f"Prompt {index}", prompt)
-            if not is_whole(budget) or budget < 0:
-                raise RequestError(f"Prompt {index}: max_new_tokens={shown(budget)} is negative or not a whole number.")
-            if not is_whole(key) or not -(1 << 63) <= key < 1 << 63:
-                raise RequestError(f"Prompt {index}: the seed {shown(key)} is not a whole number of 64 bits.")
-            self._check(index, ids, int(budget))
-            requests.append(Request(ids, int(budget), int(key), None if stop is None else partial(stop, index)))
-        return requests
-
-    def _check(self, index: int, prompt: list[int], budget: int) -> None:
-        reason = undecodable(prompt, budget, self.max_context, self.facts.mask_token_id)
-        outside = [token for token in prompt if not 0 <= token < self.facts.vocab_size]
-        if not reason and outside:
-            reason = f"holds token id {shown(outside[0])}, outside the vocabulary of {self.facts.vocab_size}."
-        if reason:
-            raise RequestError(f"Prompt {index} {reason}")

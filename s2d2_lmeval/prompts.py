@@ -1,16 +1,19 @@
-"""Prompts: token ids, text or chat messages, and why they cannot be decoded."""
+"""Prompts: token ids, text or chat messages, why they cannot be decoded, and the requests that they make."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import RequestError, first_line, shown
+from s2d2_lmeval.families import Facts
 
 
 def tokenizer_of(source: str, hub: Mapping[str, Any]) -> Any:
@@ -77,6 +80,81 @@ def undecodable(prompt: Sequence[int], budget: int, context: int, mask_token_id:
             "ask for fewer new tokens, or raise max_context up to what the checkpoint allows."
         )
     return ""
+
+
+def requests_of(
+    prompts: Sequence[Any],
+    max_new_tokens: Any,
+    seeds: Any,
+    stop: Callable[[int, list[int]], int | None] | None,
+    context: int,
+    facts: Facts,
+) -> list[Request]:
+    """The requests for answers to ``prompts`` of token ids, with ``max_new_tokens`` for all or for each, and ``seeds``
+    for each or none.
+
+    Raises:
+        RequestError: a prompt that cannot be decoded, or a budget or seed that is not a number.
+    """
+    budgets = [max_new_tokens] * len(prompts) if is_whole(max_new_tokens) else several("max_new_tokens", max_new_tokens)
+    keys = list(range(len(prompts))) if seeds is None else several("seeds", seeds)
+    if not len(prompts) == len(budgets) == len(keys):
+        raise RequestError(
+            f"{len(prompts)} prompts, {len(budgets)} budgets, {len(keys)} seeds: give one of each per prompt."
+        )
+    requests = []
+    for index, (prompt, budget, key) in enumerate(zip(prompts, budgets, keys, strict=True)):
+        ids = tokens(f"Prompt {index}", prompt)
+        if not is_whole(budget) or budget < 0:
+            raise RequestError(f"Prompt {index}: max_new_tokens={shown(budget)} is negative or not a whole number.")
+        if not is_whole(key) or not -(1 << 63) <= key < 1 << 63:
+            raise RequestError(f"Prompt {index}: the seed {shown(key)} is not a whole number of 64 bits.")
+        refuse_undecodable(index, ids, int(budget), context, facts)
+        requests.append(Request(ids, int(budget), int(key), None if stop is None else partial(stop, index)))
+    return requests
+
+
+def pairs_of(requests: Any, context: int, facts: Facts) -> list[tuple[list[int], list[int]]]:
+    """``requests`` as pairs of token ids to score, a text and its continuation, that fit ``context`` positions.
+
+    Raises:
+        RequestError: something that cannot be scored.
+    """
+    pairs = []
+    for index, request in enumerate(several("requests", requests)):
+        pair = several(f"Request {index}", request)
+        if len(pair) != 2:
+            raise RequestError(f"Request {index} is not a pair of context and continuation.")
+        before, continuation = (tokens(f"Request {index}", part) for part in pair)
+        if not continuation:
+            raise RequestError(f"Request {index}: the continuation is empty; there is nothing to score.")
+        if facts.token_shift and not before:
+            raise RequestError(
+                f"Request {index}: the context is empty, and nothing predicts this model's first token. Put a "
+                "token before it, such as the end-of-text token."
+            )
+        # With shifted logits the prediction after the last token is not needed, so that token takes no position.
+        refuse_undecodable(index, [*before, *continuation], -int(facts.token_shift), context, facts)
+        pairs.append((before, continuation))
+    return pairs
+
+
+def refuse_undecodable(index: int, prompt: list[int], budget: int, context: int, facts: Facts) -> None:
+    """Raise RequestError for a prompt that cannot be decoded with ``budget`` new tokens in ``context`` positions."""
+    reason = undecodable(prompt, budget, context, facts.mask_token_id)
+    outside = [token for token in prompt if not 0 <= token < facts.vocab_size]
+    if not reason and outside:
+        reason = f"holds token id {shown(outside[0])}, outside the vocabulary of {facts.vocab_size}."
+    if reason:
+        raise RequestError(f"Prompt {index} {reason}")
+
+
+def laws_of(logprobs: Any) -> set[str]:
+    """The laws whose log-probabilities are asked for: ``decided``, ``ar``."""
+    laws = {logprobs} if isinstance(logprobs, str) else {*map(str, several("logprobs", logprobs))}
+    for unknown in laws - {"decided", "ar"}:
+        raise RequestError(f"logprobs={shown(unknown)}: give decided, ar, or both.")
+    return laws
 
 
 def several(name: str, values: Any, what: str = "a list of one for each") -> list[Any]:

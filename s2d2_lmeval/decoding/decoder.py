@@ -13,6 +13,7 @@ import torch
 from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.blocks import ScheduleOption
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.general import LogprobsOption
 from s2d2_lmeval.decoding.passes import Plan, Sent
 from s2d2_lmeval.decoding.state import SequenceState
 from s2d2_lmeval.runtime.costs import MeasureCosts
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 AUTOREGRESSIVE: dict[str, Any] = {
     "promise": "the model's own autoregressive law: one token at a time at block size one",
-    "options": (ScheduleOption,),
+    "options": (ScheduleOption, LogprobsOption),
     "strategy": "sequential",
     # At block size one all attention is token-causal.
     "imposes": {"block_length": 1, "denoising_steps": 1, "cache_ver": True, "draft_ver": True},

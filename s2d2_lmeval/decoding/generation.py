@@ -39,7 +39,8 @@ class Step:
     ``start`` is the block's first position; ``before``, ``draft`` and ``tokens`` are the block's ids before the step,
     with every mask drafted, and after the step; ``marks`` says how each place was decided in it (:data:`MARK_NAMES`; 0
     if it was not). ``drafted`` are the positions of the tokens submitted to the verifier; siblings of a tree share
-    one. ``order`` ranks places with equal marks, if decoding has such an order.
+    one. ``order`` ranks places with equal marks, if decoding has such an order; ``logprobs`` are those of decided
+    tokens, if they are kept.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Step:
     marks: list[int]
     drafted: list[int] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Generation:
     ``token_ids`` are the new tokens up to the stop or the limit; ``finish_reason`` is ``stop`` (a stop token),
     ``stop_string`` (the request's own rule) or ``length``; ``canvas`` holds the prompt and every decided block
     untrimmed; ``progress`` is how it came about; ``text`` is the answer to a prompt that was text;
-    ``prompt_length`` counts the prompt's tokens.
+    ``prompt_length`` counts the prompt's tokens; ``ar_logprobs`` are the log-probabilities of ``token_ids`` in the
+    model's autoregressive mode, if they were asked for.
     """
 
     token_ids: list[int]
@@ -69,6 +72,20 @@ class Generation:
     progress: Progress = field(repr=False, compare=False)
     text: str | None = None
     prompt_length: int = field(default=0, repr=False)
+    ar_logprobs: list[float] | None = field(default=None, repr=False)
+
+    @property
+    def logprobs(self) -> list[float | None] | None:
+        """Of ``token_ids``, the log-probabilities at the moment they were decided, under the law that decided them;
+        None of a token that no law decided, which a budget for thoughts put there. None if they were not asked for.
+        """
+        kept = [step for step in self.steps if step.logprobs]
+        if not kept:
+            return None
+        decided = {
+            step.start + place: step.logprobs[place] for step in kept for place, mark in enumerate(step.marks) if mark
+        }
+        return [decided.get(self.prompt_length + place) for place in range(len(self.token_ids))]
 
     @property
     def steps(self) -> list[Step]:

@@ -34,7 +34,8 @@ TABLES = 4
 """Tables of the size of a forward's logits that are alive at once (measured by ``tests/decoding/test_memory_plan.py``).
 """
 
-Score = tuple[float, bool]
+Tokenwise = tuple[list[float], bool]
+"""The log-probability of every token, and whether all are the model's argmax."""
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
@@ -76,7 +77,7 @@ class _Row:
     def begin(self) -> None:
         """Nothing has run yet."""
         self.done = self.spoken = self.branched = 0
-        self.log_likelihood = dict.fromkeys(self.pairs, 0.0)
+        self.logprobs: dict[int, list[float]] = {number: [] for number in self.pairs}
         self.greedy = dict.fromkeys(self.pairs, True)
 
     @property
@@ -145,12 +146,12 @@ class Scorer:
         self.limit = limit
 
     @torch.inference_mode()
-    def run(self, pairs: Sequence[Pair], on_scored: Callable[[int, Score], None] | None = None) -> list[Score]:
-        """For each pair: log p(continuation | context), and whether every token of it is the model's argmax.
+    def run(self, pairs: Sequence[Pair], on_scored: Callable[[int, Tokenwise], None] | None = None) -> list[Tokenwise]:
+        """For each pair: log p of the continuation's tokens after the context, and whether each is the model's argmax.
 
         ``on_scored`` is called for each one as it completes.
         """
-        scores: list[Score] = [(0.0, True)] * len(pairs)
+        scores: list[Tokenwise] = [([], True)] * len(pairs)
         left = rows_of(pairs)
         while left:
             capacity = len(left[0].text) + 2 * CHUNK
@@ -160,7 +161,7 @@ class Scorer:
                 continue
             for row in left[:most]:
                 for number in row.pairs:
-                    scores[number] = row.log_likelihood[number], row.greedy[number]
+                    scores[number] = row.logprobs[number], row.greedy[number]
                     if on_scored is not None:
                         on_scored(number, scores[number])
             left = left[most:]
@@ -220,7 +221,7 @@ class Scorer:
         self.runner.synchronize()
         read = [(row, pair) for row, one in zip(rows, brought, strict=True) for _, pair, _ in one.reads]
         for (row, pair), log_p, is_best in zip(read, *values.tolist(), strict=True):
-            row.log_likelihood[pair] += log_p
+            row.logprobs[pair].append(log_p)
             row.greedy[pair] &= bool(is_best)
         self.trace.forwarded(
             ForwardRecord(

@@ -23,11 +23,14 @@ IDLE, PREFILL, DRAFT, VERIFY, COMMIT, PROPOSE = range(6)
 KIND_OF_PHASE = ("idle", "prefill", "draft", "verify", "commit", "drafter")
 
 
-def as_round(kind: str, start: int, fresh: list[int], depths: np.ndarray, mask_token_id: int) -> Step:
+def as_round(
+    kind: str, start: int, fresh: list[int], depths: np.ndarray, mask_token_id: int, logprobs: list[float]
+) -> Step:
     """The step of a round that began at position ``start``, of what :meth:`SequenceState.record` was told."""
     marks = [ACCEPTED] * (len(fresh) - 1) + [AUTOREGRESSIVE]
     drafted = (start - 1 + depths).tolist()
-    return Step(kind, start, [mask_token_id] * len(fresh), fresh, fresh, marks, drafted)
+    before = [mask_token_id] * len(fresh)
+    return Step(kind, start, before, fresh, fresh, marks, drafted, logprobs=logprobs)
 
 
 class SequenceState:
@@ -81,12 +84,14 @@ class SequenceState:
         self.phase[slot] = IDLE
         self.requests[slot] = None
 
-    def record(self, slot: int, fresh: list[int], depths: np.ndarray, mask_token_id: int) -> None:
+    def record(
+        self, slot: int, fresh: list[int], depths: np.ndarray, mask_token_id: int, logprobs: Sequence[float] = ()
+    ) -> None:
         """Record a round of the request, before :meth:`extend`: drafted tokens at ``depths``, from 1 for the next
-        position, of which all of ``fresh`` except the last were accepted.
+        position, of which all of ``fresh`` except the last were accepted; ``logprobs`` of ``fresh``, if kept.
         """
         kind = KIND_OF_PHASE[self.phase[slot]]
-        make = partial(as_round, kind, len(self.tokens[slot]), fresh, depths, mask_token_id)
+        make = partial(as_round, kind, len(self.tokens[slot]), fresh, depths, mask_token_id, list(logprobs))
         self.progress[slot].record(make, verified=len(depths) > 0)
 
     def extend(self, slot: int, fresh: list[int], stop_token_ids: tuple[int, ...], ends: bool = True) -> bool:

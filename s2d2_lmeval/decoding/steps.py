@@ -27,6 +27,8 @@ class StepTables(NamedTuple, Generic[Table]):
     """How each place was decided (:data:`~s2d2_lmeval.decoding.generation.MARK_NAMES`)."""
     order: Table
     """In which order, within equal marks."""
+    logprobs: Table | None = None
+    """Of what the step decided, 0 elsewhere, if they are kept (:func:`as_bits`)."""
 
 
 class Decisions:
@@ -50,10 +52,15 @@ class Decisions:
         """(rows,) tokens decided so far."""
         return (self.masked_before & ~self.masks).sum(-1)
 
-    def tables(self, draft: torch.Tensor) -> StepTables[torch.Tensor]:
-        """The tables for the host; ``draft`` (rows, B) are the drafted tokens."""
+    def tables(self, draft: torch.Tensor, probability: torch.Tensor | None = None) -> StepTables[torch.Tensor]:
+        """The tables for the host; ``draft`` (rows, B) are the drafted tokens, and ``probability`` (rows, B) those of
+        decided ones if they are kept.
+        """
         drafted = torch.where(self.masked_before, draft, self.before)
-        return StepTables(self.before, drafted, self.block, self.marks, self.order)
+        logprobs = None
+        if probability is not None:
+            logprobs = as_bits(probability.where(self.marks != NOTHING, 1).double().log())
+        return StepTables(self.before, drafted, self.block, self.marks, self.order, logprobs)
 
 
 @dataclass
@@ -85,13 +92,21 @@ def columns_of(
     """Everything as one table (rows, any), which :func:`step_result` takes apart."""
     steps = [*drafted, *([] if verified is None else [verified])]
     facts = (moved, sound.expand_as(moved), torch.ones_like(moved) if made is None else made)
-    return pack([span, *(fact.unsqueeze(1) for fact in facts), *(table for step in steps for table in step)])
+    return pack(
+        [
+            span,
+            *(fact.unsqueeze(1) for fact in facts),
+            *(table for step in steps for table in step if table is not None),
+        ]
+    )
 
 
-def step_result(table: np.ndarray, length: int, verified: bool) -> StepResult:
-    """What :func:`columns_of` packed, for blocks of ``length``; ``verified`` says whether there was a verification."""
+def step_result(table: np.ndarray, length: int, verified: bool, logprobs: bool) -> StepResult:
+    """What :func:`columns_of` packed, for blocks of ``length``; ``verified`` says whether there was a verification,
+    ``logprobs`` whether log-probabilities are kept.
+    """
     tables = [table[:, at : at + length] for at in range(length + 3, table.shape[1], length)]
-    steps = [StepTables(*tables[first : first + 5]) for first in range(0, len(tables), 5)]
+    steps = [StepTables(*tables[first : first + 5 + logprobs]) for first in range(0, len(tables), 5 + logprobs)]
     moved, sound, made = table[:, length : length + 3].T
     return StepResult(
         verified=steps.pop() if verified else None,
@@ -108,8 +123,20 @@ def pack(columns: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([column.long() for column in columns], dim=1)
 
 
+def as_bits(numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers of 64 bits, to travel among whole ones."""
+    return numbers.view(torch.int64)
+
+
+def as_numbers(bits: np.ndarray) -> list[float]:
+    """What :func:`as_bits` packed (K,)."""
+    numbers: list[float] = np.ascontiguousarray(bits).view(np.float64).tolist()
+    return numbers
+
+
 def as_step(step: StepTables[np.ndarray], slot: int, kind: str, start: int, span: np.ndarray) -> Step:
     """The step of row ``slot``, whose block begins at ``start``; ``span`` (B,) is what the verifier had before it."""
-    before, draft, after, marks, order = (table[slot].tolist() for table in step)
+    before, draft, after, marks, order = (table[slot].tolist() for table in step[:5])
+    logprobs = [] if step.logprobs is None else as_numbers(step.logprobs[slot])
     drafted = (start + np.flatnonzero(span)).tolist() if kind == "verify" else []
-    return Step(kind, start, before, draft, after, marks, drafted, order)
+    return Step(kind, start, before, draft, after, marks, drafted, order, logprobs)

@@ -121,7 +121,8 @@ class Endpoint:
         if answers.failure is not None:
             return JSONResponse(error_object(answers.failure, "server_error"), 500)
         texts = [text.whole for text in answers.texts]
-        return JSONResponse(answer_object(answers.asked, self.name, texts, answers.complete()))
+        tokenizer = self.service.model.tokenizer
+        return JSONResponse(answer_object(answers.asked, self.name, texts, answers.complete(), tokenizer))
 
     async def _events(self, answers: Answers) -> AsyncIterator[str]:
         asked = answers.asked

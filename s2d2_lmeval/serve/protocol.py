@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from s2d2_lmeval.decoding.generation import Generation
@@ -23,7 +24,6 @@ from s2d2_lmeval.prompts import encode, is_text, is_whole, with_stops
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
-    "logprobs": (None, False),
     "top_logprobs": (None, 0),
     "echo": (None, False),
     "best_of": (None, 1),
@@ -36,7 +36,20 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields that are not served, with the values that ask for nothing."""
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
-_TAKEN = {"model", "stream", "stream_options", "n", "seed", "stop", "user", "metadata", "store", "s2d2", *SAMPLING}
+_TAKEN = {
+    "model",
+    "logprobs",
+    "stream",
+    "stream_options",
+    "n",
+    "seed",
+    "stop",
+    "user",
+    "metadata",
+    "store",
+    "s2d2",
+    *SAMPLING,
+}
 _OF_COMPLETIONS = {"prompt", "max_tokens"}
 _OF_CHAT = {"messages", "max_tokens", "max_completion_tokens"}
 MOST_ANSWERS, MOST_STOPS = 128, 16
@@ -77,6 +90,10 @@ def wanted(body: Any, chat: bool, name: str, model: BlockDiffusionModel, base: M
         raise RequestError(f"model {shown(body['model'])} is not served here: this is {name}.")
     options, until, budget = _options(body, base)
     config = with_stops(model.config(options), options, model.tokenizer)
+    if _wants_logprobs(body, chat):
+        config = config.replace(logprobs=True)
+    if config.logprobs and body.get("stream"):
+        raise RequestError("logprobs with stream=true is not served: they are told with the whole answer.")
     prompts = [_messages(body, model)] if chat else _prompts(body, model)
     n = _whole(body, "n", 1, 1, MOST_ANSWERS)
     if len(prompts) * n > MOST_ANSWERS:
@@ -99,12 +116,23 @@ def wanted(body: Any, chat: bool, name: str, model: BlockDiffusionModel, base: M
 
 
 def _refuse_unserved(body: Mapping[str, Any], chat: bool) -> None:
-    known = _TAKEN | (_OF_CHAT if chat else _OF_COMPLETIONS) | NEUTRAL.keys()
+    known = _TAKEN | {*SAMPLING} | (_OF_CHAT if chat else _OF_COMPLETIONS) | NEUTRAL.keys()
     for name in body.keys() - known:
         raise RequestError(f"{shown(name)} is not a field that this server knows.")
     for name, neutral in NEUTRAL.items():
         if body.get(name) not in neutral:
             raise RequestError(f"{name}={shown(body[name])} is not served; leave it out.")
+
+
+def _wants_logprobs(body: Mapping[str, Any], chat: bool) -> bool:
+    """Whether a request asks for the log-probabilities of its tokens; others than the decided ones are not kept."""
+    value = body.get("logprobs")
+    if value is None or value is False or (chat and value is True):
+        return bool(value)
+    if chat or not is_whole(value) or value != 0:
+        served = "true or false" if chat else "0 (of the decided tokens)"
+        raise RequestError(f"logprobs={shown(value)} is not served: give {served}.")
+    return True
 
 
 def _options(body: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...], int | None]:
@@ -176,14 +204,36 @@ def _flag(body: Any, name: str) -> bool:
 FIGURES = ("nfe", "tokens_per_forward", "acceptance", "drafted", "accepted")
 
 
-def answer_object(asked: Wanted, name: str, texts: Sequence[str], answers: Sequence[Generation]) -> dict[str, Any]:
+def answer_object(
+    asked: Wanted, name: str, texts: Sequence[str], answers: Sequence[Generation], tokenizer: Any
+) -> dict[str, Any]:
     """A whole answer."""
     choices = []
     for index, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         said = {"message": {"role": "assistant", "content": text}} if asked.chat else {"text": text}
-        choices.append({"index": index, **said, "finish_reason": reason(answer), "logprobs": None})
+        logprobs = _logprobs_object(asked, answer, tokenizer) if asked.config.logprobs else None
+        choices.append({"index": index, **said, "finish_reason": reason(answer), "logprobs": logprobs})
     kind = "chat.completion" if asked.chat else "text_completion"
     return {**_head(asked, name, kind), "choices": choices, "usage": usage(asked, answers)}
+
+
+def _logprobs_object(asked: Wanted, answer: Generation, tokenizer: Any) -> dict[str, Any]:
+    """The log-probabilities of an answer's tokens when they were decided."""
+    tokens = [str(tokenizer.decode([token])) for token in answer.token_ids]
+    logprobs = answer.logprobs or []
+    if not asked.chat:
+        offsets = list(accumulate(map(len, tokens), initial=0))[:-1]
+        return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
+    content = [
+        {"token": token, "logprob": logprob, "bytes": _bytes(token), "top_logprobs": []}
+        for token, logprob in zip(tokens, logprobs, strict=True)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _bytes(token: str) -> list[int] | None:
+    """A token's bytes, unless it is a part of a character."""
+    return None if "\ufffd" in token else list(token.encode())
 
 
 def piece_object(asked: Wanted, name: str, index: int, text: str | None, ended: str | None) -> dict[str, Any]:

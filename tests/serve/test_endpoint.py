@@ -135,6 +135,25 @@ def test_chat_goes_through_the_template(client: Client, model: s2d2_lmeval.Block
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == plain["choices"][0]["text"]
 
 
+def test_log_probabilities_are_those_of_the_model(client: Client, model: s2d2_lmeval.BlockDiffusionModel) -> None:
+    (expected,) = model.generate([PROMPTS[0]], {**OPTIONS, "max_new_tokens": 12}, seeds=[0], logprobs="decided")
+    body = {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0, "logprobs": 0}
+    status, answer = client.ask("/v1/completions", body)
+    assert status == 200
+    told = answer["choices"][0]["logprobs"]
+    assert told["token_logprobs"] == pytest.approx(expected.logprobs, abs=1e-4)
+    assert "".join(told["tokens"]) == expected.text
+    assert told["text_offset"] == [len("".join(told["tokens"][:place])) for place in range(len(told["tokens"]))]
+
+    message = {"role": "user", "content": PROMPTS[0]}
+    status, answer = client.ask("/v1/chat/completions", {"messages": [message], "max_tokens": 12, "logprobs": True})
+    assert status == 200
+    choice = answer["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert b"".join(bytes(one["bytes"]) for one in content).decode().startswith(choice["message"]["content"])
+    assert all(one["logprob"] <= 0 and one["top_logprobs"] == [] for one in content)
+
+
 def test_other_options_are_served_in_turn(client: Client, alone: list[str]) -> None:
     bodies = [
         completion(prompt, s2d2={"decoder": ("ar", "sliding")[place % 2]}) for place, prompt in enumerate(PROMPTS)
@@ -153,6 +172,9 @@ def test_other_options_are_served_in_turn(client: Client, alone: list[str]) -> N
         ("completions", b" " * (17 << 20), "the body is larger than 16 MB"),
         ("completions", {"prompt": "a", "model": "gpt"}, "'gpt' is not served here: this is toy"),
         ("completions", {"prompt": "a", "logprobs": 1}, "logprobs=1 is not served"),
+        ("completions", {"prompt": "a", "logprobs": 0, "stream": True}, "logprobs with stream=true is not served"),
+        ("completions", {"prompt": "a", "logprobs": 0, "s2d2": {"decoder": "linear_spec"}}, "decoder=linear_spec"),
+        ("chat/completions", {"messages": [], "top_logprobs": 2}, "top_logprobs=2 is not served"),
         ("completions", {"prompt": "a", "tempratur": 1}, "'tempratur' is not a field"),
         ("completions", {"prompt": "a", "temperature": "hot"}, "temperature"),
         ("completions", {"prompt": "a", "max_tokens": 0}, "max_tokens=0 is not a whole number from 1"),

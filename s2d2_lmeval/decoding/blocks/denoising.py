@@ -34,16 +34,18 @@ from s2d2_lmeval.decoding.options.blocks import (
     StepOptions,
 )
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.general import LogprobsOption
 from s2d2_lmeval.decoding.passes import Cells, Plan, Sent
 from s2d2_lmeval.decoding.sampling import random
-from s2d2_lmeval.decoding.sampling.filters import draft_tokens
+from s2d2_lmeval.decoding.sampling.filters import draft_tokens, filtered
+from s2d2_lmeval.decoding.sampling.row_statistics import probability_of
 from s2d2_lmeval.decoding.state import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY
 from s2d2_lmeval.decoding.steps import Decisions, StepResult, StepTables, as_step, columns_of, step_result
 from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.visibility import by_reach
 
-DENOISING = (ScheduleOption, BlockOption, StepOptions)
+DENOISING = (ScheduleOption, BlockOption, StepOptions, LogprobsOption)
 """Options of every decoder of whole blocks."""
 
 
@@ -112,6 +114,9 @@ class BlockDenoiser(Decoder[Rows]):
         self.drafted, self.confidence, self.entropy = (
             cells.table for cells in (self._drafted, self._confidence, self._entropy)
         )
+        # What a drafted token is drawn by, where its confidence is something else.
+        apart = config.logprobs and config.sampled and config.untempered_confidence
+        self._law_of_draft = self._cells("law") if apart else self._confidence
         self.sound = setup.tables.full("sound", (), True, torch.bool)
 
     def _cells(self, name: str, dtype: torch.dtype | None = None) -> Cells:
@@ -173,7 +178,7 @@ class BlockDenoiser(Decoder[Rows]):
         sent, drafted = self._sent, []
         if sent.has("fresh"):
             decisions = self._step(state, logits[sent.part("fresh")], sent["drafting"])
-            drafted.append(decisions.tables(self.drafted))
+            drafted.append(self._told(decisions))
         nowhere = torch.zeros_like(state.block, dtype=torch.bool)
         return self._read(None, drafted, nowhere, nowhere[:, 0])
 
@@ -186,6 +191,14 @@ class BlockDenoiser(Decoder[Rows]):
         self._revise(decisions, state, drafting)
         self._denoise(decisions, state.count, drafting)
         return decisions
+
+    def _told(self, decisions: Decisions, verifier: torch.Tensor | None = None) -> StepTables[torch.Tensor]:
+        """The tables of a step for the host; ``verifier`` (M, V) are the logits of the verification that ended it."""
+        return decisions.tables(self.drafted, self._laws(decisions, verifier) if self.config.logprobs else None)
+
+    def _laws(self, decisions: Decisions, verifier: torch.Tensor | None) -> torch.Tensor:
+        """(rows, W) probabilities of the decided tokens under the laws that decided them."""
+        return self._law_of_draft.table
 
     def _read(
         self,
@@ -209,6 +222,8 @@ class BlockDenoiser(Decoder[Rows]):
         tokens, confidence = self._draw(logits, state.draws(random.DRAFT).take(at))
         self._drafted.put(cells, tokens)
         self._confidence.put(cells, confidence)
+        if self._law_of_draft is not self._confidence:
+            self._law_of_draft.put(cells, probability_of(filtered(logits, self.config), tokens))
         self.sound.logical_and_(confidence.eq(confidence).all())
         if self.config.strategy == "entropy_bounded" and not self.config.collapse_entropy:
             p = logits.softmax(-1)
@@ -248,7 +263,9 @@ class BlockDenoiser(Decoder[Rows]):
     def settle(self, table: np.ndarray | None) -> np.ndarray:
         assert table is not None
         # The steps that are recorded outlive the table, which the next step overwrites.
-        return self._synchronize(step_result(table.copy(), self.rows.width, self._plan.count("verify") > 0))
+        return self._synchronize(
+            step_result(table.copy(), self.rows.width, self._plan.count("verify") > 0, self.config.logprobs)
+        )
 
     def _synchronize(self, read: StepResult) -> np.ndarray:
         """Bring the host's mirror up to date and move every active row to its next phase."""

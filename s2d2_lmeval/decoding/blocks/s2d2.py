@@ -94,7 +94,7 @@ class S2D2(BlockDenoiser):
             decisions = Decisions(state.block, mask)
             self._verify(decisions, state, logits[sent.part("verify")])
             self._finish_step(decisions, state, sent["verifying"], verified=True)
-            verified = decisions.tables(self.drafted)
+            verified = self._told(decisions, logits[sent.part("verify")])
             state = replace(state, block=decisions.block)
             if self.config.schedule == "lookahead":
                 as_drafted = (decisions.block == verified.draft).all(-1)
@@ -118,7 +118,7 @@ class S2D2(BlockDenoiser):
         span = self._route(decisions.masks, state, logits, cells, drafting)
         if not self.policy.always:  # otherwise every row with masks waits for a verification
             self._finish_step(decisions, state, drafting & ~span.any(-1), verified=False)
-        return span, decisions.tables(self.drafted)
+        return span, self._told(decisions)
 
     def _draw(self, logits: torch.Tensor, key: random.Key) -> tuple[torch.Tensor, torch.Tensor]:
         """Also caches the row statistics that routing needs; free if they are those of the raw logits."""
@@ -203,6 +203,15 @@ class S2D2(BlockDenoiser):
             scope = masks if config.ssd_threshold_all_spans else span
             extra = scope & decisions.masks & (ratio >= config.ssd_ratio_threshold)
             decisions.decide(extra, drafted, RATIO)
+
+    def _laws(self, decisions: Decisions, verifier: torch.Tensor | None) -> torch.Tensor:
+        drafts = super()._laws(decisions, verifier)
+        if verifier is None:
+            return drafts
+        cells, tokens = self._sent.cells("verify"), decisions.block.flatten()
+        p = probability_of(self._law(verifier), tokens[cells.clamp_max(len(tokens) - 1)])
+        by_verifier = (decisions.marks == ACCEPTED) | (decisions.marks == RESAMPLED)
+        return Cells.like(self.confidence).put(cells, p).where(by_verifier, drafts)
 
     def _resample(self, verifier: torch.Tensor, rejected: torch.Tensor, state: BlockState) -> torch.Tensor:
         """A token from the residual at the first rejected place of every verified row, in a table (rows, B).

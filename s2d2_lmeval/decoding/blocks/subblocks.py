@@ -32,9 +32,10 @@ from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.windows import ThinkingOptions
 from s2d2_lmeval.decoding.passes import Cells, Plan
 from s2d2_lmeval.decoding.sampling import random
-from s2d2_lmeval.decoding.sampling.filters import draft_tokens
+from s2d2_lmeval.decoding.sampling.filters import draft_tokens, filtered
+from s2d2_lmeval.decoding.sampling.row_statistics import probability_of
 from s2d2_lmeval.decoding.state import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL
-from s2d2_lmeval.decoding.steps import Decisions, StepResult, StepTables
+from s2d2_lmeval.decoding.steps import Decisions, StepResult, StepTables, as_bits
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.registry import DECODERS
 
@@ -101,7 +102,7 @@ class SubblockDenoiser(BlockDenoiser):
     ) -> Decided:
         """First tokens use the tables of the first step, because a row has one or the other."""
         if self._sent.has("first"):
-            none = Decisions(self._state.block, self.rows.mask_token_id).tables(self.drafted)
+            none = self._told(Decisions(self._state.block, self.rows.mask_token_id))
             drafted = [self._begin_blocks(drafted[0] if drafted else none), *drafted[1:]]
         return super()._read(verified, drafted, span, moved, made)
 
@@ -118,6 +119,10 @@ class SubblockDenoiser(BlockDenoiser):
         token.put(cells, tokens)
         begins = first.put(cells, torch.ones_like(cells)).bool()
         after = torch.where(begins, token.table, tables.after)
+        if tables.logprobs is not None:
+            law = filtered(logits, self.config) if self.samples_first else logits
+            of_first = Cells.like(self.confidence).put(cells, probability_of(law, tokens))
+            tables = tables._replace(logprobs=as_bits(of_first.double().log()).where(begins, tables.logprobs))
         return tables._replace(
             draft=torch.where(begins.any(-1, keepdim=True), after, tables.draft),  # the rest is not drafted yet
             after=after,

@@ -59,6 +59,7 @@ class DecodingConfig(
     blocks.StepOptions,
     blocks.BlockOption,
     blocks.ScheduleOption,
+    general.LogprobsOption,
     general.SamplingOptions,
     general.GeneralOptions,
 ):

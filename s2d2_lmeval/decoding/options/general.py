@@ -77,5 +77,17 @@ class SamplingOptions:
             )
 
 
+@dataclass(frozen=True)
+class LogprobsOption:
+    """What is kept of the laws that tokens are decided by."""
+
+    logprobs: bool = option(
+        False,
+        "keep the log-probability of every decided token under the law that decided it (Generation.logprobs): the "
+        "verifier's where a verifier accepted or replaced it, otherwise the draft's; under the sampling options where "
+        "it was drawn, of the plain softmax where it is the argmax",
+    )
+
+
 EVERY_DECODER = (GeneralOptions, SamplingOptions)
 """Options that every decoder takes."""

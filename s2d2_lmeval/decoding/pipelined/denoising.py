@@ -23,6 +23,7 @@ from s2d2_lmeval.decoding.blocks.remasking import ranks
 from s2d2_lmeval.decoding.decoder import Decided, Decoder, DecoderSetup
 from s2d2_lmeval.decoding.generation import DENOISED, HIGH_CONFIDENCE, NOTHING
 from s2d2_lmeval.decoding.options.blocks import BlockOption, ConfidenceOption, ScheduleOption
+from s2d2_lmeval.decoding.options.general import LogprobsOption
 from s2d2_lmeval.decoding.options.pipelined import PipelinedOptions
 from s2d2_lmeval.decoding.passes import Cells, Plan, Sent
 from s2d2_lmeval.decoding.pipelined.planning import plan_pipeline
@@ -61,7 +62,7 @@ OPEN_BLOCKS = 4
     "pipelined",
     "pipelined",
     promise="the definition of pipelined block denoising (D2F)",
-    options=(ScheduleOption, BlockOption, ConfidenceOption, PipelinedOptions),
+    options=(ScheduleOption, BlockOption, ConfidenceOption, PipelinedOptions, LogprobsOption),
     plain=True,
 )
 class PipelinedDenoiser(Decoder[PipelineRows]):
@@ -145,8 +146,10 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         if len(draft):
             self._observe(draft)
         span = self._decide(decisions, verify, draft)
-        tables = decisions.tables(self._of(self.tokens))
-        return Decided(pack([span, self.sound.expand_as(sent["key"]), *tables]))
+        laws = self._laws(decisions, verify) if self.config.logprobs else None
+        tables = decisions.tables(self._of(self.tokens), laws)
+        told = (table for table in tables if table is not None)
+        return Decided(pack([span, self.sound.expand_as(sent["key"]), *told]))
 
     def _with_kept(self, name: str, logits: torch.Tensor, kept: int) -> tuple[torch.Tensor, Reads]:
         """A group's logits, after those that were ``kept`` from an earlier forward if there are any."""
@@ -208,6 +211,10 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         decisions.decide(forced, tokens, DENOISED)
         return torch.zeros_like(masks)
 
+    def _laws(self, decisions: Decisions, verify: torch.Tensor) -> torch.Tensor:
+        """(count, W) probabilities of the decided tokens under the laws that decided them."""
+        return self._of(self.confidence)
+
     def _per_block(self, table: torch.Tensor) -> torch.Tensor:
         """(count, W) as (count, W / B, B): windows begin with a block."""
         return table.view(table.shape[0], -1, self.rows.block_length)
@@ -231,7 +238,7 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         for slot in slots.tolist():
             progress, base, kind = rows.progress[slot], int(rows.base[slot]), KIND_OF_PHASE[rows.phase[slot]]
             window, span = slice(base, base + widths[slot]), spans[slot, : widths[slot]].astype(bool)
-            step = StepTables(*(one[:, : widths[slot]] for one in tables))
+            step: StepTables[np.ndarray] = StepTables(*(one[:, : widths[slot]] for one in tables))
             progress.forwards[kind] += 1
             make = partial(as_step, step, slot, kind, int(rows.prompt[slot]) + base, rows.span[slot, window].copy())
             progress.record(make, verified=kind == "verify")

@@ -114,6 +114,12 @@ class PipelinedS2D2(PipelinedDenoiser):
             later = span & passes & (place > verdict.rejected.unsqueeze(1)) & (self._sent["step"] > 0)
             decisions.decide(runs_of(later, config.ssd_partial_ar_span), tokens, ACCEPTED)
 
+    def _laws(self, decisions: Decisions, verify: torch.Tensor) -> torch.Tensor:
+        drafts, at = super()._laws(decisions, verify), self._verify_at
+        p = probabilities(verify, self.config).gather(-1, decisions.block[at.index].unsqueeze(-1)).squeeze(-1)
+        by_verifier = (decisions.marks == ACCEPTED) | (decisions.marks == RESAMPLED)
+        return self._window(at, p).where(by_verifier, drafts)
+
     def _resample(self, verifier: torch.Tensor, verdict: Verdict, rejected: torch.Tensor) -> torch.Tensor:
         """A token from the residual at the first rejected place of every verified row, in a table (count, W)."""
         rows, tokens = self._sent["verify_slots"], self._of(self.tokens)

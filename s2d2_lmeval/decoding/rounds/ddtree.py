@@ -19,6 +19,7 @@ import torch
 
 from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.options.blocks import ScheduleOption
+from s2d2_lmeval.decoding.options.general import LogprobsOption
 from s2d2_lmeval.decoding.options.rounds import DrafterOptions, PairsOption, TreeOptions
 from s2d2_lmeval.decoding.passes import Sent
 from s2d2_lmeval.decoding.rounds import trees
@@ -43,7 +44,7 @@ WIDEST, WIDEST_FORWARD = 256, 1024
     "ddtree",
     *("autoregressive", "block"),
     promise=TARGETS_LAW,
-    options=(ScheduleOption, DrafterOptions, TreeOptions, PairsOption),
+    options=(ScheduleOption, DrafterOptions, TreeOptions, PairsOption, LogprobsOption),
     needs_drafter=True,
 )
 class DDTree(DFlash):

@@ -17,6 +17,7 @@ import torch
 
 from s2d2_lmeval.decoding.decoder import EXACT, Decided, DecoderSetup
 from s2d2_lmeval.decoding.options.blocks import ScheduleOption
+from s2d2_lmeval.decoding.options.general import LogprobsOption
 from s2d2_lmeval.decoding.options.rounds import DrafterOptions
 from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent
 from s2d2_lmeval.decoding.rounds import trees
@@ -67,7 +68,7 @@ def plan_draft(rows: RoundRows, mask_token_id: int, block: int) -> Plan:
     "dflash",
     *("autoregressive", "block"),
     promise=TARGETS_LAW,
-    options=(ScheduleOption, DrafterOptions),
+    options=(ScheduleOption, DrafterOptions, LogprobsOption),
     needs_drafter=True,
 )
 class DFlash(Target):

@@ -27,6 +27,7 @@ import torch
 
 from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.general import LogprobsOption
 from s2d2_lmeval.decoding.options.option import SCHEMES
 from s2d2_lmeval.decoding.options.rounds import PairsOption, SlidingOptions
 from s2d2_lmeval.decoding.options.s2d2 import AcceptanceOption
@@ -67,7 +68,7 @@ PRICE_UNIT = 2.0**30
     *SCHEMES,
     promise="the model's own autoregressive law, token for token the output of ar with the same seed (tested in "
     "float32 and float64, and on a CPU in bfloat16 with exact=true; otherwise near-ties can fall either way)",
-    options=(AcceptanceOption, SlidingOptions, PairsOption),
+    options=(AcceptanceOption, SlidingOptions, PairsOption, LogprobsOption),
     acceptances=("keyed", "rejection"),
 )
 class Sliding(Target):

@@ -182,7 +182,7 @@ class Spiffy(BlockDenoiser):
         alive = sent["drafting"]
         for _ in range(sent.fixed[1] if sent.has("fresh") else 0):
             decisions = self._step(state, self._logits_of(at, state, logits), alive)
-            tables.append(decisions.tables(self.drafted))
+            tables.append(self._told(decisions))
             made = made + alive
             step = state.step + alive.unsqueeze(1)
             count = self.counts[step.squeeze(1).clamp_max(len(self.counts) - 1)]
