@@ -106,6 +106,28 @@ docs: $(VENV)/.installed  ## write docs/options.md, the table of docs/models.md 
 	$(BIN)/s2d2-lmeval sweep --schema > s2d2_lmeval/studies/study.schema.json
 	$(OFFLINE) $(BIN)/python -m tests.families.table
 
+site: $(VENV)/.installed  ## docs/ with a reference and search, into build/site; needs no network; links are checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f site/mkdocs.yml
+
+# The newest release of everything, under the wheel: an environment beside .venv.
+CLEAN := build/clean
+INTO := $(BIN)/python -m pip --python $(CLEAN)/bin/python
+.PHONY: site wheel test-newest
+wheel: $(VENV)/.installed  ## build both distributions, install the wheel alone, run README's commands as written
+	rm -rf build/lib build/dist && $(BIN)/python -m build --outdir build/dist .
+	$(BIN)/twine check --strict build/dist/*
+	$(PYTHON) -m venv --clear --without-pip $(CLEAN)
+	$(if $(TORCH_INDEX),$(INTO) install --no-deps --retries 1 --timeout 20 \
+	    --extra-index-url $(TORCH_INDEX) -c constraints.txt torch)
+	$(INTO) install --quiet "$$(ls build/dist/*.whl)[serve,sweep]"
+	$(CLEAN)/bin/python tests/cli/readme.py build/readme
+
+test-newest: wheel  ## the tests that touch transformers most, with its newest release
+	$(INTO) install --quiet hypothesis jsonschema pytest pytest-xdist
+	$(CLEAN)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	$(TEST_ENV) $(CLEAN)/bin/python -m pytest -n $(JOBS) --dist loadfile -q -m "not slow and not gpu and not browser" \
+	    tests/families tests/custom_generate tests/runtime tests/harness/test_like_hf.py tests/harness/test_model.py
+
 .PHONY: families-cases nemotron
 families-cases: $(VENV)/.installed  ## a thousand random cases on the families with recorded checkpoints
 	$(PYTEST) -q -m slow tests/families/test_random_cases.py

@@ -7,6 +7,7 @@ A subcommand is a module with ``SUMMARY``, ``add_arguments(parser)`` and ``run(a
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -56,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["eval"]:
             # Everything after it belongs to the harness's own parser, `--help` included.
             return int(import_module(COMMANDS["eval"]).run_harness([*map(as_in_the_harness, arguments[1:])]))
-        args = build_parser().parse_args(arguments)
+        parser = build_parser()
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
+            import_module("argcomplete").autocomplete(parser)
+        args = parser.parse_args(arguments)
         return int(args.run(args))
     except S2D2Error as error:
         print(f"s2d2-lmeval: {error}", file=sys.stderr)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -37,6 +36,11 @@ from s2d2_lmeval.errors import StudyError, shown
 from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.harness.responses import TracedResponse
 from s2d2_lmeval.harness.upstream import redacted
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from s2d2_lmeval.harness.prompts import Prompt
@@ -234,7 +238,8 @@ class PointStore:
         except OSError as error:
             raise _cannot_write(path, error) from None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
             raise StudyError(f"another process is working on {path}; wait for it, or use another folder.") from None

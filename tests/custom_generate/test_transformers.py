@@ -248,7 +248,9 @@ def test_stop_strings_are_read_with_the_tokenizer(how: dict[str, Any], given: st
     ids=lambda arguments: next(iter(arguments)),
 )
 def test_what_cannot_be_honoured_is_refused_by_name(how: dict[str, Any], arguments: dict[str, Any]) -> None:
-    with pytest.raises((RequestError, ValueError), match=next(iter(arguments))):
+    name = next(iter(arguments))
+    known_as = {"past_key_values": "past_key_values|cache"}.get(name, name)  # transformers 5.24 hands it on as cache
+    with pytest.raises((RequestError, ValueError), match=known_as):
         decode(how, max_new_tokens=4, **arguments)
 
 

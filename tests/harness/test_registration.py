@@ -87,6 +87,10 @@ def test_a_failure_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     _autoload.install()
 
 
+OTHER_EXTRAS = "s2d2-lmeval[docs,serve,sweep]"
+"""Of which ``dev`` is made, among others."""
+
+
 def setup_cfg() -> configparser.ConfigParser:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
@@ -136,7 +140,13 @@ def test_constraints_satisfy_the_ranges() -> None:
         versions = [specifier.version for specifier in pin.specifier]
         pinned.setdefault(pin.name.lower().replace("_", "-"), []).extend(versions)
     parser = setup_cfg()
-    required = lines(parser["options"]["install_requires"]) + lines(parser["options.extras_require"]["dev"])
+    extras = parser["options.extras_require"]
+    required = [*lines(parser["options"]["install_requires"]), *lines(extras["dev"])]
+    required += [
+        line
+        for extra in Requirement(required.pop(required.index(OTHER_EXTRAS))).extras
+        for line in lines(extras[extra])
+    ]
     for requirement in map(Requirement, (line for line in required if not line.startswith("#"))):
         versions = pinned.get(requirement.name.lower().replace("_", "-"))
         assert versions, f"{requirement.name} is not pinned"

@@ -47,7 +47,7 @@ ORDER_WIDTH = 32
 
 SPEEDS = {"tokens_per_second": "new tokens per second", "tokens_per_forward": "new tokens per forward"}
 
-NEEDED = "figures need matplotlib: pip install 's2d2-lmeval[plot]'."
+NEEDED = "figures need matplotlib: pip install matplotlib."
 
 
 def can_draw() -> bool:

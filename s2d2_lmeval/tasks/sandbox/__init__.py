@@ -115,6 +115,8 @@ def _probe() -> tuple[modes.Mode, tuple[str, ...]]:
 @functools.cache
 def _probed(wanted: modes.Mode | None) -> tuple[modes.Mode, tuple[str, ...]]:
     """A mode that works and its layers: ``wanted``; else this machine's own, or bwrap where that may do more."""
+    if not hasattr(os, "fork"):
+        raise ConfigError("model-written code runs on Linux and macOS only; on Windows, evaluate inside WSL.")
     mode = wanted or modes.Mode("process")
     answer = _run(mode, "def f(): return 1", "f", {"source": None, "calls": [[]]}, Limits(wall_seconds=60.0))
     if answer.get("results") != [1]:

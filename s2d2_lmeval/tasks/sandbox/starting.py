@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import IO, Any
 
-from s2d2_lmeval.tasks.sandbox.jail import kernel, values
+from s2d2_lmeval.tasks.sandbox.jail import values
 from s2d2_lmeval.tasks.sandbox.modes import Mode
 
 GRACE = 60.0
@@ -136,6 +136,8 @@ def _remove(folder: str) -> None:
 @contextlib.contextmanager
 def _closed_to_others() -> Iterator[None]:
     """While a program runs, other processes of this user can read neither memory nor environment of this one."""
+    from s2d2_lmeval.tasks.sandbox.jail import kernel  # which Windows cannot import
+
     before = kernel.dumpable(0)
     try:
         yield
