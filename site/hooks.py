@@ -40,8 +40,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Paths out of docs/ lead into the repository."""
-    return re.sub(r"\]\(\.\./([^)#]+)", rf"]({config.repo_url}/blob/HEAD/\1", markdown)
+    """Paths out of docs/, and notebooks, lead into the repository."""
+    home = f"{config.repo_url}/blob/HEAD"
+    return re.sub(r"\]\(([\w-]+\.ipynb)", rf"]({home}/docs/\1", re.sub(r"\]\(\.\./", f"]({home}/", markdown))
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:

@@ -84,8 +84,8 @@ def devices() -> Iterator[Finding]:
         yield finding("cuda", f"none ({build}); decoding runs on the CPU", NOTE)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = f"{usable} of {os.cpu_count()} cores usable, torch uses {torch.get_num_threads()} threads"
-    memory = host_memory()
-    yield finding("cpu", f"{threads}, {size(memory)} memory" if memory else threads)
+    there = host_memory()
+    yield finding("cpu", f"{threads}, {size(there)} memory" if there else threads)
 
 
 def host_memory() -> int:
