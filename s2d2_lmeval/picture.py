@@ -49,7 +49,14 @@ class Picture:
 
     def _repr_html_(self) -> str:
         width = max((line.cell_len for line in self.lines), default=1)
-        console = Console(record=True, file=io.StringIO(), width=width, color_system="truecolor", force_terminal=True)
+        console = Console(
+            record=True,
+            file=io.StringIO(),
+            width=width,
+            color_system="truecolor",
+            force_terminal=True,
+            force_jupyter=False,  # or rich shows in a notebook what is only recorded here
+        )
         for line in self.lines:
             console.print(line, no_wrap=True)
         frame = '<pre style="font-family: monospace; line-height: 1.35; overflow-x: auto">{code}</pre>'
