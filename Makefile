@@ -37,12 +37,16 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_EVAL
 TEST_ENV := $(OFFLINE) TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
+BENCHMARKS := gsm8k humaneval humaneval_plus ifeval math500 mbpp mbpp_plus
+BENCHES := $(BENCHMARKS:%=bench-%)
+SWEEPS := $(BENCHMARKS:%=sweep-%)
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-ddtree demo-real smollm2 check test lint test-fast test-slow test-browser gpu bench toy draft-graphs docs clean report demo-sweep \
-    bench-gsm8k bench-humaneval bench-ifeval bench-mbpp sweep-gsm8k sweep-humaneval sweep-ifeval sweep-mbpp
+    $(BENCHES) $(SWEEPS)
 
 help:  ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /  make \1\t/' | expand -t 24
+	@grep -hE '^[a-z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9_-]+):[^#]*## /  make \1\t/' | expand -t 24
 
 install: $(VENV)/.installed  ## make .venv with everything in it (the other targets do that by themselves)
 
@@ -135,29 +139,34 @@ families-cases: $(VENV)/.installed  ## a thousand random cases on the families w
 nemotron: $(VENV)/.installed  ## Nemotron's published loop and sliding on a tiny checkpoint, which this trains: the table
 	$(BIN)/python -m benchmarks.nemotron
 
-bench-gsm8k bench-humaneval bench-ifeval bench-mbpp: bench-%: $(VENV)/.installed
+$(BENCHES): bench-%: $(VENV)/.installed
 	$(BIN)/s2d2-lmeval eval --model s2d2 --model_args pretrained=$(MODEL),decoder=$(or $(DECODER),s2d2) \
 	    --tasks s2d2_$* --apply_chat_template --batch_size $(BATCH) $(if $(LIMIT),--limit $(LIMIT)) \
 	    $(if $(DATA),--metadata s2d2_data_dir=$(DATA)) $(UNSAFE_$*) --log_samples --output_path $(OUT)/bench-$*
 
-sweep-gsm8k sweep-humaneval sweep-ifeval sweep-mbpp: sweep-%: $(VENV)/.installed
+$(SWEEPS): sweep-%: $(VENV)/.installed
 	$(BIN)/s2d2-lmeval sweep studies/thresholds.yaml --model $(MODEL) --task s2d2_$* --batch_size $(BATCH) \
 	    $(if $(DECODER),--decoder $(DECODER)) $(if $(LIMIT),--limit $(LIMIT)) $(if $(DATA),--data_dir $(DATA)) \
 	    $(UNSAFE_$*) --output $(OUT)/sweep-$*
 	$(BIN)/s2d2-lmeval report $(OUT)/sweep-$*
 
 # HumanEval and MBPP run what the model wrote, in a limited process.
-UNSAFE_humaneval := --confirm_run_unsafe_code
-UNSAFE_mbpp := --confirm_run_unsafe_code
+$(foreach name,humaneval humaneval_plus mbpp mbpp_plus,$(eval UNSAFE_$(name) := --confirm_run_unsafe_code))
 
 bench-gsm8k:  ## evaluate MODEL with DECODER on GSM8K
 bench-humaneval:  ## on HumanEval
+bench-humaneval_plus:  ## on HumanEval+
 bench-ifeval:  ## on IFEval
+bench-math500:  ## on MATH-500
 bench-mbpp:  ## on MBPP
+bench-mbpp_plus:  ## on MBPP+
 sweep-gsm8k:  ## a grid of decoders and thresholds on GSM8K, resumable, and its report in OUT/sweep-gsm8k/report
 sweep-humaneval:  ## on HumanEval
+sweep-humaneval_plus:  ## on HumanEval+
 sweep-ifeval:  ## on IFEval
+sweep-math500:  ## on MATH-500
 sweep-mbpp:  ## on MBPP
+sweep-mbpp_plus:  ## on MBPP+
 
 report: $(VENV)/.installed  ## the report of the results in OUT
 	$(BIN)/s2d2-lmeval report $(OUT)

@@ -1,4 +1,4 @@
-"""Writes the task grids of ``task_configs/{gsm8k,humaneval,ifeval,mbpp}/sweep``: a YAML per point.
+"""Writes the task grids of ``task_configs/*/sweep``: a YAML per point.
 
 ``lm_eval --tasks s2d2_gsm8k_sweep`` runs a whole grid in one process. After a change here:
 ``python -m benchmarks.task_sweeps``; a test compares the files with what this would write.
@@ -14,7 +14,12 @@ from typing import Any
 
 import yaml
 
-BENCHMARKS = ("gsm8k", "humaneval", "ifeval", "mbpp")
+BENCHMARKS = {
+    **{name: name for name in ("gsm8k", "humaneval", "ifeval", "math500", "mbpp")},
+    "humaneval_plus": "humaneval",
+    "mbpp_plus": "mbpp",
+}
+"""Benchmark -> folder of its tasks."""
 
 CONFIDENCE = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 SPANS = (1, 2, 4, 8)
@@ -61,8 +66,9 @@ def files(configs: Path) -> dict[Path, str]:
     written = {}
     for benchmark in BENCHMARKS:
         base = f"s2d2_{benchmark}"
-        folder = configs / benchmark
-        generation = read_task(folder / f"{base}.yaml")["generation_kwargs"]
+        folder = configs / BENCHMARKS[benchmark]
+        task = read_task(folder / f"{base}.yaml")
+        generation = {**read_task(folder / task["include"]), **task}["generation_kwargs"]
         for point in grid():
             task = {
                 "include": f"../{base}.yaml",

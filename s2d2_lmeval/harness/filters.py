@@ -1,6 +1,9 @@
-"""Decoding statistics in task YAML files: the filter ``s2d2_stats``, and metrics of its output.
+"""Decoding statistics in task YAML files: as metrics beside a task's own, or by the filter ``s2d2_stats``.
 
-A task that reports decoding statistics in addition to its own metric has two filters::
+A task with a ``process_results`` of its own returns them with its metrics (:func:`with_decoding_metrics`): its filters
+must hand on the response itself (``take_first``), not a part of it. Every document is then in the samples once.
+
+Where scores are made by the harness from filtered text, a second filter brings them::
 
     filter_list:
       - name: strict-match
@@ -8,8 +11,7 @@ A task that reports decoding statistics in addition to its own metric has two fi
       - name: decode
         filter: [{function: s2d2_stats}]
 
-Its ``process_results`` is then called once per filter: with text by the first, with a dictionary by the second
-(:func:`with_decoding_metrics`). In the YAML, list what :func:`decoding_metrics` returns under ``metric_list``, each
+In the YAML, list what :func:`decoding_metrics` returns under ``metric_list``, each
 with ``aggregation: mean`` and its ``higher_is_better``. The table then shows means over documents; sums over a whole
 task (all new tokens over all forwards) are under ``config.s2d2.tasks`` of the results file.
 """
@@ -17,6 +19,7 @@ task (all new tokens over all forwards) are under ``config.s2d2.tasks`` of the r
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -45,9 +48,8 @@ def decoding_metrics(stats: Mapping[str, Any]) -> dict[str, float]:
 def with_decoding_metrics(
     process_results: Callable[[dict[str, Any], list[Any]], dict[str, Any]],
 ) -> Callable[[dict[str, Any], list[Any]], dict[str, Any]]:
-    """A ``process_results`` that serves both kinds of filter.
-
-    ``process_results(doc, results)`` is asked for text, :func:`decoding_metrics` for what ``s2d2_stats`` made of it::
+    """A ``process_results`` that adds the decoding metrics of a response, or of several to one document. For what the
+    filter ``s2d2_stats`` made of responses, these are all::
 
         @with_decoding_metrics
         def process_results(doc, results):
@@ -58,7 +60,9 @@ def with_decoding_metrics(
     def both(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
         if results and isinstance(results[0], Mapping):
             return dict(decoding_metrics(results[0]))
-        return process_results(doc, results)
+        responses = [one for result in results for one in (result if isinstance(result, list) else [result])]
+        stats = merged([getattr(response, "stats", {}) for response in responses])
+        return {**process_results(doc, results), **decoding_metrics(stats)}
 
     return both
 
@@ -71,7 +75,14 @@ class StatsFilter(Filter):
     """
 
     def apply(self, resps: Iterable[Iterable[str]], docs: Any) -> list[dict[str, Any]]:
-        return [merged([getattr(response, "stats", {}) for response in responses]) for responses in resps]
+        return [Figures(merged([getattr(response, "stats", {}) for response in responses])) for responses in resps]
+
+
+class Figures(dict[str, Any]):
+    """Statistics of a document; as text JSON, because the harness writes what is filtered as text into the samples."""
+
+    def __str__(self) -> str:
+        return json.dumps(self)
 
 
 def merged(several: list[Mapping[str, Any]]) -> dict[str, Any]:

@@ -22,6 +22,15 @@ def answered_number(text: str) -> Decimal | None:
     number of the text. Thousands separators, currency signs, units and ``\frac`` are understood; None if there is no
     number. Thoughts (``<think>``) do not count.
     """
+    marked = marked_number(text)
+    if marked is not None:
+        return marked
+    found = _numbers(without_thoughts(text))
+    return found[-1] if found else None
+
+
+def marked_number(text: str) -> Decimal | None:
+    r"""As :func:`answered_number`, but only a number in ``\boxed{…}`` or after ``####``."""
     text = without_thoughts(text)
     for boxed in reversed(list(_boxed(text))):
         found = _numbers(boxed)
@@ -31,8 +40,12 @@ def answered_number(text: str) -> Decimal | None:
         found = _numbers(marked.partition("\n")[0])
         if found:
             return found[0]
-    found = _numbers(text)
-    return found[-1] if found else None
+    return None
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""The content of the last ``\boxed{…}`` outside of thoughts."""
+    return next(reversed(list(_boxed(without_thoughts(text)))), None)
 
 
 def same_number(first: Decimal | None, second: Decimal | None) -> bool:
@@ -92,6 +105,12 @@ def answered_code(text: str, entry_point: str) -> str:
         return text
     defining = [code for _, code in blocks if _defines(code, entry_point)]
     return defining[-1] if defining else max(blocks, key=lambda block: (block[0], len(block[1])))[1]
+
+
+def is_plainly_code(text: str, entry_point: str) -> bool:
+    """Whether a reply leaves no choice of its program: no fenced block, or one that defines ``entry_point``."""
+    blocks = [match["code"] for match in _FENCE.finditer(without_thoughts(text))]
+    return not blocks or (len(blocks) == 1 and _defines(blocks[0], entry_point))
 
 
 def whole_program(prompt: str, reply: str, entry_point: str) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from s2d2_lmeval.harness.filters import decoding_metrics
+from s2d2_lmeval.harness.filters import with_decoding_metrics
 from s2d2_lmeval.tasks import sandbox
 from s2d2_lmeval.toy import Problem, held_out, score
 
@@ -33,9 +32,8 @@ def load_instructions(**_: Any) -> DatasetDict:
     return _load("instructions")
 
 
+@with_decoding_metrics
 def process_results(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
-    """Accuracy for a text, decoding statistics for what the filter ``s2d2_stats`` returns."""
-    if isinstance(results[0], Mapping):
-        return decoding_metrics(dict(results[0]))
+    """Whether the response solves the problem."""
     problem = Problem(**{name: doc[name] for name in Problem.__dataclass_fields__})
     return {"accuracy": score(problem, results[0])}

@@ -37,6 +37,8 @@ def test_a_response_is_its_text_and_remembers() -> None:
 
 def test_the_filter_is_registered() -> None:
     assert get_filter("s2d2_stats") is StatsFilter
+    (figures,) = StatsFilter().apply([[TracedResponse("an answer", {"nfe": 2, "tokens_per_forward": 1.5})]], [])
+    assert str(figures) == '{"nfe": 2, "tokens_per_forward": 1.5}'  # as the harness writes it into the samples
 
 
 def test_the_filter_merges_repeats_by_sums() -> None:

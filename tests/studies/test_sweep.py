@@ -45,7 +45,7 @@ def test_what_a_study_leaves_behind(reference: Path) -> None:
         assert record.result is not None
         assert len(record.samples) == 6
         assert len(record.result["documents"]["accuracy,none"]) == 6
-        assert record.result["metrics"]["nfe,decode"] > 0
+        assert record.result["metrics"]["nfe,none"] > 0
         assert record.decoding_seconds > 0
         assert record.segments[0]["decoding"]["decoder"] == about["decoding"]
         assert record.segments[0]["rows"] == 4

@@ -37,7 +37,7 @@ def test_benchmarks(benchmark: str) -> None:
     assert given["--tasks"] == f"s2d2_{benchmark}"
     assert (given["--limit"], given["--batch_size"], given["--metadata"]) == ("7", "3", "s2d2_data_dir=/data")
     assert given["--output_path"] == f"results/bench-{benchmark}"
-    assert ("--confirm_run_unsafe_code" in command) == (benchmark in ("humaneval", "mbpp"))
+    assert ("--confirm_run_unsafe_code" in command) == (BENCHMARKS[benchmark] in ("humaneval", "mbpp"))
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
@@ -47,7 +47,7 @@ def test_sweeps_end_in_a_report(benchmark: str) -> None:
     assert (ROOT / parsed.study).is_file()
     assert (parsed.model, parsed.task, parsed.decoder) == ("org/model", [f"s2d2_{benchmark}"], "dynamic")
     assert (parsed.limit, parsed.batch_size, parsed.data_dir) == (7, 3, "/data")
-    assert parsed.confirm_run_unsafe_code == (benchmark in ("humaneval", "mbpp"))
+    assert parsed.confirm_run_unsafe_code == (BENCHMARKS[benchmark] in ("humaneval", "mbpp"))
     assert build_parser().parse_args(report).folder == parsed.output == Path(f"results/sweep-{benchmark}")
 
 
