@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder", **named, help="only configurations of this decoder, and of ar")
     parser.add_argument("--limit", **count, help="documents per task")
     parser.add_argument("--batch_size", **count, help="requests in flight")
+    parser.add_argument("--repeats", **count, help="timings of each configuration, in turn")
     files = "folder with the benchmark files, for machines without a connection"
     parser.add_argument("--data_dir", type=nonempty, metavar="DIR", help=files)
     allow = "allow tasks that run model-written code"
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
     modes.choose(args.sandbox)
     console = begin(args.threads)
-    overrides: dict[str, Any] = {"limit": args.limit, "batch_size": args.batch_size, "data_dir": args.data_dir}
+    overrides: dict[str, Any] = {name: getattr(args, name) for name in ("limit", "batch_size", "repeats", "data_dir")}
     path = packaged.find(args.study)
     study = read_study(path, {**overrides, "models": [args.model] if args.model else None})
     study = study.part(args.task, args.decoder)

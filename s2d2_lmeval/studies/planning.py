@@ -57,6 +57,7 @@ class Job(Point):
             "task": {**task, "gen_kwargs": with_files(self.task.gen_kwargs)},
             "batch_size": self.batch_size,
             "code": self.code,
+            **({"repeat": self.repeat} if self.repeat else {}),
         }
 
     @cached_property
@@ -196,7 +197,7 @@ class Plan:
         Raises:
             StorageError: if it cannot be written.
         """
-        named = ("model", "decoding", "options", "seed")
+        named = ("model", "decoding", "options", "seed", "repeat")
         content = {
             "study": redacted(self.study.raw),
             "name": self.study.name,

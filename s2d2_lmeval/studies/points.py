@@ -6,7 +6,7 @@ A field's description says what it accepts; error messages and the JSON schema f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -179,7 +179,7 @@ class Search(Keys):
 
 @dataclass(frozen=True)
 class Point:
-    """One model with one decoding configuration on one task under one seed."""
+    """One model with one decoding configuration on one task under one seed, once."""
 
     model: str
     model_args: Mapping[str, Any]
@@ -188,12 +188,15 @@ class Point:
     task: Task
     seed: int
     batch_size: int | str
+    repeat: int = field(default=0, kw_only=True)
+    """Which of the timings of the same thing."""
 
     @property
     def label(self) -> str:
         """For people."""
         seed = f", seed {self.seed}" if self.seed else ""
-        return f"{self.model}, {self.task.task}, {self.decoding}{seed}"
+        again = f", repeat {self.repeat}" if self.repeat else ""
+        return f"{self.model}, {self.task.task}, {self.decoding}{seed}{again}"
 
     @property
     def decoding_options(self) -> dict[str, Any]:

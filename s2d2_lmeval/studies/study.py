@@ -151,6 +151,9 @@ class Study(TaskSettings):
     seeds: Annotated[list[int], AfterValidator(_different)] = Field(
         [0], description="a list of different whole numbers, such as [0, 1, 2]", min_length=1
     )
+    repeats: Annotated[int, Field(ge=1, le=100)] = Field(
+        1, description="a whole number from 1 to 100: how often each configuration is timed"
+    )
     batch_size: parts.Rows | Literal["auto"] = Field(
         8, description="auto, or a number of rows in flight from 1 to 65536"
     )
@@ -178,23 +181,28 @@ class Study(TaskSettings):
             if name not in self.decoding:
                 near = nearest(name, self.decoding)
                 raise ValueError(f"baselines: {kind} is {shown(name)}, but no decoding has that name.{near}")
-        count = len(self.models) * len(self.tasks) * len(self.decoding) * len(self.seeds)
+        count = len(self.models) * len(self.tasks) * len(self.decoding) * len(self.seeds) * self.repeats
         _refuse_too_many(count, "the study")
         return self
 
     def points(self) -> list[Point]:
-        """All points, those of a model together."""
+        """All points, those of a model together; repeats in turn, so that what slows a machine down for a while is not
+        taken for a configuration's speed.
+        """
         return [
-            self.point(model, decoding, options, task, seed)
+            self.point(model, decoding, options, task, seed, repeat)
             for model in self.models
             for task in self.tasks
+            for repeat in range(self.repeats)
             for decoding, options in self.decoding.items()
             for seed in self.seeds
         ]
 
-    def point(self, model: str, decoding: str, options: Mapping[str, Any], task: Task, seed: int) -> Point:
+    def point(
+        self, model: str, decoding: str, options: Mapping[str, Any], task: Task, seed: int, repeat: int = 0
+    ) -> Point:
         """One of them."""
-        return Point(model, self.models[model], decoding, dict(options), task, seed, self.batch_size)
+        return Point(model, self.models[model], decoding, dict(options), task, seed, self.batch_size, repeat=repeat)
 
     def part(self, tasks: Sequence[str] | None, decoder: str | None) -> Study:
         """The study restricted to some tasks, and to the configurations of one decoder and of ar.

@@ -15,7 +15,7 @@ from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.studies.report.page import headline, write_report
 from s2d2_lmeval.studies.report.results import _notes, read_results
-from s2d2_lmeval.studies.report.tables import COLUMNS, cells, columns_of, latex, markdown
+from s2d2_lmeval.studies.report.tables import COLUMNS, cells, columns_of, latex, markdown, timed
 from s2d2_lmeval.studies.report.varied import aup_by_decoder, model_args, varied_options
 from s2d2_lmeval.studies.store import PointStore
 
@@ -34,6 +34,7 @@ def write_study(folder: Path, points: Mapping[str, Mapping[str, Any]], **manifes
             **for_point,
             "options": {"decoder": decoder, **about.get("options", {})},
             "seed": about.get("seed", 0),
+            "repeat": about.get("repeat", 0),
         }
         with PointStore(folder / "points" / f"{digest}.jsonl") as store:
             store.append("point", definition=definition)
@@ -170,7 +171,9 @@ def test_tables(folder: Path) -> None:
     rows = read_results(folder).rows
     assert cells(COLUMNS, rows)[1][3][:4] == ["s2d2", "95.0", "76.4–99.1", "+45.0"]
     lines = markdown(rows).splitlines()
-    assert lines[0].count("|") == lines[-1].count("|") == len(COLUMNS) - 3 + 1  # three kinds of forwards did not occur
+    assert (
+        lines[0].count("|") == lines[-1].count("|") == len(COLUMNS) - 4 + 1
+    )  # three kinds of forwards did not occur, timed once
     assert lines[-1].startswith("| **s2d2** | 95.0 |")
     text = latex(rows)
     assert r"\textbf{s2d2} & 95.0 & 76.4--99.1" in text
@@ -256,3 +259,35 @@ def test_shared_budgets_of_sliding_are_said() -> None:
     assert not noted(decoder="sliding", share_budget=False, acceptance="keyed")
     assert not noted(decoder="sliding", share_budget=True, acceptance="rejection")
     assert not noted(decoder="ar")
+
+
+def test_repeated_timings_make_an_interval_and_overlaps_are_ties(tmp_path: Path) -> None:
+    timings = {"slow": (20.0, 21.0, 19.0), "even": (10.1, 9.9, 10.0), "better": (10.3, 9.7, 10.2)}
+    right = {"slow": 12, "even": 10, "better": 11}
+    points = {
+        f"{name}#{repeat}": {"right": range(right[name]), "nfe": place + 2, "seconds": seconds, "repeat": repeat}
+        for place, (name, several) in enumerate(timings.items())
+        for repeat, seconds in enumerate(several)
+    }
+    results = read_results(write_study(tmp_path, {one: {"decoder": "dynamic", **more} for one, more in points.items()}))
+    rows = {row.decoding: row for row in results.rows}
+    assert [len(row.timings) for row in rows.values()] == [3, 3, 3]
+    even = rows["even"]
+    assert even.documents == 20
+    assert even.tokens_per_second == pytest.approx(20.0)
+    assert even.paces == pytest.approx((19.504, 20.497), abs=0.01)
+    # "even" may be faster than "better" by a hair; the intervals overlap, so the more accurate one counts.
+    assert {name for name, row in rows.items() if row.on_front} == {"slow", "better"}
+    header, lines = cells(columns_of(results.rows), results.rows)
+    assert lines[1][header.index("95 % of tokens/s")] == "19.5–20.5"
+    assert timed(results.rows) == "timed 3 times in turn"
+    told = headline(results.rows)["text"]
+    assert "timed 3 times in turn: 10 tokens/s (9–11)" in told
+
+
+def test_repeats_with_other_answers_are_told(tmp_path: Path) -> None:
+    points = {
+        f"a#{repeat}": {**POINTS["ar"], "decoder": "ar", "repeat": repeat, "texts": str(repeat)} for repeat in (0, 1)
+    }
+    (row,) = read_results(write_study(tmp_path, points)).rows
+    assert row.notes == ("20 answers differ between repeats: the first one's count",)

@@ -34,6 +34,16 @@ def test_grids_and_points(study: dict[str, Any]) -> None:
     assert points[0].task.limit == 6
 
 
+def test_repeats_come_in_turn(study: dict[str, Any]) -> None:
+    study["decoding"] = {"a": {"decoder": "ar"}, "b": {"decoder": "dynamic"}}
+    points = make_study({**study, "repeats": 2}).points()
+    of_one = [(point.repeat, point.decoding) for point in points if point.task == points[0].task]
+    assert of_one == [(0, "a"), (0, "b"), (1, "a"), (1, "b")]
+    digests = {Job(**vars(point), identity="i", code="c").digest for point in points}
+    assert len(digests) == len(points)
+    assert {Job(**vars(point), identity="i", code="c").digest for point in make_study(study).points()} < digests
+
+
 def test_a_task_may_have_settings_of_its_own(study: dict[str, Any]) -> None:
     study["tasks"] = ["a", {"task": "b", "limit": 2, "metric": "m,f"}]
     first, second = make_study(study).tasks

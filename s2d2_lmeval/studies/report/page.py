@@ -15,6 +15,7 @@ from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.studies.report import plots, tables
 from s2d2_lmeval.studies.report.page_data import data_of, swept_options
 from s2d2_lmeval.studies.report.results import Results, Row, read_results
+from s2d2_lmeval.studies.report.statistics import speed_interval
 from s2d2_lmeval.studies.store import write_whole
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def _group(rows: Sequence[Row], data: Mapping[str, Any], figures: Figures) -> di
         "task": rows[0].task,
         "anchor": _file_name(name),
         "about": tables.about(rows),
+        "timed": tables.timed(rows),
         "headline": headline(rows),
         "header": header,
         "difference": header.index(tables.DIFFERENCE) if tables.DIFFERENCE in header else None,
@@ -162,7 +164,7 @@ def _verdict(row: Row) -> str:
 def headline(rows: Sequence[Row]) -> dict[str, str]:
     """The configuration with the most tokens per forward that is at least as accurate as ar and as the baseline.
 
-    Forwards are counted, and the same in every run; a time that was measured once is only told.
+    Forwards are counted, and the same in every run; times are only told.
     """
     ar = next((row for row in rows if row.decoder == "ar"), None)
     names = {row.baseline for row in rows if row.baseline}
@@ -172,10 +174,12 @@ def headline(rows: Sequence[Row]) -> dict[str, str]:
     figure = f"{best.tokens_per_forward:.2f} tokens/forward"
     if ar is not None and best is not ar:
         figure = f"{best.tokens_per_forward / ar.tokens_per_forward:.2f}× ar's tokens/forward"
-    timed = f"{best.tokens_per_second:.0f} tokens/s"
+    timed = f"{tables.timed([best])}: {best.tokens_per_second:.0f} tokens/s"
+    if len(best.timings) > 1:
+        timed += " ({:.0f}–{:.0f})".format(*speed_interval(best.timings))
     if best.speedup_over_ar is not None and best is not ar:
         timed += f", {best.speedup_over_ar:.2f}× ar's"
-    return {"speed": figure, "text": f"{best.decoding}: accuracy {100 * best.accuracy:.1f} %; timed once: {timed}"}
+    return {"speed": figure, "text": f"{best.decoding}: accuracy {100 * best.accuracy:.1f} %; {timed}"}
 
 
 def _markdown(results: Results) -> str:

@@ -7,6 +7,7 @@ from math import isnan
 from typing import Any
 
 from s2d2_lmeval.studies.report.results import Row
+from s2d2_lmeval.studies.report.statistics import speed_interval
 from s2d2_lmeval.studies.report.varied import model_args, varied_options
 
 LONGEST_TEXT = 1500
@@ -27,7 +28,8 @@ def numbers_of(rows: Sequence[Row], hues: Mapping[str, int], models: Mapping[str
             "low": _finite(row.low),
             "high": _finite(row.high),
             "speed": _finite(row.tokens_per_second),
-            "pace": _finite(row.pace),
+            "paces": [_finite(bound) for bound in row.paces],
+            "timings": list(speed_interval(row.timings)) if len(row.timings) > 1 else None,
             "parallel": _finite(row.tokens_per_forward),
             "options": {name: row.options[name] for name in varied if name in row.options},
             "args": model_args(row, models),

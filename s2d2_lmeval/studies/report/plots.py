@@ -123,7 +123,8 @@ def _scatter(axis: Any, rows: Sequence[Row], speed: str, colors: dict[str, str])
             axis.plot([x, x], [100 * row.low, 100 * row.high], color=color, alpha=0.35, linewidth=1.2)
         dot: dict[str, Any] = {"markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.6}
         axis.plot(x, y, _marker(row.decoder), color=color, **dot)
-    on_front = pareto([(x, y) for x, y, _ in places])
+    by_forwards = speed == "tokens_per_forward"
+    on_front = pareto([(x, y) for x, y, _ in places]) if by_forwards else [row.on_front for row in rows]
     front = sorted((one for one, on in zip(places, on_front, strict=True) if on), key=lambda one: one[0])
     axis.plot([one[0] for one in front], [one[1] for one in front], "--", color="#999999", linewidth=1, zorder=1)
     axis.margins(x=0.18, y=0.12)

@@ -15,7 +15,8 @@ const known = (value) => typeof value === "number" && Number.isFinite(value);
 
 function describe(row) {
   const interval = known(row.low) ? ` (${percent(row.low)} – ${percent(row.high)})` : "";
-  const speeds = `${row.parallel.toFixed(2)} tokens/forward, ${row.speed.toFixed(1)} tokens/s`;
+  const times = row.timings ? ` (${row.timings.map((one) => one.toFixed(1)).join(" – ")})` : "";
+  const speeds = `${row.parallel.toFixed(2)} tokens/forward, ${row.speed.toFixed(1)} tokens/s${times}`;
   return `${row.name}\n${percent(row.accuracy)}${interval}\n${speeds}`;
 }
 
@@ -37,7 +38,7 @@ function ticks(low, high) {
   return found;
 }
 
-// lines: [{row, points: [{x, y, low, high, row}], joined}], front: [{x, y}]
+// lines: [{row, points: [{x, y, low, high, left, right, row}], joined}], front: [{x, y}]
 function draw(svg, lines, { xLabel, yLabel, front = [] }, section) {
   const width = Math.max(260, svg.parentElement.clientWidth - 34), height = Math.max(230, Math.min(330, width * 0.62));
   const [left, right, top, bottom] = [46, 14, 10, 42];
@@ -46,7 +47,7 @@ function draw(svg, lines, { xLabel, yLabel, front = [] }, section) {
     const [low, high] = [Math.min(...values), Math.max(...values)], pad = (high - low) * 0.07 || Math.abs(high) * 0.05 || 1;
     return [low - pad, high + pad];
   };
-  const [x0, x1] = range(points.map((one) => one.x));
+  const [x0, x1] = range(points.flatMap((one) => [one.x, one.left, one.right].filter(known)));
   const [y0, y1] = range(points.flatMap((one) => [one.y, one.low, one.high].filter(known)));
   const x = (value) => left + ((value - x0) / (x1 - x0)) * (width - left - right);
   const y = (value) => height - bottom - ((value - y0) / (y1 - y0)) * (height - top - bottom);
@@ -64,6 +65,7 @@ function draw(svg, lines, { xLabel, yLabel, front = [] }, section) {
     if (joined) svg.append(make("path", { class: "run", d: path(some), style: hue(some[0].row) }));
     for (const one of some) {
       if (known(one.low)) svg.append(make("line", { class: "bar", x1: x(one.x), x2: x(one.x), y1: y(one.low), y2: y(one.high), style: hue(one.row) }));
+      if (known(one.left)) svg.append(make("line", { class: "bar", x1: x(one.left), x2: x(one.right), y1: y(one.y), y2: y(one.y), style: hue(one.row) }));
       const dot = make("circle", { class: "point", r: 5.5, cx: x(one.x), cy: y(one.y), tabindex: 0, role: "img", style: hue(one.row), "data-row": one.row.number, "aria-label": describe(one.row) });
       for (const kind of ["mousemove", "focus"]) dot.addEventListener(kind, (event) => (showTip(event, describe(one.row)), light(section, one.row.number)));
       for (const kind of ["mouseleave", "blur"]) dot.addEventListener(kind, () => ((tip.hidden = true), light(section, null)));
@@ -78,10 +80,14 @@ function light(section, number) {
   for (const node of section.querySelectorAll("[data-row]")) node.classList.toggle("lit", Number(node.dataset.row) === number && number !== null);
 }
 
-// Configurations that took the same forwards are equally fast: their common pace decides, not each one's timing.
+// Configurations that took the same forwards share their timings, and those whose intervals overlap are equally fast.
 function frontOf(all, kind) {
-  const speed = kind === "speed" ? "pace" : kind, rows = all.filter((row) => known(row[speed]));
-  const beaten = (row) => rows.some((one) => one[speed] >= row[speed] && one.accuracy >= row.accuracy && (one[speed] > row[speed] || one.accuracy > row.accuracy));
+  const span = (row) => kind === "speed" ? row.paces : [row[kind], row[kind]], rows = all.filter((row) => span(row).every(known));
+  const beats = (one, other) => {
+    const [low, high] = span(one), [least, most] = span(other);
+    return (low > most && one.accuracy >= other.accuracy) || (high >= least && one.accuracy > other.accuracy);
+  };
+  const beaten = (row) => rows.some((one) => beats(one, row));
   return rows.filter((row) => !beaten(row)).sort((a, b) => a[kind] - b[kind]);
 }
 
@@ -104,7 +110,7 @@ function drawAll(section, group) {
     if (!rows.length) continue;
     const point = (row, at, value, whole) => ({ x: at, y: value, row, ...(whole && known(row.low) ? { low: 100 * row.low, high: 100 * row.high } : {}) });
     if (option === undefined) {
-      const lines = rows.filter((row) => known(row[kind])).map((row) => ({ points: [point(row, row[kind], 100 * row.accuracy, true)] }));
+      const lines = rows.filter((row) => known(row[kind])).map((row) => ({ points: [{ ...point(row, row[kind], 100 * row.accuracy, true), ...(kind === "speed" && row.timings ? { left: row.timings[0], right: row.timings[1] } : {}) }] }));
       const front = frontOf(rows, kind).map((row) => ({ x: row[kind], y: 100 * row.accuracy }));
       draw(svg, lines, { xLabel: svg.dataset.x, yLabel: `${group.metric} (%)`, front }, section);
       continue;

@@ -13,7 +13,7 @@ from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.statistics import ratios
 from s2d2_lmeval.studies.files import read_manifest
 from s2d2_lmeval.studies.points import named_models
-from s2d2_lmeval.studies.report.statistics import holm, interval, paired_p_value, pareto
+from s2d2_lmeval.studies.report.statistics import front, holm, interval, paired_p_value, speed_interval
 from s2d2_lmeval.studies.store import Line, PointRecord, read_point
 
 KINDS = ("prefill", "draft", "verify", "commit")
@@ -26,9 +26,10 @@ class Row:
     ``accuracy`` with its 95 % interval is a mean over documents and seeds; ``forwards`` are means per answer;
     ``acceptance`` is accepted over drafted tokens (None without a verifier) and ``acceptance_lengths`` counts
     verifications by how many tokens they accepted; ``difference`` and ``p_value`` (adjusted for the number of
-    comparisons) are against ``baseline``, the tuned configuration without verification, on the same documents. ``pace``
-    is the tokens per second by which rows are ranked: rows of a decoder that took the same forwards share their mean,
-    since only noise parts them.
+    comparisons) are against ``baseline``, the tuned configuration without verification, on the same documents.
+    ``timings`` are the tokens per second of every repeat. ``pace``, with its 95 % interval ``paces``, is the tokens per
+    second by which rows are ranked: rows of a decoder that took the same forwards share their timings, since only noise
+    parts them.
     """
 
     model: str
@@ -60,7 +61,9 @@ class Row:
     p_value: float | None = None
     speedup_over_ar: float | None = None
     speedup_over_baseline: float | None = None
+    timings: tuple[float, ...] = ()
     pace: float = float("nan")
+    paces: tuple[float, float] = (float("nan"), float("nan"))
     on_front: bool = False
 
 
@@ -151,16 +154,22 @@ def accuracy_of(record: PointRecord, metric: str | None) -> tuple[str, float, di
 
 def _row(key: tuple[str, str, str], several: Sequence[tuple[Line, PointRecord]], metric: str | None) -> Row:
     model, task, decoding = key
-    scored = [accuracy_of(record, metric) for _, record in several]
+    repeats: dict[int, list[PointRecord]] = {}
+    for about, record in several:
+        repeats.setdefault(about.get("repeat", 0), []).append(record)
+    # Repeats differ in their times alone.
+    once = [(about, record) for about, record in several if about.get("repeat", 0) == min(repeats)]
+    scored = [accuracy_of(record, metric) for _, record in once]
     scores: dict[int, list[float]] = {}
     for _, _, values in scored:
         for document, value in values.items():
             scores.setdefault(document, []).append(value)
-    samples = [sample for _, record in several for sample in record.samples.values()]
+    samples = [sample for _, record in once for sample in record.samples.values()]
     sums: Counter[str] = Counter()
     for sample in samples:
         sums.update({name: value for name, value in sample["stats"].items() if isinstance(value, (int, float))})
-    rates = ratios({**sums, "seconds": sum(record.decoding_seconds for _, record in several)})
+    rates = ratios(sums)
+    timings = [_tokens_per_second(records) for records in repeats.values()]
     low, high = interval(list(scores.values()))
     lengths = Counter(length for sample in samples for length in sample["accepted"])
     segments = [segment for _, record in several for segment in record.segments.values()]
@@ -171,25 +180,32 @@ def _row(key: tuple[str, str, str], several: Sequence[tuple[Line, PointRecord]],
         options=several[0][0]["options"],
         decoder=str((segments[-1].get("decoding") or {}).get("decoder", "")),
         metric=scored[0][0],
-        seeds=tuple(about["seed"] for about, _ in several),
+        seeds=tuple(about["seed"] for about, _ in once),
         documents=len(scores),
         accuracy=sum(value for _, value, _ in scored) / len(scored),
         low=low,
         high=high,
         new_tokens=sums["new_tokens"] / len(samples),
         tokens_per_forward=rates.get("tokens_per_forward", float("nan")),
-        tokens_per_second=rates.get("tokens_per_second", float("nan")),
+        tokens_per_second=_tokens_per_second([record for _, record in several]),
+        timings=tuple(timings),
         nfe=sums["nfe"] / len(samples),
         forwards={kind: sums[f"{kind}_forwards"] / len(samples) for kind in KINDS},
         acceptance=rates.get("acceptance"),
         acceptance_lengths=dict(sorted(lengths.items())),
         environment=segments[-1]["environment"],
         batch="/".join(sorted({str(segment["rows"]) for segment in segments})),
-        notes=_notes(several, segments),
+        notes=(*_notes(several, segments), *_other_answers(several)),
         orders=[(str(sample["document"]), sample["order"]) for sample in samples if sample.get("order")],
         scores=scores,
-        texts={sample["document"]: sample["text"] for sample in several[0][1].samples.values()},
+        texts={sample["document"]: sample["text"] for sample in once[0][1].samples.values()},
     )
+
+
+def _tokens_per_second(records: Sequence[PointRecord]) -> float:
+    counts = {"new_tokens": sum(record.total("new_tokens") for record in records)}
+    counts["seconds"] = sum(record.decoding_seconds for record in records)
+    return ratios(counts).get("tokens_per_second", float("nan"))
 
 
 def _notes(several: Sequence[tuple[Line, PointRecord]], segments: Sequence[Line]) -> tuple[str, ...]:
@@ -209,6 +225,16 @@ def _notes(several: Sequence[tuple[Line, PointRecord]], segments: Sequence[Line]
     return tuple(dict.fromkeys(notes))
 
 
+def _other_answers(several: Sequence[tuple[Line, PointRecord]]) -> tuple[str, ...]:
+    """A note where repeats did not give the same answers."""
+    texts: dict[Any, set[str]] = {}
+    for about, record in several:
+        for name, sample in record.samples.items():
+            texts.setdefault((about["seed"], name), set()).add(sample["text"])
+    differ = sum(len(one) > 1 for one in texts.values())
+    return (f"{differ} answers differ between repeats: the first one's count",) if differ else ()
+
+
 def _compare(group: Sequence[Row], baselines: Mapping[str, str]) -> None:
     """Give the rows of a model on a task their speed-ups, paired tests and front."""
     named = {row.decoding: row for row in group}
@@ -221,9 +247,11 @@ def _compare(group: Sequence[Row], baselines: Mapping[str, str]) -> None:
     for row in group:
         alike.setdefault((row.decoder, row.new_tokens, *row.forwards.values()), []).append(row)
     for rows in alike.values():
+        timings = [timing for row in rows for timing in row.timings]
         for row in rows:
-            row.pace = _mean([one.tokens_per_second for one in rows])
-    for row, on_front in zip(group, pareto([(row.pace, row.accuracy) for row in group]), strict=True):
+            row.pace = _mean(timings)
+            row.paces = speed_interval(timings) if len(row.timings) > 1 else (row.pace, row.pace)
+    for row, on_front in zip(group, front([(row.paces, row.accuracy) for row in group]), strict=True):
         row.on_front = on_front
         row.speedup_over_ar, row.speedup_over_baseline = _ratio(row, ar), _ratio(row, tuned)
         if tuned is None or tuned is row:

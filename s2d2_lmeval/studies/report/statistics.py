@@ -105,12 +105,30 @@ def accuracy_under_parallelism(
     return float(speed[0] * accuracy[0] + integrate.trapezoid(worth, speed)), kept
 
 
+def speed_interval(timings: Sequence[float]) -> tuple[float, float]:
+    """A 95 % confidence interval (Student's) of the mean of repeated timings; of one nothing is known but itself."""
+    mean = float(np.mean(timings))
+    if len(timings) < 2:
+        return mean, mean
+    spread = stats.t.ppf((1 + CONFIDENCE) / 2, len(timings) - 1) * stats.sem(timings)
+    return float(mean - spread), float(mean + spread)
+
+
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Which points are on the front: no other is at least as good in both coordinates and better in one. One with a
     coordinate that is not known (NaN) is not.
     """
+    return front([((first, first), second) for first, second in points])
+
+
+def front(points: Sequence[tuple[tuple[float, float], float]]) -> list[bool]:
+    """As :func:`pareto`, where the first coordinate is an interval: two that overlap are equal."""
+
+    def beats(one: tuple[tuple[float, float], float], other: tuple[tuple[float, float], float]) -> bool:
+        ((low, high), value), ((least, most), least_value) = one, other
+        return (low > most and value >= least_value) or (high >= least and value > least_value)
+
     return [
-        not np.isnan(point).any()
-        and not any(other[0] >= point[0] and other[1] >= point[1] and other != point for other in points)
+        not np.isnan([*point[0], point[1]]).any() and not any(beats(other, point) for other in points)
         for point in points
     ]

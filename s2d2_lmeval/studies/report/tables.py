@@ -7,6 +7,7 @@ from math import isnan
 from typing import Any
 
 from s2d2_lmeval.studies.report.results import KINDS, Row
+from s2d2_lmeval.studies.report.statistics import speed_interval
 from s2d2_lmeval.studies.report.varied import AUP_COLUMNS, aup_by_decoder, option_columns
 
 Cells = list[list[str]]
@@ -27,6 +28,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "p": lambda row: shown(row.p_value, ".2g"),
     "tokens/forward": lambda row: shown(row.tokens_per_forward, ".2f"),
     "tokens/s": lambda row: shown(row.tokens_per_second, ".1f"),
+    "95 % of tokens/s": lambda row: (
+        "" if len(row.timings) < 2 else "{:.1f}–{:.1f}".format(*speed_interval(row.timings))
+    ),
     "× ar": lambda row: shown(row.speedup_over_ar, ".2f"),
     "× baseline": lambda row: shown(row.speedup_over_baseline, ".2f"),
     "accepted": lambda row: "" if row.acceptance is None else f"{100 * row.acceptance:.0f} %",
@@ -54,7 +58,14 @@ def about(rows: Sequence[Row]) -> str:
     baseline = next((row.baseline for row in rows if row.baseline), "")
     seeds = f", seeds {', '.join(map(str, first.seeds))}" if len(first.seeds) > 1 else ""
     tuned = f"; the baseline is {baseline}" if baseline else ""
-    return f"{first.metric} over {first.documents} documents{seeds}, {first.batch} requests in flight{tuned}"
+    flight = f"{first.batch} requests in flight, {timed(rows)}"
+    return f"{first.metric} over {first.documents} documents{seeds}, {flight}{tuned}"
+
+
+def timed(rows: Sequence[Row]) -> str:
+    """How often the rows of a table were timed."""
+    least = min(len(row.timings) for row in rows)
+    return "timed once" if least < 2 else f"timed {least} times in turn"
 
 
 def markdown(rows: Sequence[Row]) -> str:
