@@ -13,14 +13,15 @@ from safetensors.torch import save
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from s2d2_lmeval.decoding.rounds.target import unread_masks
 from s2d2_lmeval.errors import TrainingError
 from s2d2_lmeval.families import Facts
 from s2d2_lmeval.families.drafts import MASKS, RECORD, VECTORS
-from s2d2_lmeval.families.facts import AUTOREGRESSIVE
+from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.runtime.gated import Gate
 from s2d2_lmeval.training.anchors import Windows
 from s2d2_lmeval.training.checkpointing import replaced
-from s2d2_lmeval.training.student import Student, bias
+from s2d2_lmeval.training.student import Student
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HIGH_RATE = 2.0
@@ -30,7 +31,8 @@ HIGH_RATE = 2.0
 @dataclass(frozen=True)
 class Form:
     """What an adapter is: its rank, the option ``window`` that it is for, and its masks: vectors, one for each place,
-    which see each other, or random tokens of ``noise`` [low, high), each of which sees earlier ones (Uno's form).
+    which see each other unless the checkpoint's own do not, or random tokens of ``noise`` [low, high), each of which
+    sees earlier ones (Uno's form).
     """
 
     window: int = 8
@@ -39,29 +41,19 @@ class Form:
 
     tags: ClassVar[str] = "lora"
 
-    @property
-    def causal(self) -> bool:
-        """Whether masks see earlier ones only."""
-        return self.noise is not None
-
     def check(self, source: str, facts: Facts) -> None:
-        """Refuse a target that is not autoregressive; TrainingError."""
-        if facts.scheme != AUTOREGRESSIVE:
-            raise TrainingError(
-                f"{source} ({facts.family}) drafts for itself already. Adapters are trained for autoregressive "
-                "checkpoints."
-            )
+        """Every checkpoint is decoded by ``sliding``, whose drafts an adapter makes."""
 
     def student(self, model: PreTrainedModel, facts: Facts, seed: int) -> AdaptedModel:
         """``model`` with an adapter that changes nothing yet."""
-        return AdaptedModel(model, self, seed)
+        return AdaptedModel(model, facts, self, seed)
 
     def described(self, source: str) -> str:
         """What it is, in Markdown."""
         masks = (
             f"random tokens from {self.noise[0]} to {self.noise[1] - 1}, each of which sees earlier ones"
             if self.noise
-            else "a vector for each place, which see each other"
+            else "a vector for each place"
         )
         return f"""\
 # A draft adapter for {source}
@@ -75,11 +67,15 @@ those of the plain weights.
 
 
 class AdaptedModel(Student):
-    """``model``, frozen, and an adapter of ``form`` in float32."""
+    """``model``, frozen, and an adapter of ``form`` in float32. Masks stand where the decoder's do
+    (:func:`~s2d2_lmeval.decoding.rounds.target.plan_round`): from the place of the token where a draft starts on or, if
+    a mask is what says the target's own choice of it, after that.
+    """
 
-    def __init__(self, model: PreTrainedModel, form: Form, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, facts: Facts, form: Form, seed: int) -> None:
         super().__init__(model, form.window - 1)
-        self.form = form
+        self.form, self.facts, self.unread = form, facts, unread_masks(facts)
+        self.causal = form.noise is not None or facts.window_causal
         embedding = model.get_input_embeddings().weight
         generator = torch.Generator().manual_seed(seed)
         factors = {}
@@ -94,8 +90,8 @@ class AdaptedModel(Student):
             raise TrainingError(f"a {type(model).__name__} has no projections named {', '.join(PROJECTIONS)}.")
         vectors = None
         if form.noise is None:
-            mean = embedding.float().mean(0)
-            vectors = self.parameters[MASKS] = nn.Parameter(mean.repeat(form.window - 1, 1))
+            first = embedding[facts.mask_token_id] if facts.mask_token_id != NO_MASK else embedding.float().mean(0)
+            vectors = self.parameters[MASKS] = nn.Parameter(first.float().repeat(self.masks + self.unread, 1))
         self.gate = Gate(model, factors, vectors)
 
     def groups(self) -> list[dict[str, Any]]:
@@ -106,19 +102,29 @@ class AdaptedModel(Student):
 
     def forward(self, windows: Windows, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """As the base class says."""
-        cache, width = DynamicCache(), windows.masks
-        clean = self.read(windows, cache)
+        cache, width, shifted = DynamicCache(), windows.masks + self.unread, self.facts.token_shift
+        clean, seen = self.read(windows, cache), windows.sight(width, self.causal)
+        taught = clean[windows.teachers]
+        if not shifted:
+            # A mask says the target's own choice, and a window after it sees that mask too.
+            hidden, of_choices = self._choices(windows, cache), windows.starts.repeat_interleave(width)
+            taught = hidden[(windows.teachers + 1).clamp(max=len(hidden) - 1)]
+            choice = torch.nn.functional.one_hot(of_choices, len(hidden)).bool()
+            seen = torch.cat([seen[:, : len(hidden)], choice, seen[:, len(hidden) :]], dim=1)
         low, high = self.form.noise or (0, 1)
         masks = torch.randint(low, high, (len(windows.starts) * width,), generator=generator).to(self.device)
         with self.gate.opened(1 + windows.places(width), captured=True):
-            drafted = self.backbone(
-                input_ids=masks.unsqueeze(0),
-                position_ids=windows.positions_of(width).unsqueeze(0),
-                attention_mask=bias(windows.sight(width, self.form.causal), self.model.dtype),
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[0]
-        return drafted, clean[windows.teachers]
+            drafted = self.run(masks, windows.positions_of(width) + (not shifted), seen, cache)
+        return drafted.view(-1, width, drafted.shape[1])[:, self.unread :].flatten(0, 1), taught
+
+    @torch.no_grad()
+    def _choices(self, windows: Windows, cache: DynamicCache) -> torch.Tensor:
+        """Hidden states (L, H) of a mask in the place of every token, which sees the text before it: an unshifted
+        target's own choices there. Their keys stay in the ``cache``.
+        """
+        own = torch.eye(len(windows.tokens), dtype=torch.bool, device=self.device)
+        seen = torch.cat([windows.clean_sight() & ~own, own], dim=1)
+        return self.run(torch.full_like(windows.tokens, self.facts.mask_token_id), windows.positions, seen, cache)
 
     def save(self, folder: Path, base: str, source: str) -> None:
         """Write the adapter as the package peft does, and what is said of its drafts, in bfloat16 for size."""
@@ -128,7 +134,7 @@ class AdaptedModel(Student):
         vectors = stored.pop(MASKS, None)
         names = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in stored})
         factors = {f"base_model.model.{name}": value for name, value in stored.items()}
-        record: dict[str, Any] = {"window": self.form.window, "sight": "causal" if self.form.causal else "both"}
+        record: dict[str, Any] = {"window": self.form.window, "sight": "causal" if self.causal else "both"}
         if self.form.noise is not None:
             record["noise"] = list(self.form.noise)
         rank = self.form.rank

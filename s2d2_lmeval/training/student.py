@@ -43,10 +43,18 @@ class Student(ABC):
     @torch.no_grad()
     def read(self, windows: Windows, cache: Cache | None = None) -> torch.Tensor:
         """Hidden states (L, H) of the plain target, which reads the texts token by token."""
+        return self.run(windows.tokens, windows.positions, windows.clean_sight(), cache)
+
+    def run(
+        self, tokens: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor, cache: Cache | None
+    ) -> torch.Tensor:
+        """Hidden states (N, H) of ``tokens`` (N,); ``seen`` (N, C + N) is what they see of the ``cache`` and of each
+        other.
+        """
         return self.backbone(
-            input_ids=windows.tokens.unsqueeze(0),
-            position_ids=windows.positions.unsqueeze(0),
-            attention_mask=bias(windows.clean_sight(), self.model.dtype),
+            input_ids=tokens.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            attention_mask=bias(seen, self.model.dtype),
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state[0]

@@ -49,7 +49,7 @@ def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapt
     """Writes a random adapter of a form."""
 
     def written(form: Form) -> Path:
-        adapted = AdaptedModel(load_checkpoint(checkpoint, device="cpu")[0], form, seed=3)
+        adapted = AdaptedModel(*load_checkpoint(checkpoint, device="cpu"), form, seed=3)
         generator = torch.Generator().manual_seed(4)
         for name, parameter in adapted.parameters.items():
             if not name.endswith("lora_A.weight"):

@@ -123,7 +123,7 @@ def test_drafts_in_the_form_of_uno_are_those_of_a_written_out_forward(checkpoint
 def test_training_sees_what_decoding_sees(checkpoint: Path, adapter: Adapter, form: str) -> None:
     """The windows of a training step are those that the engine runs after the same text."""
     folder, of = adapter(FORMS[form]), FORMS[form]
-    adapted = AdaptedModel(load_checkpoint(checkpoint, device="cpu")[0], of, seed=3)
+    adapted = AdaptedModel(*load_checkpoint(checkpoint, device="cpu"), of, seed=3)
     tensors = load_file(folder / "adapter_model.safetensors")
     if of.noise is None:
         tensors |= {
@@ -141,7 +141,7 @@ def test_training_sees_what_decoding_sees(checkpoint: Path, adapter: Adapter, fo
             continue
         text = windows.tokens[start:place].tolist()
         rows = slice(number * windows.masks, (number + 1) * windows.masks)
-        found = forward(model, text, tokens[rows], causal=of.causal, gated=True)[len(text) :]
+        found = forward(model, text, tokens[rows], causal=adapted.causal, gated=True)[len(text) :]
         assert (adapted.head(drafted[rows]) - found).abs().max() < 1e-4
     assert taught.shape == drafted.shape
 

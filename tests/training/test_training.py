@@ -205,7 +205,6 @@ def refused(said: str, call: Callable[[], Any]) -> None:
 def test_what_cannot_be_trained_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     refused("no prompt", lambda: train(checkpoint, tmp_path, prompts=[]))
     refused("do not fit the 256 positions", lambda: train(checkpoint, tmp_path, prompts=[[1] * 250]))
-    refused("drafts for itself already", lambda: run(Target("toy"), PROMPTS, tmp_path, FORM, RECIPE))
     refused("nothing to learn from", lambda: divided([Text([1], [2])] * 4, 1))
     train(checkpoint, tmp_path / "run", Recipe(steps=1, windows=2))
     refused("answers to other prompts", lambda: train(checkpoint, tmp_path / "run", prompts=[[9, 9]] * 12))
