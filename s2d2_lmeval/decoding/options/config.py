@@ -47,7 +47,7 @@ class DecodingConfig(
     windows.StridedOptions,
     windows.ReorderedOptions,
     rounds.TreeOptions,
-    rounds.PairsOption,
+    rounds.HintOptions,
     rounds.DrafterOptions,
     s2d2.VerifierOptions,
     s2d2.RemaskingOption,

@@ -28,11 +28,6 @@ class SlidingOptions:
         "depend on the others; false: they do not",
     )
     draft_shape: str = option("tree", "the shape of a draft", choices=DRAFT_SHAPES)
-    lookup: bool = option(
-        True,
-        "with window=1, draft what followed the last tokens before, in prompt, answer and (with share_budget) earlier "
-        "answers",
-    )
 
     @staticmethod
     def faults(config: Any) -> Iterator[str]:
@@ -61,8 +56,10 @@ class SlidingOptions:
 
 
 @dataclass(frozen=True)
-class PairsOption:
-    """Trees that know the token above (sliding, DDTree)."""
+class HintOptions:
+    """What drafts go by beside the model's: text that is there (sliding, DDTree). Trees of masks or of a drafter take
+    neither with share_budget=false or schedule=reference.
+    """
 
     pairs: float = option(
         0.5,
@@ -70,6 +67,11 @@ class PairsOption:
         "share_budget=false and schedule=reference",
         low=0.0,
         high=4.0,
+    )
+    lookup: bool = option(
+        True,
+        "draft what followed the last tokens before, in prompt, answer and (with share_budget) earlier answers: with "
+        "window=1 in place of masks, else within a tree that counts pairs or could",
     )
 
 

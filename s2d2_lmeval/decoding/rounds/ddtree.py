@@ -20,11 +20,11 @@ import torch
 from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.options.blocks import ScheduleOption
 from s2d2_lmeval.decoding.options.general import LogprobsOption
-from s2d2_lmeval.decoding.options.rounds import DrafterOptions, PairsOption, TreeOptions
+from s2d2_lmeval.decoding.options.rounds import DrafterOptions, HintOptions, TreeOptions
 from s2d2_lmeval.decoding.passes import Sent
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.dflash import TARGETS_LAW, DFlash
-from s2d2_lmeval.decoding.rounds.pairs import Pairs
+from s2d2_lmeval.decoding.rounds.hints import Hints
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
 from s2d2_lmeval.runtime.passes import DRAFTER
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
 
 CHOICES = 16
-"""Tokens per place that a tree branches over where it goes by pairs; otherwise as many as it has nodes."""
+"""Tokens per place that a tree branches over where it goes by hints; otherwise as many as it has nodes."""
 
 WIDEST, WIDEST_FORWARD = 256, 1024
 """What ``tree_budget=auto`` considers: nodes per row, and queries of all rows together."""
@@ -44,7 +44,7 @@ WIDEST, WIDEST_FORWARD = 256, 1024
     "ddtree",
     *("autoregressive", "block"),
     promise=TARGETS_LAW,
-    options=(ScheduleOption, DrafterOptions, TreeOptions, PairsOption, LogprobsOption),
+    options=(ScheduleOption, DrafterOptions, TreeOptions, HintOptions, LogprobsOption),
     needs_drafter=True,
 )
 class DDTree(DFlash):
@@ -66,16 +66,16 @@ class DDTree(DFlash):
 
     def __init__(self, setup: DecoderSetup) -> None:
         super().__init__(setup)
-        if self._counts_pairs:
-            self.pairs = Pairs(setup, self.config.pairs, self.depths + 2)
+        if self._takes_hints:
+            self.hints = Hints(setup, self.depths)
 
     @property
-    def _counts_pairs(self) -> bool:
-        return bool(self.config.pairs) and self.config.schedule != "reference"
+    def _takes_hints(self) -> bool:
+        return bool(self.config.pairs or self.config.lookup) and self.config.schedule != "reference"
 
     @property
     def choices(self) -> int:
-        return max(min(self.rows.most_nodes, CHOICES) if self._counts_pairs else self.rows.most_nodes, 1)
+        return max(min(self.rows.most_nodes, CHOICES) if self._takes_hints else self.rows.most_nodes, 1)
 
     def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
         """With ``tree_budget=auto``, measure the cost of rounds at this batch size."""
@@ -87,10 +87,13 @@ class DDTree(DFlash):
             self.seconds_of = self.tables.put("seconds", torch.from_numpy(target + draft))
         super().calibrate_costs(measure_costs)
 
-    def _grow(self, log_p: torch.Tensor, token: torch.Tensor, last: torch.Tensor) -> trees.Tree:
+    def _grow(self, log_p: torch.Tensor, token: torch.Tensor, sent: Sent) -> trees.Tree:
         # In double precision, so that the order of nodes is that of exact sums.
         log_p, nodes = log_p.double() * self.config.tree_sharpen, self.rows.most_nodes
-        branches = None if self.pairs is None else self.pairs.branches(log_p, token, last)
+        branches, slots = None, sent["waiting"]
+        if self.hints is not None:
+            room = torch.ones_like(token[:, :, 0], dtype=torch.bool)
+            token, branches = self.hints.branches(log_p, token, sent["tail"][slots], room, slots)
         return trees.grow(log_p, token, nodes, self.config.tree_seed_chain, self.beams, branches)
 
     def _nodes_to_run(self, tree: trees.Tree, sent: Sent) -> torch.Tensor | None:

@@ -57,7 +57,6 @@ def plan_draft(rows: RoundRows, mask_token_id: int, block: int) -> Plan:
             "waiting": (slots, 0),
             "base": (np.arange(len(slots)) * (block - 1), 0),
             "length": (lengths[slots], 0),
-            "last": (last, 0),
             "key": (rows.key[slots], 0),
         },
         model=DRAFTER,
@@ -110,7 +109,7 @@ class DFlash(Target):
         if not (self.rows.phase == PROPOSE).any():
             return super().plan()
         assert self.facts.drafter is not None
-        self._plan = plan_draft(self.rows, self.facts.drafter.mask_token_id, self.depths + 1)
+        self._plan = self._hinted(plan_draft(self.rows, self.facts.drafter.mask_token_id, self.depths + 1))
         return self._plan
 
     def assemble(self, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,11 +121,13 @@ class DFlash(Target):
         """After the drafter's forward plant its draft, without a read of the device; after the target's judge it."""
         if sent.model != DRAFTER:
             return super().decide(sent, logits)
+        if self.hints is not None:
+            self.hints.read(sent["fresh"])
         self.sound.logical_and_(~logits.isnan().any())
         ahead = torch.arange(self.depths, device=logits.device)
         position = sent["length"].unsqueeze(1) + ahead
         of_rows = logits[(sent["base"].unsqueeze(1) + ahead).flatten()]
-        tree = self._grow(*self.acceptance.candidates(of_rows, position, sent), sent["last"].unsqueeze(1))
+        tree = self._grow(*self.acceptance.candidates(of_rows, position, sent), sent)
         self.rows.plant(sent["waiting"], tree)
         return Decided(self._nodes_to_run(tree, sent))
 
@@ -140,8 +141,8 @@ class DFlash(Target):
         rows.phase[slots] = VERIFY
         return np.zeros_like(slots)
 
-    def _grow(self, log_p: torch.Tensor, token: torch.Tensor, last: torch.Tensor) -> trees.Tree:
-        """The tree (R, N) of drafts after the ``last`` token (R, 1), from the likeliest tokens (R, depths, choices) and
+    def _grow(self, log_p: torch.Tensor, token: torch.Tensor, sent: Sent) -> trees.Tree:
+        """The tree (R, N) of the drafts that ``sent`` asks for, from the likeliest tokens (R, depths, choices) and
         their ``log_p``; here a chain.
         """
         above = torch.arange(self.depths, device=token.device).expand(len(token), -1)

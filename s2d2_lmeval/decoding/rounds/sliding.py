@@ -29,14 +29,14 @@ from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.general import LogprobsOption
 from s2d2_lmeval.decoding.options.option import SCHEMES
-from s2d2_lmeval.decoding.options.rounds import PairsOption, SlidingOptions
+from s2d2_lmeval.decoding.options.rounds import HintOptions, SlidingOptions
 from s2d2_lmeval.decoding.options.s2d2 import AcceptanceOption
 from s2d2_lmeval.decoding.passes import Plan
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed, Rejection
 from s2d2_lmeval.decoding.rounds.budgets import QueryBudget
+from s2d2_lmeval.decoding.rounds.hints import Hints
 from s2d2_lmeval.decoding.rounds.lookup import Draft, Lookup, Text
-from s2d2_lmeval.decoding.rounds.pairs import Pairs
 from s2d2_lmeval.decoding.rounds.target import Target, unread_masks
 from s2d2_lmeval.decoding.state import DRAFT, PREFILL, VERIFY
 from s2d2_lmeval.errors import ConfigError
@@ -68,7 +68,7 @@ PRICE_UNIT = 2.0**30
     *SCHEMES,
     promise="the model's own autoregressive law, token for token the output of ar with the same seed (tested in "
     "float32 and float64, and on a CPU in bfloat16 with exact=true; otherwise near-ties can fall either way)",
-    options=(AcceptanceOption, SlidingOptions, PairsOption, LogprobsOption),
+    options=(AcceptanceOption, SlidingOptions, HintOptions, LogprobsOption),
     acceptances=("keyed", "rejection"),
 )
 class Sliding(Target):
@@ -112,8 +112,8 @@ class Sliding(Target):
         else:
             choices = 1 if config.draft_shape == "chain" or not self.window else CHOICES
             self.acceptance = Keyed(config, self.source, self.depths, choices, coupled=config.sampled)
-        if config.pairs and config.shares_budget and self.acceptance.choices > 1:
-            self.pairs = Pairs(setup, config.pairs, self.depths + 2)
+        if (config.pairs or config.lookup) and config.shares_budget and self.acceptance.choices > 1:
+            self.hints = Hints(setup, self.depths)
         self.lookups = [Lookup()] * rows.count
         """What each row's drafts are looked up in: with shared budgets one for all."""
         self.texts: dict[int, Text] = {}
@@ -197,7 +197,7 @@ class Sliding(Target):
 
     # ---- device ----
 
-    def _propose(self, logits: torch.Tensor, end: torch.Tensor, bonus: torch.Tensor) -> list[torch.Tensor]:
+    def _propose(self, logits: torch.Tensor, end: torch.Tensor) -> list[torch.Tensor]:
         if not self.window:
             return []
         sent, rows = self._sent, self.rows
@@ -205,7 +205,7 @@ class Sliding(Target):
         at_end = (sent["holder"] == end) & (index < sent["windows"])
         met = at_end.any(1, keepdim=True)
         base = sent["base"] - sent.part("window").start
-        tree = self._draft(logits, met, base + at_end.long().argmax(1, keepdim=True) * self.window, end, bonus)
+        tree = self._draft(logits, met, base + at_end.long().argmax(1, keepdim=True) * self.window, end)
         running, learned = sent["running"].squeeze(1).bool(), sent["learned"].view(torch.float64)
         waited = sent["waited"].unsqueeze(1).bool()
         nodes, windows, price = self.budget.buy(tree, met, running, waited, *learned)
@@ -213,11 +213,9 @@ class Sliding(Target):
         rows.holder.copy_(windows.long().argsort(dim=1, descending=True, stable=True))
         return [met, nodes, windows.sum(1, keepdim=True), (price * PRICE_UNIT).expand_as(nodes)]
 
-    def _draft(
-        self, logits: torch.Tensor, met: torch.Tensor, base: torch.Tensor, end: torch.Tensor, bonus: torch.Tensor
-    ) -> trees.Tree:
-        """Grow each row's next tree, below ``bonus`` (count, 1), from the window at ``base`` (count, 1) of the window
-        ``logits``, if the walk's ``end`` ``met`` one.
+    def _draft(self, logits: torch.Tensor, met: torch.Tensor, base: torch.Tensor, end: torch.Tensor) -> trees.Tree:
+        """Grow each row's next tree from the window at ``base`` (count, 1) of the window ``logits``, if the walk's
+        ``end`` ``met`` one.
         """
         sent, nodes = self._sent, self.rows.most_nodes
         if not len(logits):
@@ -229,7 +227,10 @@ class Sliding(Target):
         # A node at position p needs a token after it: the walk's bonus.
         room = (position < sent["limit"].unsqueeze(1) - 1) & met
         best = best.masked_fill(~room.unsqueeze(2), -torch.inf)
-        branches = None if self.pairs is None else self.pairs.branches(best, token, bonus)
+        branches = None
+        if self.hints is not None:
+            every = torch.arange(len(best), device=best.device)
+            token, branches = self.hints.branches(best, token, self.hints.tail, room, every)
         return trees.grow(best, token, nodes, beams=self.beams, branches=branches)
 
     # ---- host ----

@@ -33,8 +33,8 @@ from s2d2_lmeval.decoding.options.option import SCHEMES
 from s2d2_lmeval.decoding.passes import Cells, PassBuilder, Plan, Sent
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed
+from s2d2_lmeval.decoding.rounds.hints import Hints
 from s2d2_lmeval.decoding.rounds.lookup import Draft
-from s2d2_lmeval.decoding.rounds.pairs import Pairs
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.filters import filtered
 from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, SequenceState
@@ -230,8 +230,8 @@ class Target(Decoder[RoundRows]):
         self.depths = self.most_depths(config, facts)
         self.rows = RoundRows(setup, self.most_nodes(config, facts, setup.slots))
         self.acceptance = Keyed(config, self.source, self.depths)
-        self.pairs: Pairs | None = None
-        """The counted pairs that its trees go by, if they do."""
+        self.hints: Hints | None = None
+        """What its trees go by beside drafts, if they do."""
         self.sound = setup.tables.full("sound", (), True, torch.bool)
         """Whether all logits were numbers."""
 
@@ -266,17 +266,19 @@ class Target(Decoder[RoundRows]):
 
     def admitted(self, slot: int) -> None:
         """A request has been admitted to ``slot``."""
-        if self.pairs is not None:
-            self.pairs.known[slot] = 0
+        if self.hints is not None:
+            self.hints.known[slot] = 0
         self._enter_round(np.array([slot]))
 
     def plan(self) -> Plan:
         """Lay out the next forward of all active rows."""
         chunk, feeds = self.prefill_chunk, self.feeds_drafter
-        self._plan = plan_round(self.rows, self.facts, self.depths, chunk, self.window, feeds)
-        if self.pairs is not None:
-            self._plan = replace(self._plan, rows={**self._plan.rows, "fresh": self.pairs.fresh(self.rows)})
+        self._plan = self._hinted(plan_round(self.rows, self.facts, self.depths, chunk, self.window, feeds))
         return self._plan
+
+    def _hinted(self, plan: Plan) -> Plan:
+        """The ``plan``, which also tells the device what its hints learn from."""
+        return plan if self.hints is None else replace(plan, rows={**plan.rows, **self.hints.told(self.rows)})
 
     # ---- device ----
 
@@ -284,18 +286,20 @@ class Target(Decoder[RoundRows]):
         return assemble_round(self.rows, sent, self.depths, self.facts.window_causal if self.window else None)
 
     def decide(self, sent: Sent, logits: torch.Tensor) -> Decided:
+        if self.hints is not None:
+            self.hints.read(sent["fresh"])
         if not sent.present:  # prefill chunks only
             return Decided(None)
         self._sent = sent
-        if self.pairs is not None:
-            self.pairs.read(sent["fresh"])
         if self.facts.mask_token_id != NO_MASK:
             logits[:, self.facts.mask_token_id] = -torch.inf
         verify, window = logits[sent.part("verify")], logits[sent.part("window")]
         path, bonus = self.acceptance.judge(verify, sent)
         tokens = torch.cat([sent["token"].gather(1, path), bonus], dim=1)
         depth = sent["depth"][:, : sent["above"].shape[1]]
-        proposed = self._propose(window, path.amax(1, keepdim=True), bonus)
+        if self.hints is not None:
+            self.hints.decided(sent, path, tokens)
+        proposed = self._propose(window, path.amax(1, keepdim=True))
         self.sound.logical_and_(~verify.isnan().any())
         laws = [self._laws(verify, path, tokens)] if self.config.logprobs else []
         return Decided(pack([self.sound.expand_as(bonus), path, tokens, depth, *laws, *proposed]), path[:, 1:] - 1)
@@ -310,9 +314,9 @@ class Target(Decoder[RoundRows]):
         decided = tokens[:, 1:].where(~last, tokens[:, -1:])
         return as_bits((law[row_of, decided] - law.logsumexp(-1)[row_of]).double())
 
-    def _propose(self, logits: torch.Tensor, end: torch.Tensor, bonus: torch.Tensor) -> list[torch.Tensor]:
-        """Draft the next round from the window ``logits``, given the walks' ``end`` and ``bonus`` token (count, 1);
-        returns columns (count, any) for :meth:`_after_round`.
+    def _propose(self, logits: torch.Tensor, end: torch.Tensor) -> list[torch.Tensor]:
+        """Draft the next round from the window ``logits``, given the walks' ``end`` (count, 1); returns columns
+        (count, any) for :meth:`_after_round`.
         """
         return []
 
