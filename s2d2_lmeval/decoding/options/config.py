@@ -161,9 +161,7 @@ class DecodingConfig(
 
     @property
     def looks_up(self) -> bool:
-        """Whether drafts are looked up in text: where a window of masks drafts, a walk along what was looked up would
-        leave it behind.
-        """
+        """Whether drafts are looked up in text in place of masks."""
         return self.lookup and self.window == 1
 
     @property

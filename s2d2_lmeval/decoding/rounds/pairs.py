@@ -48,4 +48,4 @@ class Pairs:
 
 
 def _counter(above: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    return (above * 1_000_003 + token * 7919) % SIZE
+    return (above * 1_000_003 + token * 7919) & (SIZE - 1)

@@ -31,7 +31,7 @@ PRIOR = 4.0
 PLACES = 2**28
 """More than there are tokens in memory: above it an n-gram's entry says when it was written, so the newest wins."""
 
-FACTORS = 6_364_136_223_846_793_005, 2_862_933_555_777_941_757
+FACTOR, FACTOR_OF_ROW = 2_862_933_555_777_941_757, 6_364_136_223_846_793_005
 """Of the hash of an n-gram, modulo 2^64."""
 
 
@@ -49,6 +49,8 @@ class Recall:
         self.place = table("place", (SIZE,), 0)
         """Where an n-gram was last followed by a token, as a place in the flat text, and when."""
         self.steps = table("steps", (1,), 0)
+        factors = torch.tensor([pow(FACTOR, power, 2**62) for power in range(GRAM)])
+        self.factors = setup.tables.put("recall.factors", factors)
         self.right, self.tried = (table(name, (LONGEST * BUCKETS + 1,), 0, torch.float32) for name in ("hits", "tries"))
         self.said = table("said", (setup.slots, depths), -1)
         """What each row's text goes on with, if it goes on as before; -1: nothing is known."""
@@ -63,7 +65,7 @@ class Recall:
         flat = place + torch.arange(len(fresh), device=fresh.device).unsqueeze(1) * (KEPT + 1)
         when = self.steps * width + torch.arange(width, device=fresh.device)
         grams = torch.cat([before, fresh], dim=1).unfold(1, GRAM, 1)[:, :-1]
-        key, known = _keys(grams, torch.arange(len(fresh), device=fresh.device).view(-1, 1, 1))
+        key, known = self._keys(grams, torch.arange(len(fresh), device=fresh.device).view(-1, 1, 1))
         entry = ((when * PLACES + flat) * real).unsqueeze(2) * known
         self.place.scatter_reduce_(0, key.flatten(), entry.flatten(), "amax")
         self.end += real.sum(1, keepdim=True)
@@ -73,7 +75,7 @@ class Recall:
         """What followed the longest known end of the ``tail`` (R, LONGEST) of the texts in ``slots`` (R,), and the
         length of the match, both (R, depths); -1 where nothing is known.
         """
-        key, known = _keys(tail[:, -GRAM:], slots.unsqueeze(1))
+        key, known = self._keys(tail[:, -GRAM:], slots.unsqueeze(1))
         found = self.place[key] * known % PLACES
         row, place = found // (KEPT + 1), found % (KEPT + 1)
         back = (place.unsqueeze(2) - 1 - torch.arange(LONGEST, device=tail.device)) % KEPT
@@ -130,16 +132,10 @@ class Recall:
         self.right.index_add_(0, cell.flatten(), (tried & right).flatten().float())
         self.said.masked_fill_(running, -1)
 
-
-def _keys(grams: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places (..., 2 * GRAM) of the ends of ``grams`` (..., GRAM), the longest first, in the text of row ``slots``
-    (..., 1) and in all; and which of them there are.
-    """
-    backwards = grams.flip(-1)
-    hashed, keys = torch.zeros_like(slots), []
-    for length in range(GRAM):
-        hashed = (hashed + backwards[..., length : length + 1] + 2) * FACTORS[0]
-        keys += [hashed, (hashed + slots + 1) * FACTORS[1]]
-    key = (torch.cat(keys[::-1], dim=-1) >> 24) % SIZE
-    known = (backwards >= 0).long().cumprod(-1).flip(-1).repeat_interleave(2, dim=-1)
-    return key, known
+    def _keys(self, grams: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places (..., 2 * GRAM) of the ends of ``grams`` (..., GRAM), the longest first, in the text of row ``slots``
+        (..., 1) and in all; and which of them there are.
+        """
+        ends = ((grams + 2).flip(-1) * self.factors).cumsum(-1).flip(-1)
+        key = torch.stack([ends + (slots + 1) * FACTOR_OF_ROW, ends], dim=-1).flatten(-2) * FACTOR
+        return (key >> 24) & (SIZE - 1), (grams >= 0).repeat_interleave(2, dim=-1)

@@ -5,7 +5,8 @@ draft window slides: it begins at the first undecided position, not at a block b
 :mod:`~s2d2_lmeval.decoding.rounds.target`, whose forward also runs draft windows where the walk may end; step 3 is:
 
 a. draft   the window at the walk's end, if it had one, gives the marginals of the next tree
-           (:mod:`~s2d2_lmeval.decoding.rounds.trees`)
+           (:mod:`~s2d2_lmeval.decoding.rounds.trees`), which also goes by the text so far
+           (:mod:`~s2d2_lmeval.decoding.rounds.hints`)
 b. buy     all rows divide the forward's query budget among nodes and windows
            (:mod:`~s2d2_lmeval.decoding.rounds.budgets`)
 
