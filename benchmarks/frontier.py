@@ -180,7 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prompts = toy_prompts(given.prompts) if name == "toy" else questions(path, given.prompts, given.data)
         adapter = bool(draft) and (Path(draft) / "adapter_config.json").is_file()
         ways = WAYS["adapter" if adapter else "drafter" if draft else "toy" if name == "toy" else "plain"]
-        loaded = load(path, **{"draft_adapter" if adapter else "draft": draft or None}, max_batch=given.batch)
+        drafter, adapter_of = (None, draft) if adapter else (draft or None, None)
+        loaded = load(path, draft=drafter, draft_adapter=adapter_of, max_batch=given.batch)
         found[title] = measured(loaded, prompts, ways, given.new_tokens)
         print(table(title, found[title]), flush=True)
     if given.output is not None:
