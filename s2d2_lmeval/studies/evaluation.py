@@ -77,6 +77,7 @@ class Evaluator:
         )
         if len(store.record.samples) < job.samples:
             _warm_up(lm)
+        store.token_text = lambda token: str(lm.tok_decode([token], skip_special_tokens=False))
         lm.store = store
         try:
             results = _evaluate(lm, job)

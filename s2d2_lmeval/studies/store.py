@@ -232,6 +232,7 @@ class PointStore:
         self._on_sample = on_sample
         self._began, self._before, self.added = 0.0, 0, 0
         self.asked: dict[str, None] = {}
+        self.token_text: Callable[[int], str] | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = path.open("ab", buffering=0)
@@ -304,6 +305,10 @@ class PointStore:
         self._before = sum(name in self.record.samples for name in self.asked) - self.added
         self._began = time.perf_counter()
 
+    def _pieces(self, steps: Sequence[Step]) -> list[str] | None:
+        """The texts of the tokens in their decoding order, if somebody knows them."""
+        return None if self.token_text is None else [self.token_text(token) for token in decided_tokens(steps)]
+
     def add(self, prompt: Prompt, response: TracedResponse, steps: Sequence[Step]) -> None:
         """Put a response on disk."""
         end = len(prompt.ids) + int(response.stats["new_tokens"])
@@ -315,6 +320,7 @@ class PointStore:
             "stats": dict(response.stats),
             "accepted": [verification.accepted for verification in verifications(steps, end)],
             "order": decoding_order(steps) if is_kept else None,
+            "pieces": self._pieces(steps) if is_kept else None,
             "segment": max(self.record.segments),
             "elapsed": time.perf_counter() - self._began,
         }
@@ -322,6 +328,12 @@ class PointStore:
         self.added += 1
         if self._on_sample is not None:
             self._on_sample(line, self._before + self.added)
+
+
+def decided_tokens(steps: Sequence[Step]) -> list[int]:
+    """The token in every place of :func:`decoding_order`."""
+    tokens = {at: token for step in steps for at, token in enumerate(step.tokens, step.start)}
+    return [tokens[place] for place, _, _ in decoding_order(steps)]
 
 
 def decoding_order(steps: Sequence[Step]) -> list[list[int]]:

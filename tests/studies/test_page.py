@@ -69,6 +69,18 @@ def test_charts_show_every_configuration_and_nothing_is_fetched(page: Path) -> N
     assert names[:2] == ["ar", "s2d2"]
 
 
+def test_a_slider_goes_through_the_steps(page: Path) -> None:
+    shown = "[...document.querySelectorAll('.order')].map((one) => [...one.querySelectorAll('span:not(.open)')].length)"
+    move = (
+        "(() => {const slider = document.querySelector('input[data-steps]'); slider.value = 1; "
+        "slider.dispatchEvent(new Event('input')); return document.querySelector('output').textContent})()"
+    )
+    whole, said, first, title = ask(page, shown, move, shown, "document.querySelector('.order span').title")
+    assert whole == [10, 10, 10]
+    assert (said, first) == ("1 of 3", [4, 4, 4])
+    assert title == "step 1: accepted"
+
+
 def test_a_click_on_a_header_sorts(page: Path) -> None:
     click = (
         "(() => {const head = [...document.querySelectorAll('thead button')].find((one) => one.textContent === "

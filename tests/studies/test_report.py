@@ -14,6 +14,7 @@ from s2d2_lmeval.cli import main
 from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.studies.report.page import headline, write_report
+from s2d2_lmeval.studies.report.page_data import order_of
 from s2d2_lmeval.studies.report.results import _notes, read_results
 from s2d2_lmeval.studies.report.tables import COLUMNS, cells, columns_of, latex, markdown, timed
 from s2d2_lmeval.studies.report.varied import aup_by_decoder, model_args, varied_options
@@ -48,6 +49,7 @@ def write_study(folder: Path, points: Mapping[str, Mapping[str, Any]], **manifes
                 order = [[5 + place, place // 4, 1 + place % 2] for place in range(10)]
                 elapsed = about["seconds"] * (document + 1) / 20
                 content = {"accepted": [6] if decoder == "s2d2" else [], "order": order if document < 2 else None}
+                content |= {"pieces": [f" t{place}" for place in range(10)] if document < 2 else None}
                 content |= {
                     "stats": stats,
                     "segment": document % segments,
@@ -196,7 +198,7 @@ def test_the_page_needs_nothing_else(folder: Path, capsys: pytest.CaptureFixture
     assert main(["report", str(folder)]) == 0
     assert "s2d2" in capsys.readouterr().out
     page = (folder / "report" / "index.html").read_text(encoding="utf-8")
-    assert len(re.findall(r'src="data:image/svg\+xml;base64,', page)) == 2
+    assert len(re.findall(r'src="data:image/svg\+xml;base64,', page)) == 1
     assert re.findall(r'(?:src|href)="(?!data:|#)', page) == []
     assert "◆" in page
     figures = {path.name for path in (folder / "report" / "figures").glob("*.png")}
@@ -291,3 +293,17 @@ def test_repeats_with_other_answers_are_told(tmp_path: Path) -> None:
     }
     (row,) = read_results(write_study(tmp_path, points)).rows
     assert row.notes == ("20 answers differ between repeats: the first one's count",)
+
+
+def test_the_page_tells_which_token_each_step_decided(folder: Path) -> None:
+    rows = read_results(folder).rows
+    told = order_of(rows)
+    assert told is not None
+    assert [rows[entry["number"]].decoder for entry in told["rows"]] == ["dynamic", "s2d2", "ar"]
+    assert told["rows"][0]["places"][:5] == [[1, 1, " t0"], [1, 2, " t1"], [1, 1, " t2"], [1, 2, " t3"], [2, 1, " t4"]]
+    page = write_report(folder)[1][0].read_text(encoding="utf-8")
+    assert page.count('data-order="') == 3
+    assert "m_t order" not in page  # the figure stays a file
+    for row in rows:
+        row.pieces = {}
+    assert order_of(rows) is None

@@ -46,6 +46,7 @@ def begin(store: PointStore) -> PointStore:
 def fill(path: Path, count: int = 5) -> None:
     with PointStore(path) as store:
         begin(store)
+        store.token_text = "<{}>".format
         for document in range(count):
             store.add(prompt(document), response(f"answer {document} \u2028 ü"), STEPS)
 
@@ -62,6 +63,7 @@ def test_responses_come_back_with_their_statistics(tmp_path: Path) -> None:
         sample = store.record.samples[prompt(0).name]
         assert sample["accepted"] == [1]
         assert sample["order"] == [[2, 1, ACCEPTED], [3, 1, RESAMPLED]]
+        assert sample["pieces"] == ["<1>", "<3>"]
         assert store.record.samples[prompt(4).name]["order"] is None
 
 

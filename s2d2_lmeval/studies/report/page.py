@@ -47,7 +47,10 @@ def write_report(folder: Path, output: Path | None = None) -> tuple[Results, lis
     write_whole(page, _page(results, figures))
     write_whole(written[1], _markdown(results))
     write_whole(written[2], "\n\n".join(tables.latex(rows) for rows in results.groups().values()) + "\n")
-    rows = [{k: v for k, v in asdict(row).items() if k not in ("orders", "scores", "texts")} for row in results.rows]
+    rows = [
+        {k: v for k, v in asdict(row).items() if k not in ("orders", "pieces", "scores", "texts")}
+        for row in results.rows
+    ]
     content = {"name": results.name, "rows": rows, "problems": results.problems, "manifest": dict(results.manifest)}
     write_whole(written[3], json.dumps(content, indent=1) + "\n")
     return results, [*written, *figures.files]
@@ -125,6 +128,7 @@ def _group(rows: Sequence[Row], data: Mapping[str, Any], figures: Figures) -> di
     order = "The order in which one answer was decided."
     baseline = next((place for place, row in enumerate(rows) if row.decoding in {one.baseline for one in rows}), 0)
     other = next((place for place, row in enumerate(rows) if row.on_front and place != baseline), int(baseline == 0))
+    drawn = figures.add(f"{name} order", order, plots.decoding_order, rows)
     return {
         "model": rows[0].model,
         "task": rows[0].task,
@@ -143,10 +147,11 @@ def _group(rows: Sequence[Row], data: Mapping[str, Any], figures: Figures) -> di
         "best": f"{100 * max(row.accuracy for row in rows):.1f} %",
         "documents": data["documents"],
         "sides": (baseline, other),
+        "order": data["order"],
         "notes": [f"{row.decoding}: {note}." for row in rows for note in row.notes],
         "figures": [
             *figures.add(f"{name} acceptance", lengths, plots.acceptance_histogram, rows),
-            *figures.add(f"{name} order", order, plots.decoding_order, rows),
+            *(() if data["order"] else drawn),
         ],
     }
 

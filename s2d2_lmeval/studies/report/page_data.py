@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import isnan
 from typing import Any
 
+from s2d2_lmeval.decoding.generation import MARK_NAMES
+from s2d2_lmeval.studies.report import plots
 from s2d2_lmeval.studies.report.results import Row
 from s2d2_lmeval.studies.report.statistics import speed_interval
 from s2d2_lmeval.studies.report.varied import model_args, varied_options
@@ -62,6 +64,30 @@ def documents_of(rows: Sequence[Row], room: int) -> tuple[dict[str, Any], int]:
     return {"documents": documents, "texts": list(texts)}, room
 
 
+def order_of(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The tokens of one answer under some configurations, each with the step that decided it and how; None where they
+    were not kept.
+    """
+    found = plots.with_order(rows)
+    if found is None:
+        return None
+    document, chosen = found
+    told = [
+        {
+            "number": next(number for number, other in enumerate(rows) if other is row),
+            "places": [
+                [step + 1, mark, text]
+                for (_, step, mark), text in sorted(
+                    zip(order, row.pieces[document], strict=True), key=lambda one: one[0]
+                )
+            ],
+        }
+        for row, order in chosen
+        if len(row.pieces.get(document, ())) == len(order)
+    ]
+    return {"document": document, "marks": MARK_NAMES, "rows": told} if told else None
+
+
 def data_of(
     groups: Sequence[Sequence[Row]], hues: Mapping[str, int], models: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
@@ -69,7 +95,7 @@ def data_of(
     room = MOST_TEXT
     for rows in groups:
         documents, room = documents_of(rows, room)
-        yield {**numbers_of(rows, hues, models), **documents}
+        yield {**numbers_of(rows, hues, models), **documents, "order": order_of(rows)}
 
 
 def swept_options(rows: Sequence[Row]) -> list[str]:

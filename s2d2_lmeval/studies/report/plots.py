@@ -196,7 +196,7 @@ def decoding_order(rows: Sequence[Row]) -> Figure | None:
     import numpy as np
     from matplotlib import pyplot
 
-    found = _with_order(rows)
+    found = with_order(rows)
     if found is None:
         return None
     document, chosen = found
@@ -239,7 +239,7 @@ def _number(axis: Any, order: Sequence[Sequence[int]], first: int, last: int) ->
             axis.plot([column + 0.2, column + 0.8], [line + 0.86] * 2, color=color, linewidth=1.3)
 
 
-def _with_order(rows: Sequence[Row]) -> tuple[str, list[tuple[Row, list[list[int]]]]] | None:
+def with_order(rows: Sequence[Row]) -> tuple[str, list[tuple[Row, list[list[int]]]]] | None:
     """The first document of which most have the order, and up to four configurations: one per decoder, the front
     first.
     """

@@ -159,6 +159,28 @@ function differences(section, group) {
   show();
 }
 
+// The tokens of one answer, each as soon as the step that decided it; the slider says how many steps are over.
+function decodingOrder(section, group) {
+  const slider = section.querySelector("input[data-steps]");
+  if (!slider) return;
+  const last = Math.max(...group.order.rows.flatMap((row) => row.places.map(([step]) => step)));
+  for (const sheet of section.querySelectorAll("[data-order]")) {
+    sheet.querySelector("p").append(...group.order.rows[Number(sheet.dataset.order)].places.map(([step, mark, text]) => {
+      const token = Object.assign(document.createElement("span"), { textContent: text, title: `step ${step}: ${group.order.marks[mark]}` });
+      token.dataset.step = step;
+      token.style.setProperty("--at", step / last);
+      return token;
+    }));
+  }
+  const show = () => {
+    section.querySelector("output").textContent = `${slider.value} of ${last}`;
+    for (const token of section.querySelectorAll("[data-step]")) token.classList.toggle("open", Number(token.dataset.step) > Number(slider.value));
+  };
+  slider.max = slider.value = last;
+  slider.addEventListener("input", show);
+  show();
+}
+
 document.querySelectorAll("section[data-group]").forEach((section) => {
   const group = groups[Number(section.dataset.group)], lines = [...section.querySelectorAll("tr[data-row]")];
   section.querySelectorAll("table[data-sortable]").forEach(sortable);
@@ -183,6 +205,7 @@ document.querySelectorAll("section[data-group]").forEach((section) => {
     });
   }
   differences(section, group);
+  decodingOrder(section, group);
   again();
   addEventListener("resize", again);
 });

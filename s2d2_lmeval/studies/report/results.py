@@ -54,6 +54,7 @@ class Row:
     batch: str
     notes: tuple[str, ...] = ()
     orders: Sequence[tuple[str, list[list[int]]]] = ()
+    pieces: Mapping[str, list[str]] = field(default_factory=dict, repr=False)
     scores: Mapping[int, list[float]] = field(default_factory=dict, repr=False)
     texts: Mapping[int, str] = field(default_factory=dict, repr=False)
     baseline: str = ""
@@ -197,6 +198,7 @@ def _row(key: tuple[str, str, str], several: Sequence[tuple[Line, PointRecord]],
         batch="/".join(sorted({str(segment["rows"]) for segment in segments})),
         notes=(*_notes(several, segments), *_other_answers(several)),
         orders=[(str(sample["document"]), sample["order"]) for sample in samples if sample.get("order")],
+        pieces={str(sample["document"]): sample["pieces"] for sample in samples if sample.get("pieces")},
         scores=scores,
         texts={sample["document"]: sample["text"] for sample in once[0][1].samples.values()},
     )
