@@ -14,6 +14,8 @@ from s2d2_lmeval.errors import StudyError, first_line, shown
 from s2d2_lmeval.harness.upstream import redacted
 
 MANIFEST = "study.json"
+SEARCH = "search.db"
+"""Optuna's record of a search."""
 
 LARGEST_STUDY = 1 << 18
 LARGEST_MANIFEST = 1 << 28

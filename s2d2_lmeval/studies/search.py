@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.harness.identity import HUB_ONLY, of_plain, with_files
 from s2d2_lmeval.runtime.statistics import ratios
+from s2d2_lmeval.studies.files import SEARCH
 from s2d2_lmeval.studies.points import Search
 from s2d2_lmeval.studies.report.results import accuracy_of
 from s2d2_lmeval.studies.store import PointRecord
@@ -21,8 +22,6 @@ from s2d2_lmeval.studies.store import PointRecord
 if TYPE_CHECKING:
     from s2d2_lmeval.studies.planning import Job
     from s2d2_lmeval.studies.sweep import Sweep
-
-STORAGE = "search.db"
 
 
 def search(sweep: Sweep) -> None:
@@ -41,7 +40,7 @@ def search(sweep: Sweep) -> None:
             _search_model(sweep, model, wanted)
     except (OptunaError, SQLAlchemyError) as error:
         raise StudyError(
-            f"{sweep.plan.folder / STORAGE}, the search's own record, cannot be used ({str(error)[:300]}). Make room, "
+            f"{sweep.plan.folder / SEARCH}, the search's own record, cannot be used ({str(error)[:300]}). Make room, "
             "or move it away and start again: points that are complete are found by their names."
         ) from error
 
@@ -51,7 +50,7 @@ def _search_model(sweep: Sweep, model: str, wanted: Search) -> None:
     from optuna.trial import TrialState
 
     study = optuna.create_study(
-        storage=f"sqlite:///{(sweep.plan.folder / STORAGE).resolve()}",
+        storage=f"sqlite:///{(sweep.plan.folder / SEARCH).resolve()}",
         study_name=f"{model} {_what_is_searched(sweep, model, wanted)}",
         directions=["maximize"] * len(wanted.objectives),
         load_if_exists=True,

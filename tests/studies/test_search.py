@@ -10,10 +10,13 @@ import pytest
 from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.studies.planning import read_manifest
+from s2d2_lmeval.studies.report.page import write_report
 from s2d2_lmeval.studies.report.results import read_results
+from s2d2_lmeval.studies.report.search import KINDS, LEAST_TRIALS
 
 from .conftest import RunStudy
 from .small import outcomes
+from .test_report import POINTS, write_study
 
 optuna = pytest.importorskip("optuna")
 
@@ -107,3 +110,27 @@ def test_a_damaged_record_of_the_search(study: dict[str, Any], run_study: RunStu
     (tmp_path / "search.db").write_bytes(b"no database" * 1000)
     with pytest.raises(StudyError, match=r"search\.db.*cannot be used"):
         run_study(study, tmp_path)
+
+
+def test_the_report_shows_history_importance_and_coordinates(tmp_path: Path) -> None:
+    searched = {"objectives": ["accuracy", "tokens_per_forward"]}
+    folder = write_study(tmp_path, {"ar": POINTS["ar"], "s2d2": POINTS["s2d2"]}, study={"search": searched})
+    url = f"sqlite:///{folder / 'search.db'}"
+    record = optuna.create_study(storage=url, study_name="m 1f", directions=["maximize"] * 2)
+    space = {"confidence_threshold": optuna.distributions.FloatDistribution(0.5, 0.99)}
+    for _ in range(LEAST_TRIALS - 1):
+        trial = record.ask(space)
+        record.tell(trial, [trial.params["confidence_threshold"], 2.0])
+    assert "The search" not in write_report(folder)[1][0].read_text(encoding="utf-8")
+    record.tell(record.ask(space), [0.25, 3.0])
+    page, *files = write_report(folder)[1]
+    drawn = {path.name for path in files if "search" in path.name}
+    assert drawn == {
+        f"m_search_{objective}_{kind}.{suffix}"
+        for objective in searched["objectives"]
+        for kind in KINDS
+        for suffix in ("png", "pdf")
+    }
+    text = page.read_text(encoding="utf-8")
+    assert "Which options tokens per forward depended on" in text
+    assert len(text) < 600_000

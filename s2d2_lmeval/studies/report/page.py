@@ -15,6 +15,7 @@ from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.studies.report import plots, tables
 from s2d2_lmeval.studies.report.page_data import data_of, swept_options
 from s2d2_lmeval.studies.report.results import Results, Row, read_results
+from s2d2_lmeval.studies.report.search import searches
 from s2d2_lmeval.studies.report.statistics import speed_interval
 from s2d2_lmeval.studies.store import write_whole
 
@@ -44,7 +45,7 @@ def write_report(folder: Path, output: Path | None = None) -> tuple[Results, lis
     figures = Figures(output / "figures")
     page = output / "index.html"
     written = [page, output / "tables.md", output / "tables.tex", output / "results.json"]
-    write_whole(page, _page(results, figures))
+    write_whole(page, _page(results, folder, figures))
     write_whole(written[1], _markdown(results))
     write_whole(written[2], "\n\n".join(tables.latex(rows) for rows in results.groups().values()) + "\n")
     rows = [
@@ -88,7 +89,7 @@ class Figures:
         return [{"data": f"data:image/svg+xml;base64,{data}", "alt": name, "caption": caption}]
 
 
-def _page(results: Results, figures: Figures) -> str:
+def _page(results: Results, folder: Path, figures: Figures) -> str:
     from jinja2 import Environment
     from markupsafe import Markup
 
@@ -102,8 +103,10 @@ def _page(results: Results, figures: Figures) -> str:
         by_task = {rows[0].task: rows for rows in groups if rows[0].model == model}
         for speed, words in plots.SPEEDS.items():
             figures.add(f"{model} accuracy and {speed}", words, plots.accuracy_and_speed, by_task, speed)
+    found = [figures.add(*one) for one in searches(folder, results.manifest)]
     return template.render(
         name=results.name,
+        searched=[figure for several in found for figure in several],
         rows=len({(row.model, row.decoding) for row in results.rows}),
         models=len(models),
         written=time.strftime("%Y-%m-%d %H:%M"),
