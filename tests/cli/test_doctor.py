@@ -31,7 +31,9 @@ def test_a_sound_installation_and_checkpoint(checkpoint: Path, capsys: pytest.Ca
     assert "Qwen3ForCausalLM" in found["checkpoint", "family"]["value"]
     assert found["checkpoint", "mask token"]["value"] == "258 <|MASK|>"
     assert "parameters" in found["checkpoint", "weights"]["value"]
-    assert "confidence_threshold=0.85" in found["decoders", "default setting"]["value"]
+    default = found["decoders", "default setting"]["value"]
+    assert default.startswith("decoder=s2d2, ")
+    assert "confidence_threshold=0.85" in default
     assert "autoregressive" in found["decoders", "ar"]["value"]
     assert "forwards" in found["trial", "s2d2"]["value"]
     assert found["lm_eval", "lm_eval --model s2d2"]["value"].startswith("works")

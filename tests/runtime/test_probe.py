@@ -6,9 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import s2d2_lmeval
 from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.runtime.passes import Pass
+from s2d2_lmeval.runtime.probe import TEXTS as TEXTS_OF_A_PROBE
+from s2d2_lmeval.runtime.probe import WIDTH
+from s2d2_lmeval.runtime.runner import Runner
 
 DATA = Path(__file__).parents[1] / "families" / "data"
 # What the recorded checkpoints were trained on: counting.
@@ -41,3 +46,18 @@ def test_what_says_nothing_refuses_nothing() -> None:
     found.check(replace(model.facts, draft_shift=True))
     assert model.probe([[5, 6, 7]]) is None
     assert model.probe([]) is None
+
+
+def test_it_is_one_forward_of_a_known_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cost on a model of any size: two operations per parameter and token."""
+    model = s2d2_lmeval.load(DATA / "idlm" / "checkpoint", device="cpu")
+    sizes: list[int] = []
+    forward = Runner.forward
+
+    def counted(runner: Runner, request: Pass) -> torch.Tensor:
+        sizes.append(len(request.tokens))
+        return forward(runner, request)
+
+    monkeypatch.setattr(Runner, "forward", counted)
+    assert model.probe(TEXTS) is not None
+    assert sizes == [TEXTS_OF_A_PROBE * WIDTH] == [1536]

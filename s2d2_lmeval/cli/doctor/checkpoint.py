@@ -153,7 +153,8 @@ def _decoders(facts: Any, asked: Mapping[str, Any]) -> Iterator[Finding]:
     from s2d2_lmeval.cli.options import as_written, compared
     from s2d2_lmeval.families import family_named
 
-    defaults = ", ".join(f"{name}={as_written(value)}" for name, value in facts.defaults.items())
+    setting = {"decoder": facts.decoders[0], **facts.defaults}
+    defaults = ", ".join(f"{name}={as_written(value)}" for name, value in setting.items())
     yield Finding("decoders", "default setting", defaults)
     for name, options in family_named(facts.family).presets.items():
         changes, gone = compared(options, facts.defaults)
