@@ -20,7 +20,6 @@ from s2d2_lmeval.decoding.options.reading import queries_of
 from s2d2_lmeval.decoding.scoring import Pair, Scorer, Tokenwise
 from s2d2_lmeval.errors import ConfigError, shown
 from s2d2_lmeval.families import Facts, adopt, load_checkpoint
-from s2d2_lmeval.families.facts import DrafterFacts
 from s2d2_lmeval.families.files import HUB_OPTIONS
 from s2d2_lmeval.prompts import (
     encode,
@@ -103,7 +102,7 @@ def load(
     else:
         kept = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
         drafter = load_drafter(draft, model, **kept)
-        facts = facts.with_drafter(DrafterFacts(drafter.shape.block_length, drafter.shape.mask_token_id))
+        facts = facts.with_drafter(drafter.shape.facts)
         runner = DraftingRunner(model, drafter, attention, static_shapes, fused, part)
     limits: dict[str, Any] = {"max_batch": max_batch, "max_context": max_context}
     return BlockDiffusionModel(model, facts, attention=attention, runner=runner, hub=hub, **limits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -41,6 +41,7 @@ EXACT = " (tested in float32 and float64; in bfloat16 and float16 near-ties can 
 class DecoderSetup:
     """What a run needs of its decoder: ``slots`` rows, each with room for any of ``requests``, which bring at most
     ``prefill_chunk`` tokens of a prompt to a forward. Logits are of ``dtype``; what outlives a step lies in ``tables``.
+    ``after_token`` is the runner's, for drafts whose head knows the token before.
     """
 
     config: DecodingConfig
@@ -50,6 +51,7 @@ class DecoderSetup:
     tables: Tables
     prefill_chunk: int
     dtype: torch.dtype = torch.float32
+    after_token: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     @property
     def device(self) -> torch.device:

@@ -167,7 +167,8 @@ class Engine:
         # Published code prefills a prompt in one forward.
         published = self.config.schedule == "reference"
         dtype = torch.promote_types(self.runner.model.dtype, torch.float32)
-        setup = DecoderSetup(config, self.facts, requests, 1, Tables(self.runner.device), PREFILL_CHUNK, dtype)
+        tables, after_token = Tables(self.runner.device), self.runner.after_token
+        setup = DecoderSetup(config, self.facts, requests, 1, tables, PREFILL_CHUNK, dtype, after_token)
         if published:
             setup = replace(setup, prefill_chunk=setup.longest)
         # The published draw order of a sequential source exists for one row only.

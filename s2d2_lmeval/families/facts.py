@@ -47,12 +47,13 @@ def preferred(decoder: str | None, names: tuple[str, ...]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class DrafterFacts:
-    """What decoding needs to know about a drafter: positions of a drafted block, including the token it continues, and
-    the mask token id of the others.
+    """What decoding needs to know about a drafter: positions of a drafted block, including the token it continues, the
+    mask token id of the others, and whether each says the next position's token in place of its own.
     """
 
     block_length: int
     mask_token_id: int
+    shifted: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
@@ -80,6 +80,10 @@ class Runner:
         self.lean = lean_decoder(model, self.attention) if on_cpu and fused == "auto" and self.gate is None else None
         self.cache = SlotCache(0, 0)
         self._cache_argument = cache_argument(self.backbone)
+        self.after_token: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+        """What a drafter's head adds, (R, S, K above, K), to the logits of tokens (R, S, K) after those above (R, S,
+        K above), read at logits (R, S) of its last draft.
+        """
         self.model_seconds = 0.0
         """Time inside the model; on CUDA as of the last :meth:`synchronize`."""
         self._costs: dict[tuple[int, int], CostCurve] = {}

@@ -2,7 +2,8 @@
 
 As published (arXiv 2602.06036), blocks begin at a token of an answer and are followed by masks, which see the target's
 features of the text before, and each other. Not as published: it begins as copies of some of the target's layers, with
-the mean of the features as their context, so that it need not learn the language anew.
+the mean of the features as their context, so that it need not learn the language anew. A Markov head, as in DSpark, may
+be trained with it, or alone beside a drafter that stays as it is.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from s2d2_lmeval.errors import TrainingError
 from s2d2_lmeval.families import Facts
 from s2d2_lmeval.families.facts import AUTOREGRESSIVE
+from s2d2_lmeval.families.files import read_config, resolve
 from s2d2_lmeval.runtime.drafting.dflash import DFlash, FeatureTap
-from s2d2_lmeval.runtime.drafting.loading import default_layer_ids, drafter_shape
+from s2d2_lmeval.runtime.drafting.heads import KINDS
+from s2d2_lmeval.runtime.drafting.loading import default_layer_ids, drafter_shape, load_drafter
+from s2d2_lmeval.toy import embedded
 from s2d2_lmeval.training.anchors import Windows
 from s2d2_lmeval.training.checkpointing import replaced
 from s2d2_lmeval.training.student import Student, bias
@@ -31,15 +36,35 @@ AS_THE_TARGET = (
 )
 """What a drafter's config.json takes from its target's."""
 STORED_TYPE = torch.bfloat16
+HEAD_RATE = 20.0
+"""By how much a Markov head learns faster: a step reaches few rows of its tables."""
 
 
 @dataclass(frozen=True)
 class DrafterForm:
-    """What a drafter is: tokens of its ``block``, the known one included, and its ``layers``."""
+    """What a drafter is: tokens of its ``block``, the known one included, its ``layers``, and the rank of its Markov
+    head (0: none). ``start``: the folder or hub id of a drafter that stays as it is; its head alone is trained.
+    """
 
     block: int = 8
     layers: int = 4
+    markov: int = 0
+    start: str | None = None
     tags: ClassVar[str] = "dflash"
+
+    @classmethod
+    def beside(cls, start: str, markov: int) -> DrafterForm:
+        """That of a head for the drafter ``start``.
+
+        Raises:
+            CheckpointError, TrainingError: no drafter there, or one that is not plain.
+        """
+        source = resolve(embedded(start, drafter=True))
+        shape = drafter_shape(read_config(source), source)
+        scaled = (shape.embedding_scale, shape.logit_scale, shape.softcap) != (1.0, 1.0, None)
+        if scaled or shape.shifted or any(shape.causal) or set(shape.windows) != {None}:
+            raise TrainingError(f"{start} has windows, scales or shifted labels; heads are trained for plain drafters.")
+        return cls(shape.block_length, shape.config.num_hidden_layers, markov, start)
 
     @property
     def window(self) -> int:
@@ -58,10 +83,11 @@ class DrafterForm:
         layers = model.config.num_hidden_layers
         if self.layers > layers:
             raise TrainingError(f"a drafter of {self.layers} layers has more than its target, {layers}; give --layers.")
-        return DraftingStudent(model, facts, drafter_config(self, model, facts), seed)
+        return DraftingStudent(model, facts, self, seed)
 
     def described(self, source: str) -> str:
         """What it is, in Markdown."""
+        began = f"of {self.start}" if self.start else "that began as layers of the target"
         return f"""\
 # A DFlash drafter for {source}
 
@@ -70,11 +96,15 @@ stay those of {source} alone.
 
     lm_eval --model s2d2 --model_args pretrained={source},draft=THIS_FOLDER,decoder=ddtree --tasks …
 
-- blocks of {self.block}, {self.layers} layers that began as layers of the target"""
+- blocks of {self.block}, {self.layers} layers {began}
+- Markov head: {f"rank {self.markov}" if self.markov else "none"}"""
 
 
 def drafter_config(form: DrafterForm, model: PreTrainedModel, facts: Facts) -> dict[str, Any]:
     """The config.json of a drafter for ``model``, as published."""
+    head = {"markov_rank": form.markov, "markov_head_type": KINDS[0]} if form.markov else {}
+    if form.start is not None:
+        return {**read_config(resolve(embedded(form.start, drafter=True))), **head}
     target = model.config
     known = {name: getattr(target, name) for name in AS_THE_TARGET if getattr(target, name, None) is not None}
     heads = {"head_dim": target.hidden_size // target.num_attention_heads, "attention_bias": False}
@@ -96,25 +126,49 @@ def drafter_config(form: DrafterForm, model: PreTrainedModel, facts: Facts) -> d
         "rope_theta": rope.get("rope_theta", 10000.0),
         **({"rope_scaling": {name: value for name, value in rope.items() if name != "rope_theta"}} if scaled else {}),
         "torch_dtype": str(STORED_TYPE).removeprefix("torch."),
+        **head,
     }
 
 
 class DraftingStudent(Student):
-    """A drafter of ``config`` for ``model``, in float32."""
+    """A drafter of ``form`` for ``model``, in float32."""
 
     grows = False
 
-    def __init__(self, model: PreTrainedModel, facts: Facts, config: dict[str, Any], seed: int) -> None:
-        super().__init__(model, config["block_size"] - 1)
-        self.config, self.shifted = config, facts.token_shift
+    def __init__(self, model: PreTrainedModel, facts: Facts, form: DrafterForm, seed: int) -> None:
+        super().__init__(model, form.block - 1)
+        self.config, self.shifted = drafter_config(form, model, facts), facts.token_shift
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.drafter = DFlash(drafter_shape(config, "the new drafter")).attach(model)
+            self.drafter = DFlash(drafter_shape(self.config, "the new drafter")).attach(model)
         self.drafter.config._attn_implementation = "sdpa"
-        copy_layers(self.drafter, self.backbone)
+        if form.start is None:
+            copy_layers(self.drafter, self.backbone)
+        else:
+            self.drafter.load_state_dict(load_drafter(form.start, model).state_dict(), strict=False)
+            for name, weight in self.drafter.named_parameters():
+                weight.requires_grad_(name.startswith("markov_head."))
         self.drafter.to(self.device)
-        self.parameters = dict(self.drafter.named_parameters())
+        self.parameters = {name: one for name, one in self.drafter.named_parameters() if one.requires_grad}
         self.tap = FeatureTap(self.backbone, self.drafter.shape.layer_ids)
+        self.markov = self.drafter.markov_head
+        if self.markov is not None:
+            nn.init.normal_(self.markov.markov_w1.weight, std=0.1, generator=torch.Generator().manual_seed(seed))
+            nn.init.zeros_(self.markov.markov_w2.weight)
+            self.head = self._informed
+
+    def groups(self) -> list[dict[str, Any]]:
+        """As the base class says."""
+        heads = [one for name, one in self.parameters.items() if name.startswith("markov_head.")]
+        rest = [one for name, one in self.parameters.items() if not name.startswith("markov_head.")]
+        return [{"params": part, "scale": scale} for part, scale in ((rest, 1.0), (heads, HEAD_RATE)) if part]
+
+    def _informed(self, rows: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states, each followed by what the token before says (none is before where that is zero)."""
+        assert self.markov is not None
+        rank = self.markov.markov_w1.embedding_dim
+        hidden, said = rows.split((rows.shape[1] - rank, rank), dim=1)
+        return self.model.get_output_embeddings()(hidden) + self.markov.markov_w2(said.float())
 
     def forward(self, windows: Windows, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the base class says; there is nothing to draw."""
@@ -134,12 +188,18 @@ class DraftingStudent(Student):
                 cache,
                 [{"attention_mask": bias(windows.sight(width), torch.float32)}] * len(self.drafter.layers),
             )
-        drafted = hidden.view(count, width, -1)[:, 1:].flatten(0, 1).to(self.model.dtype)
-        return drafted, clean[windows.teachers] if self.shifted else None
+        drafted = hidden.view(count, width, -1)[:, 1:].flatten(0, 1)
+        taught = clean[windows.teachers] if self.shifted else None
+        if self.markov is not None:
+            said = self.markov.after(windows.tokens[windows.teachers], drafted)
+            drafted = torch.cat([drafted, said], dim=1)
+            taught = None if taught is None else nn.functional.pad(taught, (0, said.shape[1]))
+        return drafted.to(self.model.dtype), taught
 
     def save(self, folder: Path, base: str, source: str) -> None:
         """Write the drafter as published."""
-        stored = {name: value.detach().to("cpu", STORED_TYPE).contiguous() for name, value in self.parameters.items()}
+        weights = self.drafter.state_dict()
+        stored = {name: value.to("cpu", STORED_TYPE).contiguous() for name, value in weights.items()}
         replaced(folder / "model.safetensors", save(stored, metadata={"format": "pt"}))
         replaced(folder / "config.json", (json.dumps(self.config, indent=2) + "\n").encode())
 

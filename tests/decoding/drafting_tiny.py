@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, Qwen3Config
 
 from s2d2_lmeval import BlockDiffusionModel
 from s2d2_lmeval.families import adopt
-from s2d2_lmeval.families.facts import DrafterFacts
 from s2d2_lmeval.runtime.drafting.dflash import DFlash, DrafterShape, DraftingRunner
 
 from .tiny import tiny_model
@@ -41,6 +40,5 @@ def pair(shifted: bool = True, seed: int = 0, max_batch: int = 8, **model: Any) 
 
 
 def with_drafter(native: PreTrainedModel, facts: Any, drafter: DFlash, max_batch: int = 8) -> BlockDiffusionModel:
-    shape = drafter.shape
-    facts = facts.with_drafter(DrafterFacts(shape.block_length, shape.mask_token_id))
+    facts = facts.with_drafter(drafter.shape.facts)
     return BlockDiffusionModel(native, facts, max_batch=max_batch, runner=DraftingRunner(native, drafter))

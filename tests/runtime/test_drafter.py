@@ -172,7 +172,12 @@ REFUSED = [
     ({"architectures": ["DFlash2DraftModel"]}, "DFlash2 drafter"),
     ({"dflash_config": {"mask_token_id": 1, "target_layer_ids": [1], "conv_kernel_size": 2}}, "DFlash2 drafter"),
     ({"dflash_config": {"mask_token_id": 1, "target_layer_ids": [1], "attention_sink_bias": True}}, "attention sinks"),
-    ({"dflash_config": {"mask_token_id": 1, "target_layer_ids": [1], "projector_type": "domino"}}, "another projector"),
+    (
+        {"dflash_config": {"mask_token_id": 1, "target_layer_ids": [1], "projector_type": "domino"}},
+        "projector 'domino'",
+    ),
+    ({"markov_rank": 4, "markov_head_type": "rnn"}, "Markov head of the kind 'rnn'"),
+    ({"markov_rank": -1}, "markov_rank=-1"),
     ({"dflash_config": {"target_layer_ids": [1]}}, "not a DFlash drafter"),
     ({"dflash_config": {"mask_token_id": 1}, "num_target_layers": None}, "not a DFlash drafter"),
     ({"layer_types": ["sliding_attention"] * 2}, "no sliding_window"),

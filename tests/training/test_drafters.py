@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from s2d2_lmeval import load
 from s2d2_lmeval.cli import main
@@ -113,6 +114,34 @@ def test_every_target_gets_a_drafter_that_changes_no_answer(base: Path, tmp_path
     card = (tmp_path / "out" / "README.md").read_text()
     assert "blocks of 5, 2 layers" in card
     assert "greedy answers" in card
+
+
+def test_a_head_beside_a_drafter_that_stays(checkpoint: Path, tmp_path: Path) -> None:
+    """Trained alone, whatever the rest; and what a step adds to logits is what the engine adds."""
+    target, answers = Target(str(checkpoint), device="cpu"), Answers(4, max_new_tokens=12)
+    train(target, PROMPTS, tmp_path / "drafter", FORM, RECIPE, answers)
+    form = DrafterForm.beside(str(tmp_path / "drafter"), 3)
+    train(target, PROMPTS, tmp_path / "head", form, RECIPE, answers)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("drafter", "head"))
+    assert after.keys() - before.keys() == {"markov_head.markov_w1.weight", "markov_head.markov_w2.weight"}
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert after["markov_head.markov_w2.weight"].abs().max() > 0
+    options = {"stop_token_ids": (), "max_new_tokens": 9}
+    expected = [one.token_ids for one in load(checkpoint, device="cpu").generate(PROMPTS, {"decoder": "ar", **options})]
+    model = load(checkpoint, device="cpu", draft=tmp_path / "head")
+    for decoder in ("ddtree", "dflash"):
+        found = model.generate(PROMPTS, {"decoder": decoder, **options})
+        assert [one.token_ids for one in found] == expected
+
+    student = form.student(*load_checkpoint(checkpoint, device="cpu"), 0)
+    assert isinstance(student, DraftingStudent)
+    head, rows = student.drafter.markov_head, torch.randn(4, 32)
+    assert head is not None
+    torch.nn.init.normal_(head.markov_w2.weight)
+    token = torch.tensor([[5, 9], [1, 60]])
+    said = head.after(token.flatten(), rows)
+    bias = head(token.unsqueeze(2), torch.arange(VOCABULARY).expand(2, 2, -1), rows.view(2, 2, -1)).view(4, -1)
+    torch.testing.assert_close(student.head(torch.cat([rows, said], 1)), student.model.lm_head(rows) + bias)
 
 
 def test_it_learns(checkpoint: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from s2d2_lmeval.decoding.options.general import LogprobsOption
 from s2d2_lmeval.decoding.options.rounds import DrafterOptions, HintOptions, TreeOptions
 from s2d2_lmeval.decoding.passes import Sent
 from s2d2_lmeval.decoding.rounds import trees
-from s2d2_lmeval.decoding.rounds.dflash import TARGETS_LAW, DFlash
+from s2d2_lmeval.decoding.rounds.dflash import CHOICES, TARGETS_LAW, DFlash
 from s2d2_lmeval.decoding.rounds.hints import Hints
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
@@ -32,9 +32,6 @@ from s2d2_lmeval.runtime.passes import DRAFTER
 if TYPE_CHECKING:
     from s2d2_lmeval.decoding.options.config import DecodingConfig
     from s2d2_lmeval.families import Facts
-
-CHOICES = 16
-"""Tokens per place that a tree branches over where it goes by hints; otherwise as many as it has nodes."""
 
 WIDEST, WIDEST_FORWARD = 256, 1024
 """What ``tree_budget=auto`` considers: nodes per row, and queries of all rows together."""
@@ -67,7 +64,7 @@ class DDTree(DFlash):
     def __init__(self, setup: DecoderSetup) -> None:
         super().__init__(setup)
         if self._takes_hints:
-            self.hints = Hints(setup, self.depths)
+            self.hints = Hints(setup, self.depths, True, self.after_token)
 
     @property
     def _takes_hints(self) -> bool:
@@ -75,7 +72,8 @@ class DDTree(DFlash):
 
     @property
     def choices(self) -> int:
-        return max(min(self.rows.most_nodes, CHOICES) if self._takes_hints else self.rows.most_nodes, 1)
+        informed = self._takes_hints or self.after_token is not None
+        return max(min(self.rows.most_nodes, CHOICES) if informed else self.rows.most_nodes, 1)
 
     def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
         """With ``tree_budget=auto``, measure the cost of rounds at this batch size."""
@@ -87,14 +85,9 @@ class DDTree(DFlash):
             self.seconds_of = self.tables.put("seconds", torch.from_numpy(target + draft))
         super().calibrate_costs(measure_costs)
 
-    def _grow(self, log_p: torch.Tensor, token: torch.Tensor, sent: Sent) -> trees.Tree:
-        # In double precision, so that the order of nodes is that of exact sums.
-        log_p, nodes = log_p.double() * self.config.tree_sharpen, self.rows.most_nodes
-        branches, slots = None, sent["waiting"]
-        if self.hints is not None:
-            room = torch.ones_like(token[:, :, 0], dtype=torch.bool)
-            token, branches = self.hints.branches(log_p, token, sent["tail"][slots], room, slots)
-        return trees.grow(log_p, token, nodes, self.config.tree_seed_chain, self.beams, branches)
+    def _grow(self, log_p: torch.Tensor, token: torch.Tensor, branches: trees.Branches | None) -> trees.Tree:
+        nodes, first = self.rows.most_nodes, self.config.tree_seed_chain
+        return trees.grow(log_p, token, nodes, first, self.beams, branches)
 
     def _nodes_to_run(self, tree: trees.Tree, sent: Sent) -> torch.Tensor | None:
         if self.seconds_of is None:

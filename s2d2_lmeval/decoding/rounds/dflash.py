@@ -22,6 +22,7 @@ from s2d2_lmeval.decoding.options.rounds import DrafterOptions
 from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed
+from s2d2_lmeval.decoding.rounds.hints import Hints
 from s2d2_lmeval.decoding.rounds.target import RoundRows, Target
 from s2d2_lmeval.decoding.state import KIND_OF_PHASE, PREFILL, PROPOSE, VERIFY
 from s2d2_lmeval.registry import DECODERS
@@ -31,31 +32,36 @@ from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, by_reach
 if TYPE_CHECKING:
     from s2d2_lmeval.decoding.options.config import DecodingConfig
     from s2d2_lmeval.families import Facts
+    from s2d2_lmeval.families.facts import DrafterFacts
 
+CHOICES = 16
+"""Tokens per place that a draft chooses from where it knows the token before."""
 
 TARGETS_LAW = f"the target's own autoregressive law, token for token the output of ar with the same seed{EXACT}"
 
 
-def plan_draft(rows: RoundRows, mask_token_id: int, block: int) -> Plan:
-    """Lay out the drafter's next forward, of all rows that wait for a draft: the last token and masks after it."""
+def plan_draft(rows: RoundRows, drafter: DrafterFacts, depths: int) -> Plan:
+    """Lay out the drafter's next forward, of all rows that wait for a draft: the last token and masks after it, as many
+    as say the next ``depths`` tokens.
+    """
     slots, lengths = np.flatnonzero(rows.phase == PROPOSE), rows.lengths()
-    builder = PassBuilder(slots)
-    queries = builder.span(lengths[slots] - 1, np.full(len(slots), block))
+    builder, unread = PassBuilder(slots), int(not drafter.shifted)
+    queries = builder.span(lengths[slots] - 1, np.full(len(slots), depths + unread))
     last = np.array([rows.tokens[slot][-1] for slot in slots])
-    masks = queries.local > 0
-    queries.set(token=np.where(masks, mask_token_id, last[queries.row]))
+    queries.set(token=np.where(queries.local > 0, drafter.mask_token_id, last[queries.row]))
     builder.lay_out()
-    builder.read("draft", queries.row[masks], queries.local[masks] - 1, queries.query[masks])
+    read = queries.local >= unread
+    builder.read("draft", queries.row[read], queries.local[read] - unread, queries.query[read])
     return builder.plan(
         rows.phase[slots],
         np.zeros_like(slots),
-        block,
+        depths + unread,
         queries={"token": builder.column("token")},
         tables={"rank": (0, NOBODY), "reach": (0, NOTHING)},
         rows={"waiting_rows": np.array([len(slots)])},
         lists={
             "waiting": (slots, 0),
-            "base": (np.arange(len(slots)) * (block - 1), 0),
+            "base": (np.arange(len(slots)) * depths, 0),
             "length": (lengths[slots], 0),
             "key": (rows.key[slots], 0),
         },
@@ -82,14 +88,17 @@ class DFlash(Target):
     def __init__(self, setup: DecoderSetup) -> None:
         super().__init__(setup)
         config = self.config
+        self.after_token = None if config.schedule == "reference" else setup.after_token
+        if self.after_token is not None:
+            self.hints = Hints(setup, self.depths, False, self.after_token)
         # Only keyed noise is known before it is drawn.
         coupled = config.sampled and config.couple_drafts and config.keyed
         self.acceptance = Keyed(config, self.source, self.depths, self.choices, coupled)
 
     @property
     def choices(self) -> int:
-        """Tokens per position of the block that a tree may branch over."""
-        return 1
+        """Tokens per position of the block that a draft may choose from."""
+        return 1 if self.after_token is None else CHOICES
 
     @property
     def most_logits(self) -> tuple[int, int]:
@@ -109,7 +118,7 @@ class DFlash(Target):
         if not (self.rows.phase == PROPOSE).any():
             return super().plan()
         assert self.facts.drafter is not None
-        self._plan = self._hinted(plan_draft(self.rows, self.facts.drafter.mask_token_id, self.depths + 1))
+        self._plan = self._hinted(plan_draft(self.rows, self.facts.drafter, self.depths))
         return self._plan
 
     def assemble(self, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,9 +134,15 @@ class DFlash(Target):
             self.hints.read(sent["fresh"])
         self.sound.logical_and_(~logits.isnan().any())
         ahead = torch.arange(self.depths, device=logits.device)
-        position = sent["length"].unsqueeze(1) + ahead
-        of_rows = logits[(sent["base"].unsqueeze(1) + ahead).flatten()]
-        tree = self._grow(*self.acceptance.candidates(of_rows, position, sent), sent)
+        position, read = (sent[name].unsqueeze(1) + ahead for name in ("length", "base"))
+        log_p, token = self.acceptance.candidates(logits[read.flatten()], position, sent)
+        if self.choices > 1:  # in double precision, so that the order of nodes is that of exact sums
+            log_p = log_p.double() * self.config.tree_sharpen
+        branches = None
+        if self.hints is not None:
+            room, slots = torch.ones_like(token[:, :, 0], dtype=torch.bool), sent["waiting"]
+            token, branches = self.hints.branches(log_p, token, sent["tail"][slots], room, slots, read)
+        tree = self._grow(log_p, token, branches)
         self.rows.plant(sent["waiting"], tree)
         return Decided(self._nodes_to_run(tree, sent))
 
@@ -141,12 +156,11 @@ class DFlash(Target):
         rows.phase[slots] = VERIFY
         return np.zeros_like(slots)
 
-    def _grow(self, log_p: torch.Tensor, token: torch.Tensor, sent: Sent) -> trees.Tree:
-        """The tree (R, N) of the drafts that ``sent`` asks for, from the likeliest tokens (R, depths, choices) and
-        their ``log_p``; here a chain.
+    def _grow(self, log_p: torch.Tensor, token: torch.Tensor, branches: trees.Branches | None) -> trees.Tree:
+        """The tree (R, N) from the likeliest tokens (R, depths, choices), their ``log_p``, and what each is worth after
+        those above, if known; here a chain.
         """
-        above = torch.arange(self.depths, device=token.device).expand(len(token), -1)
-        return trees.Tree(token[:, :, 0], above, above + 1, log_p[:, :, 0].cumsum(1).exp())
+        return trees.chain(log_p, token, branches)
 
     def _nodes_to_run(self, tree: trees.Tree, sent: Sent) -> torch.Tensor | None:
         """How many nodes of each tree are run (R, 1); None for all."""

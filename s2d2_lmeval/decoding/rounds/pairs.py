@@ -35,16 +35,13 @@ class Pairs:
         self.counts.index_add_(0, _counter(above, token), seen)
         self.tokens.index_add_(0, token, seen)
 
-    def given(self, log_p: torch.Tensor, token: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-        """The log-values of choices (R, S, K), and their ``token``, after each choice of the position before and, at
-        the first, after ``root`` (R, 1): (R, S, K above, K).
+    def term(self, above: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """What the counts add to the log-values of choices ``token`` (R, S, K) after each of those ``above`` (R, S, K
+        above): (R, S, K above, K).
         """
-        choices = log_p.shape[2]
-        above = torch.cat([root.unsqueeze(2).expand(-1, 1, choices), token[:, :-1]], dim=1).unsqueeze(3)
         share = (self.tokens[token] + SMOOTHING) / (self.tokens.sum() + UNSEEN)
-        often = (self.counts[_counter(above, token.unsqueeze(2))] / share.unsqueeze(2)).log1p()
-        given = log_p.unsqueeze(2) + self.weight * often
-        return given + (log_p.logsumexp(2)[:, :, None, None] - given.logsumexp(3, keepdim=True))
+        counted = self.counts[_counter(above.unsqueeze(3), token.unsqueeze(2))]
+        return self.weight * (counted / share.unsqueeze(2)).log1p()
 
 
 def _counter(above: torch.Tensor, token: torch.Tensor) -> torch.Tensor:

@@ -97,6 +97,21 @@ def grow(
     return Tree(*(pad(table, (0, nodes - kept.shape[1])) for table in tables))
 
 
+def chain(log_p: torch.Tensor, token: torch.Tensor, branches: Branches | None = None) -> Tree:
+    """The likeliest choice of each position after that of the position before, from the arguments of :func:`grow`."""
+    rows, depths, choices = token.shape
+    worth, own = log_p[:, :, 0], torch.zeros_like(token[:, :, 0])
+    if branches is not None:
+        parts, last = [], own[:, :1]
+        for depth in range(depths):
+            at = last.unsqueeze(2).expand(-1, -1, choices)
+            value, last = (table[:, depth].gather(1, at)[:, 0, :1] for table in (branches.log_p, branches.choice))
+            parts.append((value, last))
+        worth, own = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    above = torch.arange(depths, device=token.device).expand(rows, -1)
+    return Tree(token.gather(2, own.unsqueeze(2)).squeeze(2), above, above + 1, worth.cumsum(1).exp())
+
+
 def beams_of(
     depths: int, choices: int, nodes: int, put: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -27,10 +27,12 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from s2d2_lmeval.errors import ConfigError
+from s2d2_lmeval.families.facts import DrafterFacts
 from s2d2_lmeval.ranks import ranks_of
 from s2d2_lmeval.runtime.attention import AttentionContext, heads_of
 from s2d2_lmeval.runtime.cache import SlotCache, cache_argument
 from s2d2_lmeval.runtime.costs import CostCurve
+from s2d2_lmeval.runtime.drafting.heads import MarkovHead
 from s2d2_lmeval.runtime.kernels.attention import attends, within
 from s2d2_lmeval.runtime.memory import RowNeeds, bytes_per_position
 from s2d2_lmeval.runtime.passes import DRAFTER, TARGET
@@ -44,7 +46,8 @@ class DrafterShape:
 
     ``layer_ids`` the target's layers whose outputs are read, counted from 0; ``windows`` and ``causal`` per layer: how
     far back it looks (None: everywhere), and whether it looks ahead inside the block; ``embedding_scale``,
-    ``logit_scale`` and ``softcap`` of variants for targets with such scales.
+    ``logit_scale`` and ``softcap`` of variants for targets with such scales. ``shifted``: a query says the next token,
+    the first one too, in place of its own. ``markov``: rank and kind of a head that knows the token before.
     """
 
     config: Qwen3Config
@@ -56,6 +59,13 @@ class DrafterShape:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     softcap: float | None = None
+    shifted: bool = False
+    markov: tuple[int, str] | None = None
+
+    @property
+    def facts(self) -> DrafterFacts:
+        """What decoding needs to know of it."""
+        return DrafterFacts(self.block_length + self.shifted, self.mask_token_id, self.shifted)
 
 
 class DFlash(nn.Module):
@@ -71,6 +81,9 @@ class DFlash(nn.Module):
         self._cache_argument = cache_argument(self.layers[0])
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.markov_head: MarkovHead | None = None
+        if shape.markov is not None:
+            self.markov_head = MarkovHead(config.vocab_size, shape.markov[0], config.hidden_size, shape.markov[1])
         # Of the target, in a list: they are not part of this model.
         self._shared: list[Any] = []
 
@@ -215,6 +228,16 @@ class DraftingRunner(Runner):
         self.drafter = Runner(drafter, "triton" if own else "sdpa", static_shapes=False, fused=fused)
         self.drafter.graphs = self.graphs  # what it costs is measured as it runs
         self.tap = FeatureTap(self.backbone, drafter.shape.layer_ids)
+        self._drafted = torch.empty(0)
+        """Hidden states (M, H) of the wanted queries of the last draft, if a head reads them."""
+        if drafter.markov_head is not None:
+            self.after_token = self._after_token
+
+    def _after_token(self, above: torch.Tensor, token: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        head = self.drafter.model.markov_head
+        assert isinstance(head, MarkovHead)
+        home = self._drafted.device
+        return head(above.to(home), token.to(home), self._drafted[read.to(home)]).to(above.device)
 
     def reserve(self, slots: int, capacity: int) -> None:
         super().reserve(slots, capacity)
@@ -257,7 +280,10 @@ class DraftingRunner(Runner):
             return super().run(tokens, positions, wanted, visible, told, frame)
         with self.timed():
             context = AttentionContext.of(told, visible, frame, self.drafter.attention)
-            return self.drafter._answer(tokens, positions, wanted, context)
+            hidden = self.drafter._hidden(tokens, positions, context)
+            if self.after_token is not None:
+                self._drafted = hidden.index_select(0, wanted.to(hidden.device))
+            return self.drafter._logits(hidden, wanted)
 
     def ends(self, frame: Frame, keep: np.ndarray, slots: int, feeds_drafter: bool = False) -> dict[str, np.ndarray]:
         """For the drafter also: by query, where in its cache a leading one goes that is kept (``feed``); by slot, the

@@ -1,4 +1,4 @@
-"""Published DFlash checkpoints: what their config.json says, their weights, and whether they fit a target."""
+"""Published DFlash and DSpark drafters: what their config.json says, their weights, and whether they fit a target."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.config_map import MOST_LAYERS, configured, is_number, is_whole
 from s2d2_lmeval.families.files import misfit, read_config, resolve, skeleton, stored_weights, weight_files
 from s2d2_lmeval.runtime.drafting.dflash import DFlash, DrafterShape
+from s2d2_lmeval.runtime.drafting.heads import KINDS
 from s2d2_lmeval.toy import embedded
 
 DEFAULT_BLOCK_LENGTH = 16
 _DFLASH2 = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 _SUCCESSORS = {
     "attention_sink_bias": "attention sinks",
-    "projector_type": "another projector",
     "pure_draft_prefix_len": "a prefix of its own",
-    "shift_label": "shifted labels",
 }
+_UNREAD = ("confidence_head.", "embed_tokens.", "lm_head.")
+"""Weights of DSpark that drafting does not need: when to verify less, and copies of the target's."""
 
 
 def load_drafter(source: str | Path, target: PreTrainedModel, **hub: Any) -> DFlash:
@@ -41,13 +42,15 @@ def load_drafter(source: str | Path, target: PreTrainedModel, **hub: Any) -> DFl
     check_fit(shape, target, source)
     files = weight_files(source, **hub)
     stored = stored_weights(files)
+    if shape.markov is not None or shape.shifted:
+        stored = {name: one for name, one in stored.items() if not name.startswith(_UNREAD)}
     if any(".attention_conv." in name or name.startswith("candidate_selector.") for name in stored):
         raise _is_dflash2(source)
     described = skeleton(source, shape.config.num_hidden_layers, len(stored), lambda: DFlash(shape)).state_dict()
     shapes = [{name: one.shape for name, one in of.items()} for of in (stored, described)]
     if wrong := misfit(*shapes):
         raise CheckpointError(f"{source} does not hold the weights of a DFlash drafter: {wrong}.")
-    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    weights = {name: tensor for file in files for name, tensor in load_file(file).items() if name in stored}
     # Whoever samples by the global generator gets the same draws whether the drafter was loaded before or not.
     with torch.random.fork_rng(devices=[]):
         drafter = DFlash(shape).to(target.dtype)
@@ -70,6 +73,11 @@ def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
     for name, what in _SUCCESSORS.items():
         if own.get(name):
             raise CheckpointError(f"{source} is a drafter with {what} ({name}={own[name]!r}), which is not DFlash.")
+    spark = "DSpark" in str(config.get("architectures")) or own.get("projector_type") == "dspark"
+    if not spark and own.get("projector_type"):
+        raise CheckpointError(
+            f"{source} is a drafter with the projector {own['projector_type']!r}, which is not DFlash."
+        )
     layers, mask = config.get("num_hidden_layers"), value("mask_token_id")
     if not is_whole(layers, 1, MOST_LAYERS) or not is_whole(mask, 0) or not _names_layers(config, value):
         raise CheckpointError(
@@ -84,6 +92,7 @@ def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
         ("sliding_window", window is None or is_whole(window, 1)),
         *((name, is_number(value(name, 1.0))) for name in ("input_embedding_scale", "output_multiplier")),
         ("final_logit_softcapping", cap is None or is_number(cap)),
+        ("markov_rank", is_whole(value("markov_rank") or 0, 0)),
     ):
         if not fine:
             raise CheckpointError(f"{source}: config.json says {name}={value(name)!r}, which no drafter has.")
@@ -103,7 +112,19 @@ def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
         embedding_scale=float(value("input_embedding_scale", 1.0)),
         logit_scale=float(value("output_multiplier", 1.0)),
         softcap=cap,
+        shifted=bool(own.get("shift_label", value("sample_from_anchor", spark))),
+        markov=_markov(value, source),
     )
+
+
+def _markov(value: Any, source: str) -> tuple[int, str] | None:
+    rank, kind = value("markov_rank"), value("markov_head_type") or KINDS[0]
+    if rank and kind not in KINDS:
+        raise CheckpointError(
+            f"{source} has a Markov head of the kind {kind!r}; those that are loaded here know one token before "
+            f"({' and '.join(KINDS)})."
+        )
+    return (rank, kind) if rank else None
 
 
 def _names_layers(config: Mapping[str, Any], value: Any) -> bool:
@@ -137,7 +158,7 @@ def check_fit(shape: DrafterShape, target: PreTrainedModel, source: str) -> None
             f"its vocabulary has {wants.vocab_size} tokens, and the target's {has.vocab_size}",
         ),
         (not 0 <= mask < has.vocab_size, f"its mask token id {mask} is not in the vocabulary of {has.vocab_size}"),
-        (shape.block_length < 2, f"a block of {shape.block_length} drafts nothing"),
+        (shape.facts.block_length < 2, f"a block of {shape.block_length} drafts nothing"),
     ):
         if wrong:
             raise CheckpointError(

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from s2d2_lmeval.decoding.sampling.random import Key, KeyedSource
 from s2d2_lmeval.families import adopt
-from s2d2_lmeval.families.facts import DrafterFacts
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.runtime.attention import AttentionContext
 from s2d2_lmeval.runtime.drafting.dflash import DFlash, DrafterShape, DraftingRunner
@@ -96,7 +95,7 @@ def with_random_drafter(plain: PreTrainedModel) -> BlockDiffusionModel:
     """``plain`` as an autoregressive target, beside a random drafter."""
     target, facts = adopt(plain, autoregressive=True)
     drafter = random_drafter(target)
-    facts = facts.with_drafter(DrafterFacts(drafter.shape.block_length, drafter.shape.mask_token_id))
+    facts = facts.with_drafter(drafter.shape.facts)
     return BlockDiffusionModel(target, facts, runner=DraftingRunner(target, drafter))
 
 
