@@ -45,7 +45,9 @@ def test_what_was_recorded() -> None:
     assert branched > 100, "trees without branches test no tree"
 
 
-@pytest.mark.parametrize("options", [{"decoder": "dflash"}, {"decoder": "ddtree", "tree_budget": 16}])
+@pytest.mark.parametrize(
+    "options", [{"decoder": "dflash"}, {"decoder": "ddtree", "tree_budget": 16, "pairs": 0, "lookup": False}]
+)
 def test_wrong_features_cost_acceptance_and_nothing_else(options: dict[str, Any]) -> None:
     """A drafter that reads its layers in another order is a worse drafter; the output cannot tell."""
     right, wrong = recorded_pair(), load(DATA / "target", draft=DATA / "draft", max_batch=1)
