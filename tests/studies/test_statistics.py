@@ -9,10 +9,12 @@ import pytest
 
 from s2d2_lmeval.studies.report.statistics import (
     accuracy_under_parallelism,
+    front,
     holm,
     interval,
     paired_p_value,
     pareto,
+    speed_interval,
 )
 
 
@@ -83,3 +85,17 @@ def test_accuracy_under_parallelism_of_lossless_decoders_is_that_of_their_speed(
     assert accuracy_under_parallelism([(2.0, 80.0)], 80.0)[0] == 160.0
     assert accuracy_under_parallelism([(1.0, 80.0), (4.0, 80.0)], 80.0)[0] == pytest.approx(320.0)
     assert accuracy_under_parallelism([(1.0, 0.0), (4.0, 0.0)], 0.0)[0] == 0.0
+
+
+def test_speeds_have_intervals_on_the_scale_of_ratios() -> None:
+    low, high = speed_interval([10.0, 40.0])
+    assert 0 < low < 10 < 40 < high
+    assert low * high == pytest.approx(400.0)
+    assert speed_interval([7.0]) == pytest.approx((7.0, 7.0))
+    assert speed_interval([20.0, 20.0, 20.0]) == pytest.approx((20.0, 20.0))
+
+
+def test_overlapping_speeds_are_equal_on_the_front() -> None:
+    slow, even, better, apart = ((9.0, 11.0), 0.9), ((18.0, 22.0), 0.5), ((17.0, 19.0), 0.6), ((30.0, 31.0), 0.5)
+    assert front([slow, even, better]) == [True, False, True]
+    assert front([slow, even, better, apart]) == [True, False, True, True]

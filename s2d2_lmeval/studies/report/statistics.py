@@ -106,12 +106,14 @@ def accuracy_under_parallelism(
 
 
 def speed_interval(timings: Sequence[float]) -> tuple[float, float]:
-    """A 95 % confidence interval (Student's) of the mean of repeated timings; of one nothing is known but itself."""
-    mean = float(np.mean(timings))
-    if len(timings) < 2:
-        return mean, mean
-    spread = stats.t.ppf((1 + CONFIDENCE) / 2, len(timings) - 1) * stats.sem(timings)
-    return float(mean - spread), float(mean + spread)
+    """A 95 % confidence interval of a speed from its repeated ``timings``: Student's, of their logarithms, as noise is
+    a share of a speed. Of one timing nothing is known but itself.
+    """
+    logs = np.log(timings)
+    spread = 0.0
+    if len(logs) > 1:
+        spread = stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1) * stats.sem(logs)
+    return float(np.exp(logs.mean() - spread)), float(np.exp(logs.mean() + spread))
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
