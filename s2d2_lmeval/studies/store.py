@@ -305,9 +305,9 @@ class PointStore:
         self._before = sum(name in self.record.samples for name in self.asked) - self.added
         self._began = time.perf_counter()
 
-    def _pieces(self, steps: Sequence[Step]) -> list[str] | None:
+    def _pieces(self, steps: Sequence[Step], end: int) -> list[str] | None:
         """The texts of the tokens in their decoding order, if somebody knows them."""
-        return None if self.token_text is None else [self.token_text(token) for token in decided_tokens(steps)]
+        return None if self.token_text is None else [self.token_text(token) for token in decided_tokens(steps, end)]
 
     def add(self, prompt: Prompt, response: TracedResponse, steps: Sequence[Step]) -> None:
         """Put a response on disk."""
@@ -319,8 +319,8 @@ class PointStore:
             "text": str(response),
             "stats": dict(response.stats),
             "accepted": [verification.accepted for verification in verifications(steps, end)],
-            "order": decoding_order(steps) if is_kept else None,
-            "pieces": self._pieces(steps) if is_kept else None,
+            "order": decoding_order(steps, end) if is_kept else None,
+            "pieces": self._pieces(steps, end) if is_kept else None,
             "segment": max(self.record.segments),
             "elapsed": time.perf_counter() - self._began,
         }
@@ -330,18 +330,20 @@ class PointStore:
             self._on_sample(line, self._before + self.added)
 
 
-def decided_tokens(steps: Sequence[Step]) -> list[int]:
+def decided_tokens(steps: Sequence[Step], end: int) -> list[int]:
     """The token in every place of :func:`decoding_order`."""
     tokens = {at: token for step in steps for at, token in enumerate(step.tokens, step.start)}
-    return [tokens[place] for place, _, _ in decoding_order(steps)]
+    return [tokens[place] for place, _, _ in decoding_order(steps, end)]
 
 
-def decoding_order(steps: Sequence[Step]) -> list[list[int]]:
-    """[position, number of the step, mark] of every place in the order in which it was decided (for the last time)."""
+def decoding_order(steps: Sequence[Step], end: int) -> list[list[int]]:
+    """[position, number of the step, mark] of every place before ``end``, where the answer ends, in the order in which
+    it was decided (for the last time).
+    """
     decided: dict[int, list[int]] = {}
     for number, step in enumerate(steps):
         for place, mark in enumerate(step.marks, step.start):
-            if mark:
+            if mark and place < end:
                 decided[place] = [place, number, int(mark)]
     return sorted(decided.values(), key=lambda one: (one[1], one[0]))
 

@@ -15,7 +15,15 @@ from s2d2_lmeval.errors import StudyError
 from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.harness.prompts import Prompt
 from s2d2_lmeval.harness.responses import TracedResponse
-from s2d2_lmeval.studies.store import PointStore, decode_line, encode_line, read_point, write_whole
+from s2d2_lmeval.studies.store import (
+    PointStore,
+    decided_tokens,
+    decode_line,
+    decoding_order,
+    encode_line,
+    read_point,
+    write_whole,
+)
 
 
 def prompt(document: int, occurrence: int = 0, **gen_kwargs: object) -> Prompt:
@@ -65,6 +73,11 @@ def test_responses_come_back_with_their_statistics(tmp_path: Path) -> None:
         assert sample["order"] == [[2, 1, ACCEPTED], [3, 1, RESAMPLED]]
         assert sample["pieces"] == ["<1>", "<3>"]
         assert store.record.samples[prompt(4).name]["order"] is None
+
+
+def test_an_order_ends_with_the_answer() -> None:
+    assert decoding_order(STEPS, 3) == [[2, 1, ACCEPTED]]
+    assert decided_tokens(STEPS, 3) == [1]
 
 
 def test_seconds_of_segments_add_up(tmp_path: Path) -> None:
