@@ -19,15 +19,19 @@ import urllib.request
 from pathlib import Path
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-STAND_INS = {
+STAND_INS: dict[str, dict[str, object]] = {
     "JetLM/SDAR-1.7B-Chat": {},
     "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": {
         "architectures": ["A2DQwen3LMHeadModel"],
         "model_type": "a2d-qwen3",
     },
-    "Qwen/Qwen3-8B": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    "Qwen/Qwen3-8B": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        **dict.fromkeys(("block_size", "fuse_cross_entropy", "mask_token_id")),
+    },
 }
-"""Checkpoint -> what its config.json says otherwise than the embedded model's."""
+"""Checkpoint -> what its config.json says otherwise than the embedded model's; None: does not say."""
 GSM8K = """\
 ---
 configs:
@@ -59,7 +63,8 @@ def prepare(folder: Path) -> None:
     for name, other in STAND_INS.items():
         shutil.copytree(toy / "checkpoint", folder / name)
         config = json.loads((folder / name / "config.json").read_text())
-        (folder / name / "config.json").write_text(json.dumps({**config, **other}))
+        said = {key: value for key, value in {**config, **other}.items() if value is not None}
+        (folder / name / "config.json").write_text(json.dumps(said))
     data = folder / "openai" / "gsm8k"
     data.mkdir(parents=True)
     (data / "README.md").write_text(GSM8K)
