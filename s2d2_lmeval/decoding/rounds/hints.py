@@ -103,8 +103,8 @@ class Hints:
             # All choices of a position together keep what they have.
             given = given + sum(terms)
             given = given + (log_p.logsumexp(2)[:, :, None, None] - given.logsumexp(3, keepdim=True))
+            given = given.nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # where nothing was drafted
         if self.recall is not None:
             given = self.recall.mix(given, said, which, length, slots)
         # Rounded, a mass may exceed 1; but no node is worth more than its parent.
-        given = given.nan_to_num(nan=-torch.inf, neginf=-torch.inf).clamp_max(0)
-        return token, Branches(*given.sort(dim=3, descending=True, stable=True))
+        return token, Branches(*given.clamp_max(0).sort(dim=3, descending=True, stable=True))

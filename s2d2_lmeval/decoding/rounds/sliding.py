@@ -209,14 +209,15 @@ class Sliding(Target):
         tree = self._draft(logits, met, base + at_end.long().argmax(1, keepdim=True) * self.window, end)
         running, learned = sent["running"].squeeze(1).bool(), sent["learned"].view(torch.float64)
         waited = sent["waited"].unsqueeze(1).bool()
-        nodes, windows, price = self.budget.buy(tree, met, running, waited, *learned)
+        # A tree of what was looked up alone is one too, and has windows if it can pay for them.
+        nodes, windows, price = self.budget.buy(tree, tree.value[:, :1] > 0, running, waited, *learned)
         rows.plant(slice(None), tree)
         rows.holder.copy_(windows.long().argsort(dim=1, descending=True, stable=True))
         return [met, nodes, windows.sum(1, keepdim=True), (price * PRICE_UNIT).expand_as(nodes)]
 
     def _draft(self, logits: torch.Tensor, met: torch.Tensor, base: torch.Tensor, end: torch.Tensor) -> trees.Tree:
         """Grow each row's next tree from the window at ``base`` (count, 1) of the window ``logits``, if the walk's
-        ``end`` ``met`` one.
+        ``end`` ``met`` one, and from what the text says.
         """
         sent, nodes = self._sent, self.rows.most_nodes
         if not len(logits):
@@ -226,8 +227,8 @@ class Sliding(Target):
         of_window = (base.where(met, 0) + ahead).flatten()
         best, token = self.acceptance.candidates(logits[of_window], position, sent)
         # A node at position p needs a token after it: the walk's bonus.
-        room = (position < sent["limit"].unsqueeze(1) - 1) & met
-        best = best.masked_fill(~room.unsqueeze(2), -torch.inf)
+        room = position < sent["limit"].unsqueeze(1) - 1
+        best = best.masked_fill(~(room & met).unsqueeze(2), -torch.inf)
         branches = None
         if self.hints is not None:
             every = torch.arange(len(best), device=best.device)
