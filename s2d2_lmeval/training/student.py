@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from s2d2_lmeval.families import Facts
+from s2d2_lmeval.runtime.cache import cache_argument
 from s2d2_lmeval.training.anchors import Windows
 
 
@@ -51,12 +52,12 @@ class Student(ABC):
         """Hidden states (N, H) of ``tokens`` (N,); ``seen`` (N, C + N) is what they see of the ``cache`` and of each
         other.
         """
+        given = {cache_argument(self.backbone): cache, "use_cache": cache is not None}
         return self.backbone(
             input_ids=tokens.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             attention_mask=bias(seen, self.model.dtype),
-            past_key_values=cache,
-            use_cache=cache is not None,
+            **given,
         ).last_hidden_state[0]
 
 
