@@ -61,7 +61,11 @@ WAYS: dict[str, dict[str, Options]] = {
     },
     "adapter": {
         "ar": {"decoder": "ar"},
-        **with_and_without("sliding, 24 queries", {"decoder": "sliding", "row_budget": 24}),
+        **{
+            f"sliding, {queries} queries{name}": {"decoder": "sliding", "row_budget": queries, **more}
+            for queries in (32, 64)
+            for name, more in ((", no pairs, no lookup", {"pairs": 0, "lookup": False}), ("", {}))
+        },
     },
     "plain": {
         "ar": {"decoder": "ar"},

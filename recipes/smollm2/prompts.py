@@ -48,7 +48,7 @@ def main() -> None:
     """Read the command line and write the prompts."""
     parser = argparse.ArgumentParser(prog="python -m recipes.smollm2.prompts", description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", metavar="DIR", help="folder with the benchmarks' files")
-    parser.add_argument("--count", type=int, default=320)
+    parser.add_argument("--count", type=int, default=640)
     parser.add_argument("--out", type=Path, default=Path("build/smollm2-prompts.jsonl"))
     given = parser.parse_args()
     given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -119,6 +119,7 @@ class _AboutPoint(_Checked):
     decoding: str
     options: dict[str, Any]
     seed: int
+    repeat: int = 0
 
 
 class _Manifest(_Checked):

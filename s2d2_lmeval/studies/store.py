@@ -142,8 +142,9 @@ class PointRecord:
     unreadable: list[int] = field(default_factory=list)
 
     def total(self, name: str) -> float:
-        """A count of all samples together."""
-        return sum(sample["stats"].get(name, 0) for sample in self.samples.values())
+        """A count of all samples together; what is not a number in a damaged file counts for nothing."""
+        found = (sample["stats"].get(name) for sample in self.samples.values())
+        return sum(value for value in found if isinstance(value, (int, float)))
 
     @property
     def decoding_seconds(self) -> float:

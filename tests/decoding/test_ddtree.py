@@ -242,6 +242,7 @@ def test_noise_that_is_known_makes_better_drafts() -> None:
     native, facts = adopt(tiny_model(), family="qwen3")
     model = with_drafter(native, facts, drafter_for(native))
     options = {"decoder": "ddtree", "tree_budget": 24, "do_sample": True, "temperature": 1.0}
+    options |= {"pairs": 0, "lookup": False}
 
     def accepted(coupled: bool) -> float:
         answers = model.generate([[1, 2, 3]] * 24, {**options, "couple_drafts": coupled}, max_new_tokens=12)

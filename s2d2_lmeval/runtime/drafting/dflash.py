@@ -280,9 +280,10 @@ class DraftingRunner(Runner):
             return super().run(tokens, positions, wanted, visible, told, frame)
         with self.timed():
             context = AttentionContext.of(told, visible, frame, self.drafter.attention)
+            if self.after_token is None:
+                return self.drafter._answer(tokens, positions, wanted, context)
             hidden = self.drafter._hidden(tokens, positions, context)
-            if self.after_token is not None:
-                self._drafted = hidden.index_select(0, wanted.to(hidden.device))
+            self._drafted = hidden.index_select(0, wanted.to(hidden.device))
             return self.drafter._logits(hidden, wanted)
 
     def ends(self, frame: Frame, keep: np.ndarray, slots: int, feeds_drafter: bool = False) -> dict[str, np.ndarray]:
