@@ -89,6 +89,8 @@ def test_seconds_of_segments_add_up(tmp_path: Path) -> None:
             store.append("sample", name=str(elapsed), segment=segment, elapsed=elapsed, **content)
     record = read_point(tmp_path / NAME)
     assert (record.decoding_seconds, record.total("new_tokens")) == (5.0, 30)
+    record.samples["1.0"]["stats"]["new_tokens"] = "damaged"
+    assert record.total("new_tokens") == 20
 
 
 def test_a_write_that_was_cut_short_is_skipped_and_stays(tmp_path: Path) -> None:
