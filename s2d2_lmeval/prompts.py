@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 
 from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
-from s2d2_lmeval.errors import RequestError, first_line, shown
+from s2d2_lmeval.errors import RequestError, S2D2Error, first_line, shown
 from s2d2_lmeval.families import Facts
+from s2d2_lmeval.templates import limited
 
 
 def tokenizer_of(source: str, hub: Mapping[str, Any]) -> Any:
@@ -42,10 +43,11 @@ def is_text(prompt: Any) -> bool:
 
 
 def encode(tokenizer: Any, prompt: Any) -> list[int]:
-    """Token ids of a text as it is, or of chat messages in the tokenizer's template.
+    """Token ids of a text as it is, or of chat messages in the tokenizer's template, rendered under limits.
 
     Raises:
         RequestError: messages without a template, or that it refuses.
+        CheckpointError: a template that does not come to an end.
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
@@ -53,10 +55,13 @@ def encode(tokenizer: Any, prompt: Any) -> list[int]:
         raise RequestError("This tokenizer has no chat template: give the prompt as text.")
     if not all(is_message(message) for message in prompt):
         raise RequestError(f"{shown(prompt)} mixes chat messages (role and content) with something else.")
-    try:
-        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template is a program of the checkpoint
-        raise RequestError(f"The chat template refuses these messages: {first_line(error)}") from None
+    with limited():
+        try:
+            text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        except S2D2Error:
+            raise
+        except Exception as error:  # a template is a program of the checkpoint
+            raise RequestError(f"The chat template refuses these messages: {first_line(error)}") from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

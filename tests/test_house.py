@@ -23,7 +23,7 @@ STOREYS = (
     ("families",),
     ("runtime",),
     ("decoding",),
-    ("model", "lockstep", "picture", "prompts", "streaming", "_autoload", ""),
+    ("model", "lockstep", "picture", "prompts", "streaming", "templates", "_autoload", ""),
     ("harness",),
     ("studies", "custom_generate", "task_configs"),
     ("auto", "training", "serve"),

@@ -8,8 +8,8 @@ from typing import Any
 from s2d2_lmeval.errors import ConfigError, RequestError
 from s2d2_lmeval.harness.arguments import sort_arguments
 from s2d2_lmeval.harness.loading import check_mask, check_shift, choose_device, load_model, load_tokenizer
-from s2d2_lmeval.harness.templates import limited
 from s2d2_lmeval.model import BlockDiffusionModel
+from s2d2_lmeval.prompts import encode as encoded
 from s2d2_lmeval.runtime.memory import RowLimit
 
 
@@ -63,12 +63,10 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None, system: str
     if not templated:
         if system is not None:
             raise RequestError("--system needs the chat template; remove --no-chat, or put the text into the prompt.")
-        return list(tokenizer(prompt)["input_ids"])
+        return encoded(tokenizer, prompt)
     if not tokenizer.chat_template:
         raise RequestError("This tokenizer has no chat template; use --no-chat.")
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    with limited():
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encoded(tokenizer, messages)

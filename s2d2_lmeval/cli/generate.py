@@ -112,15 +112,13 @@ class Conversation:
 
     def answer(self, prompt: str) -> Iterator[str]:
         """The answer to the next turn, in pieces; what was said so far of an interrupted one belongs to it."""
-        from s2d2_lmeval.harness.templates import limited
         from s2d2_lmeval.prompts import encode
 
         templated = bool(self.tokenizer.chat_template) if self.chat is None else self.chat
         if templated and self.system is not None and not self.messages:
             self.messages.append({"role": "system", "content": self.system})
         self.messages.append({"role": "user", "content": prompt})
-        with limited():
-            asked = encode(self.tokenizer, self.messages if templated else prompt)
+        asked = encode(self.tokenizer, self.messages if templated else prompt)
         said = {"role": "assistant", "content": ""}
         self.messages.append(said)
         for piece in self.model.stream(asked, self.config):

@@ -7,10 +7,11 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
+from s2d2_lmeval import templates
 from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
 from s2d2_lmeval.errors import ConfigError, without_messages
 from s2d2_lmeval.families.facts import NO_MASK
-from s2d2_lmeval.harness import loading, report, templates, upstream
+from s2d2_lmeval.harness import loading, report, upstream
 from s2d2_lmeval.harness.arguments import OF_LOADING, check, rows_in_flight, sort_arguments, token_budget
 from s2d2_lmeval.harness.custom import BUDGET_NAMES, CustomFunction
 from s2d2_lmeval.harness.prompts import logger, spelled_out

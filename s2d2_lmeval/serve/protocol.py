@@ -17,7 +17,6 @@ from s2d2_lmeval.decoding.generation import Generation
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import RequestError, S2D2Error, shown
 from s2d2_lmeval.harness.arguments import GenerationArguments
-from s2d2_lmeval.harness.templates import limited
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.prompts import encode, is_text, is_whole, with_stops
 
@@ -156,8 +155,7 @@ def _messages(body: Mapping[str, Any], model: BlockDiffusionModel) -> list[int]:
     if not isinstance(messages, list) or not is_text(messages):
         raise RequestError("messages: give a list of objects with role and content.")
     plain = [{**one, "content": _content(one.get("content"))} for one in messages if isinstance(one, Mapping)]
-    with limited():
-        return encode(model.tokenizer, plain if len(plain) == len(messages) else messages)
+    return encode(model.tokenizer, plain if len(plain) == len(messages) else messages)
 
 
 def _content(content: Any) -> str:

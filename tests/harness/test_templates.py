@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, tokenization_utils_base
 
+import s2d2_lmeval
+from s2d2_lmeval import templates
 from s2d2_lmeval.cli import main
-from s2d2_lmeval.errors import CheckpointError
-from s2d2_lmeval.harness import templates
+from s2d2_lmeval.errors import CheckpointError, RequestError
 from s2d2_lmeval.harness.model import S2D2LM
+from s2d2_lmeval.prompts import encode
 
 from ..fuzzing import Tries
 from .conftest import CHAT_TEMPLATE, write_tokenizer
@@ -137,3 +140,28 @@ def test_a_worker_that_was_ended_is_replaced(tokenizer: Any) -> None:
         worker.kill()
         worker.wait()
         assert tokenizer.apply_chat_template(CHAT, tokenize=False) == text
+
+
+def test_whoever_asks_with_messages_is_under_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = s2d2_lmeval.load("toy")
+    model.tokenizer.chat_template = ENDLESS["nested loops"]
+    monkeypatch.setattr(templates, "SECONDS", 0)
+    for ask in (lambda: model.generate([USER]), lambda: list(model.stream([USER]))):
+        with pytest.raises(CheckpointError, match="chat template cannot be used"):
+            ask()
+    model.tokenizer.chat_template = FAILING["raises"]
+    with pytest.raises(RequestError, match="refuses these messages: no roles here"):
+        model.generate([USER])
+
+
+def test_threads_get_their_own_texts() -> None:
+    tokenizer = s2d2_lmeval.load("toy").tokenizer
+
+    def said(number: int) -> str:
+        return str(tokenizer.decode(encode(tokenizer, [{"role": "user", "content": f"abc {number}"}])))
+
+    alone = list(map(said, range(64)))
+    own = tokenization_utils_base.render_jinja_template
+    with ThreadPoolExecutor(16) as threads:
+        assert list(threads.map(said, range(64))) == alone
+    assert tokenization_utils_base.render_jinja_template is own

@@ -135,7 +135,7 @@ def _draft(adapter: Any) -> str:
 
 
 def _chat_template(tokenizer: Any) -> Iterator[Finding]:
-    from s2d2_lmeval.harness.templates import limited
+    from s2d2_lmeval.templates import limited
 
     if not tokenizer.chat_template:
         yield finding("chat template", "none; do not use --apply_chat_template")

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from jinja2 import TemplateError
@@ -35,23 +36,26 @@ try:
 except ImportError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]
 
-_START = "import sys; sys.path[0] = {!r}; from s2d2_lmeval.harness.templates import serve; serve()"
+_START = "import sys; sys.path[0] = {!r}; from s2d2_lmeval.templates import serve; serve()"
 _workers: dict[int, subprocess.Popen[str]] = {}
+_one_at_a_time = RLock()
+"""Threads of an endpoint share the process that renders, and transformers' function, which is exchanged."""
 
 
 @contextmanager
 def limited() -> Iterator[None]:
     """Inside, ``tokenizer.apply_chat_template`` renders under limits; CheckpointError for whatever goes wrong."""
-    own = tokenization_utils_base.render_jinja_template
-    tokenization_utils_base.render_jinja_template = _render
-    try:
-        yield
-    except S2D2Error:
-        raise
-    except Exception as error:
-        raise _unusable(first_line(error)) from None
-    finally:
-        tokenization_utils_base.render_jinja_template = own
+    with _one_at_a_time:
+        own = tokenization_utils_base.render_jinja_template
+        tokenization_utils_base.render_jinja_template = _render
+        try:
+            yield
+        except S2D2Error:
+            raise
+        except Exception as error:
+            raise _unusable(first_line(error)) from None
+        finally:
+            tokenization_utils_base.render_jinja_template = own
 
 
 def _unusable(reason: str) -> CheckpointError:
@@ -100,7 +104,7 @@ def _ask(request: str) -> dict[str, Any]:
 
 def _start() -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", _START.format(str(Path(__file__).parents[2]))],  # not the folder that we happen to be in
+        [sys.executable, "-c", _START.format(str(Path(__file__).parents[1]))],  # not the folder that we happen to be in
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
