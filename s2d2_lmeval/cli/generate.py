@@ -231,7 +231,8 @@ class Answer:
         for line in drawn.lines:
             console.print(line, no_wrap=True, overflow="crop", crop=True)
         if not drawn.lines:
-            console.print(f"decoder {self.config.decoder} leaves no trace of its steps", style="dim")
+            nothing = "nothing was decoded" if not self.generation.stats["nfe"] else "this decoder leaves no trace"
+            console.print(nothing, style="dim")
 
 
 _ENDED = {"stop": "a stop token", "stop_string": "a stop string", "length": "the limit"}

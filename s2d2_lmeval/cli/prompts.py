@@ -25,7 +25,7 @@ def read_prompts(path: Path, limit: int, messages: bool = False) -> list[Any]:
         return record["messages"] if messages and "messages" in record else record["prompt"]
 
     try:
-        lines = read_text(path).splitlines()
+        lines = read_text(path).replace("\r\n", "\n").split("\n")  # str.splitlines also cuts at U+2028 within a line
     except (OSError, ValueError) as error:
         raise RequestError(f"--prompts {shown(str(path))} cannot be read ({first_line(error)}).") from None
     lines = [line for line in lines if line.strip()]

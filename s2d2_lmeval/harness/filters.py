@@ -3,7 +3,10 @@
 A task with a ``process_results`` of its own returns them with its metrics (:func:`with_decoding_metrics`): its filters
 must hand on the response itself (``take_first``), not a part of it. Every document is then in the samples once.
 
-Where scores are made by the harness from filtered text, a second filter brings them::
+Where the scores are of filtered text, a second filter brings the statistics, and the same ``process_results`` scores
+what either filter made::
+
+    process_results: !function utils.process_results
 
     filter_list:
       - name: strict-match
@@ -25,8 +28,10 @@ from typing import Any
 
 from lm_eval.api.filter import Filter
 from lm_eval.api.registry import filter_registry, register_filter
+from lm_eval.api.task import ConfigurableTask
 
 from s2d2_lmeval._autoload import FILTER_NAME
+from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.runtime.statistics import ratios, without_ratios
 
 METRICS = {"nfe": False, "new_tokens": False, "tokens_per_forward": True, "acceptance": True, "seconds": False}
@@ -76,6 +81,25 @@ class StatsFilter(Filter):
 
     def apply(self, resps: Iterable[Iterable[str]], docs: Any) -> list[dict[str, Any]]:
         return [Figures(merged([getattr(response, "stats", {}) for response in responses])) for responses in resps]
+
+
+def refuse_unscored(tasks: Mapping[str, Any]) -> None:
+    """Refuse, before anything is decoded, tasks whose figures would be scored by the harness as if they were text.
+
+    Raises:
+        ConfigError: naming the task.
+    """
+    for name, task in tasks.items():
+        filters = getattr(getattr(task, "config", None), "filter_list", None) or ()
+        brings = any(one.get("function") == FILTER_NAME for several in filters for one in several.get("filter", ()))
+        # A task in Python may score by a method of its own.
+        plain = getattr(type(task), "process_results", None) is ConfigurableTask.process_results
+        if brings and plain and not task.config.process_results:
+            raise ConfigError(
+                f"task {name}: the harness cannot score what the filter {FILTER_NAME} makes of responses. Give it "
+                "a process_results in s2d2_lmeval.harness.filters.with_decoding_metrics, or leave the filter out: the "
+                "results file has the statistics of every task under config.s2d2."
+            )
 
 
 class Figures(dict[str, Any]):

@@ -17,8 +17,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.harness import filters as _filters  # noqa: F401  (importing it registers s2d2_stats)
-from s2d2_lmeval.harness import identity, report, responses, upstream
+from s2d2_lmeval.harness import filters, identity, report, responses, upstream
 from s2d2_lmeval.harness.base import HarnessModel
 from s2d2_lmeval.harness.prompts import logger
 from s2d2_lmeval.harness.run import GenerationRun
@@ -82,6 +81,7 @@ class S2D2LM(HarnessModel):
             RequestError: a prompt that cannot be decoded; raised before anything is decoded.
         """
         self._join_evaluation()
+        filters.refuse_unscored(upstream.tasks())
         responses.refuse_stale(requests)
         answers = GenerationRun(self, requests, quiet=disable_tqdm or self.rank != 0).answer()
         self._exchange_totals()
@@ -170,6 +170,9 @@ class S2D2LM(HarnessModel):
         if decoded and self.rank == 0 and upstream.variables():
             logger.info("%s", decoded)
         engine, decoding = self.engine, self.decoding
+        in_force = report.in_common(self.configurations.values() or [report.settings(decoding)] if decoding else [])
+        if decoding is None:
+            in_force |= {"decoder": self.custom.name if self.custom else None, "seed": self.seed or 0}
         about = {
             **report.merge(several).summary(),
             "processes": self.world_size,
@@ -177,11 +180,7 @@ class S2D2LM(HarnessModel):
             "ranks": engine.ranks.size if engine is not None else 1,
             "cached_responses": responses.hits(self.cache_hook),
             "rows_in_flight": 1 if self.custom is not None or engine is None else engine.max_batch,
-            "decoder": self.custom.name if self.custom is not None else decoding.decoder if decoding else None,
-            "preset": decoding.preset if decoding is not None else None,
-            "seed": decoding.seed if decoding is not None else self.seed or 0,
-            "promise": decoding.promise if decoding is not None else None,
-            "caution": decoding.caution if decoding is not None else None,
+            **in_force,
             "family": engine.facts.family if engine is not None else None,
             "configurations": list(self.configurations.values()),
             "environment": report.environment(

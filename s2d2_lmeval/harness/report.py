@@ -75,6 +75,18 @@ def merge(several: Iterable[Totals]) -> Totals:
     return merged
 
 
+def settings(config: DecodingConfig) -> dict[str, Any]:
+    """What is in force under ``config``."""
+    return {"decoding": config.to_dict(), "promise": config.promise, "caution": config.caution}
+
+
+def in_common(several: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Decoder, preset, seed, promise and caution of configurations (:func:`settings`); None where they differ."""
+    rows = [{**one["decoding"], **one} for one in several if "decoding" in one]
+    found = {name: [row[name] for row in rows] for name in ("decoder", "preset", "seed", "promise", "caution")}
+    return {name: values[0] if len({*values}) == 1 else None for name, values in found.items()}
+
+
 def environment(device: torch.device, dtype: torch.dtype | None, attention: str | None) -> dict[str, Any]:
     """What timings depend on: hardware, dtypes, back ends, versions, threads; and the sandbox of model-written code."""
     return {

@@ -142,7 +142,7 @@ def refuse_stale(requests: Iterable[Any]) -> None:
     """Refuse requests (the harness's Instances) that ``--cache_requests`` brought along from a run with other
     generation arguments than their task has here.
     """
-    tasks = upstream.tasks_with_cached_requests()
+    tasks = upstream.tasks() if upstream.caches_requests() else {}
     for request in requests:
         task = tasks.get(request.task_name)
         if task is None or not isinstance(request.args[1], Mapping):

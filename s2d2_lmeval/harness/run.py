@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from s2d2_lmeval.decoding.generation import Generation, Step
 from s2d2_lmeval.decoding.options.config import SYNONYMS, DecodingConfig
+from s2d2_lmeval.decoding.options.general import GREEDY
+from s2d2_lmeval.decoding.options.option import converted
 from s2d2_lmeval.errors import ConfigError, shown
 from s2d2_lmeval.harness import prompts, report
 from s2d2_lmeval.harness.arguments import GenerationArguments
@@ -40,6 +42,8 @@ class Group:
     budget: int
     config: DecodingConfig | None
     options: Mapping[str, Any] = field(default_factory=dict)
+    gen_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tasks: set[str] = field(default_factory=set)
     prompts: list[Prompt] = field(default_factory=list)
 
     def in_order(self) -> list[Prompt]:
@@ -49,12 +53,12 @@ class Group:
     def describe(self) -> dict[str, Any]:
         """For the results file: the tasks of the group, and its settings."""
         if self.config is not None:
-            in_force: dict[str, Any] = {"decoding": self.config.to_dict(), "promise": self.config.promise}
+            in_force = report.settings(self.config)
         else:
             in_force = {"options": {name: _plain(value) for name, value in self.options.items()}}
         return {
-            "tasks": sorted({prompt.task for prompt in self.prompts}),
-            "generation_kwargs": dict(self.prompts[0].gen_kwargs),
+            "tasks": sorted(self.tasks),
+            "generation_kwargs": dict(self.gen_kwargs),
             "max_new_tokens": self.budget,
             "stop_token_ids": list(self.stop_token_ids),
             **in_force,
@@ -77,7 +81,6 @@ class GenerationRun:
         self.groups: dict[str, Group] = {}
         self.copies: dict[int, int] = {}
         self._prepare(requests)
-        self.groups = {name: group for name, group in self.groups.items() if group.prompts}
         lm.configurations.update({name: group.describe() for name, group in self.groups.items()})
         self.size = len(requests)
         left = self.size - len(self.copies) - len(self.answers)
@@ -91,6 +94,8 @@ class GenerationRun:
             self.lm.store.decoding_begins()
         try:
             for group in self.groups.values():
+                if not group.prompts:  # all answers are known
+                    continue
                 if self.lm.custom is None:
                     self._run_engine(group)
                 else:
@@ -124,6 +129,7 @@ class GenerationRun:
             if name not in self.groups:
                 self.groups[name] = self._group(gen_kwargs)
             group = self.groups[name]
+            group.tasks.add(request.task_name or "")
             fitting = prompts.fitting(ids, group.budget, prompts.name_of(request), **room)
             key = prompts.request_key(fitting, occurrence)
             task = request.task_name or ""
@@ -164,21 +170,31 @@ class GenerationRun:
             known = lm.engine.facts.stop_token_ids if lm.engine is not None else ()
             stops = tuple(dict.fromkeys((*known, *lm.end_of_text_ids, *special)))
             given = {name: value for name, value in lm.arguments.decoding.items() if name not in BUDGET_NAMES}
-            return Group(until, stops, budget, None, lm.custom.options({**given, **asked.options}, stops, lm.tokenizer))
+            options = lm.custom.options({**given, **asked.options}, stops, lm.tokenizer)
+            return Group(until, stops, budget, None, options, gen_kwargs)
         config = lm.configuration({**asked.options, "max_new_tokens": budget})
         if config is None:
             raise ConfigError(
                 "this model is of no known family, so only a custom_generate function can decode with it."
             )
+        if asked.options.get("do_sample") is False and config.acceptance == "stochastic" and "drawing" not in lm.told:
+            lm.told.add("drawing")
+            logger.info(
+                "do_sample=false or temperature=0: drafts are the argmax, but their verification draws by the seed, as "
+                "published; acceptance=greedy draws nothing."
+            )
         stops = tuple(dict.fromkeys((*config.stop_token_ids, *special)))
-        return Group(until, stops, budget, config.replace(stop_token_ids=stops))
+        return Group(until, stops, budget, config.replace(stop_token_ids=stops), {}, gen_kwargs)
 
     def _tell_what_is_overridden(self, asked: GenerationArguments) -> None:
         """A task's own arguments override ``--model_args``; warn if the user asked for something else."""
+        of_run = dict(self.lm.arguments.decoding)
+        if of_run.get("temperature") is not None:  # which alone decides whether to sample
+            of_run.setdefault("do_sample", converted("temperature", "float", of_run["temperature"]) >= GREEDY)
         of_task = {SYNONYMS.get(name, name): value for name, value in asked.options.items()}
         if asked.max_new_tokens is not None:
             of_task["max_new_tokens"] = asked.max_new_tokens
-        for given, wanted in self.lm.arguments.decoding.items():
+        for given, wanted in of_run.items():
             name = SYNONYMS.get(given, given)
             value = of_task.get(name, wanted)
             if value != wanted and (name, str(value)) not in self.lm.told:

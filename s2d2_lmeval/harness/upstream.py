@@ -69,10 +69,14 @@ def seed() -> int | None:
     return variables().get("torch_random_seed")
 
 
-def tasks_with_cached_requests() -> Mapping[str, Any]:
-    """Name -> task of the evaluation that we are in, if it reads requests from ``--cache_requests``."""
-    known = variables("evaluate")
-    tasks = known.get("eval_tasks", {}) if known.get("cache_requests") else {}
+def caches_requests() -> bool:
+    """Whether the evaluation that we are in reads requests from ``--cache_requests``."""
+    return bool(variables("evaluate").get("cache_requests"))
+
+
+def tasks() -> Mapping[str, Any]:
+    """Name -> task of the evaluation that we are in."""
+    tasks = variables("evaluate").get("eval_tasks", {})
     if isinstance(tasks, Mapping):
         return tasks
     return {output.task_name: output.task for output in tasks if hasattr(output, "task")}  # older releases

@@ -199,7 +199,7 @@ def _settings(results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _decoding(results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The options in force, of the first of the run's tasks."""
     for one in (results["config"].get("s2d2") or {}).get("configurations", [])[:1]:
-        yield from one["decoding"].items()
+        yield from one.get("decoding", one.get("options", {})).items()
 
 
 def _machine(results: Mapping[str, Any]) -> dict[str, Any]:

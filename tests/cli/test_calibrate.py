@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from s2d2_lmeval.cli import main
+from s2d2_lmeval.cli.prompts import read_prompts
 from s2d2_lmeval.decoding.spiffy.graph import load_graph
 
 ARGUMENTS = "pretrained=toy,base=static,block_length=4,max_new_tokens=12,dtype=float32"
@@ -55,6 +57,14 @@ def test_refusals(arguments: list[str], message: str, tmp_path: Path, capsys: py
     assert main(["calibrate", *arguments, "--prompts", str(prompts), "--output", str(output)]) == 2
     assert message in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_a_prompt_may_hold_any_separator_that_json_leaves_as_it_is(tmp_path: Path) -> None:
+    texts = ["one\u2028line", "a\x85b", "c"]
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    path.write_bytes("\r\n".join(lines).encode())
+    assert read_prompts(path, 9) == texts
 
 
 def test_prompts_that_are_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

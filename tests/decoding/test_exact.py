@@ -135,7 +135,7 @@ def test_rows_are_cut_into_forwards_of_one_shape() -> None:
 
 def test_what_exact_takes() -> None:
     assert [queries_of(value) for value in (False, True, "true", "False", 48, "48")] == [0, 64, 64, 0, 48, 48]
-    for wrong in (0, 1, -3, "many", 2.5):
+    for wrong in (0, 1, 5, -3, "many", 2.5):
         with pytest.raises(ConfigError, match="exact="):
             queries_of(wrong)
     with pytest.raises(ConfigError, match="give exact=12 or more"):

@@ -25,11 +25,11 @@ PROMPTS = ["Q: one? A:", "Q: a much longer question, is it not? A:", "x", "é€
 
 @pytest.fixture
 def evaluate(checkpoint: Path, task_folder: Path) -> Callable[..., Any]:
-    def run(task: str, model_args: dict[str, Any] | None = None, **options: Any) -> Any:
+    def run(task: str | list[str], model_args: dict[str, Any] | None = None, **options: Any) -> Any:
         return simple_evaluate(
             model="s2d2",
             model_args={"pretrained": str(checkpoint), **(model_args or {})},
-            tasks=[task],
+            tasks=[task] if isinstance(task, str) else task,
             task_manager=TaskManager(include_path=str(task_folder), include_defaults=False),
             device="cpu",
             bootstrap_iters=0,
@@ -62,11 +62,28 @@ def test_accuracy_and_statistics_in_one_table(evaluate: Callable[..., Any]) -> N
 def test_task_arguments_override_model_arguments(evaluate: Callable[..., Any]) -> None:
     results = evaluate("tiny_ar", {"max_new_tokens": 99})
     assert results["results"]["tiny_ar"]["nfe,decode"] == results["results"]["tiny_ar"]["new_tokens,decode"] == 8
-    assert results["config"]["s2d2"]["configurations"][0]["decoding"]["decoder"] == "ar"
+    about = results["config"]["s2d2"]
+    assert about["configurations"][0]["decoding"]["decoder"] == about["decoder"] == "ar"
+    assert about["promise"] == about["configurations"][0]["promise"]
 
 
-def test_overridden_options_are_told(requests: Any, make: Callable[..., S2D2LM]) -> None:
-    model = make(do_sample=True, seed=3, gen_length=2)
+def test_what_decoded_is_recorded_not_what_would_have(
+    evaluate: Callable[..., Any], task_folder: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"gen_kwargs": {"decoder": "dynamic", "seed": 7}, "use_cache": str(tmp_path / "answers")}
+    for cached in (0, 6):  # the second run finds every answer in the cache
+        about = evaluate("tiny_free", {"decoder": "ar"}, **options)["config"]["s2d2"]
+        assert (about["decoder"], about["seed"], about["cached_responses"]) == ("dynamic", 7, cached)
+        assert about["promise"] == about["configurations"][0]["promise"]
+    about = evaluate(["tiny_free", "tiny_ar"])["config"]["s2d2"]
+    assert (about["decoder"], about["promise"], about["seed"]) == (None, None, 1234)
+    assert {one["decoding"]["decoder"] for one in about["configurations"]} == {"s2d2", "ar"}
+
+
+@pytest.mark.parametrize("given", ["do_sample=True", "temperature=0.7"])
+def test_overridden_options_are_told(requests: Any, make: Callable[..., S2D2LM], given: str) -> None:
+    name, _, value = given.partition("=")
+    model = make(**{name: value}, seed=3, gen_length=2)
     told: list[logging.LogRecord] = []
     logger = logging.getLogger("lm_eval.s2d2")  # which propagates or not, by what ran before
     logger.addFilter(told.append)  # type: ignore[arg-type]  # it answers None, so nothing is logged
@@ -74,11 +91,27 @@ def test_overridden_options_are_told(requests: Any, make: Callable[..., S2D2LM])
         model.generate_until(requests(["x"], do_sample=False, seed=3, max_gen_toks=1), disable_tqdm=True)
     finally:
         logger.removeFilter(told.append)  # type: ignore[arg-type]
-    assert [record.getMessage() for record in told if record.levelno == logging.WARNING] == [
+    assert {record.getMessage() for record in told if record.levelno == logging.WARNING} == {
         f"a task's generation_kwargs set {name}={value}, which overrides {given} of --model_args; "
         f"--gen_kwargs {name}=… overrides both."
         for name, value, given in (("do_sample", False, "do_sample=True"), ("max_new_tokens", 1, "gen_length=2"))
-    ]
+    }
+    assert "drawing" in model.told  # only drafts are the argmax then
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_figures_that_the_harness_would_score_as_text_are_refused_at_once(
+    evaluate: Callable[..., Any], task_folder: Path, tmp_path: Path, own: bool
+) -> None:
+    text = (task_folder / "tiny_free.yaml").read_text().replace("!function code", f"!function {task_folder}/code")
+    kept = [line for line in text.splitlines() if own or not line.startswith("process_results")]
+    task = tmp_path / "figures.yaml"
+    task.write_text("\n".join(line for line in kept if own or "metric:" not in line or "exact_match" in line))
+    if own:
+        assert evaluate(str(task), limit=1)["results"]
+    else:
+        with pytest.raises(ConfigError, match=r"task tiny_free: the harness cannot score .*with_decoding_metrics"):
+            evaluate(str(task), limit=1)
 
 
 # Answers

@@ -53,6 +53,14 @@ def test_differences_are_paired(tmp_path: Path) -> None:
     assert found.documents[0][1:] == (1.0, 0.0, "one says 0", "two says 0")
 
 
+def test_runs_of_custom_functions_are_compared_by_their_arguments(tmp_path: Path) -> None:
+    first, second = (
+        read_run(write_run(tmp_path / str(steps), range(5), s2d2={"configurations": [{"options": {"steps": steps}}]}))
+        for steps in (4, 8)
+    )
+    assert what_differed(first, second) == [("steps", "4", "8")]
+
+
 def test_no_difference_has_an_interval_too(tmp_path: Path) -> None:
     first, second = (read_run(write_run(tmp_path / name, range(5))) for name in "ab")
     (found,) = compare(first, second)

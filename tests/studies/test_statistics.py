@@ -34,8 +34,12 @@ def test_intervals_of_several_seeds_take_documents_as_the_sample() -> None:
     rng = random.Random(0)
     once = [[float(rng.random() < 0.6)] for _ in range(100)]
     low, high = interval(once)
-    many_low, many_high = interval([document * 20 for document in once])
-    assert (many_low, many_high) == pytest.approx((low, high), abs=0.03)
+    assert interval([document * 20 for document in once]) == pytest.approx((low, high))
+    for same in (0.0, 1.0):  # nothing differs, which says as much as one seed does
+        assert interval([[same] * 2] * 4) == pytest.approx(interval([[same]] * 4))
+    # Seeds that differ within documents as independent samples do count as such.
+    assert interval([[1.0, 0.0]] * 50) == pytest.approx(interval(yes_no(50, 100)))
+    assert interval([[0.25, 0.5]] * 3) == pytest.approx((0.375, 0.375))
 
 
 def test_the_paired_test_is_mcnemars() -> None:

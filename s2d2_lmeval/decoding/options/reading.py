@@ -138,6 +138,6 @@ def queries_of(exact: bool | int | str) -> int:
     if isinstance(exact, bool) or str(exact).lower() in ("true", "false"):
         return EXACT_QUERIES * converted("exact", "bool", exact)
     queries = int(converted("exact", "int", exact))
-    if queries < 2:
-        raise ConfigError(f"exact={queries}: give true, false, or the number of queries of every forward, 2 or more.")
+    if queries < 6:  # the smallest tree beside a part of a prompt
+        raise ConfigError(f"exact={queries}: give true, false, or the number of queries of every forward, 6 or more.")
     return queries

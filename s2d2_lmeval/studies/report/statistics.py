@@ -14,16 +14,25 @@ RESAMPLES = 2000
 def interval(documents: Sequence[Sequence[float]]) -> tuple[float, float]:
     """A 95 % confidence interval of the mean over documents; a document has a value per seed.
 
-    Wilson's for one yes or no per document, which holds near 0 and 1 too; else a bootstrap over documents, since the
-    seeds of a document are not independent samples. NaN where there are no documents.
+    Wilson's for yes and no, which holds near 0 and 1 too; else a bootstrap over documents. The seeds of a document are
+    not independent samples, so Wilson's is of as many as have the spread that the documents' means have: of all where
+    seeds differ within documents as between them, of one per document where they agree. NaN where there are no
+    documents.
     """
     if not documents:
         return float("nan"), float("nan")
-    means = np.array([np.mean(document) for document in documents])
-    if _binary(documents):
-        bounds = stats.binomtest(int(means.sum()), len(means)).proportion_ci(CONFIDENCE, method="wilson")
-        return float(bounds.low), float(bounds.high)
-    return _bootstrap(means)
+    means, scores = np.array([np.mean(document) for document in documents]), np.concatenate(documents)
+    if not np.isin(scores, (0, 1)).all():
+        return _bootstrap(means)
+    mean, spread = means.mean(), means.var()
+    if spread:
+        samples = min(mean * (1 - mean) / spread * len(means), len(scores))
+    else:
+        samples = len(means) if mean in (0, 1) else len(scores)
+    z = stats.norm.ppf((1 + CONFIDENCE) / 2)
+    middle = (mean + z**2 / (2 * samples)) / (1 + z**2 / samples)
+    half = z / (1 + z**2 / samples) * np.sqrt(mean * (1 - mean) / samples + (z / (2 * samples)) ** 2)
+    return float(max(middle - half, 0)), float(min(middle + half, 1))
 
 
 def _bootstrap(means: np.ndarray) -> tuple[float, float]:
