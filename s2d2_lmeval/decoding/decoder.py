@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -17,6 +17,7 @@ from s2d2_lmeval.decoding.options.general import LogprobsOption
 from s2d2_lmeval.decoding.passes import Plan, Sent
 from s2d2_lmeval.decoding.state import SequenceState
 from s2d2_lmeval.runtime.costs import MeasureCosts
+from s2d2_lmeval.runtime.drafting.heads import AfterToken
 from s2d2_lmeval.runtime.graphs import Tables
 from s2d2_lmeval.runtime.shapes import power
 
@@ -41,7 +42,7 @@ EXACT = " (tested in float32 and float64; in bfloat16 and float16 near-ties can 
 class DecoderSetup:
     """What a run needs of its decoder: ``slots`` rows, each with room for any of ``requests``, which bring at most
     ``prefill_chunk`` tokens of a prompt to a forward. Logits are of ``dtype``; what outlives a step lies in ``tables``.
-    ``after_token`` is the runner's, for drafts whose head knows the token before.
+    ``after_token`` is the runner's, for drafts whose head knows the tokens before.
     """
 
     config: DecodingConfig
@@ -51,7 +52,7 @@ class DecoderSetup:
     tables: Tables
     prefill_chunk: int
     dtype: torch.dtype = torch.float32
-    after_token: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    after_token: AfterToken | None = None
 
     @property
     def device(self) -> torch.device:

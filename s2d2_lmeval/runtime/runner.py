@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
@@ -16,6 +16,7 @@ from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend, grain_of, heads_of
 from s2d2_lmeval.runtime.cache import SlotCache, cache_argument
 from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, widths_to_measure
+from s2d2_lmeval.runtime.drafting.heads import AfterToken
 from s2d2_lmeval.runtime.gated import Gate
 from s2d2_lmeval.runtime.graphs import Graphs, upload
 from s2d2_lmeval.runtime.kernels.fused import fuse
@@ -80,10 +81,8 @@ class Runner:
         self.lean = lean_decoder(model, self.attention) if on_cpu and fused == "auto" and self.gate is None else None
         self.cache = SlotCache(0, 0)
         self._cache_argument = cache_argument(self.backbone)
-        self.after_token: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-        """What a drafter's head adds, (R, S, K above, K), to the logits of tokens (R, S, K) after those above (R, S,
-        K above), read at logits (R, S) of its last draft.
-        """
+        self.after_token: AfterToken | None = None
+        """What a drafter's head adds to the logits of its last draft."""
         self.model_seconds = 0.0
         """Time inside the model; on CUDA as of the last :meth:`synchronize`."""
         self._costs: dict[tuple[int, int], CostCurve] = {}

@@ -23,7 +23,7 @@ from s2d2_lmeval.families import Facts
 from s2d2_lmeval.families.facts import AUTOREGRESSIVE
 from s2d2_lmeval.families.files import read_config, resolve
 from s2d2_lmeval.runtime.drafting.dflash import DFlash, FeatureTap
-from s2d2_lmeval.runtime.drafting.heads import KINDS
+from s2d2_lmeval.runtime.drafting.heads import MARKOV, MarkovHead
 from s2d2_lmeval.runtime.drafting.loading import default_layer_ids, drafter_shape, load_drafter
 from s2d2_lmeval.toy import embedded
 from s2d2_lmeval.training.anchors import Windows
@@ -43,17 +43,19 @@ HEAD_RATE = 20.0
 @dataclass(frozen=True)
 class DrafterForm:
     """What a drafter is: tokens of its ``block``, the known one included, its ``layers``, and the rank of its Markov
-    head (0: none). ``start``: the folder or hub id of a drafter that stays as it is; its head alone is trained.
+    head (0: none) with its ``kind``. ``start``: the folder or hub id of a drafter that stays as it is; its head alone
+    is trained.
     """
 
     block: int = 8
     layers: int = 4
     markov: int = 0
     start: str | None = None
+    kind: str = MARKOV[0]
     tags: ClassVar[str] = "dflash"
 
     @classmethod
-    def beside(cls, start: str, markov: int) -> DrafterForm:
+    def beside(cls, start: str, markov: int, kind: str = MARKOV[0]) -> DrafterForm:
         """That of a head for the drafter ``start``.
 
         Raises:
@@ -62,9 +64,13 @@ class DrafterForm:
         source = resolve(embedded(start, drafter=True))
         shape = drafter_shape(read_config(source), source)
         scaled = (shape.embedding_scale, shape.logit_scale, shape.softcap) != (1.0, 1.0, None)
-        if scaled or shape.shifted or any(shape.causal) or set(shape.windows) != {None}:
-            raise TrainingError(f"{start} has windows, scales or shifted labels; heads are trained for plain drafters.")
-        return cls(shape.block_length, shape.config.num_hidden_layers, markov, start)
+        other = scaled or shape.shifted or shape.convolution is not None or shape.head is not None
+        if other or any(shape.causal) or set(shape.windows) != {None}:
+            raise TrainingError(
+                f"{start} has a head, windows, scales, convolutions or shifted labels; heads are trained for plain "
+                "drafters."
+            )
+        return cls(shape.block_length, shape.config.num_hidden_layers, markov, start, kind)
 
     @property
     def window(self) -> int:
@@ -97,12 +103,12 @@ stay those of {source} alone.
     lm_eval --model s2d2 --model_args pretrained={source},draft=THIS_FOLDER,decoder=ddtree --tasks …
 
 - blocks of {self.block}, {self.layers} layers {began}
-- Markov head: {f"rank {self.markov}" if self.markov else "none"}"""
+- Markov head: {f"{self.kind}, rank {self.markov}" if self.markov else "none"}"""
 
 
 def drafter_config(form: DrafterForm, model: PreTrainedModel, facts: Facts) -> dict[str, Any]:
     """The config.json of a drafter for ``model``, as published."""
-    head = {"markov_rank": form.markov, "markov_head_type": KINDS[0]} if form.markov else {}
+    head = {"markov_rank": form.markov, "markov_head_type": form.kind} if form.markov else {}
     if form.start is not None:
         return {**read_config(resolve(embedded(form.start, drafter=True))), **head}
     target = model.config
@@ -151,8 +157,9 @@ class DraftingStudent(Student):
         self.drafter.to(self.device)
         self.parameters = {name: one for name, one in self.drafter.named_parameters() if one.requires_grad}
         self.tap = FeatureTap(self.backbone, self.drafter.shape.layer_ids)
-        self.markov = self.drafter.markov_head
+        self.markov = self.drafter.head
         if self.markov is not None:
+            assert isinstance(self.markov, MarkovHead)
             nn.init.normal_(self.markov.markov_w1.weight, std=0.1, generator=torch.Generator().manual_seed(seed))
             nn.init.zeros_(self.markov.markov_w2.weight)
             self.head = self._informed
@@ -166,9 +173,9 @@ class DraftingStudent(Student):
     def _informed(self, rows: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states, each followed by what the token before says (none is before where that is zero)."""
         assert self.markov is not None
-        rank = self.markov.markov_w1.embedding_dim
+        rank = self.markov.shape.rank
         hidden, said = rows.split((rows.shape[1] - rank, rank), dim=1)
-        return self.model.get_output_embeddings()(hidden) + self.markov.markov_w2(said.float())
+        return self.model.get_output_embeddings()(hidden) + said.float() @ self.markov.vectors.t()
 
     def forward(self, windows: Windows, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the base class says; there is nothing to draw."""
@@ -191,10 +198,21 @@ class DraftingStudent(Student):
         drafted = hidden.view(count, width, -1)[:, 1:].flatten(0, 1)
         taught = clean[windows.teachers] if self.shifted else None
         if self.markov is not None:
-            said = self.markov.after(windows.tokens[windows.teachers], drafted)
+            said = self._said(windows.tokens[windows.teachers].view(count, -1), drafted.view(count, width - 1, -1))
             drafted = torch.cat([drafted, said], dim=1)
             taught = None if taught is None else nn.functional.pad(taught, (0, said.shape[1]))
         return drafted.to(self.model.dtype), taught
+
+    def _said(self, above: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head says (D * S, rank) at the S places of D drafts with states ``hidden`` (D, S, H), each after the
+        text's own tokens ``above`` (D, S), in order.
+        """
+        assert self.markov is not None
+        said, state = [], None
+        for place in range(above.shape[1]):
+            one, state = self.markov.after(above[:, place], hidden[:, place], state, place)
+            said.append(one)
+        return torch.stack(said, dim=1).flatten(0, 1)
 
     def save(self, folder: Path, base: str, source: str) -> None:
         """Write the drafter as published."""

@@ -15,6 +15,7 @@ from s2d2_lmeval.studies.pretend import move, pretend_cuda
 
 from . import drafting_tiny, editing_tiny, pipelined_cases, subblocks_drawn
 from .test_device_reads import EVERY, OPTIONS
+from .test_heads import SHAPES, drafted
 from .tiny import engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:The draft graph")
@@ -83,6 +84,14 @@ def test_a_step_on_the_toy(name: str, batch: int) -> None:
     model = toy(draft=any(part.needs_drafter for part in DECODERS.all(decoder)))
     row = count_launches(model, options | RUNS[name][1], batch, PROMPTS[: batch + 1])
     check_one_launch(row)
+
+
+@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if "head" in shape])
+@pytest.mark.parametrize(("decoder", "batch"), [("dflash", 1), ("ddtree", 3)])
+def test_a_step_of_a_drafter_with_a_head(decoder: str, name: str, batch: int) -> None:
+    model = drafted(name, max_batch=batch, dtype=torch.float32)
+    options = {"decoder": decoder, "max_new_tokens": 6, **({"tree_budget": 8} if decoder == "ddtree" else {})}
+    check_one_launch(count_launches(model, options, batch, TINY_PROMPTS))
 
 
 @pytest.mark.parametrize("decoder", ["sliding", "ar"])

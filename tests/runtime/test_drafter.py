@@ -77,9 +77,24 @@ def by_hand(drafter: DFlash, model: Qwen3ForCausalLM, text: torch.Tensor, block:
         return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
     query_at, key_at = start + torch.arange(size).view(-1, 1), torch.arange(start + size)
+
+    def convolved(x: torch.Tensor, conv: Any, told: torch.Tensor, side: int) -> torch.Tensor:
+        """``x`` after one of a sublayer's convolutions, whose factors also depend on ``told``; written out."""
+        if shape.convolution is None:
+            return x
+        (taps, group), found = shape.convolution, torch.zeros_like(x)
+        own = (told @ conv.kernel_projection.weight.T).view(size, 2, taps, -1)
+        for at, channel in np.ndindex(*x.shape):
+            for tap in range(min(taps, at + 1)):
+                factor = conv.base_kernel[side, tap, channel] + own[at, side, tap, channel // group]
+                found[at, channel] += factor * x[at - tap, channel]
+        return found
+
     for layer, window, causal in zip(drafter.layers, shape.windows, shape.causal, strict=True):
         attention: Any = layer.self_attn
-        normed = layer.input_layernorm(hidden)
+        around, after = (getattr(layer, f"{part}_conv", None) for part in ("attention", "mlp"))
+        told = layer.input_layernorm(hidden)
+        normed = convolved(told, around, told, 0)
         source = torch.cat([context, normed])
         query = attention.q_norm(attention.q_proj(normed).view(size, -1, 8)).transpose(0, 1)
         key = attention.k_norm(attention.k_proj(source).view(len(source), -1, 8)).transpose(0, 1)
@@ -92,8 +107,10 @@ def by_hand(drafter: DFlash, model: Qwen3ForCausalLM, text: torch.Tensor, block:
         if window is not None:
             sees &= (query_at - key_at).abs() < window
         weight = (query @ key.transpose(1, 2) / 8**0.5).masked_fill(~sees, -torch.inf).softmax(-1)
-        hidden = hidden + attention.o_proj((weight @ value).transpose(0, 1).reshape(size, -1))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        attended = attention.o_proj((weight @ value).transpose(0, 1).reshape(size, -1))
+        hidden = hidden + convolved(attended, around, told, 1)
+        told = layer.post_attention_layernorm(hidden)
+        hidden = hidden + convolved(layer.mlp(convolved(told, after, told, 0)), after, told, 1)
     logits = model.get_output_embeddings()(drafter.norm(hidden)) * shape.logit_scale
     return torch.tanh(logits / shape.softcap) * shape.softcap if shape.softcap else logits
 
@@ -112,6 +129,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         }
     },
     "old rope scaling": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "two taps": {"dflash_config": {"conv_kernel_size": 2, "conv_group_size": 8}, "is_causal": False},
+    "three taps in windows": {
+        "layer_types": ["sliding_attention"] * 2,
+        "sliding_window": 6,
+        "dflash_config": {"conv_kernel_size": 3, "conv_group_size": 16},
+    },
     "scales": {
         "dflash_config": {"input_embedding_scale": 3.0, "output_multiplier": 0.5, "final_logit_softcapping": 2.0}
     },
@@ -168,15 +191,20 @@ def test_layers_that_the_configuration_does_not_name() -> None:
     )
 
 
+OWN = {"mask_token_id": 1, "target_layer_ids": [1]}
 REFUSED = [
-    ({"architectures": ["DFlash2DraftModel"]}, "DFlash2 drafter"),
-    ({"dflash_config": {"mask_token_id": 1, "target_layer_ids": [1], "conv_kernel_size": 2}}, "DFlash2 drafter"),
-    ({"dflash_config": {"mask_token_id": 1, "target_layer_ids": [1], "attention_sink_bias": True}}, "attention sinks"),
+    ({"dflash_config": {**OWN, "conv_kernel_size": 2}}, "must name conv_kernel_size and conv_group_size"),
+    ({"dflash_config": {**OWN, "conv_kernel_size": 2, "conv_group_size": 5}}, "does not divide hidden_size"),
+    ({"dflash_config": {**OWN, "selector_top_k": 16}}, "must name selector_rank and selector_top_k"),
+    ({"dflash_config": {**OWN, "projector_type": "domino", "emb_dim": 4}}, "must name emb_dim and gru_hidden_dim"),
+    ({"dflash_config": {**OWN, "pure_draft_prefix_len": 1}}, "no Domino head"),
     (
-        {"dflash_config": {"mask_token_id": 1, "target_layer_ids": [1], "projector_type": "domino"}},
-        "projector 'domino'",
+        {"dflash_config": {**OWN, "selector_rank": 4, "selector_top_k": 16}, "markov_rank": 4},
+        r"several heads \(vanilla and selector\)",
     ),
-    ({"markov_rank": 4, "markov_head_type": "rnn"}, "Markov head of the kind 'rnn'"),
+    ({"dflash_config": {"mask_token_id": 1, "target_layer_ids": [1], "attention_sink_bias": True}}, "attention sinks"),
+    ({"dflash_config": {**OWN, "projector_type": "causal_v5"}}, "projector 'causal_v5'"),
+    ({"markov_rank": 4, "markov_head_type": "fir"}, "Markov head of the kind 'fir'"),
     ({"markov_rank": -1}, "markov_rank=-1"),
     ({"dflash_config": {"target_layer_ids": [1]}}, "not a DFlash drafter"),
     ({"dflash_config": {"mask_token_id": 1}, "num_target_layers": None}, "not a DFlash drafter"),
@@ -210,7 +238,7 @@ def test_weights_must_be_those_of_a_drafter(folder: Path) -> None:
     refused({name: value for name, value in weights.items() if name != "fc.weight"}, "fc.weight has no such weight")
     refused({**weights, "mask_embedding": torch.ones(32)}, "mask_embedding has")
     refused({**weights, "norm.weight": torch.ones(31)}, r"norm.weight has \[31\], needs \[32\]")
-    refused({**weights, "layers.0.attention_conv.base_kernel": torch.ones(3)}, "DFlash2 drafter")
+    refused({**weights, "layers.0.attention_conv.base_kernel": torch.ones(3)}, "attention_conv.base_kernel has")
 
 
 def test_load_with_a_drafter(folder: Path, tmp_path: Path) -> None:

@@ -116,14 +116,20 @@ def test_every_target_gets_a_drafter_that_changes_no_answer(base: Path, tmp_path
     assert "greedy answers" in card
 
 
-def test_a_head_beside_a_drafter_that_stays(checkpoint: Path, tmp_path: Path) -> None:
+PARTS = {"vanilla": set(), "gated": {"gate_proj.weight", "gate_proj.bias"}}
+PARTS["rnn"] = {"joint_proj.weight", "joint_proj.bias"}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_head_beside_a_drafter_that_stays(kind: str, checkpoint: Path, tmp_path: Path) -> None:
     """Trained alone, whatever the rest; and what a step adds to logits is what the engine adds."""
     target, answers = Target(str(checkpoint), device="cpu"), Answers(4, max_new_tokens=12)
     train(target, PROMPTS, tmp_path / "drafter", FORM, RECIPE, answers)
-    form = DrafterForm.beside(str(tmp_path / "drafter"), 3)
+    form = DrafterForm.beside(str(tmp_path / "drafter"), 3, kind)
     train(target, PROMPTS, tmp_path / "head", form, RECIPE, answers)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("drafter", "head"))
-    assert after.keys() - before.keys() == {"markov_head.markov_w1.weight", "markov_head.markov_w2.weight"}
+    parts = {"markov_w1.weight", "markov_w2.weight", *PARTS[kind]}
+    assert after.keys() - before.keys() == {f"markov_head.{part}" for part in parts}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     assert after["markov_head.markov_w2.weight"].abs().max() > 0
     options = {"stop_token_ids": (), "max_new_tokens": 9}
@@ -135,13 +141,15 @@ def test_a_head_beside_a_drafter_that_stays(checkpoint: Path, tmp_path: Path) ->
 
     student = form.student(*load_checkpoint(checkpoint, device="cpu"), 0)
     assert isinstance(student, DraftingStudent)
-    head, rows = student.drafter.markov_head, torch.randn(4, 32)
+    head, rows = student.drafter.head, torch.randn(2, 3, 32)
     assert head is not None
-    torch.nn.init.normal_(head.markov_w2.weight)
-    token = torch.tensor([[5, 9], [1, 60]])
-    said = head.after(token.flatten(), rows)
-    bias = head(token.unsqueeze(2), torch.arange(VOCABULARY).expand(2, 2, -1), rows.view(2, 2, -1)).view(4, -1)
-    torch.testing.assert_close(student.head(torch.cat([rows, said], 1)), student.model.lm_head(rows) + bias)
+    torch.nn.init.normal_(head.vectors)
+    token, every, state = torch.tensor([[5, 9, 7], [1, 60, 4]]), torch.arange(VOCABULARY).expand(2, 1, -1), None
+    found = student.head(torch.cat([rows.flatten(0, 1), student._said(token, rows)], 1)).view(2, 3, -1)
+    for place in range(3):
+        at = slice(place, place + 1)
+        bias, state = head(token[:, at].unsqueeze(2), every, rows[:, at], state, place)
+        torch.testing.assert_close(found[:, place], student.model.lm_head(rows[:, place]) + bias[:, 0, 0])
 
 
 def test_it_learns(checkpoint: Path, tmp_path: Path) -> None:

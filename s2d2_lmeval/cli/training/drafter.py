@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=whole(1, 64), default=4, help="of the drafter (%(default)s)")
     markov = "rank of a head that knows the token before (DSpark); none, and 32 with --drafter"
     parser.add_argument("--markov", type=whole(1, 4096), metavar="RANK", help=markov)
+    kind = "of that head: rnn knows all tokens of the draft before it (%(default)s)"
+    parser.add_argument("--markov_kind", choices=("vanilla", "gated", "rnn"), default="vanilla", help=kind)
     drafter = "keep this drafter as it is, and train a Markov head for it alone"
     parser.add_argument("--drafter", type=nonempty, metavar="FOLDER", help=drafter)
 
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from s2d2_lmeval.training.drafter import DrafterForm
 
     if args.drafter:
-        form = DrafterForm.beside(args.drafter, args.markov or HEAD_RANK)
+        form = DrafterForm.beside(args.drafter, args.markov or HEAD_RANK, args.markov_kind)
     else:
-        form = DrafterForm(args.block, args.layers, args.markov or 0)
+        form = DrafterForm(args.block, args.layers, args.markov or 0, kind=args.markov_kind)
     return trained(args, lambda vocabulary: form, f"draft={args.out},decoder=ddtree")

@@ -23,10 +23,11 @@ from s2d2_lmeval.decoding.options.general import LogprobsOption
 from s2d2_lmeval.decoding.options.rounds import DrafterOptions, HintOptions, TreeOptions
 from s2d2_lmeval.decoding.passes import Sent
 from s2d2_lmeval.decoding.rounds import trees
-from s2d2_lmeval.decoding.rounds.dflash import CHOICES, TARGETS_LAW, DFlash
+from s2d2_lmeval.decoding.rounds.dflash import TARGETS_LAW, DFlash
 from s2d2_lmeval.decoding.rounds.hints import Hints
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
+from s2d2_lmeval.runtime.drafting.heads import CHOICES
 from s2d2_lmeval.runtime.passes import DRAFTER
 
 if TYPE_CHECKING:
@@ -72,8 +73,9 @@ class DDTree(DFlash):
 
     @property
     def choices(self) -> int:
-        informed = self._takes_hints or self.after_token is not None
-        return max(min(self.rows.most_nodes, CHOICES) if informed else self.rows.most_nodes, 1)
+        nodes = self.rows.most_nodes
+        most = self.after_token.choices if self.after_token is not None else CHOICES if self._takes_hints else nodes
+        return max(min(most, nodes), 1)
 
     def calibrate_costs(self, measure_costs: MeasureCosts) -> None:
         """With ``tree_budget=auto``, measure the cost of rounds at this batch size."""

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
     from s2d2_lmeval.families.facts import DrafterFacts
 
-CHOICES = 16
-"""Tokens per place that a draft chooses from where it knows the token before."""
-
 TARGETS_LAW = f"the target's own autoregressive law, token for token the output of ar with the same seed{EXACT}"
 
 
@@ -98,7 +95,7 @@ class DFlash(Target):
     @property
     def choices(self) -> int:
         """Tokens per position of the block that a draft may choose from."""
-        return 1 if self.after_token is None else CHOICES
+        return 1 if self.after_token is None else self.after_token.choices
 
     @property
     def most_logits(self) -> tuple[int, int]:

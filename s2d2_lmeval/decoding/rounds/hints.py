@@ -1,13 +1,11 @@
 """What a tree goes by beside a draft's own law: counted pairs, what followed the same words before, and a drafter's
-head that knows the token before (:mod:`~s2d2_lmeval.runtime.drafting.heads`).
+head that knows the tokens before (:mod:`~s2d2_lmeval.runtime.drafting.heads`).
 
 All are terms of a token's worth in a draft tree and change no decided token. The first two are learned on the device
 from prompts and answers; the host tells the device the text of every row as it grows.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,10 +14,9 @@ from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.passes import Sent
 from s2d2_lmeval.decoding.rounds.pairs import Pairs
 from s2d2_lmeval.decoding.rounds.recall import GRAM, LONGEST, Recall
-from s2d2_lmeval.decoding.rounds.trees import Branches
+from s2d2_lmeval.decoding.rounds.trees import Branches, PairBranches
 from s2d2_lmeval.decoding.state import SequenceState
-
-AfterToken = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+from s2d2_lmeval.runtime.drafting.heads import AfterToken
 
 READ = 32
 """Tokens of each row that a step is told, at least as many as a round decides."""
@@ -97,14 +94,50 @@ class Hints:
         given = log_p.unsqueeze(2).expand(-1, -1, log_p.shape[2], -1)
         above = torch.cat([tail[:, -1:, None].expand(-1, 1, token.shape[2]), token[:, :-1]], dim=1)
         terms = [] if self.pairs is None else [self.pairs.term(above, token)]
-        if self.after_token is not None and read is not None:
-            terms.append(self.after_token(above, token, read))
+        carried = self.after_token is not None and self.after_token.carries
+        if self.after_token is not None and read is not None and not carried:
+            terms.append(self.after_token(above, token, read)[0])
         if terms:
-            # All choices of a position together keep what they have.
-            given = given + sum(terms)
-            given = given + (log_p.logsumexp(2)[:, :, None, None] - given.logsumexp(3, keepdim=True))
-            given = given.nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # where nothing was drafted
+            given = conserved(given + sum(terms), log_p.logsumexp(2)[:, :, None, None])
         if self.recall is not None:
             given = self.recall.mix(given, said, which, length, slots)
-        # Rounded, a mass may exceed 1; but no node is worth more than its parent.
-        return token, Branches(*given.clamp_max(0).sort(dim=3, descending=True, stable=True))
+        if self.after_token is not None and read is not None and carried:
+            return token, PathBranches(given, token, tail[:, -1:], self.after_token, read)
+        return token, PairBranches(*in_order(given))
+
+
+class PathBranches:
+    """Branches by a head that carries a state along every path: what it adds to the log-values ``given`` (R, S, K
+    above, K) of choices ``token`` (R, S, K) after the text's last token ``root`` (R, 1). All nodes of a depth are asked
+    about together, as DARTree does (arXiv 2608.13524).
+    """
+
+    def __init__(
+        self, given: torch.Tensor, token: torch.Tensor, root: torch.Tensor, head: AfterToken, read: torch.Tensor
+    ) -> None:
+        self.given, self.token, self.root, self.head, self.read = given, token, root, head, read
+        self.state: torch.Tensor | None = None
+
+    def after(self, depth: int, own: torch.Tensor, above: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :class:`~s2d2_lmeval.decoding.rounds.trees.Branches` says."""
+        here = slice(depth, depth + 1)
+        last = self.token[:, depth - 1].gather(1, own) if depth else self.root
+        if self.state is not None:
+            of_parent = above.to(self.state.device)[:, None, :, None].expand(-1, -1, -1, self.state.shape[3])
+            self.state = self.state.gather(2, of_parent)
+        bias, self.state = self.head(last.unsqueeze(1), self.token[:, here], self.read[:, here], self.state, depth)
+        given = self.given[:, depth].gather(1, own.unsqueeze(2).expand(-1, -1, self.given.shape[3]))
+        return in_order(conserved(given + bias[:, 0], given.logsumexp(2, keepdim=True)))
+
+
+def conserved(given: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """Log-values ``given`` (..., K) so that all choices of a position together keep their log-``mass`` (..., 1)."""
+    given = given + (mass - given.logsumexp(-1, keepdim=True))
+    return given.nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # where nothing was drafted
+
+
+def in_order(given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-values ``given`` (..., K), best first, and which they are. Rounded, a mass may exceed 1; but no node is worth
+    more than its parent.
+    """
+    return given.clamp_max(0).sort(dim=-1, descending=True, stable=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,14 +34,27 @@ class Tree:
     value: torch.Tensor
 
 
+class Branches(Protocol):
+    """What the choices of a position are worth after a node of the position before."""
+
+    def after(self, depth: int, own: torch.Tensor, above: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-values and choices (R, B, K) of position ``depth``, best first, after each of B nodes: its choice of the
+        position before is ``own`` (R, B), and its parent that of ``above`` (R, B) among the nodes that were asked about
+        before. To be asked depth by depth.
+        """
+
+
 @dataclass(frozen=True)
-class Branches:
-    """The choices of each position in the order of their value after each choice of the position before, best first:
-    their log-values and which they are (R, S, K above, K).
-    """
+class PairBranches:
+    """Branches that depend on the choice above alone: log-values and choices (R, S, K above, K), best first."""
 
     log_p: torch.Tensor
     choice: torch.Tensor
+
+    def after(self, depth: int, own: torch.Tensor, above: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :class:`Branches` says."""
+        at = own.unsqueeze(2).expand(-1, -1, self.log_p.shape[3])
+        return self.log_p[:, depth].gather(1, at), self.choice[:, depth].gather(1, at)
 
 
 def grow(
@@ -61,21 +75,21 @@ def grow(
     if beams is None:
         beams = beams_of(depths, choices, nodes, lambda _, index: index.to(log_p.device))
     score, own = log_p.new_zeros(rows, 1), token.new_zeros(rows, 1)
+    origin = own
     scores, keys, parents, picks, offset = [], [], [], [], 0
     for depth in range(depths):
         above, choice = beams[depth]
         if branches is None:
             worth, picked = log_p[:, depth, choice], choice.expand(rows, -1)
         else:
-            place = own[:, above] * choices + choice
-            worth, picked = (table[:, depth].flatten(1).gather(1, place) for table in (branches.log_p, branches.choice))
+            worth, picked = (table[:, above, choice] for table in branches.after(depth, own, origin))
         candidates = score[:, above] + worth
         key = candidates.clone()
         if seed_chain:
             key[:, :1] = torch.inf  # the first child of the first, which is the chain's
         key, index = key.topk(min(nodes, candidates.shape[1]), dim=1)
-        score, own = candidates.gather(1, index), picked.gather(1, index)
-        parents.append(offset + above[index])
+        score, own, origin = candidates.gather(1, index), picked.gather(1, index), above[index]
+        parents.append(offset + origin)
         picks.append(depth * choices + own)
         scores.append(score)
         keys.append(key)
@@ -99,13 +113,13 @@ def grow(
 
 def chain(log_p: torch.Tensor, token: torch.Tensor, branches: Branches | None = None) -> Tree:
     """The likeliest choice of each position after that of the position before, from the arguments of :func:`grow`."""
-    rows, depths, choices = token.shape
+    rows, depths, _ = token.shape
     worth, own = log_p[:, :, 0], torch.zeros_like(token[:, :, 0])
     if branches is not None:
-        parts, last = [], own[:, :1]
+        parts, first = [], own[:, :1]
+        last = first
         for depth in range(depths):
-            at = last.unsqueeze(2).expand(-1, -1, choices)
-            value, last = (table[:, depth].gather(1, at)[:, 0, :1] for table in (branches.log_p, branches.choice))
+            value, last = (table[:, 0, :1] for table in branches.after(depth, last, first))
             parts.append((value, last))
         worth, own = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     above = torch.arange(depths, device=token.device).expand(rows, -1)

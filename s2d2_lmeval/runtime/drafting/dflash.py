@@ -32,7 +32,8 @@ from s2d2_lmeval.ranks import ranks_of
 from s2d2_lmeval.runtime.attention import AttentionContext, heads_of
 from s2d2_lmeval.runtime.cache import SlotCache, cache_argument
 from s2d2_lmeval.runtime.costs import CostCurve
-from s2d2_lmeval.runtime.drafting.heads import MarkovHead
+from s2d2_lmeval.runtime.drafting.convolution import ConvolvedLayer, inside_blocks
+from s2d2_lmeval.runtime.drafting.heads import AfterToken, Head, HeadShape
 from s2d2_lmeval.runtime.kernels.attention import attends, within
 from s2d2_lmeval.runtime.memory import RowNeeds, bytes_per_position
 from s2d2_lmeval.runtime.passes import DRAFTER, TARGET
@@ -47,7 +48,8 @@ class DrafterShape:
     ``layer_ids`` the target's layers whose outputs are read, counted from 0; ``windows`` and ``causal`` per layer: how
     far back it looks (None: everywhere), and whether it looks ahead inside the block; ``embedding_scale``,
     ``logit_scale`` and ``softcap`` of variants for targets with such scales. ``shifted``: a query says the next token,
-    the first one too, in place of its own. ``markov``: rank and kind of a head that knows the token before.
+    the first one too, in place of its own. ``head``: one that knows the tokens before; ``convolution``: taps and
+    channels per group of those around every sublayer (DFlash 2).
     """
 
     config: Qwen3Config
@@ -60,7 +62,8 @@ class DrafterShape:
     logit_scale: float = 1.0
     softcap: float | None = None
     shifted: bool = False
-    markov: tuple[int, str] | None = None
+    head: HeadShape | None = None
+    convolution: tuple[int, int] | None = None
 
     @property
     def facts(self) -> DrafterFacts:
@@ -77,20 +80,29 @@ class DFlash(nn.Module):
         self.shape, self.config = shape, config
         self.fc = nn.Linear(len(shape.layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(Qwen3DecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self._cache_argument = cache_argument(self.layers[0])
+        make = Qwen3DecoderLayer if shape.convolution is None else partial(ConvolvedLayer, shape.convolution)
+        layers: list[Any] = [make(config, index) for index in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
+        self._cache_argument = cache_argument(layers[0].self_attn)
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
-        self.markov_head: MarkovHead | None = None
-        if shape.markov is not None:
-            self.markov_head = MarkovHead(config.vocab_size, shape.markov[0], config.hidden_size, shape.markov[1])
         # Of the target, in a list: they are not part of this model.
         self._shared: list[Any] = []
+        self._head: list[Head] = []
+        if shape.head is not None:
+            self._head = [shape.head.build(config.vocab_size, config.hidden_size, self._shared)]
+            for name, part in self._head[0].published().items():
+                self.add_module(name, part)
 
     def attach(self, target: PreTrainedModel) -> DFlash:
         """Use the target's embedding and head."""
-        self._shared = [target.get_input_embeddings(), target.get_output_embeddings()]
+        self._shared[:] = target.get_input_embeddings(), target.get_output_embeddings()
         return self
+
+    @property
+    def head(self) -> Head | None:
+        """What knows the tokens before."""
+        return self._head[0] if self._head else None
 
     def get_input_embeddings(self) -> nn.Module:
         """The target's."""
@@ -108,9 +120,10 @@ class DFlash(nn.Module):
 
     @property
     def plain(self) -> bool:
-        """Whether all layers see everything, from an embedding that is not scaled."""
+        """Whether all layers are those of Qwen3 and see everything, from an embedding that is not scaled."""
         shape = self.shape
-        return shape.embedding_scale == 1 and not any(shape.causal) and set(shape.windows) == {None}
+        whole = not any(shape.causal) and set(shape.windows) == {None}
+        return whole and shape.embedding_scale == 1 and shape.convolution is None
 
     def get_decoder(self) -> DFlash:
         """What answers a pass with hidden states: this."""
@@ -149,8 +162,11 @@ class DFlash(nn.Module):
         for window, causal in zip(self.shape.windows, self.shape.causal, strict=True):
             if (window, causal) not in contexts:
                 contexts[window, causal] = narrowed(pass_context, positions, window, causal)
+        told: dict[str, Any] = {"use_cache": use_cache}
+        if self.shape.convolution is not None:
+            told["inside"] = inside_blocks(pass_context.offsets.to(positions.device), len(positions))
         each = [
-            {"pass_context": contexts[sight], "use_cache": use_cache}
+            {"pass_context": contexts[sight], **told}
             for sight in zip(self.shape.windows, self.shape.causal, strict=True)
         ]
         return SimpleNamespace(last_hidden_state=self.fill(input_ids, position_ids, past_key_values, each))
@@ -228,16 +244,8 @@ class DraftingRunner(Runner):
         self.drafter = Runner(drafter, "triton" if own else "sdpa", static_shapes=False, fused=fused)
         self.drafter.graphs = self.graphs  # what it costs is measured as it runs
         self.tap = FeatureTap(self.backbone, drafter.shape.layer_ids)
-        self._drafted = torch.empty(0)
-        """Hidden states (M, H) of the wanted queries of the last draft, if a head reads them."""
-        if drafter.markov_head is not None:
-            self.after_token = self._after_token
-
-    def _after_token(self, above: torch.Tensor, token: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-        head = self.drafter.model.markov_head
-        assert isinstance(head, MarkovHead)
-        home = self._drafted.device
-        return head(above.to(home), token.to(home), self._drafted[read.to(home)]).to(above.device)
+        if drafter.head is not None:
+            self.after_token = AfterToken(drafter.head)
 
     def reserve(self, slots: int, capacity: int) -> None:
         super().reserve(slots, capacity)
@@ -283,7 +291,7 @@ class DraftingRunner(Runner):
             if self.after_token is None:
                 return self.drafter._answer(tokens, positions, wanted, context)
             hidden = self.drafter._hidden(tokens, positions, context)
-            self._drafted = hidden.index_select(0, wanted.to(hidden.device))
+            self.after_token.drafted = hidden.index_select(0, wanted.to(hidden.device))
             return self.drafter._logits(hidden, wanted)
 
     def ends(self, frame: Frame, keep: np.ndarray, slots: int, feeds_drafter: bool = False) -> dict[str, np.ndarray]:

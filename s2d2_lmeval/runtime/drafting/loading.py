@@ -1,4 +1,4 @@
-"""Published DFlash and DSpark drafters: what their config.json says, their weights, and whether they fit a target."""
+"""Published drafters (DFlash, DFlash 2, DSpark, Domino): their config.json, their weights, and if they fit a target."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.config_map import MOST_LAYERS, configured, is_number, is_whole
 from s2d2_lmeval.families.files import misfit, read_config, resolve, skeleton, stored_weights, weight_files
 from s2d2_lmeval.runtime.drafting.dflash import DFlash, DrafterShape
-from s2d2_lmeval.runtime.drafting.heads import KINDS
+from s2d2_lmeval.runtime.drafting.heads import MARKOV, HeadShape
 from s2d2_lmeval.toy import embedded
 
 DEFAULT_BLOCK_LENGTH = 16
-_DFLASH2 = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
-_SUCCESSORS = {
-    "attention_sink_bias": "attention sinks",
-    "pure_draft_prefix_len": "a prefix of its own",
-}
+_CONVOLUTION = ("conv_kernel_size", "conv_group_size")
+_SELECTOR = ("selector_rank", "selector_top_k")
+_DOMINO = ("emb_dim", "gru_hidden_dim")
 _UNREAD = ("confidence_head.", "embed_tokens.", "lm_head.")
-"""Weights of DSpark that drafting does not need: when to verify less, and copies of the target's."""
+"""Weights beside a head that drafting does not need: when to verify less, and copies of the target's."""
 
 
 def load_drafter(source: str | Path, target: PreTrainedModel, **hub: Any) -> DFlash:
@@ -42,10 +40,8 @@ def load_drafter(source: str | Path, target: PreTrainedModel, **hub: Any) -> DFl
     check_fit(shape, target, source)
     files = weight_files(source, **hub)
     stored = stored_weights(files)
-    if shape.markov is not None or shape.shifted:
+    if shape.head is not None or shape.shifted:
         stored = {name: one for name, one in stored.items() if not name.startswith(_UNREAD)}
-    if any(".attention_conv." in name or name.startswith("candidate_selector.") for name in stored):
-        raise _is_dflash2(source)
     described = skeleton(source, shape.config.num_hidden_layers, len(stored), lambda: DFlash(shape)).state_dict()
     shapes = [{name: one.shape for name, one in of.items()} for of in (stored, described)]
     if wrong := misfit(*shapes):
@@ -68,16 +64,12 @@ def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
     def value(name: str, default: Any = None) -> Any:
         return own.get(name, config.get(name, default))
 
-    if "DFlash2DraftModel" in str(config.get("architectures")) or any(value(name) for name in _DFLASH2):
-        raise _is_dflash2(source)
-    for name, what in _SUCCESSORS.items():
-        if own.get(name):
-            raise CheckpointError(f"{source} is a drafter with {what} ({name}={own[name]!r}), which is not DFlash.")
-    spark = "DSpark" in str(config.get("architectures")) or own.get("projector_type") == "dspark"
-    if not spark and own.get("projector_type"):
-        raise CheckpointError(
-            f"{source} is a drafter with the projector {own['projector_type']!r}, which is not DFlash."
-        )
+    if own.get("attention_sink_bias"):
+        raise CheckpointError(f"{source} is a drafter with attention sinks, which is not DFlash.")
+    projector, known = own.get("projector_type"), str(config.get("architectures"))
+    if projector not in (None, "dspark", "domino"):
+        raise CheckpointError(f"{source} is a drafter with the projector {projector!r}, which is not DFlash.")
+    spark = "DSpark" in known or projector == "dspark"
     layers, mask = config.get("num_hidden_layers"), value("mask_token_id")
     if not is_whole(layers, 1, MOST_LAYERS) or not is_whole(mask, 0) or not _names_layers(config, value):
         raise CheckpointError(
@@ -93,13 +85,15 @@ def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
         *((name, is_number(value(name, 1.0))) for name in ("input_embedding_scale", "output_multiplier")),
         ("final_logit_softcapping", cap is None or is_number(cap)),
         ("markov_rank", is_whole(value("markov_rank") or 0, 0)),
+        ("pure_draft_prefix_len", is_whole(value("pure_draft_prefix_len") or 0, 0)),
     ):
         if not fine:
             raise CheckpointError(f"{source}: config.json says {name}={value(name)!r}, which no drafter has.")
     sliding = [kind == "sliding_attention" or bool(own.get("use_swa")) for kind in kinds]
     if any(sliding) and window is None:
         raise CheckpointError(f"{source}: config.json has layers of sliding_attention but no sliding_window.")
-    causal = own.get("causal", config.get("is_causal"))
+    # Domino's masks look ahead unless they are told not to; others' windows are causal unless they are told.
+    causal = own.get("causal", config.get("is_causal", False if projector == "domino" else None))
     fields = {**config, "layer_types": ["full_attention"] * layers, "use_sliding_window": False}
     fields |= {"model_type": "qwen3", "sliding_window": None}
     return DrafterShape(
@@ -113,18 +107,52 @@ def drafter_shape(config: Mapping[str, Any], source: str) -> DrafterShape:
         logit_scale=float(value("output_multiplier", 1.0)),
         softcap=cap,
         shifted=bool(own.get("shift_label", value("sample_from_anchor", spark))),
-        markov=_markov(value, source),
+        head=_head(value, projector, source),
+        convolution=_convolution(value, config, source),
     )
 
 
-def _markov(value: Any, source: str) -> tuple[int, str] | None:
-    rank, kind = value("markov_rank"), value("markov_head_type") or KINDS[0]
-    if rank and kind not in KINDS:
-        raise CheckpointError(
-            f"{source} has a Markov head of the kind {kind!r}; those that are loaded here know one token before "
-            f"({' and '.join(KINDS)})."
-        )
-    return (rank, kind) if rank else None
+def _head(value: Any, projector: str | None, source: str) -> HeadShape | None:
+    """Which head config.json says that there is; CheckpointError where it is not one of those known."""
+    found = []
+    if rank := value("markov_rank"):
+        kind = value("markov_head_type") or MARKOV[0]
+        if kind not in MARKOV:
+            raise CheckpointError(
+                f"{source} has a Markov head of the kind {kind!r}; those that are loaded here are {', '.join(MARKOV)}."
+            )
+        found.append(HeadShape(kind, rank))
+    if selector := _sizes(value, _SELECTOR, "a candidate selector (DFlash 2)", source):
+        found.append(HeadShape("selector", selector[0], choices=selector[1]))
+    if projector == "domino":
+        rank, state = _sizes(value, _DOMINO, "a Domino head", source, needed=True)
+        found.append(HeadShape("domino", rank, state, value("pure_draft_prefix_len") or 0))
+    elif value("pure_draft_prefix_len"):
+        raise CheckpointError(f"{source} is a drafter with a prefix of its own but no Domino head, which is not known.")
+    if len(found) > 1:
+        kinds = " and ".join(head.kind for head in found)
+        raise CheckpointError(f"{source} has several heads ({kinds}); drafters with one are loaded here.")
+    return found[0] if found else None
+
+
+def _convolution(value: Any, config: Mapping[str, Any], source: str) -> tuple[int, int] | None:
+    sizes = _sizes(value, _CONVOLUTION, "convolutions (DFlash 2)", source)
+    if not sizes:
+        return None
+    taps, group = sizes
+    if not is_whole(config.get("hidden_size"), 1) or config["hidden_size"] % group:
+        raise CheckpointError(f"{source}: config.json says conv_group_size={group}, which does not divide hidden_size.")
+    return taps, group
+
+
+def _sizes(value: Any, names: tuple[str, ...], of: str, source: str, needed: bool = False) -> tuple[int, ...]:
+    """The sizes ``names`` of a part; nothing without any of them, where it is not ``needed``."""
+    sizes = tuple(value(name) for name in names)
+    if not needed and not any(sizes):
+        return ()
+    if not all(is_whole(size, 1) for size in sizes):
+        raise CheckpointError(f"{source} has {of}, for which config.json must name {' and '.join(names)}.")
+    return sizes
 
 
 def _names_layers(config: Mapping[str, Any], value: Any) -> bool:
@@ -164,10 +192,3 @@ def check_fit(shape: DrafterShape, target: PreTrainedModel, source: str) -> None
             raise CheckpointError(
                 f"the drafter {source} does not fit this target: {reason}. Give the drafter made for it."
             )
-
-
-def _is_dflash2(source: str) -> CheckpointError:
-    return CheckpointError(
-        f"{source} is a DFlash2 drafter (local convolutions and a candidate selector), another architecture than "
-        "DFlash, and cannot be loaded here. Give a DFlash drafter of the same target."
-    )
