@@ -23,6 +23,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -89,6 +90,16 @@ _UNPREPARED: Any = object()
 logger = logging.getLogger("s2d2_lmeval")
 
 
+@dataclass
+class BlockDiffusionOutput(GenerateDecoderOnlyOutput):
+    """transformers' output; with ``logprobs`` and ``top_logprobs`` of :class:`s2d2_lmeval.Generation` for every row, if
+    the option ``logprobs`` asks for them.
+    """
+
+    logprobs: list[list[float | None] | None] | None = None
+    top_logprobs: list[list[list[tuple[int, float]]] | None] | None = None
+
+
 def generate(
     model: PreTrainedModel,
     input_ids: torch.Tensor | None = None,
@@ -111,7 +122,7 @@ def generate(
 
     Returns:
         ids (B, P + new), stop tokens included and padded to the right as transformers does, or an output object where
-        ``return_dict_in_generate`` is set.
+        ``return_dict_in_generate`` is set, which ``logprobs`` needs.
 
     Raises:
         ConfigError: an option out of range or of another decoder.
@@ -133,6 +144,8 @@ def generate(
     _refuse_other_modes(model, settings, logits_processor, asked)
     engine = ready(model)
     config = engine.config(_options(settings, {name: kwargs[name] for name in kwargs.keys() & OPTIONS}))
+    if config.logprobs and not settings.return_dict_in_generate:
+        raise RequestError("logprobs come beside the sequences: give return_dict_in_generate=True too.")
     prompts = _unpadded_on_the_left(input_ids, kwargs.get("attention_mask"))
     answers = _answers(
         asked.get("streamer"),
@@ -148,7 +161,10 @@ def generate(
     if pad is None and len({len(answer.token_ids) for answer in answers}) > 1:
         raise RequestError("Answers of different lengths need a pad token: pass pad_token_id.")
     sequences = with_answers(input_ids, answers, pad or 0)
-    return GenerateDecoderOnlyOutput(sequences=sequences) if settings.return_dict_in_generate else sequences
+    if not settings.return_dict_in_generate:
+        return sequences
+    kept = {name: [getattr(answer, name) for answer in answers] for name in ("logprobs", "top_logprobs")}
+    return BlockDiffusionOutput(sequences=sequences, **(kept if config.logprobs else {}))
 
 
 def _unpadded_on_the_left(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
@@ -213,7 +229,7 @@ def _answers(
     if len(prompts) > 1:
         raise RequestError("streamer takes one prompt at a time.")
     try:
-        stream = Stream(lambda piece: streamer.put(torch.tensor(piece)), config, budget, stop)
+        stream = Stream(lambda tokens, _: streamer.put(torch.tensor(tokens)), config, budget, stop)
         answers = engine.generate(prompts, config, max_new_tokens=budget, stop=stream.stop)
         stream.finish(answers[0].token_ids)
         return answers

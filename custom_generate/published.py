@@ -154,6 +154,11 @@ def named_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def more_options(arguments: Mapping[str, Any], temperature: float | None = None) -> dict[str, Any]:
     """The decoding options among the ``kwargs`` of published ``arguments``; see :func:`config_of`."""
     options = {name: value for name, value in arguments["kwargs"].items() if name not in HARNESS_ARGUMENTS}
+    if options.get("logprobs"):
+        raise ConfigError(
+            "logprobs: published functions return ids and counts; take them from s2d2_lmeval.load(…).generate, or from "
+            "model.generate(custom_generate=…, return_dict_in_generate=True)."
+        )
     if temperature is not None and options.pop("do_sample", False) and temperature < GREEDY:
         raise ConfigError("do_sample=true contradicts temperature=0, which is greedy: give a temperature, such as 1.0.")
     return options

@@ -12,18 +12,19 @@ import torch
 from transformers import PreTrainedModel
 
 from s2d2_lmeval.decoding.engine import Engine
-from s2d2_lmeval.decoding.generation import Generation, Request
+from s2d2_lmeval.decoding.generation import Generation, Progress, Request
 from s2d2_lmeval.decoding.open_run import Arrivals, OpenRun
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.option import converted
 from s2d2_lmeval.decoding.options.reading import queries_of
 from s2d2_lmeval.decoding.scoring import Pair, Scorer, Tokenwise
-from s2d2_lmeval.errors import ConfigError, shown
+from s2d2_lmeval.errors import ConfigError, RequestError, shown
 from s2d2_lmeval.families import Facts, adopt, load_checkpoint
 from s2d2_lmeval.families.files import HUB_OPTIONS
 from s2d2_lmeval.prompts import (
     encode,
     is_text,
+    keeping,
     laws_of,
     pairs_of,
     requests_of,
@@ -40,7 +41,7 @@ from s2d2_lmeval.runtime.memory import RowLimit
 from s2d2_lmeval.runtime.probe import ShiftProbe, probe_shift
 from s2d2_lmeval.runtime.runner import Runner
 from s2d2_lmeval.runtime.trace import Trace
-from s2d2_lmeval.streaming import decoded, pieces
+from s2d2_lmeval.streaming import Piece, Stream, decoded, pieces
 
 if TYPE_CHECKING:
     from s2d2_lmeval.picture import Picture
@@ -215,8 +216,10 @@ class BlockDiffusionModel:
         max_new_tokens: int | Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
         stop: Callable[[int, list[int]], int | None] | None = None,
+        on_begun: Callable[[int, Progress], None] | None = None,
         on_finished: Callable[[int, Generation], None] | None = None,
         logprobs: str | Sequence[str] = (),
+        top_logprobs: int = 0,
     ) -> list[Generation]:
         """Continue every prompt. All are queued at once; ``max_batch`` rows are in flight.
 
@@ -229,17 +232,18 @@ class BlockDiffusionModel:
                 on its batch.
             stop: ``stop(i, new_token_ids)`` is called after each finished block of request i, and returns how many of
                 its new tokens to keep, or None to continue.
+            on_begun: called for each request as it takes a row, with what will be known of it.
             on_finished: called for each request as it completes.
             logprobs: ``"decided"`` keeps those at the moment of decision (:attr:`Generation.logprobs`); ``"ar"`` scores
                 finished answers in the model's autoregressive mode, without sampling options
                 (:attr:`Generation.ar_logprobs`); or both.
+            top_logprobs: with ``"decided"``, also so many of the likeliest tokens (:attr:`Generation.top_logprobs`).
 
         Raises:
             RequestError: a prompt that cannot be decoded.
         """
-        laws, resolved = laws_of(logprobs), self.config(config)
-        if "decided" in laws:
-            resolved = resolved.replace(logprobs=True)
+        laws = laws_of(logprobs)
+        resolved = keeping(self.config(config), laws, top_logprobs)
         prompts = [prompts] if not isinstance(prompts, str) and is_text(prompts) else several("prompts", prompts)
         texts = [is_text(prompt) for prompt in prompts]
         if any(texts):
@@ -249,7 +253,7 @@ class BlockDiffusionModel:
         if not self.ranks.alone and resolved.random_source not in ("keyed", "fixed"):
             raise ConfigError("random_source: several ranks draw alike from keyed or fixed only; leave it out.")
         stop = None if stop is None else self.ranks.ask_first(stop)
-        requests = requests_of(prompts, budget, seeds, stop, self.max_context, self.facts)
+        requests = requests_of(prompts, budget, seeds, stop, on_begun, self.max_context, self.facts)
         engine = self.engine_class(self._runner, self.facts, resolved, self.trace, self.rows)
 
         def finished(index: int, answer: Generation) -> None:
@@ -275,19 +279,25 @@ class BlockDiffusionModel:
         *,
         max_new_tokens: int | None = None,
         seed: int = 0,
-    ) -> Iterator[str]:
+        logprobs: str | Sequence[str] = (),
+        top_logprobs: int = 0,
+    ) -> Iterator[Piece]:
         """The answer to one prompt as :meth:`generate` takes it, as pieces of text: one per finished block, of which
-        nothing is taken back. Closing the iterator ends the decoding after the current block.
+        nothing is taken back. Closing the iterator ends the decoding after the current block. With
+        ``logprobs="decided"`` every piece has those of its tokens; the last may then be tokens without text.
 
         Raises:
             RequestError: a prompt that cannot be decoded.
         """
-        resolved = with_stops(self.config(config), config, self.tokenizer)
+        if "ar" in (laws := laws_of(logprobs)):
+            raise RequestError("logprobs='ar' is of whole answers, not of a stream: give it to generate.")
+        resolved = keeping(with_stops(self.config(config), config, self.tokenizer), laws, top_logprobs)
         ids = encode(self.tokenizer, prompt) if is_text(prompt) else tokens("The prompt", prompt)
         budget = resolved.max_new_tokens if max_new_tokens is None else max_new_tokens
 
-        def run(stop: Callable[[int, list[int]], int | None]) -> Generation:
-            return self.generate([ids], resolved, max_new_tokens=budget, seeds=[seed], stop=stop)[0]
+        def run(stream: Stream) -> Generation:
+            rules: dict[str, Any] = {"stop": stream.stop, "on_begun": stream.begun}
+            return self.generate([ids], resolved, max_new_tokens=budget, seeds=[seed], **rules)[0]
 
         return pieces(self.tokenizer, resolved, budget, run)
 
@@ -297,13 +307,14 @@ class BlockDiffusionModel:
         max_new_tokens: int,
         seed: int = 0,
         stop: Callable[[int, list[int]], int | None] | None = None,
+        on_begun: Callable[[int, Progress], None] | None = None,
     ) -> Request:
         """A request for :meth:`serve`; the arguments are those of :meth:`generate`.
 
         Raises:
             RequestError: a prompt that cannot be decoded.
         """
-        return requests_of([prompt], [max_new_tokens], [seed], stop, self.max_context, self.facts)[0]
+        return requests_of([prompt], [max_new_tokens], [seed], stop, on_begun, self.max_context, self.facts)[0]
 
     def serve(self, arrivals: Arrivals, config: DecodingConfig, on_finished: Callable[[int, Generation], None]) -> None:
         """Decode requests as they arrive, until there are no more. An answer is the one of :meth:`generate`.

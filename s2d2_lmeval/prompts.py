@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from s2d2_lmeval.decoding.generation import Request
+from s2d2_lmeval.decoding.generation import Progress, Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import RequestError, S2D2Error, first_line, shown
 from s2d2_lmeval.families import Facts
@@ -92,6 +92,7 @@ def requests_of(
     max_new_tokens: Any,
     seeds: Any,
     stop: Callable[[int, list[int]], int | None] | None,
+    begun: Callable[[int, Progress], None] | None,
     context: int,
     facts: Facts,
 ) -> list[Request]:
@@ -115,7 +116,9 @@ def requests_of(
         if not is_whole(key) or not -(1 << 63) <= key < 1 << 63:
             raise RequestError(f"Prompt {index}: the seed {shown(key)} is not a whole number of 64 bits.")
         refuse_undecodable(index, ids, int(budget), context, facts)
-        requests.append(Request(ids, int(budget), int(key), None if stop is None else partial(stop, index)))
+        rule = None if stop is None else partial(stop, index)
+        told = None if begun is None else partial(begun, index)
+        requests.append(Request(ids, int(budget), int(key), rule, told))
     return requests
 
 
@@ -160,6 +163,13 @@ def laws_of(logprobs: Any) -> set[str]:
     for unknown in laws - {"decided", "ar"}:
         raise RequestError(f"logprobs={shown(unknown)}: give decided, ar, or both.")
     return laws
+
+
+def keeping(config: DecodingConfig, laws: set[str], top_logprobs: int) -> DecodingConfig:
+    """``config``, which keeps what is asked for of the laws that tokens are decided by."""
+    asked: dict[str, Any] = {"logprobs": True} if "decided" in laws else {}
+    asked |= {"top_logprobs": top_logprobs} if top_logprobs else {}
+    return config.replace(**asked) if asked else config
 
 
 def several(name: str, values: Any, what: str = "a list of one for each") -> list[Any]:

@@ -7,26 +7,33 @@ from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any
 
-from s2d2_lmeval.decoding.generation import Generation
+from tokenizers.decoders import ByteLevel
+
+from s2d2_lmeval.decoding.generation import Generation, Law, Progress
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 
 
 class Stream:
-    """Passes on the new tokens of one request as its blocks are finished.
+    """Passes on the new tokens of one request as its blocks are finished, and their laws if they are kept.
 
-    :attr:`stop` is the request's stop rule, around another one; :meth:`finish` passes on the rest. Tokens after a stop
-    or past the budget are never passed on, so that those together are the answer.
+    :attr:`stop` is the request's stop rule, around another one; :attr:`begun` gets its progress; :meth:`finish` passes
+    on the rest. Tokens after a stop or past the budget are never passed on, so that those together are the answer.
     """
 
     def __init__(
         self,
-        put: Callable[[list[int]], Any],
+        put: Callable[[list[int], list[Law | None]], Any],
         config: DecodingConfig,
         budget: int,
         stop: Callable[[int, list[int]], int | None] | None = None,
     ) -> None:
         self._put, self._config, self._budget, self._rule = put, config, budget, stop
         self._passed = 0
+        self._progress = Progress()
+
+    def begun(self, index: int, progress: Progress) -> None:
+        """The request has a row."""
+        self._progress = progress
 
     def stop(self, index: int, new: list[int]) -> int | None:
         """The rule's answer; passes on what is certain."""
@@ -40,9 +47,32 @@ class Stream:
 
     def finish(self, token_ids: list[int]) -> None:
         """Pass on what is left of the answer."""
-        if len(token_ids) > self._passed:
-            self._put(token_ids[self._passed :])
+        left = range(self._passed, len(token_ids))
+        if left:
+            self._put(token_ids[self._passed :], self._progress.laws(left) if self._config.logprobs else [])
             self._passed = len(token_ids)
+
+
+class Piece(str):
+    """A piece of an answer's text; with ``token_ids``, those since the piece before, and their ``laws`` if kept."""
+
+    token_ids: list[int]
+    laws: list[Law | None]
+
+    def __new__(cls, text: str = "", token_ids: Sequence[int] = (), laws: Sequence[Law | None] = ()) -> Piece:
+        piece = super().__new__(cls, text)
+        piece.token_ids, piece.laws = list(token_ids), list(laws)
+        return piece
+
+    @property
+    def logprobs(self) -> list[float | None]:
+        """As :attr:`~s2d2_lmeval.decoding.generation.Generation.logprobs`."""
+        return [law and law.logprob for law in self.laws]
+
+    @property
+    def top_logprobs(self) -> list[list[tuple[int, float]]]:
+        """As :attr:`~s2d2_lmeval.decoding.generation.Generation.top_logprobs`."""
+        return [law.best if law else [] for law in self.laws]
 
 
 def decoded(tokenizer: Any, token_ids: list[int]) -> str:
@@ -54,21 +84,21 @@ def pieces(
     tokenizer: Any,
     config: DecodingConfig,
     budget: int,
-    run: Callable[[Callable[[int, list[int]], int | None]], Generation],
-) -> Iterator[str]:
+    run: Callable[[Stream], Generation],
+) -> Iterator[Piece]:
     """The text of one answer in pieces, one for each finished block that completes a character.
 
     Args:
-        run: decodes the answer under the stop rule that it is given, in a thread of its own. Closing the iterator stops
-            it after the current block.
+        run: decodes the answer into the stream that it is given, in a thread of its own. Closing the iterator stops it
+            after the current block.
     """
-    passed: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
+    passed: SimpleQueue[tuple[list[int], list[Law | None]] | BaseException | None] = SimpleQueue()
     closed = Event()
-    stream = Stream(passed.put, config, budget, lambda _, new: len(new) if closed.is_set() else None)
+    stream = Stream(lambda *new: passed.put(new), config, budget, lambda _, new: len(new) if closed.is_set() else None)
 
     def work() -> None:
         try:
-            stream.finish(run(stream.stop).token_ids)
+            stream.finish(run(stream).token_ids)
             passed.put(None)
         except BaseException as error:
             passed.put(error)
@@ -82,14 +112,15 @@ def pieces(
         thread.join()
 
 
-def _text(tokenizer: Any, passed: Iterator[Any]) -> Iterator[str]:
+def _text(tokenizer: Any, passed: Iterator[Any]) -> Iterator[Piece]:
     text = Text(tokenizer)
-    for tokens in passed:
-        if isinstance(tokens, BaseException):
-            raise tokens
-        if piece := text.more(tokens):
+    for new in passed:
+        if isinstance(new, BaseException):
+            raise new
+        if piece := text.more(*new):
             yield piece
-    if rest := text.rest():
+    rest = text.rest()
+    if rest or rest.laws:
         yield rest
 
 
@@ -98,32 +129,50 @@ class Text:
 
     def __init__(self, tokenizer: Any, until: Sequence[str] = ()) -> None:
         self._tokenizer, self._until = tokenizer, [string for string in until if string]
-        self._token_ids: list[int] = []
+        self._separable = by_bytes(tokenizer)
+        self._final = ""
+        self._open: list[int] = []
+        """Tokens after those that ``_final`` is the text of."""
         self._shown = ""
+        self._untold: tuple[list[int], list[Law | None]] = [], []
 
     @property
     def whole(self) -> str:
         """All of it, up to the first of the ``until`` strings."""
-        text = decoded(self._tokenizer, self._token_ids)
+        text = self._final + decoded(self._tokenizer, self._open)
+        if self._separable and not text.endswith("\ufffd"):  # the last character may still lack bytes
+            self._final, self._open = text, []
         return text[: min((place for string in self._until if (place := text.find(string)) >= 0), default=len(text))]
 
-    def take(self, token_ids: list[int]) -> None:
+    def take(self, token_ids: list[int], laws: Sequence[Law | None] = ()) -> None:
         """These tokens come next."""
-        self._token_ids += token_ids
+        self._open += token_ids
+        self._untold[0].extend(token_ids)
+        self._untold[1].extend(laws)
 
-    def more(self, token_ids: list[int]) -> str:
+    def more(self, token_ids: list[int], laws: Sequence[Law | None] = ()) -> Piece:
         """What can be said after these tokens too."""
-        self.take(token_ids)
-        certain = self.whole.rstrip("\ufffd")  # the last character may still lack bytes
+        self.take(token_ids, laws)
+        certain = self.whole.rstrip("\ufffd")
         ends = [size for string in self._until for size in range(1, len(string)) if certain.endswith(string[:size])]
         return self._said(certain[: len(certain) - max(ends, default=0)])
 
-    def rest(self) -> str:
+    def rest(self) -> Piece:
         """What is left, once there are no more tokens."""
-        return self._said(self.whole)
+        return self._said(self.whole, ends=True)
 
-    def _said(self, text: str) -> str:
-        if len(text) <= len(self._shown) or not text.startswith(self._shown):
-            return ""
-        piece, self._shown = text[len(self._shown) :], text
-        return piece
+    def _said(self, text: str, ends: bool = False) -> Piece:
+        new = text[len(self._shown) :] if text.startswith(self._shown) else ""
+        if not new and not ends:
+            return Piece()
+        self._shown += new
+        told, self._untold = self._untold, ([], [])
+        return Piece(new, *told)
+
+
+def by_bytes(tokenizer: Any) -> bool:
+    """Whether tokens are bytes, whatever is around them: then text up to the end of a character is that of its tokens,
+    and needs no second look.
+    """
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    return isinstance(decoder, ByteLevel) and not tokenizer.clean_up_tokenization_spaces

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from s2d2_lmeval.decoding.generation import Generation
     from s2d2_lmeval.decoding.options.config import DecodingConfig
     from s2d2_lmeval.model import BlockDiffusionModel
+    from s2d2_lmeval.streaming import Stream
 
 SUMMARY = "complete one prompt, or converse; --stream, block by block; --trace draws the decoding order"
 
@@ -172,7 +173,8 @@ class Answer:
         self.text = self.tokenizer.decode(self.generation.token_ids, skip_special_tokens=True)
         self.dtype = str(self.model.dtype).removeprefix("torch.")
 
-    def _decode(self, stop: Callable[[int, list[int]], int | None] | None) -> Generation:
+    def _decode(self, stream: Stream | None) -> Generation:
+        stop = None if stream is None else stream.stop
         self.generation = self.model.generate([self.prompt_ids], self.config, stop=stop)[0]
         return self.generation
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from s2d2_lmeval.runtime import clock, statistics
 
@@ -18,18 +18,27 @@ PublishedStep = list[int | float | str] | dict[str, list[Any]]
 """An entry of the published decoding order: positions; where tokens are edited, ``edit`` and ``unmask`` of a step."""
 
 
+class Law(NamedTuple):
+    """What is kept of the law that decided a token: its log-probability there, and the ``best`` tokens with theirs."""
+
+    logprob: float
+    best: list[tuple[int, float]]
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt to continue.
 
     ``key`` identifies the request's randomness. ``stop`` is called after each finished block with all new tokens so
-    far, and returns how many of them to keep (decoding then stops) or None.
+    far, and returns how many of them to keep (decoding then stops) or None. ``begun`` gets its progress when it is
+    admitted, once more if memory did not hold it.
     """
 
     prompt: list[int]
     max_new_tokens: int
     key: int = 0
     stop: Callable[[list[int]], int | None] | None = None
+    begun: Callable[[Progress], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,8 @@ class Step:
     ``start`` is the block's first position; ``before``, ``draft`` and ``tokens`` are the block's ids before the step,
     with every mask drafted, and after the step; ``marks`` says how each place was decided in it (:data:`MARK_NAMES`; 0
     if it was not). ``drafted`` are the positions of the tokens submitted to the verifier; siblings of a tree share
-    one. ``order`` ranks places with equal marks, if decoding has such an order; ``logprobs`` are those of decided
-    tokens, if they are kept.
+    one. ``order`` ranks places with equal marks, if decoding has such an order; ``laws`` are of every place, as far
+    as it was decided, if they are kept.
     """
 
     kind: str
@@ -51,7 +60,7 @@ class Step:
     marks: list[int]
     drafted: list[int] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    laws: list[Law] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -79,13 +88,18 @@ class Generation:
         """Of ``token_ids``, the log-probabilities at the moment they were decided, under the law that decided them;
         None of a token that no law decided, which a budget for thoughts put there. None if they were not asked for.
         """
-        kept = [step for step in self.steps if step.logprobs]
-        if not kept:
-            return None
-        decided = {
-            step.start + place: step.logprobs[place] for step in kept for place, mark in enumerate(step.marks) if mark
-        }
-        return [decided.get(self.prompt_length + place) for place in range(len(self.token_ids))]
+        return None if self._laws is None else [law and law.logprob for law in self._laws]
+
+    @property
+    def top_logprobs(self) -> list[list[tuple[int, float]]] | None:
+        """Of ``token_ids``, the ``top_logprobs`` likeliest tokens under the same laws, best first, with their
+        log-probabilities: fewer where the sampling options leave fewer.
+        """
+        return None if self._laws is None else [law.best if law else [] for law in self._laws]
+
+    @property
+    def _laws(self) -> list[Law | None] | None:
+        return self.progress.laws(range(len(self.token_ids))) if self.progress.keeps_laws else None
 
     @property
     def steps(self) -> list[Step]:
@@ -149,6 +163,7 @@ class Progress:
     """
 
     published_order: Callable[[Sequence[Step]], list[PublishedStep]] = positions_decided
+    prompt_length: int = 0
 
     forwards: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FORWARDS, 0))
     drafts: int = 0
@@ -185,6 +200,23 @@ class Progress:
     def decoding_order(self) -> list[PublishedStep]:
         """The steps in the published notation."""
         return self.published_order(self.steps)
+
+    @property
+    def keeps_laws(self) -> bool:
+        """Whether the laws that tokens were decided by are kept."""
+        return any(step.laws for step in self.steps)
+
+    def laws(self, places: range) -> list[Law | None]:
+        """The laws that decided new tokens: those of the last step that did; None of a token that none decided."""
+        found: dict[int, Law] = {}
+        for step in reversed(self.steps):
+            if len(found) == len(places):
+                break
+            first = step.start - self.prompt_length
+            for place, (mark, law) in enumerate(zip(step.marks, step.laws, strict=False), first):
+                if mark and place in places:
+                    found.setdefault(place, law)
+        return [found.get(place) for place in places]
 
     def count(self, name: str, more: int) -> None:
         """Add ``more`` to one of the decoder's own counts."""

@@ -168,19 +168,24 @@ class Sent(dict[str, torch.Tensor]):
 
 
 class Cells:
-    """A table (rows, places) that is written by cell, and one cell more for what belongs nowhere."""
+    """A table (rows, places, ...) that is written by cell, and one cell more for what belongs nowhere."""
 
     def __init__(self, flat: torch.Tensor, places: int) -> None:
         self.flat = flat
-        self.table = flat[:-1].view(-1, places)
+        self.table = flat[:-1].unflatten(0, (-1, places))
 
     @classmethod
     def like(cls, table: torch.Tensor, fill: float = 0) -> Cells:
         """An empty one of the shape and type of ``table``."""
         return cls(table.new_full((table.numel() + 1,), fill), table.shape[1])
 
+    @classmethod
+    def of_entries(cls, table: torch.Tensor, size: int) -> Cells:
+        """An empty one with ``size`` float64 numbers in every place of ``table``."""
+        return cls(table.new_zeros((table.numel() + 1, size), dtype=torch.double), table.shape[1])
+
     def put(self, cells: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Write ``values`` (K,) to ``cells`` (K,); returns the table."""
+        """Write ``values`` (K, ...) to ``cells`` (K,); returns the table."""
         self.flat.index_copy_(0, cells, values.to(self.flat.dtype))
         return self.table
 

@@ -10,6 +10,7 @@ import numpy as np
 from s2d2_lmeval.decoding.generation import (
     ACCEPTED,
     AUTOREGRESSIVE,
+    Law,
     Progress,
     PublishedStep,
     Request,
@@ -23,14 +24,12 @@ IDLE, PREFILL, DRAFT, VERIFY, COMMIT, PROPOSE = range(6)
 KIND_OF_PHASE = ("idle", "prefill", "draft", "verify", "commit", "drafter")
 
 
-def as_round(
-    kind: str, start: int, fresh: list[int], depths: np.ndarray, mask_token_id: int, logprobs: list[float]
-) -> Step:
+def as_round(kind: str, start: int, fresh: list[int], depths: np.ndarray, mask_token_id: int, laws: list[Law]) -> Step:
     """The step of a round that began at position ``start``, of what :meth:`SequenceState.record` was told."""
     marks = [ACCEPTED] * (len(fresh) - 1) + [AUTOREGRESSIVE]
     drafted = (start - 1 + depths).tolist()
     before = [mask_token_id] * len(fresh)
-    return Step(kind, start, before, fresh, fresh, marks, drafted, logprobs=logprobs)
+    return Step(kind, start, before, fresh, fresh, marks, drafted, laws=laws)
 
 
 class SequenceState:
@@ -76,7 +75,9 @@ class SequenceState:
         self.key[slot] = request.key
         self.ended[slot] = self.complete[slot] = False
         self.requests[slot] = request
-        self.progress[slot] = Progress(self.published_order)
+        self.progress[slot] = Progress(self.published_order, len(request.prompt))
+        if request.begun is not None:
+            request.begun(self.progress[slot])
         self.kept[slot] = None
 
     def retire(self, slot: int) -> None:
@@ -85,13 +86,13 @@ class SequenceState:
         self.requests[slot] = None
 
     def record(
-        self, slot: int, fresh: list[int], depths: np.ndarray, mask_token_id: int, logprobs: Sequence[float] = ()
+        self, slot: int, fresh: list[int], depths: np.ndarray, mask_token_id: int, laws: Sequence[Law] = ()
     ) -> None:
         """Record a round of the request, before :meth:`extend`: drafted tokens at ``depths``, from 1 for the next
-        position, of which all of ``fresh`` except the last were accepted; ``logprobs`` of ``fresh``, if kept.
+        position, of which all of ``fresh`` except the last were accepted; ``laws`` of ``fresh``, if kept.
         """
         kind = KIND_OF_PHASE[self.phase[slot]]
-        make = partial(as_round, kind, len(self.tokens[slot]), fresh, depths, mask_token_id, list(logprobs))
+        make = partial(as_round, kind, len(self.tokens[slot]), fresh, depths, mask_token_id, list(laws))
         self.progress[slot].record(make, verified=len(depths) > 0)
 
     def extend(self, slot: int, fresh: list[int], stop_token_ids: tuple[int, ...], ends: bool = True) -> bool:

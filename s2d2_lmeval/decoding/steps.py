@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.generation import NOTHING, Step
+from s2d2_lmeval.decoding.sampling.laws import as_bits, as_laws
 
 Table = TypeVar("Table", torch.Tensor, np.ndarray)
 
@@ -27,8 +28,9 @@ class StepTables(NamedTuple, Generic[Table]):
     """How each place was decided (:data:`~s2d2_lmeval.decoding.generation.MARK_NAMES`)."""
     order: Table
     """In which order, within equal marks."""
-    logprobs: Table | None = None
-    """Of what the step decided, 0 elsewhere, if they are kept (:func:`as_bits`)."""
+    laws: Table | None = None
+    """(rows, B * size) entries of what the step decided, 0 elsewhere, if they are kept
+    (:func:`~s2d2_lmeval.decoding.sampling.laws.as_bits`)."""
 
 
 class Decisions:
@@ -52,15 +54,14 @@ class Decisions:
         """(rows,) tokens decided so far."""
         return (self.masked_before & ~self.masks).sum(-1)
 
-    def tables(self, draft: torch.Tensor, probability: torch.Tensor | None = None) -> StepTables[torch.Tensor]:
-        """The tables for the host; ``draft`` (rows, B) are the drafted tokens, and ``probability`` (rows, B) those of
-        decided ones if they are kept.
+    def tables(self, draft: torch.Tensor, laws: torch.Tensor | None = None) -> StepTables[torch.Tensor]:
+        """The tables for the host; ``draft`` (rows, B) are the drafted tokens, and ``laws`` (rows, B, size) the entries
+        of decided ones if they are kept.
         """
         drafted = torch.where(self.masked_before, draft, self.before)
-        logprobs = None
-        if probability is not None:
-            logprobs = as_bits(probability.where(self.marks != NOTHING, 1).double().log())
-        return StepTables(self.before, drafted, self.block, self.marks, self.order, logprobs)
+        if laws is not None:
+            laws = as_bits(laws.masked_fill((self.marks == NOTHING).unsqueeze(-1), 0))
+        return StepTables(self.before, drafted, self.block, self.marks, self.order, laws)
 
 
 @dataclass
@@ -101,12 +102,14 @@ def columns_of(
     )
 
 
-def step_result(table: np.ndarray, length: int, verified: bool, logprobs: bool) -> StepResult:
+def step_result(table: np.ndarray, length: int, verified: bool, size: int) -> StepResult:
     """What :func:`columns_of` packed, for blocks of ``length``; ``verified`` says whether there was a verification,
-    ``logprobs`` whether log-probabilities are kept.
+    ``size`` is that of the laws' entries, if they are kept.
     """
-    tables = [table[:, at : at + length] for at in range(length + 3, table.shape[1], length)]
-    steps = [StepTables(*tables[first : first + 5 + logprobs]) for first in range(0, len(tables), 5 + logprobs)]
+    steps = [
+        steps_of(table[:, at : at + (5 + size) * length], length)
+        for at in range(length + 3, table.shape[1], (5 + size) * length)
+    ]
     moved, sound, made = table[:, length : length + 3].T
     return StepResult(
         verified=steps.pop() if verified else None,
@@ -118,25 +121,26 @@ def step_result(table: np.ndarray, length: int, verified: bool, logprobs: bool) 
     )
 
 
+def steps_of(table: np.ndarray, width: int) -> StepTables[np.ndarray]:
+    """The tables of one step, of ``width`` places, which are side by side in ``table``."""
+    return StepTables(*np.split(table, range(width, 6 * width, width), axis=1))
+
+
+def narrow(step: StepTables[np.ndarray], width: int) -> StepTables[np.ndarray]:
+    """The first ``width`` places of a step that the host has."""
+    places = step.before.shape[1]
+    return StepTables(*(table[:, : width * table.shape[1] // places] for table in step if table is not None))
+
+
 def pack(columns: Sequence[torch.Tensor]) -> torch.Tensor:
     """Tables (rows, any) of whole numbers side by side."""
     return torch.cat([column.long() for column in columns], dim=1)
 
 
-def as_bits(numbers: torch.Tensor) -> torch.Tensor:
-    """Numbers of 64 bits, to travel among whole ones."""
-    return numbers.view(torch.int64)
-
-
-def as_numbers(bits: np.ndarray) -> list[float]:
-    """What :func:`as_bits` packed (K,)."""
-    numbers: list[float] = np.ascontiguousarray(bits).view(np.float64).tolist()
-    return numbers
-
-
 def as_step(step: StepTables[np.ndarray], slot: int, kind: str, start: int, span: np.ndarray) -> Step:
     """The step of row ``slot``, whose block begins at ``start``; ``span`` (B,) is what the verifier had before it."""
     before, draft, after, marks, order = (table[slot].tolist() for table in step[:5])
-    logprobs = [] if step.logprobs is None else as_numbers(step.logprobs[slot])
+    assert step.laws is not None
+    laws = as_laws(step.laws[slot], step.laws.shape[1] // len(before))
     drafted = (start + np.flatnonzero(span)).tolist() if kind == "verify" else []
-    return Step(kind, start, before, draft, after, marks, drafted, order, logprobs)
+    return Step(kind, start, before, draft, after, marks, drafted, order, laws)

@@ -188,6 +188,7 @@ class S2D2LM(HarnessModel):
             ),
         }
         upstream.redact_results()
+        responses.tell_samples(upstream.variables().get("results"))
         model_args = upstream.variables().get("model_args")
         given = {"model_args": upstream.redacted(model_args)} if model_args else {}
         return {**super().get_model_info(), **given, "s2d2": about}

@@ -133,6 +133,15 @@ def separate(hook: Any, run: str) -> ResponseCache | None:
     return ResponseCache(store)
 
 
+def tell_samples(results: Mapping[str, Any] | None) -> None:
+    """Put the statistics of every response beside it, as ``s2d2``, in the samples of the harness's ``results``."""
+    for samples in ((results or {}).get("samples") or {}).values():
+        for sample in samples:
+            found = [getattr(one, "stats", {}) for several in sample.get("resps", ()) for one in several]
+            if any(found):
+                sample["s2d2"] = found
+
+
 def hits(hook: Any) -> int:
     """Responses found in the cache so far."""
     return getattr(getattr(hook, "dbdict", None), "hits", 0)

@@ -215,6 +215,8 @@ class GenerationRun:
             stats = {**generation.stats, "finish_reason": generation.finish_reason}
             if lm.arguments.log_decoding_order:
                 stats["decoding_order"] = generation.decoding_order
+            if generation.logprobs is not None:
+                stats |= {"logprobs": generation.logprobs, "top_logprobs": generation.top_logprobs}
             steps = () if lm.store is None else generation.steps
             self._answer(group, queue[index], generation.token_ids, stats, steps)
 

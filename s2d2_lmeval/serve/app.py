@@ -7,7 +7,9 @@ import contextlib
 import hmac
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -15,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from s2d2_lmeval.decoding.generation import Generation
+from s2d2_lmeval.decoding.generation import Generation, Law
 from s2d2_lmeval.errors import RequestError, S2D2Error
 from s2d2_lmeval.serve import metrics
 from s2d2_lmeval.serve.protocol import (
@@ -28,7 +30,7 @@ from s2d2_lmeval.serve.protocol import (
     wanted,
 )
 from s2d2_lmeval.serve.service import Ask, Full, Service
-from s2d2_lmeval.streaming import Text
+from s2d2_lmeval.streaming import Piece, Text
 
 LARGEST_BODY = 16 << 20
 SECONDS_BETWEEN_CHECKS = 0.5
@@ -125,10 +127,12 @@ class Endpoint:
         return JSONResponse(answer_object(answers.asked, self.name, texts, answers.complete(), tokenizer))
 
     async def _events(self, answers: Answers) -> AsyncIterator[str]:
-        asked = answers.asked
+        asked, tokenizer, offsets = answers.asked, self.service.model.tokenizer, Counter[int]()
         try:
             async for index, piece, end in answers.pieces():
-                yield _event(piece_object(asked, self.name, index, piece, end))
+                told = piece_object(asked, self.name, index, piece, end, tokenizer, offsets[index])
+                offsets[index] += sum(map(len, (told["choices"][0]["logprobs"] or {}).get("tokens", ())))
+                yield _event(told)
             if answers.failure is not None:
                 yield _event(error_object(answers.failure, "server_error"))
             elif asked.counts_usage:
@@ -138,18 +142,22 @@ class Endpoint:
             answers.cancel()  # nobody listens any more
 
 
+Told = tuple[list[int], list[Law | None]] | Generation | Exception
+"""What the decoding thread says of an answer: tokens with their laws, all of it, or what went wrong."""
+
+
 class Answers:
     """The answers to one request while they are decoded: what the decoding thread says, on the server's loop."""
 
     def __init__(self, asked: Wanted, tokenizer: Any) -> None:
         self.asked = asked
         self._loop = asyncio.get_running_loop()
-        self._told: asyncio.Queue[tuple[int, list[int] | Generation | Exception]] = asyncio.Queue()
+        self._told: asyncio.Queue[tuple[int, Told]] = asyncio.Queue()
         self.asks = [self._ask(prompt, seed) for prompt in asked.prompts for seed in asked.seeds]
         for index, ask in enumerate(self.asks):
-            ask.on_end = lambda told, index=index: self._tell(index, told)  # type: ignore[misc]
+            ask.on_end = partial(self._tell, index)
             if asked.stream:  # otherwise nobody reads a part of it
-                ask.on_tokens = ask.on_end
+                ask.on_tokens = lambda *new, index=index: self._tell(index, new)
         self.texts = [Text(tokenizer, asked.until) for _ in self.asks]
         self._generations: dict[int, Generation] = {}
         self.failure: str | None = None
@@ -158,7 +166,7 @@ class Answers:
         asked = self.asked
         return Ask(prompt, asked.max_tokens, asked.config, seed=seed, until=asked.until)
 
-    def _tell(self, index: int, told: list[int] | Generation | Exception) -> None:
+    def _tell(self, index: int, told: Told) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
             self._loop.call_soon_threadsafe(self._told.put_nowait, (index, told))
 
@@ -183,26 +191,26 @@ class Answers:
             self._take(index, told)
         return True
 
-    async def pieces(self) -> AsyncIterator[tuple[int, str | None, str | None]]:
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece | None, str | None]]:
         """(choice, text, None) for every piece, and (choice, None, reason) for every end."""
         while len(self._generations) < len(self.asks) and self.failure is None:
             index, told = await self._told.get()
             piece = self._take(index, told)
-            if piece:
+            if piece or piece.laws:
                 yield index, piece, None
             if index in self._generations:
                 yield index, None, reason(self._generations[index])
 
-    def _take(self, index: int, told: list[int] | Generation | Exception) -> str:
+    def _take(self, index: int, told: Told) -> Piece:
         if isinstance(told, Exception):
             self.failure = str(told)
-            return ""
+            return Piece()
         if isinstance(told, Generation):
             self._generations[index] = told
             if not self.asked.stream:
                 self.texts[index].take(told.token_ids)
             return self.texts[index].rest()
-        return self.texts[index].more(told)
+        return self.texts[index].more(*told)
 
 
 async def _body(request: Request) -> Any:

@@ -15,15 +15,16 @@ from typing import Any
 
 from s2d2_lmeval.decoding.generation import Generation
 from s2d2_lmeval.decoding.options.config import DecodingConfig
+from s2d2_lmeval.decoding.options.general import MOST_TOP_LOGPROBS
 from s2d2_lmeval.errors import RequestError, S2D2Error, shown
 from s2d2_lmeval.harness.arguments import GenerationArguments
 from s2d2_lmeval.model import BlockDiffusionModel
 from s2d2_lmeval.prompts import encode, is_text, is_whole, with_stops
+from s2d2_lmeval.streaming import Piece
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (None, 0),
     "presence_penalty": (None, 0),
-    "top_logprobs": (None, 0),
     "echo": (None, False),
     "best_of": (None, 1),
     "suffix": (None, ""),
@@ -50,8 +51,12 @@ _TAKEN = {
     *SAMPLING,
 }
 _OF_COMPLETIONS = {"prompt", "max_tokens"}
-_OF_CHAT = {"messages", "max_tokens", "max_completion_tokens"}
+_OF_CHAT = {"messages", "max_tokens", "max_completion_tokens", "top_logprobs"}
 MOST_ANSWERS, MOST_STOPS = 128, 16
+MOST_LOGPROBS = 5
+"""Likeliest tokens of completions."""
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON lacks."""
 DEFAULT_TOKENS = 256
 
 
@@ -89,10 +94,9 @@ def wanted(body: Any, chat: bool, name: str, model: BlockDiffusionModel, base: M
         raise RequestError(f"model {shown(body['model'])} is not served here: this is {name}.")
     options, until, budget = _options(body, base)
     config = with_stops(model.config(options), options, model.tokenizer)
-    if _wants_logprobs(body, chat):
-        config = config.replace(logprobs=True)
-    if config.logprobs and body.get("stream"):
-        raise RequestError("logprobs with stream=true is not served: they are told with the whole answer.")
+    best = _logprobs_in_chat(body) if chat else _logprobs_in_completions(body)
+    if best is not None:
+        config = config.replace(logprobs=True, top_logprobs=best)
     prompts = [_messages(body, model)] if chat else _prompts(body, model)
     n = _whole(body, "n", 1, 1, MOST_ANSWERS)
     if len(prompts) * n > MOST_ANSWERS:
@@ -123,15 +127,16 @@ def _refuse_unserved(body: Mapping[str, Any], chat: bool) -> None:
             raise RequestError(f"{name}={shown(body[name])} is not served; leave it out.")
 
 
-def _wants_logprobs(body: Mapping[str, Any], chat: bool) -> bool:
-    """Whether a request asks for the log-probabilities of its tokens; others than the decided ones are not kept."""
-    value = body.get("logprobs")
-    if value is None or value is False or (chat and value is True):
-        return bool(value)
-    if chat or not is_whole(value) or value != 0:
-        served = "true or false" if chat else "0 (of the decided tokens)"
-        raise RequestError(f"logprobs={shown(value)} is not served: give {served}.")
-    return True
+def _logprobs_in_chat(body: Mapping[str, Any]) -> int | None:
+    """How many of the likeliest tokens are asked for beside the decided ones; None if no log-probabilities are."""
+    best = _whole(body, "top_logprobs", 0, 0, MOST_TOP_LOGPROBS)
+    if best and not _flag(body, "logprobs"):
+        raise RequestError(f"top_logprobs={best} needs logprobs=true.")
+    return best if _flag(body, "logprobs") else None
+
+
+def _logprobs_in_completions(body: Mapping[str, Any]) -> int | None:
+    return None if body.get("logprobs") is None else _whole(body, "logprobs", 0, 0, MOST_LOGPROBS)
 
 
 def _options(body: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...], int | None]:
@@ -209,37 +214,50 @@ def answer_object(
     choices = []
     for index, (text, answer) in enumerate(zip(texts, answers, strict=True)):
         said = {"message": {"role": "assistant", "content": text}} if asked.chat else {"text": text}
-        logprobs = _logprobs_object(asked, answer, tokenizer) if asked.config.logprobs else None
+        whole = Piece(text, answer.token_ids, answer.progress.laws(range(len(answer.token_ids))))
+        logprobs = _logprobs_object(asked, whole, tokenizer) if asked.config.logprobs else None
         choices.append({"index": index, **said, "finish_reason": reason(answer), "logprobs": logprobs})
     kind = "chat.completion" if asked.chat else "text_completion"
     return {**_head(asked, name, kind), "choices": choices, "usage": usage(asked, answers)}
 
 
-def _logprobs_object(asked: Wanted, answer: Generation, tokenizer: Any) -> dict[str, Any]:
-    """The log-probabilities of an answer's tokens when they were decided."""
-    tokens = [str(tokenizer.decode([token])) for token in answer.token_ids]
-    logprobs = answer.logprobs or []
-    if not asked.chat:
-        offsets = list(accumulate(map(len, tokens), initial=0))[:-1]
-        return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
-    content = [
-        {"token": token, "logprob": logprob, "bytes": _bytes(token), "top_logprobs": []}
-        for token, logprob in zip(tokens, logprobs, strict=True)
-    ]
-    return {"content": content, "refusal": None}
+def _logprobs_object(asked: Wanted, piece: Piece, tokenizer: Any, offset: int = 0) -> dict[str, Any]:
+    """The log-probabilities of a piece's tokens when they were decided; ``offset`` is the length of those before."""
 
+    def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+        token = str(tokenizer.decode([token_id]))
+        # A part of a character has no text of its own.
+        own = None if "\ufffd" in token else list(token.encode())
+        return {"token": token, "logprob": None if logprob is None else max(logprob, LEAST_LOGPROB), "bytes": own}
 
-def _bytes(token: str) -> list[int] | None:
-    """A token's bytes, unless it is a part of a character."""
-    return None if "\ufffd" in token else list(token.encode())
-
-
-def piece_object(asked: Wanted, name: str, index: int, text: str | None, ended: str | None) -> dict[str, Any]:
-    """A piece of an answer, or its end."""
-    said: dict[str, Any] = {"text": text or ""}
+    said = list(map(entry, piece.token_ids, piece.logprobs))
+    best = [[entry(*one) for one in several] for several in piece.top_logprobs]
     if asked.chat:
-        said = {"delta": {} if text is None else {"role": "assistant", "content": text}}
-    choice = {"index": index, **said, "finish_reason": ended, "logprobs": None}
+        content = [{**one, "top_logprobs": several} for one, several in zip(said, best, strict=True)]
+        return {"content": content, "refusal": None}
+    tokens = [one["token"] for one in said]
+    # Of tokens with the same text, which parts of characters have, the likeliest counts.
+    maps = [
+        {each["token"]: each["logprob"] for each in reversed([*several, one])}
+        for one, several in zip(said, best, strict=True)
+    ]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [one["logprob"] for one in said],
+        "top_logprobs": maps if asked.config.top_logprobs else None,
+        "text_offset": list(accumulate(map(len, tokens), initial=offset))[:-1],
+    }
+
+
+def piece_object(
+    asked: Wanted, name: str, index: int, piece: Piece | None, ended: str | None, tokenizer: Any, offset: int
+) -> dict[str, Any]:
+    """A piece of an answer, after tokens of ``offset`` characters, or its end."""
+    said: dict[str, Any] = {"text": piece or ""}
+    if asked.chat:
+        said = {"delta": {} if piece is None else {"role": "assistant", "content": piece}}
+    logprobs = _logprobs_object(asked, piece, tokenizer, offset) if piece is not None and piece.laws else None
+    choice = {"index": index, **said, "finish_reason": ended, "logprobs": logprobs}
     return {**_head(asked, name, "chat.completion.chunk" if asked.chat else "text_completion"), "choices": [choice]}
 
 

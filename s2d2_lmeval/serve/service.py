@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from threading import Condition, Event, Thread
 
-from s2d2_lmeval.decoding.generation import Generation, Request
+from s2d2_lmeval.decoding.generation import Generation, Law, Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.errors import S2D2Error, first_line
 from s2d2_lmeval.harness.prompts import StopStrings
@@ -29,8 +29,8 @@ class Full(S2D2Error):
 class Ask:
     """One answer that somebody waits for.
 
-    ``on_tokens`` gets new tokens as blocks are finished, ``on_end`` the whole answer or what went wrong; both are
-    called on the decoding thread. Setting ``cancelled`` ends it after its current block.
+    ``on_tokens`` gets new tokens as blocks are finished, with their laws if kept, ``on_end`` the whole answer or what
+    went wrong; both are called on the decoding thread. Setting ``cancelled`` ends it after its current block.
     """
 
     prompt: list[int]
@@ -38,7 +38,7 @@ class Ask:
     config: DecodingConfig
     seed: int = 0
     until: tuple[str, ...] = ()
-    on_tokens: Callable[[list[int]], None] = lambda tokens: None
+    on_tokens: Callable[[list[int], list[Law | None]], None] = lambda tokens, laws: None
     on_end: Callable[[Generation | Exception], None] = lambda answer: None
     cancelled: Event = field(default_factory=Event)
 
@@ -87,7 +87,8 @@ class Service:
         entries = []
         for ask in asks:
             stream = Stream(ask.on_tokens, ask.config, ask.max_new_tokens, self._rule(ask))
-            entries.append((ask, self.model.request(ask.prompt, ask.max_new_tokens, ask.seed, stream.stop), stream))
+            request = self.model.request(ask.prompt, ask.max_new_tokens, ask.seed, stream.stop, stream.begun)
+            entries.append((ask, request, stream))
         with self._changed:
             if self._closing or len(self._queue) + len(entries) > self.most_waiting:
                 raise Full(f"{len(self._queue)} requests are waiting, as many as this server keeps; try again later.")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 STAND_INS: dict[str, dict[str, object]] = {
-    "JetLM/SDAR-1.7B-Chat": {},
+    "JetLM/SDAR-1.7B-Chat": {"max_position_embeddings": 2048},
     "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": {
         "architectures": ["A2DQwen3LMHeadModel"],
         "model_type": "a2d-qwen3",

@@ -169,6 +169,11 @@ def test_options_out_of_range_are_refused(entry_point: Any, options: dict[str, A
         entry_point(model(), PROMPT, **options)
 
 
+def test_what_is_not_returned_is_refused() -> None:
+    with pytest.raises(ConfigError, match="logprobs: published functions return ids and counts"):
+        sdar.block_diffusion_generate(s2d2_lmeval.load("toy"), torch.tensor([[1, 2, 3]]), logprobs=True)
+
+
 def test_an_option_of_the_other_entry_point_is_refused() -> None:
     with pytest.raises(ConfigError, match="do_verify_policy"):
         sdar.block_diffusion_generate_baseline(model(), PROMPT, do_verify_policy="score_threshold")

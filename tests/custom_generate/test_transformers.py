@@ -143,6 +143,20 @@ def test_an_output_object_on_request(how: dict[str, Any]) -> None:
     assert torch.equal(answer.sequences, decode(how, max_new_tokens=4))
 
 
+def test_log_probabilities_come_in_the_output_object(how: dict[str, Any]) -> None:
+    prompts = torch.tensor([PROMPT, PROMPT[::-1]])
+    asked: dict[str, Any] = {"max_new_tokens": 6, "logprobs": True, "top_logprobs": 2, "eos_token_id": None}
+    answer = decode(how, prompts=prompts, return_dict_in_generate=True, **asked)
+    for ids, logprobs, several in zip(answer.sequences, answer.logprobs, answer.top_logprobs, strict=True):
+        assert len(logprobs) == len(several) == 6
+        for token, logprob, best in zip(ids[len(PROMPT) :].tolist(), logprobs, several, strict=True):
+            assert len(best) == 2
+            assert dict(best).get(token, logprob) == logprob <= best[0][1] <= 0
+    assert decode(how, max_new_tokens=4, return_dict_in_generate=True).logprobs is None
+    with pytest.raises(RequestError, match="give return_dict_in_generate=True too"):
+        decode(how, **asked)
+
+
 class EndsWith(StoppingCriteria):
     """Stops where the last token is one of ``tokens``; remembers that it was asked for every length."""
 

@@ -46,13 +46,27 @@ def test_a_stream_adds_up_to_the_answer(prompt: object) -> None:
     assert len(parts) > 1
 
 
+@pytest.mark.parametrize("options", [OPTIONS, {**OPTIONS, "decoder": "dynamic"}, {"decoder": "ar"}], ids=str)
+def test_pieces_have_the_log_probabilities_of_their_tokens(options: dict[str, Any]) -> None:
+    options = {**options, "stop_token_ids": (), "max_new_tokens": 21}
+    whole = model().generate([PROMPT], options, logprobs="decided", top_logprobs=2)[0]
+    parts = list(model().stream(PROMPT, options, logprobs="decided", top_logprobs=2))
+    assert "".join(parts) == whole.text
+    assert len(parts) > 1
+    assert [token for part in parts for token in part.token_ids] == whole.token_ids
+    assert [one for part in parts for one in part.logprobs] == whole.logprobs
+    assert [one for part in parts for one in part.top_logprobs] == whole.top_logprobs
+    with pytest.raises(RequestError, match="of whole answers"):
+        model().stream(PROMPT, options, logprobs="ar")
+
+
 def test_closing_a_stream_ends_the_decoding() -> None:
     config = model().config({**OPTIONS, "stop_token_ids": ()})
     lengths = []
 
-    def run(stop: Any) -> Any:
+    def run(stream: Stream) -> Any:
         ids = model().tokenizer(PROMPT)["input_ids"]
-        answer = model().generate([ids], config, max_new_tokens=400, stop=stop)[0]
+        answer = model().generate([ids], config, max_new_tokens=400, stop=stream.stop)[0]
         lengths.append(len(answer.token_ids))
         return answer
 
@@ -81,10 +95,10 @@ def test_representations_are_short() -> None:
 def test_nothing_after_a_stop_or_the_limit_is_passed_on() -> None:
     passed: list[list[int]] = []
     config = model().config({"stop_token_ids": (9,)})
-    stream = Stream(passed.append, config, 7, lambda index, new: 6 if len(new) > 6 else None)
+    stream = Stream(lambda tokens, _: passed.append(tokens), config, 7, lambda index, new: 6 if len(new) > 6 else None)
     assert stream.stop(0, [1, 2, 3]) is None
     assert stream.stop(0, [1, 2, 3, 4]) is None
     assert stream.stop(0, [1, 2, 3, 4, 5, 6, 7, 8]) == 6
     assert passed == [[1, 2, 3], [4], [5, 6]]
-    Stream(passed.append, config, 7).stop(0, [1, 9, 3])
+    Stream(lambda tokens, _: passed.append(tokens), config, 7).stop(0, [1, 9, 3])
     assert passed[-1] == [1]

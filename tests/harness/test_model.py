@@ -57,6 +57,7 @@ def test_accuracy_and_statistics_in_one_table(evaluate: Callable[..., Any]) -> N
     assert about["environment"]["attention"] == "sdpa"
     json.dumps(about)
     assert json.dumps(results["samples"]["tiny_free"])
+    assert all(sample["s2d2"][0]["nfe"] > 0 for sample in results["samples"]["tiny_free"])
 
 
 def test_task_arguments_override_model_arguments(evaluate: Callable[..., Any]) -> None:
@@ -184,6 +185,15 @@ def test_decoding_order_on_demand(requests: Any, make: Callable[..., S2D2LM], lm
     assert "decoding_order" not in plain.stats
     assert traced == plain
     assert traced.stats["decoding_order"][0][0] == "|"
+
+
+def test_log_probabilities_on_demand(evaluate: Callable[..., Any]) -> None:
+    kept = evaluate("tiny_free", model_args={"logprobs": True, "top_logprobs": 2})
+    for sample in kept["samples"]["tiny_free"]:
+        (stats,) = sample["s2d2"]
+        assert len(stats["logprobs"]) == len(stats["top_logprobs"]) > 0
+        assert all(len(best) == 2 for best in stats["top_logprobs"])
+    json.dumps(kept["samples"]["tiny_free"])
 
 
 def test_thinking_is_cut_off(requests: Any, make: Callable[..., S2D2LM], monkeypatch: pytest.MonkeyPatch) -> None:

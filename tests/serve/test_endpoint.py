@@ -154,6 +154,38 @@ def test_log_probabilities_are_those_of_the_model(client: Client, model: s2d2_lm
     assert all(one["logprob"] <= 0 and one["top_logprobs"] == [] for one in content)
 
 
+def test_the_likeliest_tokens_whole_and_streamed(client: Client, model: s2d2_lmeval.BlockDiffusionModel) -> None:
+    options = {**OPTIONS, "max_new_tokens": 12, "logprobs": True, "top_logprobs": 3}
+    (expected,) = model.generate([PROMPTS[0]], options, seeds=[0])
+    assert expected.top_logprobs is not None
+    body = {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0, "logprobs": 3}
+    told = client.ask("/v1/completions", body)[1]["choices"][0]["logprobs"]
+    for token, logprob, found, best in zip(
+        told["tokens"], told["token_logprobs"], told["top_logprobs"], expected.top_logprobs, strict=True
+    ):
+        assert {*found} == {token, *(model.tokenizer.decode([one]) for one, _ in best)}
+        assert found[token] == logprob
+        assert max(found.values()) == pytest.approx(best[0][1], abs=1e-4)
+    choices = [event["choices"][0] for event in client.events("/v1/completions", {**body, "stream": True})]
+    pieces = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    assert len(pieces) > 1
+    for name in ("tokens", "text_offset"):
+        assert [value for piece in pieces for value in piece[name]] == told[name]
+    streamed = [value for piece in pieces for value in piece["top_logprobs"]]
+    assert [pytest.approx(values, abs=1e-4) for values in told["top_logprobs"]] == streamed
+    assert choices[0]["text"] == "".join(pieces[0]["tokens"])
+
+    chat = {"messages": [{"role": "user", "content": PROMPTS[0]}], "max_tokens": 12, "temperature": 0}
+    chat |= {"logprobs": True, "top_logprobs": 2}
+    content = client.ask("/v1/chat/completions", chat)[1]["choices"][0]["logprobs"]["content"]
+    assert all(len(one["top_logprobs"]) == 2 and one["top_logprobs"][0]["token"] == one["token"] for one in content)
+    events = client.events("/v1/chat/completions", {**chat, "stream": True})
+    kept = [event["choices"][0]["logprobs"] for event in events]
+    again = [one for piece in kept if piece for one in piece["content"]]
+    assert [one["bytes"] for one in again] == [one["bytes"] for one in content]
+    assert [one["logprob"] for one in again] == pytest.approx([one["logprob"] for one in content], abs=1e-4)
+
+
 def test_other_options_are_served_in_turn(client: Client, alone: list[str]) -> None:
     bodies = [
         completion(prompt, s2d2={"decoder": ("ar", "sliding")[place % 2]}) for place, prompt in enumerate(PROMPTS)
@@ -171,10 +203,12 @@ def test_other_options_are_served_in_turn(client: Client, alone: list[str]) -> N
         ("completions", [1], "not a JSON object"),
         ("completions", b" " * (17 << 20), "the body is larger than 16 MB"),
         ("completions", {"prompt": "a", "model": "gpt"}, "'gpt' is not served here: this is toy"),
-        ("completions", {"prompt": "a", "logprobs": 1}, "logprobs=1 is not served"),
-        ("completions", {"prompt": "a", "logprobs": 0, "stream": True}, "logprobs with stream=true is not served"),
-        ("completions", {"prompt": "a", "logprobs": 0, "s2d2": {"decoder": "linear_spec"}}, "decoder=linear_spec"),
-        ("chat/completions", {"messages": [], "top_logprobs": 2}, "top_logprobs=2 is not served"),
+        ("completions", {"prompt": "a", "logprobs": 6}, "logprobs=6 is not a whole number from 0 to 5"),
+        ("completions", {"prompt": "a", "logprobs": True}, "logprobs=True is not a whole number from 0 to 5"),
+        ("completions", {"prompt": "a", "top_logprobs": 2}, "'top_logprobs' is not a field"),
+        ("chat/completions", {"messages": [], "logprobs": 2}, "logprobs=2 is neither true nor false"),
+        ("chat/completions", {"messages": [], "top_logprobs": 2}, "top_logprobs=2 needs logprobs=true"),
+        ("chat/completions", {"messages": [], "logprobs": True, "top_logprobs": 21}, "number from 0 to 20"),
         ("completions", {"prompt": "a", "tempratur": 1}, "'tempratur' is not a field"),
         ("completions", {"prompt": "a", "temperature": "hot"}, "temperature"),
         ("completions", {"prompt": "a", "max_tokens": 0}, "max_tokens=0 is not a whole number from 1"),

@@ -94,8 +94,14 @@ def test_openai_s_own_client(start: Start, port: int) -> None:
     (same,) = model.generate([messages], {"decoder": "sliding", "max_new_tokens": 24})
     assert chat.choices[0].message.content == same.text
     assert len(chat.choices[0].logprobs.content) == len(same.token_ids)
-    with pytest.raises(openai.BadRequestError, match="top_logprobs=3 is not served"):
-        client.chat.completions.create(model="toy", messages=messages, logprobs=True, top_logprobs=3)
+    pieces = client.chat.completions.create(
+        model="toy", messages=messages, max_tokens=24, temperature=0, logprobs=True, top_logprobs=3, stream=True
+    )
+    told = [one for piece in pieces if piece.choices[0].logprobs for one in piece.choices[0].logprobs.content]
+    assert [one.token for one in told] == [one.token for one in chat.choices[0].logprobs.content]
+    assert all(one.top_logprobs[0].token == one.token for one in told)
+    with pytest.raises(openai.BadRequestError, match="top_logprobs=21 is not a whole number from 0 to 20"):
+        client.chat.completions.create(model="toy", messages=messages, logprobs=True, top_logprobs=21)
 
 
 def test_the_harness_gets_the_answers_of_the_model_class(start: Start, port: int, tmp_path: Path) -> None:

@@ -36,9 +36,8 @@ from s2d2_lmeval.decoding.options.blocks import (
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.general import LogprobsOption
 from s2d2_lmeval.decoding.passes import Cells, Plan, Sent
-from s2d2_lmeval.decoding.sampling import random
+from s2d2_lmeval.decoding.sampling import laws, random
 from s2d2_lmeval.decoding.sampling.filters import draft_tokens, filtered
-from s2d2_lmeval.decoding.sampling.row_statistics import probability_of
 from s2d2_lmeval.decoding.state import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL, VERIFY
 from s2d2_lmeval.decoding.steps import Decisions, StepResult, StepTables, as_step, columns_of, step_result
 from s2d2_lmeval.errors import NumericalError
@@ -114,15 +113,14 @@ class BlockDenoiser(Decoder[Rows]):
         self.drafted, self.confidence, self.entropy = (
             cells.table for cells in (self._drafted, self._confidence, self._entropy)
         )
-        # What a drafted token is drawn by, where its confidence is something else.
-        apart = config.logprobs and config.sampled and config.untempered_confidence
-        self._law_of_draft = self._cells("law") if apart else self._confidence
+        self.law_size = laws.entry_size(config)
+        self._law_of_draft = self._cells("law", torch.double, self.law_size) if self.law_size else None
         self.sound = setup.tables.full("sound", (), True, torch.bool)
 
-    def _cells(self, name: str, dtype: torch.dtype | None = None) -> Cells:
-        """A table of every place of the blocks, of the logits' type if not given."""
+    def _cells(self, name: str, dtype: torch.dtype | None = None, *entry: int) -> Cells:
+        """A table of every place of the blocks, of the logits' type if not given; of an ``entry`` each."""
         size = self.rows.count * self.rows.width + 1
-        return Cells(self._tables.full(name, (size,), 0, dtype or self._dtype), self.rows.width)
+        return Cells(self._tables.full(name, (size, *entry), 0, dtype or self._dtype), self.rows.width)
 
     @staticmethod
     def layout(config: DecodingConfig) -> str:
@@ -194,11 +192,11 @@ class BlockDenoiser(Decoder[Rows]):
 
     def _told(self, decisions: Decisions, verifier: torch.Tensor | None = None) -> StepTables[torch.Tensor]:
         """The tables of a step for the host; ``verifier`` (M, V) are the logits of the verification that ended it."""
-        return decisions.tables(self.drafted, self._laws(decisions, verifier) if self.config.logprobs else None)
+        return decisions.tables(self.drafted, self._laws(decisions, verifier))
 
-    def _laws(self, decisions: Decisions, verifier: torch.Tensor | None) -> torch.Tensor:
-        """(rows, W) probabilities of the decided tokens under the laws that decided them."""
-        return self._law_of_draft.table
+    def _laws(self, decisions: Decisions, verifier: torch.Tensor | None) -> torch.Tensor | None:
+        """(rows, W, size) entries of the decided tokens under the laws that decided them, if they are kept."""
+        return None if self._law_of_draft is None else self._law_of_draft.table
 
     def _read(
         self,
@@ -222,8 +220,9 @@ class BlockDenoiser(Decoder[Rows]):
         tokens, confidence = self._draw(logits, state.draws(random.DRAFT).take(at))
         self._drafted.put(cells, tokens)
         self._confidence.put(cells, confidence)
-        if self._law_of_draft is not self._confidence:
-            self._law_of_draft.put(cells, probability_of(filtered(logits, self.config), tokens))
+        if self._law_of_draft is not None:
+            law = filtered(logits, self.config) if self.config.sampled else logits
+            self._law_of_draft.put(cells, laws.entries(law, tokens, self.law_size))
         self.sound.logical_and_(confidence.eq(confidence).all())
         if self.config.strategy == "entropy_bounded" and not self.config.collapse_entropy:
             p = logits.softmax(-1)
@@ -264,7 +263,7 @@ class BlockDenoiser(Decoder[Rows]):
         assert table is not None
         # The steps that are recorded outlive the table, which the next step overwrites.
         return self._synchronize(
-            step_result(table.copy(), self.rows.width, self._plan.count("verify") > 0, self.config.logprobs)
+            step_result(table.copy(), self.rows.width, self._plan.count("verify") > 0, self.law_size)
         )
 
     def _synchronize(self, read: StepResult) -> np.ndarray:

@@ -33,7 +33,7 @@ from s2d2_lmeval.decoding.options.s2d2 import AcceptanceOption, RemaskingOption,
 from s2d2_lmeval.decoding.passes import Cells
 from s2d2_lmeval.decoding.routing.estimators import acceptance_estimate, normalised
 from s2d2_lmeval.decoding.routing.policies import DraftView, policy_of
-from s2d2_lmeval.decoding.sampling import random
+from s2d2_lmeval.decoding.sampling import laws, random
 from s2d2_lmeval.decoding.sampling.acceptance import acceptance_ratio, judge, residual
 from s2d2_lmeval.decoding.sampling.filters import filtered
 from s2d2_lmeval.decoding.sampling.row_statistics import arg_max, probability_of, row_statistics
@@ -204,14 +204,15 @@ class S2D2(BlockDenoiser):
             extra = scope & decisions.masks & (ratio >= config.ssd_ratio_threshold)
             decisions.decide(extra, drafted, RATIO)
 
-    def _laws(self, decisions: Decisions, verifier: torch.Tensor | None) -> torch.Tensor:
+    def _laws(self, decisions: Decisions, verifier: torch.Tensor | None) -> torch.Tensor | None:
         drafts = super()._laws(decisions, verifier)
-        if verifier is None:
+        if verifier is None or drafts is None:
             return drafts
         cells, tokens = self._sent.cells("verify"), decisions.block.flatten()
-        p = probability_of(self._law(verifier), tokens[cells.clamp_max(len(tokens) - 1)])
+        entries = laws.entries(self._law(verifier), tokens[cells.clamp_max(len(tokens) - 1)], self.law_size)
         by_verifier = (decisions.marks == ACCEPTED) | (decisions.marks == RESAMPLED)
-        return Cells.like(self.confidence).put(cells, p).where(by_verifier, drafts)
+        of_verifier = Cells.of_entries(decisions.block, self.law_size).put(cells, entries)
+        return of_verifier.where(by_verifier.unsqueeze(-1), drafts)
 
     def _resample(self, verifier: torch.Tensor, rejected: torch.Tensor, state: BlockState) -> torch.Tensor:
         """A token from the residual at the first rejected place of every verified row, in a table (rows, B).

@@ -31,11 +31,10 @@ from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, SubblockOption
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.windows import ThinkingOptions
 from s2d2_lmeval.decoding.passes import Cells, Plan
-from s2d2_lmeval.decoding.sampling import random
+from s2d2_lmeval.decoding.sampling import laws, random
 from s2d2_lmeval.decoding.sampling.filters import draft_tokens, filtered
-from s2d2_lmeval.decoding.sampling.row_statistics import probability_of
 from s2d2_lmeval.decoding.state import COMMIT, DRAFT, KIND_OF_PHASE, PREFILL
-from s2d2_lmeval.decoding.steps import Decisions, StepResult, StepTables, as_bits
+from s2d2_lmeval.decoding.steps import Decisions, StepResult, StepTables
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.registry import DECODERS
 
@@ -119,10 +118,11 @@ class SubblockDenoiser(BlockDenoiser):
         token.put(cells, tokens)
         begins = first.put(cells, torch.ones_like(cells)).bool()
         after = torch.where(begins, token.table, tables.after)
-        if tables.logprobs is not None:
+        if tables.laws is not None:
             law = filtered(logits, self.config) if self.samples_first else logits
-            of_first = Cells.like(self.confidence).put(cells, probability_of(law, tokens))
-            tables = tables._replace(logprobs=as_bits(of_first.double().log()).where(begins, tables.logprobs))
+            of_first = Cells.of_entries(begins, self.law_size)
+            bits = laws.as_bits(of_first.put(cells, laws.entries(law, tokens, self.law_size)))
+            tables = tables._replace(laws=bits.where(begins.repeat_interleave(self.law_size, 1), tables.laws))
         return tables._replace(
             draft=torch.where(begins.any(-1, keepdim=True), after, tables.draft),  # the rest is not drafted yet
             after=after,

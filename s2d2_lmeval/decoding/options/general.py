@@ -11,6 +11,8 @@ from s2d2_lmeval.registry import DECODERS
 
 GREEDY = 1e-6
 """Temperatures below are zero."""
+MOST_TOP_LOGPROBS = 20
+"""As in OpenAI's interface."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,15 @@ class LogprobsOption:
         "verifier's where a verifier accepted or replaced it, otherwise the draft's; under the sampling options where "
         "it was drawn, of the plain softmax where it is the argmax",
     )
+    top_logprobs: int = option(
+        0, "with logprobs: also so many of the likeliest tokens under the same law", low=0, high=MOST_TOP_LOGPROBS
+    )
+
+    @staticmethod
+    def faults(config: Any) -> Iterator[str]:
+        """What is wrong between these options."""
+        if config.top_logprobs and not config.logprobs:
+            yield f"top_logprobs={config.top_logprobs} needs the laws that logprobs=true keeps: give it too."
 
 
 EVERY_DECODER = (GeneralOptions, SamplingOptions)

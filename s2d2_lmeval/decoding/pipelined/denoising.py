@@ -28,10 +28,10 @@ from s2d2_lmeval.decoding.options.pipelined import PipelinedOptions
 from s2d2_lmeval.decoding.passes import Cells, Plan, Sent
 from s2d2_lmeval.decoding.pipelined.planning import plan_pipeline
 from s2d2_lmeval.decoding.pipelined.rows import PipelineRows
-from s2d2_lmeval.decoding.sampling import random
-from s2d2_lmeval.decoding.sampling.filters import probabilities
+from s2d2_lmeval.decoding.sampling import laws, random
+from s2d2_lmeval.decoding.sampling.filters import filtered
 from s2d2_lmeval.decoding.state import KIND_OF_PHASE, VERIFY
-from s2d2_lmeval.decoding.steps import Decisions, StepTables, as_step, pack
+from s2d2_lmeval.decoding.steps import Decisions, as_step, narrow, pack, steps_of
 from s2d2_lmeval.errors import ConfigError, NumericalError
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.visibility import by_reach, with_group
@@ -89,6 +89,8 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         shape, tables = (rows.count, rows.places + 1), setup.tables
         self.tokens = tables.full("tokens", shape)
         self.confidence, self.score = (tables.full(name, shape, 0, setup.dtype) for name in ("confidence", "score"))
+        self.law_size = laws.entry_size(config)
+        self.law = tables.full("law", (*shape, self.law_size), 0, torch.double)
         self.sound = tables.full("sound", (), True, torch.bool)
         # Token shift: logits of the place after the keys, which the last forward that committed has given.
         kept = (rows.count, facts.vocab_size * facts.token_shift)
@@ -146,8 +148,7 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         if len(draft):
             self._observe(draft)
         span = self._decide(decisions, verify, draft)
-        laws = self._laws(decisions, verify) if self.config.logprobs else None
-        tables = decisions.tables(self._of(self.tokens), laws)
+        tables = decisions.tables(self._of(self.tokens), self._laws(decisions, verify))
         told = (table for table in tables if table is not None)
         return Decided(pack([span, self.sound.expand_as(sent["key"]), *told]))
 
@@ -165,8 +166,11 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         return torch.cat([first, logits[part]]), Reads(*map(torch.cat, (*reads, (rows * sent.places, cells))))
 
     def _of(self, table: torch.Tensor) -> torch.Tensor:
-        """The window (count, W) of a table (count, G + 1)."""
-        return table.gather(1, self._sent["column"])
+        """The window (count, W, ...) of a table (count, G + 1, ...)."""
+        column = self._sent["column"]
+        if table.ndim > 2:
+            column = column.unsqueeze(-1).expand(*column.shape, table.shape[2])
+        return table.gather(1, column)
 
     def _window(self, reads: Reads, values: torch.Tensor, fill: int = 0) -> torch.Tensor:
         """A table (count, W) of the ``values`` (M,) that ``reads`` gave."""
@@ -181,7 +185,8 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
     def _observe(self, logits: torch.Tensor) -> None:
         """Draft a token at every mask of the drafting rows: its probability, and the score by which it is ranked."""
         config, at = self.config, self._draft_at
-        law = probabilities(logits, config) if config.sampled or config.nucleus_first else logits.softmax(-1)
+        kept = filtered(logits, config) if config.sampled or config.nucleus_first else logits
+        law = kept.softmax(-1)
         tokens = self._drawn(law, self._draws(random.DRAFT).take(at.index)) if config.sampled else logits.argmax(-1)
         confidence = score = law.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         if config.neg_entropy:
@@ -192,6 +197,8 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         self.sound.logical_and_(~confidence.isnan().any())
         for table, values in ((self.tokens, tokens), (self.confidence, confidence), (self.score, score)):
             table.view(-1).index_copy_(0, at.generated, values)
+        if self.law_size:
+            self.law.flatten(0, 1).index_copy_(0, at.generated, laws.entries(kept, tokens, self.law_size))
 
     def _drawn(self, law: torch.Tensor, key: random.Key) -> torch.Tensor:
         if self.verifies or self.config.keyed:
@@ -211,9 +218,9 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         decisions.decide(forced, tokens, DENOISED)
         return torch.zeros_like(masks)
 
-    def _laws(self, decisions: Decisions, verify: torch.Tensor) -> torch.Tensor:
-        """(count, W) probabilities of the decided tokens under the laws that decided them."""
-        return self._of(self.confidence)
+    def _laws(self, decisions: Decisions, verify: torch.Tensor) -> torch.Tensor | None:
+        """(count, W, size) entries of the decided tokens under the laws that decided them, if they are kept."""
+        return self._of(self.law) if self.law_size else None
 
     def _per_block(self, table: torch.Tensor) -> torch.Tensor:
         """(count, W) as (count, W / B, B): windows begin with a block."""
@@ -230,15 +237,15 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         assert table is not None
         rows, slots, width = self.rows, self._plan.layout.slots, self._plan.places
         # The steps that are recorded outlive the table, which the next step overwrites.
-        spans, sound, *tables = np.split(table.copy(), [width, *range(width + 1, table.shape[1], width)], axis=1)
+        spans, sound, tables = np.split(table.copy(), [width, width + 1], axis=1)
         if not sound.all():
             raise NumericalError
         rows.cached[slots] += self._plan.keep
-        over, widths = [], (rows.end - rows.base).tolist()
+        steps, over, widths = steps_of(tables, width), [], (rows.end - rows.base).tolist()
         for slot in slots.tolist():
             progress, base, kind = rows.progress[slot], int(rows.base[slot]), KIND_OF_PHASE[rows.phase[slot]]
             window, span = slice(base, base + widths[slot]), spans[slot, : widths[slot]].astype(bool)
-            step: StepTables[np.ndarray] = StepTables(*(one[:, : widths[slot]] for one in tables))
+            step = narrow(steps, widths[slot])
             progress.forwards[kind] += 1
             make = partial(as_step, step, slot, kind, int(rows.prompt[slot]) + base, rows.span[slot, window].copy())
             progress.record(make, verified=kind == "verify")

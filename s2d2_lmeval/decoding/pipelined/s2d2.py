@@ -17,10 +17,11 @@ import torch
 from s2d2_lmeval.decoding.blocks.s2d2 import first_run
 from s2d2_lmeval.decoding.decoder import DecoderSetup, Kept
 from s2d2_lmeval.decoding.generation import ACCEPTED, DENOISED, RESAMPLED
+from s2d2_lmeval.decoding.passes import Cells
 from s2d2_lmeval.decoding.pipelined.denoising import PipelinedDenoiser
 from s2d2_lmeval.decoding.routing.estimators import acceptance_estimate
 from s2d2_lmeval.decoding.routing.policies import DraftView, policy_of
-from s2d2_lmeval.decoding.sampling import random
+from s2d2_lmeval.decoding.sampling import laws, random
 from s2d2_lmeval.decoding.sampling.acceptance import Verdict, acceptance_ratio, judge, residual
 from s2d2_lmeval.decoding.sampling.filters import filtered, probabilities
 from s2d2_lmeval.decoding.sampling.row_statistics import row_statistics
@@ -114,11 +115,14 @@ class PipelinedS2D2(PipelinedDenoiser):
             later = span & passes & (place > verdict.rejected.unsqueeze(1)) & (self._sent["step"] > 0)
             decisions.decide(runs_of(later, config.ssd_partial_ar_span), tokens, ACCEPTED)
 
-    def _laws(self, decisions: Decisions, verify: torch.Tensor) -> torch.Tensor:
+    def _laws(self, decisions: Decisions, verify: torch.Tensor) -> torch.Tensor | None:
         drafts, at = super()._laws(decisions, verify), self._verify_at
-        p = probabilities(verify, self.config).gather(-1, decisions.block[at.index].unsqueeze(-1)).squeeze(-1)
+        if drafts is None:
+            return None
+        entries = laws.entries(filtered(verify, self.config), decisions.block[at.index], self.law_size)
         by_verifier = (decisions.marks == ACCEPTED) | (decisions.marks == RESAMPLED)
-        return self._window(at, p).where(by_verifier, drafts)
+        of_verifier = Cells.of_entries(decisions.block, self.law_size).put(at.cells, entries)
+        return of_verifier.where(by_verifier.unsqueeze(-1), drafts)
 
     def _resample(self, verifier: torch.Tensor, verdict: Verdict, rejected: torch.Tensor) -> torch.Tensor:
         """A token from the residual at the first rejected place of every verified row, in a table (count, W)."""

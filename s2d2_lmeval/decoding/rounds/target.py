@@ -35,10 +35,10 @@ from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed
 from s2d2_lmeval.decoding.rounds.hints import Hints
 from s2d2_lmeval.decoding.rounds.lookup import Draft
-from s2d2_lmeval.decoding.sampling import random
+from s2d2_lmeval.decoding.sampling import laws, random
 from s2d2_lmeval.decoding.sampling.filters import filtered
 from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, SequenceState
-from s2d2_lmeval.decoding.steps import as_bits, as_numbers, pack
+from s2d2_lmeval.decoding.steps import pack
 from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.registry import DECODERS
@@ -230,6 +230,7 @@ class Target(Decoder[RoundRows]):
         self.depths = self.most_depths(config, facts)
         self.rows = RoundRows(setup, self.most_nodes(config, facts, setup.slots))
         self.acceptance = Keyed(config, self.source, self.depths)
+        self.law_size = laws.entry_size(config)
         self.hints: Hints | None = None
         """What its trees go by beside drafts, if they do."""
         self.sound = setup.tables.full("sound", (), True, torch.bool)
@@ -301,18 +302,18 @@ class Target(Decoder[RoundRows]):
             self.hints.decided(sent, path, tokens)
         proposed = self._propose(window, path.amax(1, keepdim=True))
         self.sound.logical_and_(~verify.isnan().any())
-        laws = [self._laws(verify, path, tokens)] if self.config.logprobs else []
-        return Decided(pack([self.sound.expand_as(bonus), path, tokens, depth, *laws, *proposed]), path[:, 1:] - 1)
+        kept = [self._laws(verify, path, tokens)] if self.law_size else []
+        return Decided(pack([self.sound.expand_as(bonus), path, tokens, depth, *kept, *proposed]), path[:, 1:] - 1)
 
     def _laws(self, logits: torch.Tensor, path: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The log-probabilities (count, 1 + D) of the tokens that a walk down ``path`` decides, in the target's law: of
+        """The entries (count, (1 + D) * size) of the tokens that a walk down ``path`` decides, in the target's law: of
         the nodes after the root, among its ``tokens`` (count, 2 + D), and of the bonus token, which is the last.
         """
         law, cells = filtered(logits, self.config), self._sent.cells("verify")
         row_of = Cells.like(self._sent["token"]).put(cells, torch.arange(len(law), device=law.device)).gather(1, path)
         last = torch.arange(path.shape[1], device=path.device) >= (path > 0).sum(1, keepdim=True)
         decided = tokens[:, 1:].where(~last, tokens[:, -1:])
-        return as_bits((law[row_of, decided] - law.logsumexp(-1)[row_of]).double())
+        return laws.as_bits(laws.entries(law, decided, self.law_size, row_of))
 
     def _propose(self, logits: torch.Tensor, end: torch.Tensor) -> list[torch.Tensor]:
         """Draft the next round from the window ``logits``, given the walks' ``end`` (count, 1); returns columns
@@ -342,19 +343,18 @@ class Target(Decoder[RoundRows]):
         """
         rows, nodes = self.rows, self._plan.fixed[0]
         long = min(self.depths, nodes - 1) + 1
-        parts = np.cumsum([1, long, long + 1, nodes, long * self.config.logprobs])
-        sound, path, tokens, depth, laws, proposed = np.split(table, parts, axis=1)
+        parts = np.cumsum([1, long, long + 1, nodes, long * self.law_size])
+        sound, path, tokens, depth, kept, proposed = np.split(table, parts, axis=1)
         if not sound.all():
             raise NumericalError
         accepted, drafted = (path > 0).sum(1), depth > 0
         depths = np.split(depth[drafted], drafted.sum(1).cumsum()[:-1])
         rows.cached[slots] += accepted
-        decided = zip(slots.tolist(), accepted.tolist(), tokens.tolist(), depths, laws, strict=True)
-        for slot, count, line, offered, law in decided:
+        decided = zip(slots.tolist(), accepted.tolist(), tokens.tolist(), depths, kept, strict=True)
+        for slot, count, line, offered, bits in decided:
             fresh = [*line[1 : 1 + count], line[-1]]
-            rows.record(
-                slot, fresh, offered, self.facts.mask_token_id, as_numbers(law[: len(fresh)]) if len(law) else ()
-            )
+            of_fresh = laws.as_laws(bits[: len(fresh) * self.law_size], self.law_size)
+            rows.record(slot, fresh, offered, self.facts.mask_token_id, of_fresh)
             stops = rows.extend(slot, fresh, self.config.stop_token_ids)
             rows.complete[slot] = stops or len(rows.tokens[slot]) >= rows.limit[slot]
         rows.round[slots] += 1

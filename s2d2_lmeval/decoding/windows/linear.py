@@ -19,8 +19,10 @@ import torch
 from s2d2_lmeval.decoding.blocks.remasking import ranks
 from s2d2_lmeval.decoding.decoder import EXACT, DecoderSetup
 from s2d2_lmeval.decoding.options.blocks import BlockOption
+from s2d2_lmeval.decoding.options.general import LogprobsOption
 from s2d2_lmeval.decoding.options.windows import LinearOptions
 from s2d2_lmeval.decoding.passes import Cells, PassBuilder, Sent
+from s2d2_lmeval.decoding.sampling import laws
 from s2d2_lmeval.decoding.sampling.row_statistics import probability_of
 from s2d2_lmeval.decoding.state import DRAFT, VERIFY
 from s2d2_lmeval.decoding.windows.window import WindowDecoder
@@ -31,7 +33,7 @@ from s2d2_lmeval.registry import DECODERS
     "linear_spec",
     "seeded",
     promise=f"the model's own autoregressive law, token for token the output of ar with the same seed{EXACT}",
-    options=(BlockOption, LinearOptions),
+    options=(BlockOption, LinearOptions, LogprobsOption),
 )
 class LinearSpeculation(WindowDecoder):
     """The decoder ``linear_spec``."""
@@ -69,14 +71,15 @@ class LinearSpeculation(WindowDecoder):
         block = sent["window"]
         if sent.has("draft"):
             block = self._fill(sent, logits[sent.part("draft")])
-        chosen = Cells.like(block, -1)
+        chosen, kept = Cells.like(block, -1), Cells.of_entries(block, self.law_size)
         if sent.has("verify"):
-            slots, place = sent.at("verify")
+            (slots, place), verifier = sent.at("verify"), logits[sent.part("verify")]
             # The token after the place's own.
-            tokens = self._choose(sent, logits[sent.part("verify")], slots, sent["length"][slots] + place)
+            tokens = self._choose(sent, verifier, slots, sent["length"][slots] + place)
             chosen.put(sent.cells("verify"), tokens)
+            self._keep(kept, sent.cells("verify"), verifier, tokens)
         same = (chosen.table[:, :-1] == block[:, 1:]).long()
-        return [same.cumprod(1).sum(1, keepdim=True), block, chosen.table]
+        return [same.cumprod(1).sum(1, keepdim=True), block, chosen.table, laws.as_bits(kept.table)]
 
     def _fill(self, sent: Sent, logits: torch.Tensor) -> torch.Tensor:
         """The blocks (count, W) with the masks filled that this draft decides."""
@@ -104,13 +107,13 @@ class LinearSpeculation(WindowDecoder):
 
     def _after_window(self, slot: int, phase: int, decided: np.ndarray) -> int:
         rows, accepted = self.rows, int(decided[0])
-        block, chosen = decided[1:].reshape(2, -1)
+        block, chosen, *kept = decided[1:].reshape(2 + self.law_size, -1)
         if phase == DRAFT:
             stuck = (rows.window[slot] == block).all()  # the model predicts the mask
             rows.window[slot] = block
             if stuck or not (block == rows.mask_token_id).any():
                 rows.phase[slot] = VERIFY
             return 0
-        self._accept(slot, chosen[: accepted + 1].tolist(), np.arange(1, len(block)))
+        self._accept(slot, chosen[: accepted + 1].tolist(), np.array(kept).flatten(), np.arange(1, len(block)))
         self._begin(slot)
         return accepted + 1

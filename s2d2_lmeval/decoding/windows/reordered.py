@@ -20,10 +20,10 @@ import torch
 from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.generation import DENOISED, NOTHING, Step
 from s2d2_lmeval.decoding.options.blocks import BlockOption, ConfidenceOption
+from s2d2_lmeval.decoding.options.general import LogprobsOption
 from s2d2_lmeval.decoding.options.windows import ReorderedOptions
 from s2d2_lmeval.decoding.passes import Cells, PassBuilder, Sent
-from s2d2_lmeval.decoding.sampling import random
-from s2d2_lmeval.decoding.sampling.filters import probabilities
+from s2d2_lmeval.decoding.sampling import laws, random
 from s2d2_lmeval.decoding.windows.window import WindowDecoder
 from s2d2_lmeval.registry import DECODERS
 
@@ -32,7 +32,7 @@ from s2d2_lmeval.registry import DECODERS
     "reordered",
     "reordered",
     promise="the definition of WeDLM's streaming decoding; not the autoregressive law",
-    options=(BlockOption, ConfidenceOption, ReorderedOptions),
+    options=(BlockOption, ConfidenceOption, ReorderedOptions, LogprobsOption),
 )
 class Reordered(WindowDecoder):
     """The decoder ``reordered``. A row's window begins after its tokens; those leaving are its first ones."""
@@ -80,10 +80,11 @@ class Reordered(WindowDecoder):
 
     def _decide(self, sent: Sent, logits: torch.Tensor) -> list[torch.Tensor]:
         window, config, cells = sent["window"], self.config, sent.cells("window")
+        kept = Cells.of_entries(window, self.law_size)
         if not sent.has("window"):
-            return [window]
+            return [window, laws.as_bits(kept.table)]
         logits = logits[sent.part("window")]
-        law = probabilities(logits, config) if config.sampled else logits.softmax(-1)
+        law = self._law(logits).softmax(-1)
         tokens = logits.argmax(-1)
         if config.sampled:
             slots, places = sent.at("window")
@@ -101,7 +102,8 @@ class Reordered(WindowDecoder):
             doubt = doubt + config.position_penalty * (place - masks.long().argmax(1, keepdim=True))
             sure = doubt < config.entropy_threshold
         chosen = masks & (sure | (place == doubt.argmin(1, keepdim=True)))
-        return [torch.where(chosen, Cells.like(window).put(cells, tokens), window)]
+        self._keep(kept, cells, logits, tokens)
+        return [torch.where(chosen, Cells.like(window).put(cells, tokens), window), laws.as_bits(kept.table)]
 
     # ---- host ----
 
@@ -115,7 +117,8 @@ class Reordered(WindowDecoder):
         return min(self.width, room) if self.config.whole_windows else self.width
 
     def _after_window(self, slot: int, phase: int, decided: np.ndarray) -> int:
-        rows, filled = self.rows, decided
+        rows = self.rows
+        filled, bits = np.split(decided, [rows.window.shape[1]])
         gone, before, start = int(self.leaving[slot]), rows.window[slot].copy(), len(rows.tokens[slot])
         width = gone + int(self.staying[slot])
         staying = filled[gone:width]
@@ -128,12 +131,14 @@ class Reordered(WindowDecoder):
             self.staying[slot] = len(staying) - leaving
         else:
             self.staying[slot] = self._fresh(slot, leaving)
-        if going_on and not self.staying[slot]:
-            self._join(slot, staying)
         if going_on:
             marks = np.where(before == filled, NOTHING, DENOISED)[:width].tolist()
             then, now = before[:width].tolist(), filled[:width].tolist()
-            rows.progress[slot].record(partial(Step, "draft", start, then, now, now, marks), verified=False)
+            kept = laws.as_laws(bits[: width * self.law_size], self.law_size)
+            step = partial(Step, "draft", start, then, now, now, marks, laws=kept)
+            rows.progress[slot].record(step, verified=False)
+        if going_on and not self.staying[slot]:
+            self._join(slot, staying)
         return 0
 
     def _join(self, slot: int, tokens: np.ndarray) -> None:

@@ -18,12 +18,12 @@ import torch
 
 from s2d2_lmeval.decoding.decoder import EXACT, DecoderSetup
 from s2d2_lmeval.decoding.options.blocks import BlockOption, ScheduleOption
+from s2d2_lmeval.decoding.options.general import LogprobsOption
 from s2d2_lmeval.decoding.options.windows import StridedOptions
 from s2d2_lmeval.decoding.passes import Cells, PassBuilder, Sent
 from s2d2_lmeval.decoding.reference import uniforms_until_refused
-from s2d2_lmeval.decoding.sampling import random
+from s2d2_lmeval.decoding.sampling import laws, random
 from s2d2_lmeval.decoding.sampling.acceptance import residual
-from s2d2_lmeval.decoding.sampling.filters import probabilities
 from s2d2_lmeval.decoding.state import PREFILL
 from s2d2_lmeval.decoding.windows.window import WindowDecoder
 from s2d2_lmeval.registry import DECODERS
@@ -33,7 +33,7 @@ from s2d2_lmeval.registry import DECODERS
     "strided",
     "strided",
     promise=f"the model's own autoregressive law; at temperature zero the output of ar{EXACT}",
-    options=(ScheduleOption, BlockOption, StridedOptions),
+    options=(ScheduleOption, BlockOption, StridedOptions, LogprobsOption),
 )
 class Strided(WindowDecoder):
     """The decoder ``strided``. A row's window is its pending token, the drafted ones and the masks."""
@@ -74,7 +74,7 @@ class Strided(WindowDecoder):
     def _decide(self, sent: Sent, logits: torch.Tensor) -> list[torch.Tensor]:
         window, running, drafted = sent["window"], sent["running"].bool(), sent["drafted"]
         if not sent.has("window"):
-            return [torch.zeros_like(window[:, : 2 + self.masks])]
+            return [window.new_zeros(len(window), 2 + self.masks + self.law_size * (1 + self.masks))]
         logits = logits[sent.part("window")]
         place = torch.arange(1 + self.masks, device=window.device)
         row_of = Cells.like(window).put(sent.cells("window"), torch.arange(len(logits), device=window.device))
@@ -83,10 +83,16 @@ class Strided(WindowDecoder):
         if not self.config.sampled:
             best = logits.argmax(-1)[row_of]
             accepted = ((best[:, : self.masks] == token) & tested).long().cumprod(1).sum(1, keepdim=True)
-            return [accepted, best.gather(1, accepted), best.gather(1, after_last)[:, 1:]]
-        p = probabilities(logits, self.config)
-        accepted, pending, fresh = self._draw(sent, p, row_of, tested, token, after_last, running)
-        return [accepted, pending, fresh[:, 1:]]
+            pending, fresh = best.gather(1, accepted), best.gather(1, after_last)
+        else:
+            p = self._law(logits).softmax(-1)
+            accepted, pending, fresh = self._draw(sent, p, row_of, tested, token, after_last, running)
+        kept = []
+        if self.law_size:
+            decided = torch.where(place == accepted, pending, torch.nn.functional.pad(token, (0, 1)))
+            entries = laws.entries(self._law(logits), decided, self.law_size, row_of[:, : 1 + self.masks])
+            kept = [laws.as_bits(entries)]
+        return [accepted, pending, fresh[:, 1:], *kept]
 
     def _draw(
         self,
@@ -135,8 +141,8 @@ class Strided(WindowDecoder):
 
     # ---- host ----
 
-    def _accept(self, slot: int, fresh: list[int], depths: np.ndarray | None = None) -> None:
-        super()._accept(slot, fresh, depths)
+    def _accept(self, slot: int, fresh: list[int], bits: np.ndarray, depths: np.ndarray | None = None) -> None:
+        super()._accept(slot, fresh, bits, depths)
         rows = self.rows
         if self.config.schedule == "reference" and rows.complete[slot]:
             before, kept = len(rows.tokens[slot]) - 1, rows.kept[slot]
@@ -153,11 +159,13 @@ class Strided(WindowDecoder):
         self.drafted[slot] = 0
 
     def _after_window(self, slot: int, phase: int, decided: np.ndarray) -> int:
+        decided, bits = np.split(decided, [2 + self.masks])
         (accepted, pending, *fresh), rows, drafted = decided.tolist(), self.rows, int(self.drafted[slot])
         if self.pending[slot]:
             rows.complete[slot] = True
             return 1 + accepted
-        self._accept(slot, [*rows.window[slot, 1 : 1 + accepted].tolist(), pending], np.arange(1, 1 + drafted))
+        tokens = [*rows.window[slot, 1 : 1 + accepted].tolist(), pending]
+        self._accept(slot, tokens, bits, np.arange(1, 1 + drafted))
         self._begin(slot)
         if accepted == drafted:
             rows.window[slot, 1 : 1 + self.masks] = fresh

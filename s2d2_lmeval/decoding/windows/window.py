@@ -16,8 +16,8 @@ import torch
 from s2d2_lmeval.decoding.decoder import Decided, Decoder, DecoderSetup
 from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.passes import Cells, PassBuilder, Plan, Sent
-from s2d2_lmeval.decoding.sampling import random
-from s2d2_lmeval.decoding.sampling.filters import probabilities
+from s2d2_lmeval.decoding.sampling import laws, random
+from s2d2_lmeval.decoding.sampling.filters import filtered
 from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL, SequenceState
 from s2d2_lmeval.decoding.steps import pack
 from s2d2_lmeval.errors import NumericalError
@@ -64,6 +64,7 @@ class WindowDecoder(Decoder[WindowRows]):
         self.prefill_chunk = setup.prefill_chunk
         self.source = random.source_of(self.config.random_source, self.config.seed)
         self.vocab_size = setup.facts.vocab_size
+        self.law_size = laws.entry_size(self.config)
         self.gated = setup.facts.draft_adapter is not None
         """Whether draft queries go through an adapter: those with ``gated`` set."""
 
@@ -125,12 +126,22 @@ class WindowDecoder(Decoder[WindowRows]):
         if self.config.suppress_mask_token:
             logits[:, self.rows.mask_token_id] = -torch.inf
         sound = ~logits.isnan().any().expand(self.rows.count, 1)
-        seeds = Cells.like(sent["window"])
+        seeds, kept = Cells.like(sent["window"]), Cells.of_entries(sent["window"], self.law_size)
         if sent.has("first"):
-            slots, _ = sent.at("first")
-            tokens = self._choose(sent, logits[sent.part("first")], slots, sent["length"][slots])
+            (slots, _), first = sent.at("first"), logits[sent.part("first")]
+            tokens = self._choose(sent, first, slots, sent["length"][slots])
             seeds.put(sent.cells("first"), tokens)
-        return Decided(pack([sound, seeds.table[:, :1], *self._decide(sent, logits)]))
+            self._keep(kept, sent.cells("first"), first, tokens)
+        return Decided(pack([sound, seeds.table[:, :1], laws.as_bits(kept.table[:, :1]), *self._decide(sent, logits)]))
+
+    def _keep(self, kept: Cells, cells: torch.Tensor, logits: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Write the entries of ``tokens`` (M,) under ``logits`` (M, V) to ``cells`` (M,), if they are kept."""
+        if self.law_size:
+            kept.put(cells, laws.entries(self._law(logits), tokens, self.law_size))
+
+    def _law(self, logits: torch.Tensor) -> torch.Tensor:
+        """``logits`` (M, V) of what tokens are chosen by."""
+        return filtered(logits, self.config) if self.config.sampled else logits
 
     @abstractmethod
     def _decide(self, sent: Sent, logits: torch.Tensor) -> list[torch.Tensor]:
@@ -141,7 +152,7 @@ class WindowDecoder(Decoder[WindowRows]):
         if not self.config.sampled:
             return logits.argmax(-1)
         key = random.Key(random.DRAFT, sent["key"][slots], position, torch.zeros_like(position))
-        return self.source.categorical(probabilities(logits, self.config), key)
+        return self.source.categorical(self._law(logits).softmax(-1), key)
 
     # ---- host ----
 
@@ -157,13 +168,13 @@ class WindowDecoder(Decoder[WindowRows]):
             if plan.phases[row] != PREFILL:
                 assert table is not None
                 rows.step[slot] += 1
-                kept[row] = self._after_window(slot, int(plan.phases[row]), table[slot, 2:])
+                kept[row] = self._after_window(slot, int(plan.phases[row]), table[slot, 2 + self.law_size :])
                 rows.cached[slot] += kept[row]
             elif rows.cached[slot] == rows.prompt[slot]:
                 rows.phase[slot] = DRAFT
                 if self.seeds:
                     assert table is not None
-                    self._accept(slot, [int(table[slot, 1])])
+                    self._accept(slot, [int(table[slot, 1])], table[slot, 2 : 2 + self.law_size])
                 self._begin(slot)
         return kept
 
@@ -176,9 +187,11 @@ class WindowDecoder(Decoder[WindowRows]):
         Returns how many of its queries become prefix by being accepted.
         """
 
-    def _accept(self, slot: int, fresh: list[int], depths: np.ndarray | None = None) -> None:
-        """Append tokens to the answer of row ``slot``; it may be complete. ``depths`` of the drafted ones, from 1."""
-        rows = self.rows
-        rows.record(slot, fresh, np.zeros(0) if depths is None else depths, rows.mask_token_id)
+    def _accept(self, slot: int, fresh: list[int], bits: np.ndarray, depths: np.ndarray | None = None) -> None:
+        """Append tokens to the answer of row ``slot``; it may be complete. ``bits`` are the entries of their laws and
+        maybe of more, ``depths`` those of the drafted ones, from 1.
+        """
+        rows, kept = self.rows, laws.as_laws(bits[: len(fresh) * self.law_size], self.law_size)
+        rows.record(slot, fresh, np.zeros(0) if depths is None else depths, rows.mask_token_id, kept)
         stops = rows.extend(slot, fresh, self.config.stop_token_ids)
         rows.complete[slot] |= stops or len(rows.tokens[slot]) >= rows.limit[slot]
