@@ -143,9 +143,7 @@ def generate(
     asked, settings = _asked_of_transformers(sys._getframe(1)), generation_config
     _refuse_other_modes(model, settings, logits_processor, asked)
     engine = ready(model)
-    config = engine.config(_options(settings, {name: kwargs[name] for name in kwargs.keys() & OPTIONS}))
-    if config.logprobs and not settings.return_dict_in_generate:
-        raise RequestError("logprobs come beside the sequences: give return_dict_in_generate=True too.")
+    config = _config(engine, settings, {name: kwargs[name] for name in kwargs.keys() & OPTIONS})
     prompts = _unpadded_on_the_left(input_ids, kwargs.get("attention_mask"))
     answers = _answers(
         asked.get("streamer"),
@@ -161,10 +159,12 @@ def generate(
     if pad is None and len({len(answer.token_ids) for answer in answers}) > 1:
         raise RequestError("Answers of different lengths need a pad token: pass pad_token_id.")
     sequences = with_answers(input_ids, answers, pad or 0)
-    if not settings.return_dict_in_generate:
-        return sequences
-    kept = {name: [getattr(answer, name) for answer in answers] for name in ("logprobs", "top_logprobs")}
-    return BlockDiffusionOutput(sequences=sequences, **(kept if config.logprobs else {}))
+    return _output(sequences, answers, config.logprobs) if settings.return_dict_in_generate else sequences
+
+
+def _output(sequences: torch.Tensor, answers: list[Generation], with_laws: bool) -> BlockDiffusionOutput:
+    kept = ("logprobs", "top_logprobs") if with_laws else ()
+    return BlockDiffusionOutput(sequences, **{name: [getattr(answer, name) for answer in answers] for name in kept})
 
 
 def _unpadded_on_the_left(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
@@ -263,6 +263,13 @@ def _refuse_other_modes(
             f"{', '.join(type(item).__name__ for item in foreign)} looks at the tokens before, and a block's tokens "
             "are decided together. Leave its option out (min_new_tokens, repetition_penalty, …)."
         )
+
+
+def _config(engine: BlockDiffusionModel, settings: GenerationConfig, given: dict[str, Any]) -> DecodingConfig:
+    config = engine.config(_options(settings, given))
+    if config.logprobs and not settings.return_dict_in_generate:
+        raise RequestError("logprobs come beside the sequences: give return_dict_in_generate=True too.")
+    return config
 
 
 def _options(settings: GenerationConfig, given: dict[str, Any]) -> dict[str, Any]:
