@@ -49,11 +49,14 @@ CONFIG: dict[str, Any] = {
     },
 }
 PUBLISHED = {"model_type": "nemotron_labs_diffusion", "mask_token_id": MASK, "block_size": BLOCK}
+SLIDING: dict[str, Any] = {"decoder": "sliding", "window": BLOCK, "lookup": False}
 LOOPS: dict[str, dict[str, Any]] = {
     "`ar`": {"decoder": "ar"},
     "published: `linear_spec`, a draft and a verification per round": {"decoder": "linear_spec"},
-    "`sliding`, chain": {"decoder": "sliding", "window": BLOCK, "draft_shape": "chain", "lookup": False},
-    "`sliding`, tree": {"decoder": "sliding", "window": BLOCK, "draft_shape": "tree", "lookup": False},
+    "`sliding`, chain": {**SLIDING, "draft_shape": "chain"},
+    "`sliding`, tree": {**SLIDING, "draft_shape": "tree"},
+    "`sliding`, chain, `draft_context=published`": {**SLIDING, "draft_shape": "chain", "draft_context": "published"},
+    "`sliding`, tree, `draft_context=published`": {**SLIDING, "draft_shape": "tree", "draft_context": "published"},
 }
 
 
@@ -139,12 +142,16 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1500, help="of training (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=32, help="how many (default: %(default)s)")
     parser.add_argument("--new_tokens", type=int, default=48, help="per prompt (default: %(default)s)")
+    parser.add_argument("--model", help="a folder with a checkpoint of this vocabulary, which is not trained")
+    parser.add_argument("--adapter", help="a folder with its draft adapter")
     args = parser.parse_args(given)
     rng = random.Random(1)
     prompts = [counted(rng, rng.randint(4, 24)) for _ in range(args.prompts)]
     with tempfile.TemporaryDirectory() as folder:
-        publish(train(args.steps), Path(folder))
-        model = load(folder, device="cpu", dtype="float32")
+        if args.model is None:
+            publish(train(args.steps), Path(folder))
+        more = {} if args.adapter is None else {"adapter": args.adapter}
+        model = load(args.model or folder, device="cpu", dtype="float32", **more)
     print("| | forwards, batch 1 | tokens per forward | forwards, batch 8 | tokens per forward |")
     print("| :-- | --: | --: | --: | --: |")
     print("\n".join(compare(model, prompts, args.new_tokens)))

@@ -94,24 +94,18 @@ def probe_shift(runner: Runner, facts: Facts, texts: Sequence[Sequence[int]]) ->
     if not facts.window_causal:
         visible[known - 1 :, known - 1 :] = True
         visible[known - 1, known:] = facts.token_shift is False
-    logits = _logits(runner, tokens, visible)
+    # Text that predicts the next token; and the first two masks, which both might predict that of the second.
+    rows = torch.tensor([*range(known // 2, known - 1), known, known + 1])
+    predicted = torch.cat([rows[:-2] + 1, torch.full((2,), known + 1)])
+    logits = _logits(runner, tokens, visible, rows)
     logits[..., facts.mask_token_id] = -torch.inf
-    log_p = logits.log_softmax(-1)
-
-    def nats(row: slice, of: slice) -> float:
-        return -float(log_p[:, row].gather(2, truth[:, of].to(log_p.device).unsqueeze(2)).mean())
-
-    second = slice(known + 1, known + 2)
-    return ShiftProbe(
-        clean=nats(slice(known // 2, known - 1), slice(known // 2 + 1, known)),
-        own=nats(second, second),
-        shifted=nats(slice(known, known + 1), second),
-        chance=math.log(facts.vocab_size),
-    )
+    nats = -logits.log_softmax(-1).gather(2, truth[:, predicted].to(logits.device).unsqueeze(2)).mean((0, 2))
+    *clean, shifted, own = nats.tolist()
+    return ShiftProbe(sum(clean) / len(clean), own, shifted, chance=math.log(facts.vocab_size))
 
 
-def _logits(runner: Runner, tokens: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Logits (R, W, V) of ``tokens`` (R, W)."""
+def _logits(runner: Runner, tokens: torch.Tensor, visible: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Logits (R, M, V) of the places ``wanted`` (M,) of each row of ``tokens`` (R, W)."""
     rows, width = tokens.shape
     runner.reserve(rows, width)
     layout, device = Layout(np.arange(rows), np.full(rows, width)), runner.device
@@ -120,9 +114,9 @@ def _logits(runner: Runner, tokens: torch.Tensor, visible: torch.Tensor) -> torc
         tokens=tokens.flatten().to(device),
         positions=torch.arange(width, device=device).repeat(rows),
         visible=visible.to(device).expand(rows, -1, -1),
-        wanted=torch.arange(rows * width, device=device),
+        wanted=(torch.arange(rows).unsqueeze(1) * width + wanted).flatten().to(device),
         keep=np.zeros(rows, dtype=np.int64),
     )
-    logits = runner.forward(request).view(rows, width, -1)
+    logits = runner.forward(request).view(rows, len(wanted), -1)
     runner.release()
     return logits

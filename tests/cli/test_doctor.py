@@ -129,6 +129,34 @@ def test_a_base_of_d2f_says_what_its_decoders_are_for(capsys: pytest.CaptureFixt
     assert ("decoders", "dynamic") not in found
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "said"),
+    [
+        ("nemotron_labs_diffusion", "blocks", "of 8 tokens (config.json); the first begins where the prompt ends"),
+        ("tiny_a2d", "blocks", "of 32 tokens (as published); counted from the prompt's end, in the prompt too"),
+        ("stable_diffcoder", "blocks", "of 4 tokens (as published); counted from position 0"),
+        ("idlm", "window", "of 4 tokens (as published); there are no blocks"),
+        ("wedlm", "window", "of 16 tokens (as published); there are no blocks"),
+    ],
+)
+def test_what_is_said_of_blocks(family: str, name: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("family=tiny_a2d", "mask_token_id=96") if family == "tiny_a2d" else ("mask_token_id=96",)
+    _, found = findings(capsys, str(FAMILIES / family / "checkpoint"), "--load", "-o", *given)
+    assert found["checkpoint", name]["value"] == said
+    assert len({"blocks", "window"} & {name for _, name in found}) == 1
+    assert "takes a tokenizer" in found["trial", "shift probe"]["value"]
+    assert {"sliding", "ar"} <= {name for section, name in found if section == "trial"}
+
+
+def test_an_a2d_checkpoint_that_does_not_say_what_it_denoises(capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = findings(capsys, str(FAMILIES / "tiny_a2d" / "checkpoint"))
+    told = problems(found)["config.json"]
+    assert (
+        "whether it is a bd3lm, which denoises blocks (then give block_length=…, published with 32), or an mdlm" in told
+    )
+    assert "family=tiny_a2d." in told
+
+
 def test_a_tokenizer_that_is_code_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_checkpoint(tmp_path / "own")
     (folder / "tokenizer.json").unlink()

@@ -30,6 +30,7 @@ RUNS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "s2d2:lookahead sampled": ((8,), {"do_sample": True}),
     "sliding": ((1, 8, 32), {}),
     "sliding sampled": ((1,), {"do_sample": True}),
+    "sliding after seeds": ((1,), {"draft_context": "published"}),
     "spiffy": ((1,), {}),
     "dflash": ((1,), {}),
     "ddtree": ((1, 8), {}),

@@ -60,10 +60,13 @@ def random_case(rng: random.Random) -> tuple[list[list[int]], list[int], dict[st
         "stop_token_ids": tuple(rng.sample(range(VOCABULARY - 1), rng.randrange(3))),
         "trim_stop_tokens": rng.random() < 0.5,
     }
+    context = rng.choice(("clean", "published"))
+    least = window + 1 + (context == "published")
     own = {
         "window": window,
-        "row_budget": rng.choice(["auto", *(window + more for more in (1, 2, 9, 48, 160))]),
+        "row_budget": rng.choice(["auto", *(least + more for more in (0, 1, 8, 47, 159))]),
         "draft_shape": rng.choice(["chain", "tree"]),
+        "draft_context": context,
     }
     return prompts, budgets, shared, own
 
@@ -202,6 +205,8 @@ def test_a_long_prompt_is_prefilled_in_chunks(monkeypatch: pytest.MonkeyPatch) -
     ("options", "said"),
     [
         ({"window": 16, "row_budget": 16}, "leaves no room for a window"),
+        ({"window": 16, "row_budget": 17, "draft_context": "published"}, "without a draft takes 18 queries"),
+        ({"window": 1, "draft_context": "published"}, "window=1 has none"),
         ({"random_source": "torch"}, "random_source=keyed"),
         ({"acceptance": "rejection"}, "draft_shape=chain"),
         ({"acceptance": "greedy"}, "takes keyed or rejection"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from s2d2_lmeval.decoding.rounds import budgets as tree_budget
 from s2d2_lmeval.decoding.rounds import trees
-from s2d2_lmeval.decoding.rounds.trees import NOBODY, NODE, TEXT, VERIFIER, WINDOW, ancestors, tree_visibility
+from s2d2_lmeval.decoding.rounds.trees import NOBODY, NODE, SEED, TEXT, VERIFIER, WINDOW, ancestors, tree_visibility
 from s2d2_lmeval.runtime.graphs import Tables
 
 TABLES = Tables(torch.device("cpu"))
@@ -311,3 +311,14 @@ def test_who_sees_whom() -> None:
         {0, 1, 2, 4, 8, 11, 12},
         {0, 1, 13},
     ]
+
+
+def test_a_window_sees_its_seed_in_place_of_what_that_repeats() -> None:
+    """Two text tokens, a node below the root and one below that; windows at the root and at the lower node."""
+    kind = torch.tensor([[TEXT, TEXT, NODE, NODE, SEED, WINDOW, WINDOW, SEED, WINDOW, WINDOW, NOBODY]])
+    owner = torch.tensor([[0, 0, 1, 2, 0, 0, 0, 2, 2, 2, 0]])
+    above = ancestors(torch.tensor([[0, 0, 1]]), 2)
+    visible = tree_visibility(kind, owner, above, torch.tensor([0]), seeds=True)[0]
+    seen = [set(row.nonzero().flatten().tolist()) for row in visible[:-1]]
+    at_root, at_node = {0, 4, 5, 6}, {0, 1, 2, 7, 8, 9}
+    assert seen == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, *[at_root] * 3, *[at_node] * 3]

@@ -63,11 +63,13 @@ def tokens(*args: Any) -> list[list[int]]:
     return [one.token_ids for one in answers(*args)]
 
 
-def shapes(rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Drafts of several sizes, for ``sliding``."""
+def shapes(rng: random.Random, family: str) -> Iterator[dict[str, Any]]:
+    """Drafts of several sizes, for ``sliding``; after every context that masks of the family can have."""
     for shape in ("chain", "tree"):
         window = rng.randint(2, 10)
-        yield {"decoder": "sliding", "draft_shape": shape, "window": window, "row_budget": rng.randint(window + 2, 40)}
+        context = "clean" if model(family).facts.window_causal else rng.choice(("clean", "published"))
+        size = {"window": window, "row_budget": rng.randint(window + 2, 40)}
+        yield {"decoder": "sliding", "draft_shape": shape, "draft_context": context, **size}
 
 
 def own_decoders(family: str, rng: random.Random, greedy: bool) -> Iterator[dict[str, Any]]:
@@ -104,7 +106,7 @@ def test_decoders_with_the_output_of_ar_have_it(family: str, calls: int) -> None
         sampling = {"temperature": 0.0} if greedy else {"temperature": rng.choice((0.6, 1.0)), "do_sample": True}
         shared = {"max_new_tokens": new, **sampling, "top_k": 0, "top_p": 1.0}
         expected = tokens(family, prompts, {**shared, "decoder": "ar"})
-        for options in (*shapes(rng), *own_decoders(family, rng, greedy)):
+        for options in (*shapes(rng, family), *own_decoders(family, rng, greedy)):
             assert tokens(family, prompts, {**shared, **options}) == expected, options
         if greedy and family in CAUSAL:
             assert [stock(family, prompt, new) for prompt in prompts] == expected

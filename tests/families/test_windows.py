@@ -5,15 +5,19 @@ causal model.
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import s2d2_lmeval
+from s2d2_lmeval.decoding.rounds.sliding import Sliding
 from s2d2_lmeval.errors import CheckpointError, ConfigError, RequestError
+from s2d2_lmeval.families.adapters import draft_weights
 
 DATA = Path(__file__).parent / "data"
 CAUSAL = ("nemotron_labs_diffusion", "idlm", "wedlm")
@@ -148,3 +152,56 @@ def test_what_does_not_belong_to_a_checkpoint_is_refused_in_a_sentence(family: s
     preset = "wedlm" if other == "wedlm" else "nemotron"
     with pytest.raises(ConfigError, match=f"preset={preset} is a setting of {other}"):
         engine.generate([[3]], {"preset": preset})
+
+
+@pytest.mark.parametrize("context", ["clean", "published"])
+@pytest.mark.parametrize("family", ["nemotron_labs_diffusion", "stable_diffcoder"])
+def test_every_window_is_a_draft_after_its_path(family: str, context: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits are those of two forwards of the plain model, as published drafts are made: the text and the path down
+    to the node; then the masks, through the draft adapter, which see the path and each other. In the published context
+    a copy of the node is among them, and they don't see the node itself.
+    """
+    lora = {"adapter": DATA / family / "checkpoint" / "linear_spec_lora"} if family.startswith("nemotron") else {}
+    engine = s2d2_lmeval.load(DATA / family / "checkpoint", device="cpu", mask_token_id=96, **lora)
+    facts, window, drafts, propose = engine.facts, 5, [], Sliding._propose
+
+    def noted(self: Sliding, logits: torch.Tensor, end: torch.Tensor) -> list[torch.Tensor]:
+        sent, first = self._sent, self._sent.part("window").start
+        for slot in sent["running"].flatten().nonzero().flatten().tolist():
+            for number in range(int(sent["windows"][slot])):
+                path, node = [], int(sent["holder"][slot, number])
+                while node:
+                    path, node = [int(sent["token"][slot, node]), *path], int(sent["parent"][slot, node])
+                at = int(sent["base"][slot]) - first + number * (window - 1)
+                drafts.append((self.rows.tokens[slot] + path, len(path), logits[at : at + window - 1].clone()))
+        return propose(self, logits, end)
+
+    monkeypatch.setattr(Sliding, "_propose", noted)
+    size = {"window": window, "row_budget": 32, "draft_context": context}
+    engine.generate(PROMPTS[:2], {"decoder": "sliding", "max_new_tokens": 9, "stop_token_ids": (), **size})
+    assert {depth for _, depth, _ in drafts} >= {0, 1, 2}
+
+    plain = engine.hf_model
+    plain.config._attn_implementation = "sdpa"
+    adapted = deepcopy(plain)
+    for name, factors in draft_weights(plain).factors.items() if lora else ():
+        weight = adapted.get_submodule(name).weight
+        weight.data += factors.scale * (factors.high @ factors.low).to(weight.dtype)
+    verifiers, copies = int(not facts.token_shift), int(context == "published")
+    masks = window - 1 + (facts.token_shift and not facts.draft_shift)
+    for text, _, found in drafts:
+        cache, before = DynamicCache(), torch.tensor([text + [96] * verifiers])
+        draft = torch.tensor([[text[-1]] * copies + [96] * masks])
+        places = torch.tensor([[len(text) - 1] * copies + [len(text) + verifiers + ahead for ahead in range(masks)]])
+        seen = torch.ones(1, 1, draft.shape[1], before.shape[1] + draft.shape[1], dtype=torch.bool)
+        seen[..., len(text) - 1] = not copies
+        with torch.no_grad():
+            plain(input_ids=before, past_key_values=cache)
+            logits = adapted(input_ids=draft, past_key_values=cache, position_ids=places, attention_mask=seen).logits[0]
+        assert torch.allclose(found[:, :96], logits[1 - window :, :96], atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["idlm", "wedlm"])
+def test_masks_that_see_what_precedes_them_only_have_one_context(family: str) -> None:
+    with pytest.raises(ConfigError, match=f"masks of {family} checkpoints see what precedes them only"):
+        model(family).generate([[3]], {"decoder": "sliding", "draft_context": "published"})

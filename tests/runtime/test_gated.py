@@ -63,14 +63,15 @@ def test_an_adapter_changes_acceptance_and_never_the_output(static_shapes: bool)
     ]
     assert [engine.facts.draft_adapter is None for engine in engines] == [True, False]
     assert engines[1].facts.adapter is None
-    for decoder in ("ar", "sliding", "linear_spec"):
+    published = {"decoder": "sliding", "draft_context": "published"}
+    for given in ({"decoder": "ar"}, {"decoder": "sliding"}, published, {"decoder": "linear_spec"}):
         counts, answers = [], []
         for engine in engines:
-            found = engine.generate(PROMPTS, {"decoder": decoder, "max_new_tokens": 16, "stop_token_ids": ()})
+            found = engine.generate(PROMPTS, {**given, "max_new_tokens": 16, "stop_token_ids": ()})
             answers.append([one.token_ids for one in found])
             counts.append([one.stats.get(name, 0) for one in found for name in ("nfe", "drafted", "accepted")])
         assert answers[0] == answers[1]
-        assert (counts[0] == counts[1]) == (decoder == "ar")
+        assert (counts[0] == counts[1]) == (given["decoder"] == "ar")
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Any) -> None:

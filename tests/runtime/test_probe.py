@@ -49,15 +49,17 @@ def test_what_says_nothing_refuses_nothing() -> None:
 
 
 def test_it_is_one_forward_of_a_known_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its cost on a model of any size: two operations per parameter and token."""
+    """Its cost on a model of any size: two operations per parameter and token, and those of the head where it reads:
+    ten tokens of every text, and two masks.
+    """
     model = s2d2_lmeval.load(DATA / "idlm" / "checkpoint", device="cpu")
-    sizes: list[int] = []
+    sizes: list[tuple[int, int]] = []
     forward = Runner.forward
 
     def counted(runner: Runner, request: Pass) -> torch.Tensor:
-        sizes.append(len(request.tokens))
+        sizes.append((len(request.tokens), len(request.wanted)))
         return forward(runner, request)
 
     monkeypatch.setattr(Runner, "forward", counted)
     assert model.probe(TEXTS) is not None
-    assert sizes == [TEXTS_OF_A_PROBE * WIDTH] == [1536]
+    assert sizes == [(TEXTS_OF_A_PROBE * WIDTH, TEXTS_OF_A_PROBE * 12)] == [(1536, 768)]

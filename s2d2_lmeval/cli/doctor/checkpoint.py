@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 
 finding = partial(Finding, "checkpoint")
 
+COUNTED = {
+    "absolute": "counted from position 0",
+    "prompt": "the first begins where the prompt ends",
+    "prompt_end": "counted from the prompt's end, in the prompt too",
+}
+"""How blocks are aligned, in words."""
+WITHOUT_BLOCKS = ("strided", "reordered")
+"""Schemes whose block length is that of a window."""
+
 
 def checkpoint(source: str, revision: str | None, options: Mapping[str, Any], *, load: bool) -> Iterator[Finding]:
     """Findings on ``source`` with ``options``, in the order in which loading would fail."""
@@ -52,10 +61,13 @@ def _facts(facts: Any, max_context: Any) -> Iterator[Finding]:
         use = "drafts by its adapter" if facts.draft_adapter else "a target for drafters"
         yield finding("vocabulary", f"{facts.vocab_size}; no mask token, so no block decoding: {use}")
     else:
-        aligned = "counted from position 0" if facts.block_alignment == "absolute" else "counted from the prompt's end"
         yield finding("vocabulary", f"{facts.vocab_size}, mask token {facts.mask_token_id}")
-        about = f"of {facts.block_length} tokens ({facts.block_length_from}), {aligned}"
-        yield finding("blocks", about, NOTE if facts.block_length_from == "assumed" else OK)
+        about = f"of {facts.block_length} tokens ({facts.block_length_from})"
+        if facts.scheme in WITHOUT_BLOCKS:
+            yield finding("window", f"{about}; there are no blocks")
+        else:
+            about = f"{about}; {COUNTED[facts.block_alignment]}"
+            yield finding("blocks", about, NOTE if facts.block_length_from == "assumed" else OK)
     if facts.draft_adapter is not None:
         yield finding("draft adapter", _draft(facts.draft_adapter))
     shift = "predict the next token (shifted)" if facts.token_shift else "predict their own token (not shifted)"
@@ -209,7 +221,9 @@ def _shift(arguments: Arguments, revision: str | None, model: Any) -> Iterator[F
     try:
         tokenizer = load_tokenizer(arguments, str(arguments.source), revision)
     except S2D2Error:
-        return  # said already
+        if model.facts.has_masks:
+            yield Finding("trial", "shift probe", "not run: it reads sentences, which takes a tokenizer", NOTE)
+        return
     found = probed(tokenizer, model)
     if found is not None:
         found.check(model.facts)

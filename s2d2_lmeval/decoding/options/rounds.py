@@ -9,6 +9,7 @@ from typing import Any
 from s2d2_lmeval.decoding.options.option import option
 
 DRAFT_SHAPES = ("chain", "tree")
+DRAFT_CONTEXTS = ("clean", "published")
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,28 @@ class SlidingOptions:
         "depend on the others; false: they do not",
     )
     draft_shape: str = option("tree", "the shape of a draft", choices=DRAFT_SHAPES)
+    draft_context: str = option(
+        "clean",
+        "what masks see of the token before them: clean, as text; published: a copy that is a row of the draft, sees "
+        "the masks and has their adapter, as in block drafts; it takes a query more per window",
+        choices=DRAFT_CONTEXTS,
+    )
+
+    @property
+    def least_budget(self) -> int:
+        """Queries of a round without a draft: a window, and the token before it."""
+        return self.window + 1 + (self.draft_context == "published")
 
     @staticmethod
     def faults(config: Any) -> Iterator[str]:
         """What is wrong between these options and others."""
-        if isinstance(config.row_budget, int) and config.row_budget <= config.window:
+        if isinstance(config.row_budget, int) and config.row_budget < config.least_budget:
             yield (
                 f"row_budget={config.row_budget} leaves no room for a window of {config.window}: a round without a "
-                f"draft takes {config.window + 1} queries. Raise row_budget or lower window."
+                f"draft takes {config.least_budget} queries. Raise row_budget or lower window."
             )
+        if config.draft_context == "published" and config.window == 1:
+            yield "draft_context=published is about masks, and window=1 has none: give window=2 or more, or leave it."
         if config.acceptance == "rejection" and config.draft_shape == "tree":
             yield (
                 "acceptance=rejection compares one drafted token with the verifier at a time: set draft_shape=chain, "

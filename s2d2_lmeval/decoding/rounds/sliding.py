@@ -77,7 +77,8 @@ class Sliding(Target):
 
     @staticmethod
     def layout(config: DecodingConfig) -> str:
-        return f"{config.draft_shape} of {config.row_budget} queries, window of {config.window}"
+        seeds = " with its seed" * (config.draft_context == "published")
+        return f"{config.draft_shape} of {config.row_budget} queries, window of {config.window}{seeds}"
 
     @staticmethod
     def caution(config: DecodingConfig) -> str | None:
@@ -96,7 +97,9 @@ class Sliding(Target):
                 f"window={config.window} is a window of masks, and {self.facts.family} checkpoints have no mask token: "
                 "use window=1, where all drafts are looked up, or give a draft_adapter."
             )
-        self.window = config.window - 1
+        if config.draft_context == "published":
+            self._check_seeds()
+        self.window, self.seeds = config.window - 1, config.draft_context == "published"
         self.price = np.zeros(rows.count)
         """The price per query of each row's tree, in tokens, when it was bought."""
         self.waited = np.zeros(rows.count, dtype=np.int64)
@@ -104,7 +107,7 @@ class Sliding(Target):
         queries = None if config.row_budget == "auto" else int(config.row_budget)
         most = self.most_queries(config, rows.count)
         self.budget = QueryBudget(
-            *(queries, self.node_queries, self.window and self.window + unread_masks(self.facts)),
+            *(queries, self.node_queries, self.window and self.window + unread_masks(self.facts) + self.seeds),
             *(most, config.shares_budget, self.depths),
         )
         if config.acceptance == "rejection" and config.sampled:
@@ -119,12 +122,25 @@ class Sliding(Target):
         """What each row's drafts are looked up in: with shared budgets one for all."""
         self.texts: dict[int, Text] = {}
 
+    def _check_seeds(self) -> None:
+        """Refuse copies of nodes in windows where they would be nothing new to the model, or too new."""
+        if self.facts.window_causal:
+            raise ConfigError(
+                f"draft_context=published: masks of {self.facts.family} checkpoints see what precedes them only, so a "
+                "token before masks never sees them; use draft_context=clean."
+            )
+        if self.facts.draft_adapter is not None and self.facts.draft_adapter.window is not None:
+            raise ConfigError(
+                f"draft_context=published: the adapter {self.facts.draft_adapter.source} was trained on masks after "
+                "clean text; use draft_context=clean."
+            )
+
     @staticmethod
     def most_queries(config: DecodingConfig, slots: int) -> int:
         """Maximum queries of one row in a round: all of them if it is alone, otherwise at most twice its share."""
         if config.row_budget == "auto":
             widest = WIDEST if config.window > 1 else MOST_FOUND + 1
-            return max(min(widest, WIDEST_FORWARD // slots), config.window + 1)
+            return max(min(widest, WIDEST_FORWARD // slots), config.least_budget)
         return int(config.row_budget) * (2 if slots > 1 and config.shares_budget else 1)
 
     @classmethod

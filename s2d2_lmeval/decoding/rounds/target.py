@@ -30,7 +30,7 @@ from s2d2_lmeval.decoding.decoder import AUTOREGRESSIVE, Decided, Decoder, Decod
 from s2d2_lmeval.decoding.generation import Request
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.options.option import SCHEMES
-from s2d2_lmeval.decoding.passes import Cells, PassBuilder, Plan, Sent
+from s2d2_lmeval.decoding.passes import Cells, PassBuilder, Plan, Segment, Sent
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed
 from s2d2_lmeval.decoding.rounds.hints import Hints
@@ -112,7 +112,7 @@ class RoundRows(SequenceState):
 
 
 def plan_round(
-    rows: RoundRows, facts: Facts, depths: int, prefill_chunk: int, window: int = 0, feeds_drafter: bool = False
+    rows: RoundRows, facts: Facts, depths: int, prefill_chunk: int, window: int, seeds: bool, feeds_drafter: bool
 ) -> Plan:
     """Lay out the target's next forward of all active rows. A row's segments, in this order:
 
@@ -122,7 +122,8 @@ def plan_round(
                down to it; in shifted targets the node itself (for the root the last text token) predicts what follows
     windows    per node with a window, masks that see its path and each other (earlier ones only, if the facts say so),
                whose ``window`` logits are a draft of the tokens after the target's choice there. Where shifted targets
-               have masks that predict their own token, one more comes first, in the place of that choice, unread
+               have masks that predict their own token, one more comes first, in the place of that choice, unread; and
+               before all, with ``seeds``, a copy of the node among them, which they see in its place
 
     Reads ``verify`` (the root, then the nodes) and ``window``. Tells of every row (count,) ``length``, ``limit``,
     ``key``, ``round``, and ``per_row`` (4, count) the nodes and windows it runs, the first of its window logits, and
@@ -142,16 +143,11 @@ def plan_round(
     read_row, read_node, _ = ragged((nodes + 1) * begun)
     if not shifted:
         builder.add((nodes + 1) * begun).set(position=length[read_row], kind=trees.VERIFIER, owner=read_node)
-    unread = unread_masks(facts)
-    masks = builder.add(windows * (window + unread))
-    of_window, ahead = np.divmod(masks.local, max(window + unread, 1))
-    masks.set(position=length[masks.row] + ahead + (not shifted), kind=trees.WINDOW, owner=of_window)
-    if facts.draft_adapter is not None:
-        drawn = (rows.key[slots][masks.row], rows.round[slots][masks.row], of_window, ahead)
-        masks.set(gated=1 + ahead, text=masks_of(facts.draft_adapter, facts.mask_token_id, drawn))
+    masks, ahead = add_windows(builder, rows, facts, windows, window, seeds)
+    masks.set(position=length[masks.row] + ahead + (not shifted))
     first = builder.lay_out().offsets + texts + (-1 if shifted else nodes)
     builder.read("verify", read_row, read_node, first[read_row] + read_node)
-    drafting = ahead >= unread
+    drafting = ahead >= unread_masks(facts)
     builder.read("window", masks.row[drafting], np.zeros_like(masks.row[drafting]), masks.query[drafting])
     per_row = np.zeros((4, rows.count), dtype=np.int64)
     base = builder.groups["window"].start + (windows.cumsum() - windows) * window
@@ -173,6 +169,27 @@ def plan_round(
     )
 
 
+def add_windows(
+    builder: PassBuilder, rows: RoundRows, facts: Facts, count: np.ndarray, window: int, seeds: bool
+) -> tuple[Segment, np.ndarray]:
+    """The windows of :func:`plan_round`, ``count`` (R,) of each row, without positions; and how many places each query
+    (K,) is after the first mask.
+    """
+    slots, width = builder.slots, window + unread_masks(facts) + seeds
+    queries = builder.add(count * width)
+    row, (of_window, ahead) = queries.row, np.divmod(queries.local, max(width, 1))
+    queries.set(kind=trees.WINDOW, owner=of_window)
+    if facts.draft_adapter is not None:
+        drawn = (rows.key[slots][row], rows.round[slots][row], of_window, ahead)
+        queries.set(gated=1 + ahead, text=masks_of(facts.draft_adapter, facts.mask_token_id, drawn))
+    if seeds:
+        copies, last = ahead == 0, np.array([rows.tokens[slot][-1] for slot in slots])  # the device knows other nodes
+        queries.set(kind=np.where(copies, trees.SEED, trees.WINDOW))
+        queries.set(text=np.where(copies, last[row], facts.mask_token_id))
+        ahead = ahead - 1 - copies * (not facts.token_shift)
+    return queries, ahead
+
+
 def masks_of(adapter: DraftAdapter, mask_token_id: int, drawn: tuple[np.ndarray, ...]) -> np.ndarray | int:
     """What stands for masks, each (K,) of a key, round, window and place: tokens of the adapter's noise, or the mask
     token; any token where the adapter has vectors.
@@ -186,11 +203,12 @@ def unread_masks(facts: Facts) -> int:
 
 
 def assemble_round(
-    rows: RoundRows, sent: Sent, depths: int, causal_windows: bool | None
+    rows: RoundRows, sent: Sent, depths: int, causal_windows: bool | None, seeds: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens (N,) and visibility (R, W, W) of a round, which only the device knows; ``causal_windows`` None: there
-    are no windows. Completes the positions, and adds the trees to ``sent``: ``token``, ``parent``, ``depth`` (-1: not
-    run) and ``holder`` (count, N + 1), and ``above`` (count, n, n) of the first n nodes, including the root.
+    are no windows; ``seeds`` as in :func:`plan_round`. Completes the positions, and adds the trees to ``sent``:
+    ``token``, ``parent``, ``depth`` (-1: not run) and ``holder`` (count, N + 1), and ``above`` (count, n, n) of the
+    first n nodes, including the root.
     """
     kind, owner, packed = sent["kind"], sent["owner"], sent["packed"]
     sent["nodes"], sent["windows"], sent["base"], sent["running"] = sent["per_row"].unsqueeze(2)
@@ -204,12 +222,15 @@ def assemble_round(
     depth = sent["depth"] = rows.depth.where(index <= sent["nodes"], -1)
     if causal_windows is not None:
         sent["holder"] = rows.holder * (sent["nodes"] > 0)  # without a node: the root
-        owner = owner.where(kind != trees.WINDOW, sent["holder"][sent["slots"]].gather(1, owner))
+        owner = sent["holder"][sent["slots"]].gather(1, owner).where(trees.of_windows(kind, seeds), owner)
     at = sent["slot"], owner.flatten()[packed]
     sent["positions"] = sent["positions"] + depth[at].clamp_min(0)
-    tokens = rows.token[at].where(kind.flatten()[packed] == trees.NODE, sent["text"])
+    of_tree = kind.flatten()[packed] == trees.NODE
+    if seeds:
+        of_tree |= (kind.flatten()[packed] == trees.SEED) & (at[1] > 0)
+    tokens = rows.token[at].where(of_tree, sent["text"])
     above = sent["above"] = trees.ancestors(rows.parent[:, : sent.fixed[0]], depths)
-    return tokens, trees.tree_visibility(kind, owner, above, sent["slots"], bool(causal_windows))
+    return tokens, trees.tree_visibility(kind, owner, above, sent["slots"], bool(causal_windows), seeds)
 
 
 @DECODERS.register("ar", *SCHEMES, **AUTOREGRESSIVE)
@@ -218,7 +239,9 @@ class Target(Decoder[RoundRows]):
 
     feeds_drafter = False
     window = 0
-    """Masks of a draft window."""
+    """Masks of a draft window that are read."""
+    seeds = False
+    """Whether a window has a copy of its node."""
 
     def __init__(self, setup: DecoderSetup) -> None:
         config, facts = setup.config, setup.facts
@@ -273,8 +296,8 @@ class Target(Decoder[RoundRows]):
 
     def plan(self) -> Plan:
         """Lay out the next forward of all active rows."""
-        chunk, feeds = self.prefill_chunk, self.feeds_drafter
-        self._plan = self._hinted(plan_round(self.rows, self.facts, self.depths, chunk, self.window, feeds))
+        kind = self.window, self.seeds, self.feeds_drafter
+        self._plan = self._hinted(plan_round(self.rows, self.facts, self.depths, self.prefill_chunk, *kind))
         return self._plan
 
     def _hinted(self, plan: Plan) -> Plan:
@@ -284,7 +307,8 @@ class Target(Decoder[RoundRows]):
     # ---- device ----
 
     def assemble(self, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
-        return assemble_round(self.rows, sent, self.depths, self.facts.window_causal if self.window else None)
+        causal = self.facts.window_causal if self.window else None
+        return assemble_round(self.rows, sent, self.depths, causal, self.seeds)
 
     def decide(self, sent: Sent, logits: torch.Tensor) -> Decided:
         if self.hints is not None:

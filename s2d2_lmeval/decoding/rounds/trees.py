@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-TEXT, NODE, VERIFIER, WINDOW, NOBODY = range(5)
+TEXT, NODE, VERIFIER, SEED, WINDOW, NOBODY = range(6)
 """What a query of a round is (:func:`~s2d2_lmeval.decoding.rounds.target.plan_round`); NOBODY pads."""
 
 
@@ -160,25 +160,40 @@ def ancestors(parent: torch.Tensor, depths: int) -> torch.Tensor:
     return above
 
 
+def of_windows(kind: torch.Tensor, seeds: bool) -> torch.Tensor:
+    """Which queries belong to windows, from the kind of each; ``seeds``: whether windows begin with one."""
+    return (kind == WINDOW) | (kind == SEED) if seeds else kind == WINDOW
+
+
 def tree_visibility(
-    kind: torch.Tensor, owner: torch.Tensor, above: torch.Tensor, slots: torch.Tensor, causal_windows: bool = False
+    kind: torch.Tensor,
+    owner: torch.Tensor,
+    above: torch.Tensor,
+    slots: torch.Tensor,
+    causal_windows: bool = False,
+    seeds: bool = False,
 ) -> torch.Tensor:
     """Visibility of a round, (R, W, W), from the kind of each query and the node it belongs to, (R, W).
 
     Text is token-causal and seen by all. A node is seen by what belongs to itself or to a node below it. A verifier is
-    seen by itself and by its node's window, a window by itself, or by its later masks only (``causal_windows``). Row
-    r's tree is that of ``above[slots[r]]``.
+    seen by itself and by its node's window, a window by itself, or by its later masks only (``causal_windows``). A
+    window with a seed (``seeds``) sees that in place of the token that it repeats: its node's or, at the root, the last
+    of the text. Row r's tree is that of ``above[slots[r]]``.
     """
     query, key = owner.unsqueeze(2), owner.unsqueeze(1)
     of_query, of_key = kind.unsqueeze(2), kind.unsqueeze(1)
     place = torch.arange(kind.shape[1], device=kind.device)
     earlier = place.unsqueeze(1) >= place
     text = (of_key == TEXT) & ((of_query != TEXT) | earlier)
-    window = (of_key >= VERIFIER) & (of_key < NOBODY) & (of_query == WINDOW) & (query == key)
+    own = of_windows(of_query, seeds) & (query == key)
+    window = (of_key >= VERIFIER) & (of_key < NOBODY) & own
     if causal_windows:
         window &= earlier
     visible = text | window
     if above.shape[1] > 1:
         visible |= (of_key == NODE) & (of_query != TEXT) & above[slots.view(-1, 1, 1), query, key]
+    if seeds:
+        last = (kind == TEXT) & (kind.roll(-1, 1) != TEXT)
+        visible &= ~(own & (last | (kind == NODE)).unsqueeze(1))
     visible.diagonal(dim1=1, dim2=2).fill_(True)
     return visible

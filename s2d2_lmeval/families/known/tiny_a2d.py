@@ -41,7 +41,10 @@ def _doubt(config: Mapping[str, Any], source: str) -> str | None:
         return "is called mdlm: it was trained with full attention, which is not decoded here"
     if re.search("bd3lm", names, re.IGNORECASE) or names_blocks(config):
         return None
-    return "does not say whether it denoises blocks (bd3lm; then give block_length=…) or the whole text (mdlm)"
+    return (
+        "does not say whether it is a bd3lm, which denoises blocks (then give block_length=…, published with 32), or "
+        "an mdlm, which denoises the whole text"
+    )
 
 
 def _family(stem: str, config_class: type[PreTrainedConfig], config_map: Any) -> Family:
