@@ -247,6 +247,12 @@ def test_a_longer_window_than_trained_is_allowed(checkpoint: Path, adapter: Adap
     assert answers(model, window=9) == answers(model, decoder="ar")
 
 
+def test_masks_come_after_what_they_were_trained_after(checkpoint: Path, adapter: Adapter) -> None:
+    model = load(checkpoint, device="cpu", draft_adapter=adapter(FORMS["vectors"]))
+    with pytest.raises(ConfigError, match="was trained on masks after clean text"):
+        answers(model, decoder="sliding", draft_context="published")
+
+
 def test_doctor_says_what_it_is(checkpoint: Path, adapter: Adapter, capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor", str(checkpoint), "--option", f"draft_adapter={adapter(FORMS['noise'])}"])
     said = " ".join(capsys.readouterr().out.split())

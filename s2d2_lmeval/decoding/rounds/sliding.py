@@ -124,15 +124,15 @@ class Sliding(Target):
 
     def _check_seeds(self) -> None:
         """Refuse copies of nodes in windows where they would be nothing new to the model, or too new."""
-        if self.facts.window_causal:
-            raise ConfigError(
-                f"draft_context=published: masks of {self.facts.family} checkpoints see what precedes them only, so a "
-                "token before masks never sees them; use draft_context=clean."
-            )
         if self.facts.draft_adapter is not None and self.facts.draft_adapter.window is not None:
             raise ConfigError(
                 f"draft_context=published: the adapter {self.facts.draft_adapter.source} was trained on masks after "
                 "clean text; use draft_context=clean."
+            )
+        if self.facts.window_causal:
+            raise ConfigError(
+                f"draft_context=published: masks of {self.facts.family} checkpoints see what precedes them only, so a "
+                "token before masks never sees them; use draft_context=clean."
             )
 
     @staticmethod
