@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from s2d2_lmeval.errors import CheckpointError
 from s2d2_lmeval.families.facts import AUTOREGRESSIVE, FAMILY_FIELD, Facts, Family
 from s2d2_lmeval.families.files import misfit
+from s2d2_lmeval.families.records import names_blocks
 from s2d2_lmeval.families.registry import FAMILIES, check_class, family_named, identify, mark, shown_family
 
 _adopted: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
@@ -39,7 +40,8 @@ def adopt(
         family: the family, if the class alone does not determine it (Qwen2: fast_dllm_v2 or dream).
         mask_token_id, block_length: override or complete the model's configuration.
         autoregressive: treat a transformers model as autoregressive, like its class, and not as a
-            block-diffusion model under its native name, unless its configuration says otherwise.
+            block-diffusion model under its native name, unless its configuration says otherwise. So is one that names
+            neither a mask token nor a block length.
 
     Raises:
         CheckpointError: a model of no known family, or one whose weights cannot be shared.
@@ -49,7 +51,9 @@ def adopt(
         hint = " Merge the adapter first: model.merge_and_unload()." if base is not None else ""
         raise CheckpointError(f"a {type(hf_model).__name__} is not a transformers model.{hint}")
     config, source = hf_model.config.to_dict(), hf_model.name_or_path or type(hf_model).__name__
-    chosen = _family_of(config, source, family, autoregressive)
+    # As of a folder: a model that names neither a mask nor a block length is what its class is.
+    plain = autoregressive or (mask_token_id is None and block_length is None and not names_blocks(config))
+    chosen = _family_of(config, source, family, autoregressive, plain)
     # A subclass made by this package computes what its native class computes.
     kind = next(base for base in type(hf_model).__mro__ if not base.__module__.startswith("s2d2_lmeval."))
     is_native = kind.__module__.startswith("transformers.") and kind.__name__ == chosen.native_class
@@ -66,7 +70,7 @@ def adopt(
     return held, facts
 
 
-def _family_of(config: Mapping[str, Any], source: str, name: str | None, autoregressive: bool) -> Family:
+def _family_of(config: Mapping[str, Any], source: str, name: str | None, autoregressive: bool, plain: bool) -> Family:
     if name is not None:
         return family_named(name)
     shown = shown_family(config, source)
@@ -74,7 +78,7 @@ def _family_of(config: Mapping[str, Any], source: str, name: str | None, autoreg
         native = [
             family
             for family in FAMILIES.values()
-            if config.get("model_type") in family.native_types and (family.scheme == AUTOREGRESSIVE) == autoregressive
+            if config.get("model_type") in family.native_types and (family.scheme == AUTOREGRESSIVE) == plain
             if family.taken_for_granted
         ]
         if len(native) == 1:

@@ -24,6 +24,7 @@ import s2d2_lmeval
 from s2d2_lmeval.custom_generate.generate import generate
 from s2d2_lmeval.decoding.options.config import SYNONYMS
 from s2d2_lmeval.errors import ConfigError, RequestError
+from s2d2_lmeval.families.facts import FAMILY_FIELD
 from s2d2_lmeval.toy import checkpoint_path, held_out
 
 from .checkpoints import REPOSITORY, SDAR
@@ -66,6 +67,18 @@ def decode(how: dict[str, Any], prompts: torch.Tensor | None = None, **arguments
 def test_both_ways_decode_what_the_engine_decodes(how: dict[str, Any]) -> None:
     expected = engine().generate([PROMPT], {**OPTIONS, "max_new_tokens": 11, "stop_token_ids": ()})[0]
     assert decode(how, max_new_tokens=11).tolist() == [PROMPT + expected.token_ids]
+
+
+@pytest.mark.parametrize("decoder", [None, "sliding"])
+def test_an_autoregressive_model_decodes_as_its_class_does(how: dict[str, Any], decoder: str | None) -> None:
+    config = copy.deepcopy(plain().config)
+    for name in ("mask_token_id", "block_length", FAMILY_FIELD):
+        delattr(config, name)
+    model = Qwen3ForCausalLM(config).eval()
+    arguments: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(torch.tensor([PROMPT]), **arguments)
+    given = {} if decoder is None else {"decoder": decoder}
+    assert model.generate(torch.tensor([PROMPT]), **how, **arguments, **given).equal(expected)
 
 
 def test_every_option_of_the_decoder_can_be_given(how: dict[str, Any]) -> None:
