@@ -10,10 +10,11 @@ Two ways to the same decoder::
 ``model`` is any transformers model of a known family; its weights are shared, not copied. Lengths, sampling and stops
 are those of ``model.generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``min_p``,
 ``typical_p``, ``suppress_tokens``, ``bad_words_ids`` and ``sequence_bias`` of single tokens, ``eos_token_id``,
-``pad_token_id``, ``stopping_criteria`` and ``max_time`` (asked of each row alone), ``streamer`` (block by block, never
-taking text back), and in the first way ``stop_strings`` with ``tokenizer``, which transformers withholds from functions.
-Decoding options are those of :class:`s2d2_lmeval.DecodingConfig`; the default is the family's published setting.
-Left-padded batches are decoded together. Everything else that ``model.generate`` takes and blocks cannot honour is refused by name.
+``pad_token_id``, ``stopping_criteria`` and ``max_time`` (asked of each row alone), ``streamer`` (block by block,
+never taking text back), and by the path ``stop_strings`` with ``tokenizer`` (which transformers withholds from
+functions). Decoding options are those of :class:`s2d2_lmeval.DecodingConfig`; the default is the family's published
+setting. Left-padded batches are decoded together. Everything else that ``model.generate`` takes and blocks cannot
+honour is refused by name.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Differences from `lm_eval`:
   - the model s2d2 is registered directly, in every environment, and is the default of --model;
   - the packaged tasks are found, in addition to those of your own --include_path (which wins if names collide);
   - --sandbox process|bwrap|docker|docker:IMAGE says where model-written code runs (docs/sandbox.md);
-  - errors of s2d2, and results that cannot be written, are one message and exit code 2.
+  - errors of s2d2, arguments that the harness refuses (a task that is not there), and results that cannot be written
+    are one message and exit code 2.
 
 `ls` and `validate` work too: s2d2-lmeval eval ls tasks
 """
@@ -14,9 +15,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from s2d2_lmeval.errors import ConfigError, first_line
 
 SUMMARY = "evaluate under lm-evaluation-harness; takes the arguments of lm_eval"
 
@@ -31,8 +35,16 @@ def run(args: argparse.Namespace) -> int:
     return run_harness(args.arguments)
 
 
+_READS_ARGUMENTS = ("lm_eval._cli", "lm_eval.config", "lm_eval.evaluator")
+"""Modules of the harness that raise what is wrong with arguments themselves."""
+
+
 def run_harness(arguments: Sequence[str]) -> int:
-    """Run the harness's command line with ``arguments``; its own errors pass through unchanged."""
+    """Run the harness's command line with ``arguments``.
+
+    Raises:
+        ConfigError: the harness refused an argument. Its other errors pass through unchanged.
+    """
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
@@ -61,7 +73,13 @@ def run_harness(arguments: Sequence[str]) -> int:
         namespace.model = "s2d2"
     _take_token(namespace)
     refuse_to_lose_results()
-    harness.execute(namespace)
+    try:
+        harness.execute(namespace)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        *_, (raised_in, _) = traceback.walk_tb(error.__traceback__)
+        if not str(raised_in.f_globals.get("__name__")).startswith(_READS_ARGUMENTS):
+            raise
+        raise ConfigError(f"lm_eval: {first_line(error)}") from None
     return 0
 
 

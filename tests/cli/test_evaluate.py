@@ -55,6 +55,31 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--num_fewshot", "1"], "Need to specify task"),
+        (["--tasks", "a", "--limit", "1", "--samples", '{"a": [0]}'], "--limit must be None"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+    ],
+)
+def test_what_the_harness_refuses_is_one_message(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert main(["eval", *arguments]) == 2
+    written = capsys.readouterr().err
+    assert "s2d2-lmeval: lm_eval: " in written
+    assert said in written
+
+
+def test_other_errors_of_the_harness_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval._cli import HarnessCLI
+
+    monkeypatch.setattr(HarnessCLI, "execute", lambda *_: int("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        main(["eval", "--tasks", "a"])
+
+
 def test_arguments_reach_the_harness_untouched(parsed: list[argparse.Namespace]) -> None:
     assert main(["eval", "--model_args", "pretrained=toy,decoder=ar", "--tasks", "a,b", "--limit", "3"]) == 0
     (namespace,) = parsed
