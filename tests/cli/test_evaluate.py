@@ -58,7 +58,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--num_fewshot", "1"], "Need to specify task"),
         (["--tasks", "a", "--limit", "1", "--samples", '{"a": [0]}'], "--limit must be None"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
