@@ -103,6 +103,8 @@ def requests_of(
         RequestError: a prompt that cannot be decoded, or a budget or seed that is not a number.
     """
     budgets = [max_new_tokens] * len(prompts) if is_whole(max_new_tokens) else several("max_new_tokens", max_new_tokens)
+    if stop is not None and not callable(stop):
+        raise RequestError(f"stop={shown(stop)} is not a function of a request and its new tokens.")
     keys = list(range(len(prompts))) if seeds is None else several("seeds", seeds)
     if not len(prompts) == len(budgets) == len(keys):
         raise RequestError(
@@ -175,7 +177,7 @@ def keeping(config: DecodingConfig, laws: set[str], top_logprobs: int) -> Decodi
 def several(name: str, values: Any, what: str = "a list of one for each") -> list[Any]:
     """``values`` as a list; RequestError for something else than several."""
     try:
-        if not isinstance(values, (str, bytes)):
+        if not isinstance(values, (str, bytes, Mapping)):  # a tokenizer's output has its ids under "input_ids"
             return list(values)
     except (TypeError, ValueError, RuntimeError):
         pass

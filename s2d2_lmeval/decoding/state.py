@@ -17,6 +17,7 @@ from s2d2_lmeval.decoding.generation import (
     Step,
     positions_decided,
 )
+from s2d2_lmeval.errors import RequestError, shown
 
 IDLE, PREFILL, DRAFT, VERIFY, COMMIT, PROPOSE = range(6)
 """Phases of a row: what its next forward does."""
@@ -112,8 +113,11 @@ class SequenceState:
         ][:1]
         kept = request.stop(tokens[prompt:]) if request.stop is not None else None
         if kept is not None:
+            if not 0 <= kept <= len(tokens) - prompt:
+                raise RequestError(f"stop answered {shown(kept)} of {len(tokens) - prompt} new tokens to keep.")
             hits.append((kept, "stop_string"))
         if hits:
-            earlier = self.kept[slot]
-            self.kept[slot] = min(hits) if earlier is None else min(earlier, *hits)
+            hits += [earlier] if (earlier := self.kept[slot]) is not None else []
+            # Of as many tokens a stop string comes first: it needs no token after them.
+            self.kept[slot] = min(hits, key=lambda hit: (hit[0], hit[1] != "stop_string"))
         return kept is not None or (ends and bool(hits))

@@ -90,6 +90,25 @@ def test_a_stop_rule_is_asked_after_each_block_and_decides_how_much_stays() -> N
     assert all(new == free[index].canvas[5 : 5 + len(new)] for index, new in seen)
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_stop_rule_that_ends_just_before_a_stop_token_comes_first(decoder: str) -> None:
+    """One token at a time the stop token would not have been decoded: it does not count, whatever the block."""
+    sampled = {**setting(decoder), "random_source": "keyed", "do_sample": True, "temperature": 2.0}
+    free = engine().generate([PROMPT], sampled)[0].token_ids
+    first = next(place for place in range(1, 12) if free[place] not in free[:place])
+    config = {**sampled, "stop_token_ids": (free[first],)}
+    (got,) = engine().generate([PROMPT], config, stop=lambda _, new: first if len(new) >= first else None)
+    assert (got.token_ids, got.finish_reason, got.stats["new_tokens"]) == (free[:first], "stop_string", first)
+
+
+@pytest.mark.parametrize("kept", [-1, 99])
+def test_a_stop_rule_cannot_keep_what_there_is_not(kept: int) -> None:
+    with pytest.raises(RequestError, match=f"stop answered {kept} of "):
+        engine().generate([PROMPT], FIXED, stop=lambda *_: kept)
+    with pytest.raises(RequestError, match="is not a function"):
+        engine().generate([PROMPT], FIXED, stop="7")  # type: ignore[arg-type]
+
+
 def test_answers_come_in_order_and_are_announced_as_they_finish() -> None:
     announced: list[int] = []
     prompts = [[i + 1] for i in range(7)]

@@ -81,7 +81,10 @@ def test_errors_come_out_of_a_stream() -> None:
         list(model().stream(PROMPT, OPTIONS, max_new_tokens=10**6))
 
 
-@pytest.mark.parametrize("prompts", ["text", 5, [5], [{"role": "user"}], [[{"role": "user", "content": "a"}, 7]]])
+WRONG: list[Any] = ["text", 5, [5], [{"role": "user"}], [[{"role": "user", "content": "a"}, 7]], {"input_ids": [[5]]}]
+
+
+@pytest.mark.parametrize("prompts", WRONG)
 def test_a_wrong_type_gets_a_sentence(prompts: object) -> None:
     with pytest.raises(RequestError, match=r"is not|mixes"):
         model().generate(prompts, OPTIONS)
