@@ -136,11 +136,11 @@ def check_class(family: Family, config: Mapping[str, Any], source: str) -> None:
     reason = "has a model class of its own" if strange else family.doubt(config, source)
     if reason:
         of_class = next((f" (class {name})" for name in (*strange, *remote, *listed)), "")
-        others = f" (known: {', '.join(FAMILIES)})" if strange else ""
+        known = f" (known: {', '.join(FAMILIES)})" if strange else f", such as family={family.name}"
         raise CheckpointError(
             f"model_type {config.get('model_type')!r} is that of {family.name}, but this one{of_class} {reason}, "
-            "so it may decode otherwise. If it computes what a known family does, say which with family=…, such as "
-            f"family={family.name}{others}."
+            "so it may decode otherwise. If it computes what a known family does all the same, say which with "
+            f"family=…{known}."
         )
 
 

@@ -74,8 +74,8 @@ class ShiftProbe:
         """What it says, in one sentence."""
         said = {True: "masks predict the next token", False: "masks predict their own token", None: "no clear answer"}
         return (
-            f"{said[self.drafts_shifted]}: -log p {self.own:.2f} nats at the own mask, {self.shifted:.2f} at the one "
-            f"before; text predicts the next token with {self.clean:.2f}"
+            f"{said[self.drafts_shifted]}: -log p of the true token is {self.own:.2f} nats at its own mask and "
+            f"{self.shifted:.2f} at the one before; after plain text it is {self.clean:.2f}"
         )
 
 

@@ -33,6 +33,8 @@ def test_trained_checkpoints_are_read_as_they_were_trained(family: str, shifted:
     assert abs(found.own - found.shifted) > 3.5
     assert (found.clean < 0.5) == model.facts.token_shift
     found.check(model.facts)
+    assert found.verdict.startswith("masks predict the next token: " if shifted else "masks predict their own token: ")
+    assert f"is {found.own:.2f} nats at its own mask and {found.shifted:.2f} at the one before" in found.verdict
     with pytest.raises(CheckpointError, match=rf"{found.own:.2f} nats at its own mask and {found.shifted:.2f}"):
         found.check(replace(model.facts, draft_shift=not shifted))
     assert model.generate([[18, 20, 22]], {"max_new_tokens": 4})[0].token_ids == before

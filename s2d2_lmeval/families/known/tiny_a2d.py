@@ -38,7 +38,7 @@ def _llama(config: Mapping[str, Any]) -> LlamaConfig:
 def _doubt(config: Mapping[str, Any], source: str) -> str | None:
     names = " ".join(names_of(config, source))
     if re.search("mdlm", names, re.IGNORECASE):
-        return "is called mdlm: it was trained with full attention, which is not decoded here"
+        return "is called mdlm, which has full attention and no blocks"
     if re.search("bd3lm", names, re.IGNORECASE) or names_blocks(config):
         return None
     return (
