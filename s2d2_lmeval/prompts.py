@@ -154,7 +154,10 @@ def refuse_undecodable(index: int, prompt: list[int], budget: int, context: int,
     reason = undecodable(prompt, budget, context, facts.mask_token_id)
     outside = [token for token in prompt if not 0 <= token < facts.vocab_size]
     if not reason and outside:
-        reason = f"holds token id {shown(outside[0])}, outside the vocabulary of {facts.vocab_size}."
+        reason = (
+            f"holds token id {shown(outside[0])}, outside the vocabulary of {facts.vocab_size}: encode it with the "
+            "checkpoint's own tokenizer."
+        )
     if reason:
         raise RequestError(f"Prompt {index} {reason}")
 

@@ -178,7 +178,10 @@ def check_mask(tokenizer: Any, facts: Facts, given: int | None) -> None:
     advice = (
         f"its mask token is {other}: give mask_token_id={min(masks)}" if masks else "give the right mask_token_id=…"
     )
-    message = f"the checkpoint's mask token {mask} is {text} in its tokenizer; {advice}, or add it to config.json."
+    message = (
+        f"the checkpoint's mask token {mask} is {text} in the tokenizer; {advice} or add it to config.json, or give "
+        "the checkpoint's own tokenizer=…."
+    )
     if given is None:
         raise CheckpointError(message)
     logger.warning("mask_token_id=%s as asked, but %s", given, message)
