@@ -42,7 +42,7 @@ BENCHES := $(BENCHMARKS:%=bench-%)
 SWEEPS := $(BENCHMARKS:%=sweep-%)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-ddtree demo-real smollm2 check test lint test-fast test-slow test-browser gpu bench toy draft-graphs docs clean report demo-sweep \
+.PHONY: help install demo demo-ddtree demo-real smollm2 check test lint test-fast test-slow test-browser pictures gpu bench toy draft-graphs docs clean report demo-sweep \
     $(BENCHES) $(SWEEPS)
 
 help:  ## list the targets
@@ -75,6 +75,15 @@ test-slow: $(VENV)/.installed  ## the slow tests, and those for a GPU where ther
 test-browser: $(VENV)/.installed  ## the report's page in a headless Chromium, which it installs (PySide6, 0.5 GB)
 	$(BIN)/python -m pip install -q PySide6
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m browser tests/studies
+
+pictures: $(VENV)/.installed  ## docs/images/report*.png, of the page in OUT/demo-sweep/report (make demo-sweep first)
+	$(BIN)/python -m pip install -q PySide6
+	for one in "1280 1900 1 report" "1280 1900 0 report-dark" "390 1500 1 report-phone" "390 1500 0 report-phone-dark"; \
+	do set -- $$one; \
+	    echo '[]' | QT_QPA_PLATFORM=offscreen QTWEBENGINE_DISABLE_SANDBOX=1 \
+	        QTWEBENGINE_CHROMIUM_FLAGS="--disable-gpu --blink-settings=preferredColorScheme=$$3" \
+	        $(BIN)/python tests/studies/browser.py $(OUT)/demo-sweep/report/index.html $$1 $$2 docs/images/$$4.png \
+	    || exit 1; done
 
 gpu:  ## measure what only a GPU can tell, in nine minutes, with PYTHON's torch and transformers; results in OUT/gpu
 	$(PYTHON) -m benchmarks.gpu --out $(OUT)/gpu
@@ -116,7 +125,16 @@ site: $(VENV)/.installed  ## docs/ with a reference and search, into build/site;
 # The newest release of everything, under the wheel: an environment beside .venv.
 CLEAN := build/clean
 INTO := $(BIN)/python -m pip --python $(CLEAN)/bin/python
-.PHONY: site wheel test-newest
+.PHONY: site wheel test-wheel test-newest
+test-wheel: $(VENV)/.installed  ## the wheel, over the packages of .venv: README's commands as written, without network
+	rm -rf build/lib build/dist && $(BIN)/python -m build --wheel --no-isolation --outdir build/dist .
+	$(BIN)/python -m venv --clear --without-pip $(CLEAN)
+	$(INTO) install --quiet --no-deps build/dist/*.whl
+	for python in $(BIN) $(CLEAN)/bin; do $$python/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"; done \
+	    | (read -r packages; read -r own; echo "$$packages" > "$$own/packages.pth")
+	sed "1s|.*|#!$(CURDIR)/$(CLEAN)/bin/python|" $(BIN)/lm_eval > $(CLEAN)/bin/lm_eval && chmod +x $(CLEAN)/bin/lm_eval
+	$(CLEAN)/bin/python tests/cli/readme.py build/readme
+
 wheel: $(VENV)/.installed  ## build both distributions, install the wheel alone, run README's commands as written
 	rm -rf build/lib build/dist && $(BIN)/python -m build --outdir build/dist .
 	$(BIN)/twine check --strict build/dist/*

@@ -44,6 +44,9 @@ def main() -> None:
         if len(answers) < len(questions):
             page.runJavaScript(f"JSON.stringify({questions[len(answers)]})", 0, ask)
             return
+        QTimer.singleShot(3000 if pictures else 0, end)  # what is drawn comes after what is answered
+
+    def end() -> None:
         if pictures:
             view.grab().save(pictures[0])
         print(json.dumps({"answers": answers, "complaints": page.complaints}))
