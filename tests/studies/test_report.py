@@ -219,8 +219,9 @@ def test_what_was_varied_is_a_column_and_a_line_to_copy(tmp_path: Path) -> None:
     results = read_results(write_study(tmp_path, points, study={"models": models}))
     assert varied_options(results.rows) == ["confidence_threshold"]
     header, lines = cells(columns_of(results.rows), results.rows)
-    assert header[:2] == ["decoding", "confidence_threshold"]
-    assert [line[1] for line in lines] == ["", "0.5", "0.25"]
+    assert header[:2] == ["decoding", "accuracy"]
+    assert header[-1] == "confidence_threshold"
+    assert [line[-1] for line in lines] == ["", "0.5", "0.25"]
     arguments = model_args(results.rows[2], results.models)
     assert arguments == "pretrained=a/b,dtype=bfloat16,decoder=dynamic,confidence_threshold=0.25,block_length=8"
     assert f"Copy --model_args {arguments}" in write_report(tmp_path)[1][0].read_text(encoding="utf-8")

@@ -41,8 +41,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def columns_of(rows: Sequence[Row], *, unsaid: bool = False) -> dict[str, Callable[[Row], str]]:
-    """:data:`COLUMNS`, with what was varied among ``rows`` after the name (``unsaid``: unless the name says it)."""
-    return {"decoding": COLUMNS["decoding"], **option_columns(rows, unsaid=unsaid), **COLUMNS}
+    """:data:`COLUMNS`, and what was varied among ``rows`` (``unsaid``: unless the name says it, and right after that)."""
+    varied = option_columns(rows, unsaid=unsaid)
+    return {"decoding": COLUMNS["decoding"], **varied, **COLUMNS} if unsaid else {**COLUMNS, **varied}
 
 
 def cells(columns: Mapping[str, Callable[[Any], str]], entries: Sequence[Any]) -> tuple[list[str], Cells]:
