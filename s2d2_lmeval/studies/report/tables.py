@@ -41,7 +41,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def columns_of(rows: Sequence[Row], *, unsaid: bool = False) -> dict[str, Callable[[Row], str]]:
-    """:data:`COLUMNS`, and what was varied among ``rows`` (``unsaid``: unless the name says it, and right after that)."""
+    """:data:`COLUMNS`, and what was varied among ``rows``; ``unsaid``: what the name does not say, and next to it."""
     varied = option_columns(rows, unsaid=unsaid)
     return {"decoding": COLUMNS["decoding"], **varied, **COLUMNS} if unsaid else {**COLUMNS, **varied}
 
