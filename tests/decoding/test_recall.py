@@ -14,7 +14,7 @@ import torch
 
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.hints import READ, Hints
-from s2d2_lmeval.decoding.rounds.recall import BUCKETS, GRAM, KEPT, LONGEST, PRIOR, Recall
+from s2d2_lmeval.decoding.rounds.recall import BUCKETS, GRAM, KEPT, LONGEST, NO_CELL, PRIOR, Recall
 
 from . import drafting_tiny, tiny
 from .test_pairs import setup_of
@@ -93,7 +93,7 @@ def test_trees_mix_what_is_said_into_what_is_drafted(seed: int) -> None:
     follows = [rng.choice(token[0, depth].tolist() if rng.random() < 0.5 else [49]) for depth in range(3)]
     texts = [[7, 8, *follows, 9, 9, 7, 8], [6, 5]]
     hints, tail = told(texts, [len(texts[0])]), tail_of(texts)
-    recall_of(hints).right[:] = torch.rand(LONGEST * BUCKETS + 1) * 3
+    recall_of(hints).right[:] = torch.rand(NO_CELL + 1) * 3
     recall_of(hints).tried[:] = 4
     room = torch.ones(2, 3, dtype=torch.bool)
     choices, branches = hints.branches(log_p, token, tail, room, torch.arange(2))
@@ -110,7 +110,7 @@ def test_trees_mix_what_is_said_into_what_is_drafted(seed: int) -> None:
             said, top = follows[depth], max(drafted.values())
             trust = 0.0
             if (depth == 0 or path[depth - 1] == follows[depth - 1]) and drafted.get(said) != top:
-                cell = (2 + depth - 1) * BUCKETS + min(int(top * (BUCKETS - 1)), BUCKETS - 2)
+                cell = (2 + depth) * BUCKETS + 1 + min(int(top * (BUCKETS - 1)), BUCKETS - 2)
                 trust = (float(recall_of(hints).right[cell]) + 1 - top) / (4 + PRIOR)
             worth *= drafted.get(one, 0.0) * (1 - trust) + trust * (one == said)
         assert value == pytest.approx(worth, rel=1e-4, abs=1e-9)
@@ -132,7 +132,7 @@ def test_trust_is_learned_where_the_path_followed_what_was_said() -> None:
     assert recall.tried.sum() == 5
     assert (recall.said[:3] == -1).all()
     assert recall.said[3, :3].tolist() == [1, 2, 3]
-    assert [row[-4:] for row in hints.tail.tolist()][:3] == [[4, 1, 2, 7], [-1, -1, 5, 1], [-1, 6, 5, 2]]
+    assert [row[-4:] for row in hints.tail().tolist()][:3] == [[4, 1, 2, 7], [-1, -1, 5, 1], [-1, 6, 5, 2]]
 
 
 @pytest.mark.parametrize("batch", [1, 8])

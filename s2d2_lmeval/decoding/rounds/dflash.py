@@ -137,8 +137,8 @@ class DFlash(Target):
             log_p = log_p.double() * self.config.tree_sharpen
         branches = None
         if self.hints is not None:
-            room, slots = torch.ones_like(token[:, :, 0], dtype=torch.bool), sent["waiting"]
-            token, branches = self.hints.branches(log_p, token, sent["tail"][slots], room, slots, read)
+            slots = sent["waiting"]
+            token, branches = self.hints.branches(log_p, token, sent["tail"][slots], None, slots, read)
         tree = self._grow(log_p, token, branches)
         self.rows.plant(sent["waiting"], tree)
         return Decided(self._nodes_to_run(tree, sent))

@@ -7,13 +7,15 @@ from prompts and answers; the host tells the device the text of every row as it 
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 import torch
 
 from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.passes import Sent
 from s2d2_lmeval.decoding.rounds.pairs import Pairs
-from s2d2_lmeval.decoding.rounds.recall import GRAM, LONGEST, Recall
+from s2d2_lmeval.decoding.rounds.recall import GRAM, LONGEST, NOTHING, Recall
 from s2d2_lmeval.decoding.rounds.trees import Branches, PairBranches
 from s2d2_lmeval.decoding.state import SequenceState
 from s2d2_lmeval.runtime.drafting.heads import AfterToken
@@ -34,21 +36,25 @@ class Hints:
         self.recall = Recall(setup, depths) if of_text and setup.config.lookup else None
         self.after_token = after_token
         self.width = max(READ, depths + 1)
+        self.captured = setup.tables.keep
         self.known = np.zeros(setup.slots, dtype=np.int64)
         """How many tokens of each row have been told."""
-        self.tail = torch.empty(0)
-        """The last tokens (count, LONGEST) of every row, those that a round has just decided included."""
+        self._grown = (torch.empty(0),) * 3
 
     def told(self, rows: SequenceState) -> dict[str, np.ndarray]:
-        """``fresh`` (count, GRAM + width), the tokens of every row that have not been told, after those before them,
-        and ``tail`` (count, LONGEST), its last ones; -1 for none.
+        """``fresh`` (count, GRAM + any), the tokens of every row that have not been told, after those before them, and
+        ``tail`` (count, LONGEST), its last ones; -1 or NOTHING for none.
         """
-        fresh = np.full((rows.count, GRAM + self.width), -1, dtype=np.int64)
-        tail = np.full((rows.count, LONGEST), -1, dtype=np.int64)
-        for slot in rows.active().tolist():
+        active = rows.active().tolist()
+        width = self.width
+        if not self.captured:  # no more than there are
+            width = min(max((len(rows.tokens[slot]) - int(self.known[slot]) for slot in active), default=0), width)
+        fresh = np.full((rows.count, GRAM + width), -1, dtype=np.int64)
+        tail = np.full((rows.count, LONGEST), NOTHING, dtype=np.int64)
+        for slot in active:
             tokens, known = rows.tokens[slot], int(self.known[slot])
             before = min(known, GRAM)
-            part = tokens[known - before : known + self.width]
+            part = tokens[known - before : known + width]
             fresh[slot, GRAM - before : GRAM - before + len(part)] = part
             self.known[slot] = known + len(part) - before
             end = tokens[-LONGEST:]
@@ -57,10 +63,12 @@ class Hints:
 
     def read(self, fresh: torch.Tensor) -> None:
         """Learn what :meth:`told` told."""
+        if fresh.shape[1] == GRAM:
+            return
         if self.pairs is not None:
             self.pairs.read(fresh[:, GRAM - 1 :])
         if self.recall is not None:
-            self.recall.read(fresh[:, :GRAM], fresh[:, GRAM:])
+            self.recall.read(fresh)
 
     def decided(self, sent: Sent, path: torch.Tensor, tokens: torch.Tensor) -> None:
         """A round of the rows that run one decided the ``tokens`` (count, D + 2) of the ``path`` (count, D + 1), the
@@ -70,26 +78,31 @@ class Hints:
         fresh = tokens[:, 1:].scatter(1, accepted, tokens[:, -1:])
         if self.recall is not None:
             self.recall.learn(fresh, accepted + 1, sent["running"].bool())
-        last = accepted + 1 + torch.arange(LONGEST, device=path.device)
-        self.tail = torch.cat([sent["tail"], fresh], dim=1).gather(1, last)
+        self._grown = sent["tail"], fresh, accepted
+
+    def tail(self) -> torch.Tensor:
+        """The last tokens (count, LONGEST) of every row, those that a round has just :meth:`decided` included."""
+        before, fresh, accepted = self._grown
+        last = accepted + 1 + torch.arange(LONGEST, device=fresh.device)
+        return torch.cat([before, fresh], dim=1).gather(1, last)
 
     def branches(
         self,
         log_p: torch.Tensor,
         token: torch.Tensor,
         tail: torch.Tensor,
-        room: torch.Tensor,
+        room: torch.Tensor | None,
         slots: torch.Tensor,
         read: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Branches]:
         """The choices ``token`` (R, S, K), with what is known to follow, and what each is worth after each choice of
         the position before, from their log-values without any hint; ``tail`` (R, LONGEST) is the text before of the
-        rows ``slots`` (R,), ``room`` (R, S) says where there may be a node, and ``read`` (R, S) which of the drafter's
-        logits they are.
+        rows ``slots`` (R,), ``room`` (R, S) says where there may be a node (None: everywhere), and ``read`` (R, S)
+        which of the drafter's logits they are.
         """
         if self.recall is not None:
             said, length = self.recall.follow(tail, slots, log_p.shape[1])
-            said = said.where(room, -1)
+            said = said if room is None else said.where(room, -1)
             log_p, token, which = self.recall.choose(log_p, token, said)
         given = log_p.unsqueeze(2).expand(-1, -1, log_p.shape[2], -1)
         above = torch.cat([tail[:, -1:, None].expand(-1, 1, token.shape[2]), token[:, :-1]], dim=1)
@@ -98,12 +111,12 @@ class Hints:
         if self.after_token is not None and read is not None and not carried:
             terms.append(self.after_token(above, token, read)[0])
         if terms:
-            given = conserved(given + sum(terms), log_p.logsumexp(2)[:, :, None, None])
+            given = conserved(given + reduce(torch.add, terms), log_p.logsumexp(2)[:, :, None, None])
         if self.recall is not None:
             given = self.recall.mix(given, said, which, length, slots)
         if self.after_token is not None and read is not None and carried:
             return token, PathBranches(given, token, tail[:, -1:], self.after_token, read)
-        return token, PairBranches(*in_order(given))
+        return token, PairBranches(given.clamp_max(0))
 
 
 class PathBranches:
@@ -118,26 +131,22 @@ class PathBranches:
         self.given, self.token, self.root, self.head, self.read = given, token, root, head, read
         self.state: torch.Tensor | None = None
 
-    def after(self, depth: int, own: torch.Tensor, above: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def after(self, depth: int, child: torch.Tensor) -> torch.Tensor:
         """As :class:`~s2d2_lmeval.decoding.rounds.trees.Branches` says."""
-        here = slice(depth, depth + 1)
+        choices, here = self.token.shape[2], slice(depth, depth + 1)
+        own = child % choices
         last = self.token[:, depth - 1].gather(1, own) if depth else self.root
         if self.state is not None:
-            of_parent = above.to(self.state.device)[:, None, :, None].expand(-1, -1, -1, self.state.shape[3])
+            of_parent = (
+                (child // choices).to(self.state.device)[:, None, :, None].expand(-1, -1, -1, self.state.shape[3])
+            )
             self.state = self.state.gather(2, of_parent)
         bias, self.state = self.head(last.unsqueeze(1), self.token[:, here], self.read[:, here], self.state, depth)
-        given = self.given[:, depth].gather(1, own.unsqueeze(2).expand(-1, -1, self.given.shape[3]))
-        return in_order(conserved(given + bias[:, 0], given.logsumexp(2, keepdim=True)))
+        given = self.given[:, depth].gather(1, own.unsqueeze(2).expand(-1, -1, choices))
+        return conserved(given + bias[:, 0], given.logsumexp(2, keepdim=True)).clamp_max(0)
 
 
 def conserved(given: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     """Log-values ``given`` (..., K) so that all choices of a position together keep their log-``mass`` (..., 1)."""
     given = given + (mass - given.logsumexp(-1, keepdim=True))
     return given.nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # where nothing was drafted
-
-
-def in_order(given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-values ``given`` (..., K), best first, and which they are. Rounded, a mass may exceed 1; but no node is worth
-    more than its parent.
-    """
-    return given.clamp_max(0).sort(dim=-1, descending=True, stable=True)

@@ -30,10 +30,10 @@ class Pairs:
 
     def read(self, fresh: torch.Tensor) -> None:
         """Count the tokens ``fresh`` (count, W) of every row but the first, which stands before them; -1: none."""
-        above, token = fresh[:, :-1].flatten(), fresh[:, 1:].flatten()
-        seen, above, token = ((above >= 0) & (token >= 0)).float(), above.clamp_min(0), token.clamp_min(0)
-        self.counts.index_add_(0, _counter(above, token), seen)
-        self.tokens.index_add_(0, token, seen)
+        real, fresh = fresh >= 0, fresh.clamp_min(0)
+        seen, above, token = (real[:, :-1] & real[:, 1:]).float().flatten(), fresh[:, :-1], fresh[:, 1:]
+        self.counts.index_add_(0, _counter(above, token).flatten(), seen)
+        self.tokens.index_add_(0, token.flatten(), seen)
 
     def term(self, above: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         """What the counts add to the log-values of choices ``token`` (R, S, K) after each of those ``above`` (R, S, K
@@ -45,4 +45,4 @@ class Pairs:
 
 
 def _counter(above: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    return (above * 1_000_003 + token * 7919) & (SIZE - 1)
+    return torch.add(above * 1_000_003, token, alpha=7919) & (SIZE - 1)

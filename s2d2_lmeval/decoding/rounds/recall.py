@@ -23,13 +23,21 @@ GRAM, LONGEST = 4, 8
 """Tokens of the longest n-gram, and the longest match that is told from shorter ones."""
 
 BUCKETS = 5
-"""Of the drafter's confidence: its quarters, and no draft at all."""
+"""Of the drafter's confidence: no draft at all, and its quarters."""
+
+NO_CELL = (LONGEST + 1) * BUCKETS
+"""Cells of trust are those of every length and bucket, and one for what was the drafter's choice anyway."""
+
+NOTHING = -2
+"""What is before the beginning of a text's end; memory that is empty holds -1."""
 
 PRIOR = 4.0
 """Tries that a match is taken to have had, of which as many succeeded as the drafter's doubt of its first choice."""
 
-PLACES = 2**28
-"""More than there are tokens in memory: above it an n-gram's entry says when it was written, so the newest wins."""
+PLACES, MOST_READ = 2**28, 2**10
+"""More than there are tokens in memory: above it an n-gram's entry says when it was written, so the newest wins. And
+more than there are tokens of a row in a step.
+"""
 
 FACTOR, FACTOR_OF_ROW = 2_862_933_555_777_941_757, 6_364_136_223_846_793_005
 """Of the hash of an n-gram, modulo 2^64."""
@@ -51,23 +59,27 @@ class Recall:
         self.steps = table("steps", (1,), 0)
         factors = torch.tensor([pow(FACTOR, power, 2**62) for power in range(GRAM)])
         self.factors = setup.tables.put("recall.factors", factors)
-        self.right, self.tried = (table(name, (LONGEST * BUCKETS + 1,), 0, torch.float32) for name in ("hits", "tries"))
+        self.numbers = setup.tables.put("recall.numbers", torch.arange(max(MOST_READ, setup.slots)))
+        of_rows = torch.stack([(torch.arange(setup.slots) + 1) * FACTOR_OF_ROW, torch.zeros(setup.slots).long()], dim=1)
+        self.of_row = setup.tables.put("recall.rows", of_rows)
+        """What tells the n-grams of each row's own text from all."""
+        self.quarters = setup.tables.put("recall.quarters", torch.tensor([1e-37, 0.25, 0.5, 0.75]))
+        self.right, self.tried = (table(name, (NO_CELL + 1,), 0, torch.float32) for name in ("hits", "tries"))
         self.said = table("said", (setup.slots, depths), -1)
         """What each row's text goes on with, if it goes on as before; -1: nothing is known."""
-        self.cell = table("cell", (setup.slots, depths), LONGEST * BUCKETS)
+        self.cell = table("cell", (setup.slots, depths), NO_CELL)
         """How far each of these was trusted; the last cell is for those that were the drafter's choice anyway."""
 
-    def read(self, before: torch.Tensor, fresh: torch.Tensor) -> None:
-        """Remember the tokens ``fresh`` (count, W) of every row, after ``before`` (count, GRAM); -1: none."""
-        width, real = fresh.shape[1], fresh >= 0
-        place = (self.end + torch.arange(width, device=fresh.device)) % KEPT
+    def read(self, told: torch.Tensor) -> None:
+        """Remember the tokens ``told`` (count, GRAM + W) of every row; the first GRAM stand before. -1: none."""
+        fresh = told[:, GRAM:]
+        real, ahead, rows = fresh >= 0, self.numbers[: fresh.shape[1]], self.numbers[: len(fresh)]
+        place = (self.end + ahead) % KEPT
         self.text.scatter_(1, place.where(real, KEPT), fresh)
-        flat = place + torch.arange(len(fresh), device=fresh.device).unsqueeze(1) * (KEPT + 1)
-        when = self.steps * width + torch.arange(width, device=fresh.device)
-        grams = torch.cat([before, fresh], dim=1).unfold(1, GRAM, 1)[:, :-1]
-        key, known = self._keys(grams, torch.arange(len(fresh), device=fresh.device).view(-1, 1, 1))
-        entry = ((when * PLACES + flat) * real).unsqueeze(2) * known
-        self.place.scatter_reduce_(0, key.flatten(), entry.flatten(), "amax")
+        when = torch.add(ahead, self.steps, alpha=MOST_READ)
+        entry = torch.add(torch.add(place, rows.unsqueeze(1), alpha=KEPT + 1), when, alpha=PLACES) * real
+        key, known = self._keys(told.unfold(1, GRAM, 1)[:, :-1], self.of_row.unsqueeze(1))
+        self.place.scatter_reduce_(0, key.flatten(), (entry[:, :, None, None] * known).flatten(), "amax")
         self.end += real.sum(1, keepdim=True)
         self.steps += 1
 
@@ -75,15 +87,14 @@ class Recall:
         """What followed the longest known end of the ``tail`` (R, LONGEST) of the texts in ``slots`` (R,), and the
         length of the match, both (R, depths); -1 where nothing is known.
         """
-        key, known = self._keys(tail[:, -GRAM:], slots.unsqueeze(1))
-        found = self.place[key] * known % PLACES
+        key, known = self._keys(tail[:, -GRAM:], self.of_row[slots])
+        found = (self.place[key] * known % PLACES).flatten(1)
         row, place = found // (KEPT + 1), found % (KEPT + 1)
-        back = (place.unsqueeze(2) - 1 - torch.arange(LONGEST, device=tail.device)) % KEPT
+        back = (place.unsqueeze(2) - self.numbers[1 : LONGEST + 1]) % KEPT
         ends = tail.flip(1).unsqueeze(1)
-        same = (self.text[row.unsqueeze(2), back] == ends) & (ends >= 0)
-        length, best = same.long().cumprod(2).sum(2).max(1, keepdim=True)
+        length, best = (self.text[row.unsqueeze(2), back] == ends).long().cumprod(2).sum(2).max(1, keepdim=True)
         row, place = row.gather(1, best), place.gather(1, best)
-        ahead = torch.arange(depths, device=tail.device)
+        ahead = self.numbers[:depths]
         said = self.text[row, (place + ahead) % KEPT]
         there = (length > 0) & (ahead < (self.end[row.squeeze(1)] - place) % KEPT)
         return said.where(there, -1), (length + ahead).clamp_max(LONGEST)
@@ -111,9 +122,9 @@ class Recall:
         after = given.gather(2, above).squeeze(2)
         top, first = after.max(2)
         sure = top.exp()
-        bucket = (sure * (BUCKETS - 1)).long().clamp(0, BUCKETS - 2).where(sure > 0, BUCKETS - 1)
-        new = (said >= 0) & ((first != which) | (sure == 0))
-        cell = ((length - 1) * BUCKETS + bucket).where(new, LONGEST * BUCKETS)
+        bucket = torch.bucketize(sure, self.quarters.to(sure), right=True)
+        new = (said >= 0) & ((first != which) | (bucket == 0))
+        cell = torch.add(bucket, length, alpha=BUCKETS).where(new, NO_CELL)
         trust = (self.right[cell] + 1 - sure.clamp_max(1)) / (self.tried[cell] + PRIOR) * new
         self.said[slots, :depths], self.cell[slots, :depths] = said, cell
         after = after + (-trust).log1p().unsqueeze(2)
@@ -127,15 +138,15 @@ class Recall:
         said, cell = self.said[:, :width], self.cell[:, :width]
         right = said == decided[:, :width]
         as_said = torch.cat([torch.ones_like(right[:, :1]), right[:, :-1]], dim=1).long().cumprod(1).bool()
-        tried = as_said & (said >= 0) & (torch.arange(width, device=said.device) < count) & running
+        tried = as_said & (said >= 0) & (self.numbers[:width] < count) & running
         self.tried.index_add_(0, cell.flatten(), tried.flatten().float())
         self.right.index_add_(0, cell.flatten(), (tried & right).flatten().float())
         self.said.masked_fill_(running, -1)
 
-    def _keys(self, grams: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places (..., 2 * GRAM) of the ends of ``grams`` (..., GRAM), the longest first, in the text of row ``slots``
-        (..., 1) and in all; and which of them there are.
+    def _keys(self, grams: torch.Tensor, of_row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places (..., GRAM, 2) of the ends of ``grams`` (..., GRAM), the longest first, in the text of rows that are
+        told apart by ``of_row`` (..., 2), and in all; and which of them there are (..., GRAM, 2).
         """
         ends = ((grams + 2).flip(-1) * self.factors).cumsum(-1).flip(-1)
-        key = torch.stack([ends + (slots + 1) * FACTOR_OF_ROW, ends], dim=-1).flatten(-2) * FACTOR
-        return (key >> 24) & (SIZE - 1), (grams >= 0).repeat_interleave(2, dim=-1)
+        key = (ends.unsqueeze(-1) + of_row.unsqueeze(-2)) * FACTOR
+        return (key >> 24) & (SIZE - 1), (grams >= 0).unsqueeze(-1).expand_as(key)

@@ -248,7 +248,7 @@ class Sliding(Target):
         branches = None
         if self.hints is not None:
             every = torch.arange(len(best), device=best.device)
-            token, branches = self.hints.branches(best, token, self.hints.tail, room, every)
+            token, branches = self.hints.branches(best, token, self.hints.tail(), room, every)
         return trees.grow(best, token, nodes, beams=self.beams, branches=branches)
 
     # ---- host ----

@@ -37,24 +37,38 @@ class Tree:
 class Branches(Protocol):
     """What the choices of a position are worth after a node of the position before."""
 
-    def after(self, depth: int, own: torch.Tensor, above: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-values and choices (R, B, K) of position ``depth``, best first, after each of B nodes: its choice of the
-        position before is ``own`` (R, B), and its parent that of ``above`` (R, B) among the nodes that were asked about
-        before. To be asked depth by depth.
+    def after(self, depth: int, child: torch.Tensor) -> torch.Tensor:
+        """Log-values (R, B, K) of the choices of position ``depth`` after each of B nodes, of which ``child`` (R, B)
+        says which of the K children of which node they are: that node's place among those that were asked about before,
+        times K, and the choice. To be asked depth by depth.
         """
 
 
 @dataclass(frozen=True)
 class PairBranches:
-    """Branches that depend on the choice above alone: log-values and choices (R, S, K above, K), best first."""
+    """Branches that depend on the choice above alone: log-values (R, S, K above, K)."""
 
-    log_p: torch.Tensor
-    choice: torch.Tensor
+    given: torch.Tensor
 
-    def after(self, depth: int, own: torch.Tensor, above: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def after(self, depth: int, child: torch.Tensor) -> torch.Tensor:
         """As :class:`Branches` says."""
-        at = own.unsqueeze(2).expand(-1, -1, self.log_p.shape[3])
-        return self.log_p[:, depth].gather(1, at), self.choice[:, depth].gather(1, at)
+        choices = self.given.shape[3]
+        return self.given[:, depth].gather(1, (child % choices).unsqueeze(2).expand(-1, -1, choices))
+
+
+@dataclass(frozen=True)
+class Beams:
+    """What the growth of trees of a size has to look at. ``above``, ``choice``, ``child``: of every depth, indices into
+    the beam above and into the choices, both best first, whose sums can be among the best: fewer others than there are
+    nodes are at least as good in both; and which child that is (:class:`Branches`). ``offsets`` (2, T): of all that is
+    kept of every depth, what to add to a node's place in its beam to have that among all after a root, and to a choice
+    to have it among those of all positions.
+    """
+
+    above: list[torch.Tensor]
+    choice: list[torch.Tensor]
+    child: list[torch.Tensor]
+    offsets: torch.Tensor
 
 
 def grow(
@@ -62,7 +76,7 @@ def grow(
     token: torch.Tensor,
     nodes: int,
     seed_chain: bool = False,
-    beams: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    beams: Beams | None = None,
     branches: Branches | None = None,
 ) -> Tree:
     """The best ``nodes`` prefixes of each row.
@@ -74,26 +88,26 @@ def grow(
     rows, depths, choices = log_p.shape
     if beams is None:
         beams = beams_of(depths, choices, nodes, lambda _, index: index.to(log_p.device))
-    score, own = log_p.new_zeros(rows, 1), token.new_zeros(rows, 1)
-    origin = own
-    scores, keys, parents, picks, offset = [], [], [], [], 0
+    score, child = log_p.new_zeros(rows, 1), token.new_zeros(rows, 1)
+    scores, keys, children = [], [], []
     for depth in range(depths):
-        above, choice = beams[depth]
         if branches is None:
-            worth, picked = log_p[:, depth, choice], choice.expand(rows, -1)
+            candidates = score[:, beams.above[depth]] + log_p[:, depth, beams.choice[depth]]
         else:
-            worth, picked = (table[:, above, choice] for table in branches.after(depth, own, origin))
-        candidates = score[:, above] + worth
-        key = candidates.clone()
-        if seed_chain:
-            key[:, :1] = torch.inf  # the first child of the first, which is the chain's
+            given = branches.after(depth, child)
+            candidates = (score.unsqueeze(2) + given).flatten(1)
+        key = candidates
+        if seed_chain:  # the best child of the first, which is the chain's
+            best = torch.zeros_like(child[:, :1]) if branches is None else given[:, 0].argmax(1, keepdim=True)
+            key = candidates.scatter(1, best, torch.inf)
         key, index = key.topk(min(nodes, candidates.shape[1]), dim=1)
-        score, own, origin = candidates.gather(1, index), picked.gather(1, index), above[index]
-        parents.append(offset + origin)
-        picks.append(depth * choices + own)
+        score = candidates.gather(1, index) if seed_chain else key
+        child = beams.child[depth][index] if branches is None else index
         scores.append(score)
         keys.append(key)
-        offset = 1 + sum(part.shape[1] for part in scores[:-1])
+        children.append(child)
+    child = torch.cat(children, dim=1)
+    parents, picks = child // choices + beams.offsets[0], child % choices + beams.offsets[1]
     # Stable: among equals the shallower comes first, so a parent precedes its child.
     order = torch.cat(keys, dim=1).sort(dim=1, descending=True, stable=True).indices
     kept = order[:, :nodes]
@@ -101,10 +115,10 @@ def grow(
         1, order, torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order)
     )
     index_of = torch.cat([index_of.new_zeros(rows, 1), index_of], dim=1)
-    pick = torch.cat(picks, dim=1).gather(1, kept)
+    pick = picks.gather(1, kept)
     tables = (
         token.flatten(1).gather(1, pick),
-        index_of.gather(1, torch.cat(parents, dim=1).gather(1, kept)),
+        index_of.gather(1, parents.gather(1, kept)),
         pick // choices + 1,
         torch.cat(scores, dim=1).gather(1, kept).exp(),
     )
@@ -116,30 +130,29 @@ def chain(log_p: torch.Tensor, token: torch.Tensor, branches: Branches | None = 
     rows, depths, _ = token.shape
     worth, own = log_p[:, :, 0], torch.zeros_like(token[:, :, 0])
     if branches is not None:
-        parts, first = [], own[:, :1]
-        last = first
+        parts, last = [], own[:, :1]
         for depth in range(depths):
-            value, last = (table[:, 0, :1] for table in branches.after(depth, last, first))
+            value, last = branches.after(depth, last).max(2)
             parts.append((value, last))
         worth, own = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     above = torch.arange(depths, device=token.device).expand(rows, -1)
     return Tree(token.gather(2, own.unsqueeze(2)).squeeze(2), above, above + 1, worth.cumsum(1).exp())
 
 
-def beams_of(
-    depths: int, choices: int, nodes: int, put: Callable[[str, torch.Tensor], torch.Tensor]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of every depth, indices into the beam above and into the choices, both best first, whose sums can be among the
-    ``nodes`` best: fewer than ``nodes`` others are at least as good in both. ``put`` brings them to the device.
-    """
-    found, beam = [], 1
+def beams_of(depths: int, choices: int, nodes: int, put: Callable[[str, torch.Tensor], torch.Tensor]) -> Beams:
+    """The beams of trees of at most so many ``nodes``; ``put`` brings them to the device."""
+    tables: tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]] = ([], [], [])
+    offsets: list[tuple[int, int]] = []
+    beam, first = 1, 0
     for depth in range(depths):
         place = np.arange(min(beam, nodes))[:, None]
         pairs = ((place + 1) * (np.arange(min(choices, nodes)) + 1) <= nodes).nonzero()
-        above, choice = (put(f"beam.{depth}.{side}", torch.from_numpy(one)) for side, one in enumerate(pairs))
-        found.append((above, choice))
-        beam = min(nodes, len(above))
-    return found
+        for number, indices in enumerate((*pairs, pairs[0] * choices + pairs[1])):
+            tables[number].append(put(f"beam.{depth}.{number}", torch.from_numpy(indices)))
+        beam, before = min(nodes, len(pairs[0])), first
+        first = len(offsets) + 1
+        offsets += [(before, depth * choices)] * beam
+    return Beams(*tables, put("beam.offsets", torch.tensor(offsets).view(-1, 2).t().contiguous().long()))
 
 
 def empty(rows: int, nodes: int, device: torch.device, dtype: torch.dtype) -> Tree:
