@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     return run_harness(args.arguments)
 
 
-_READS_ARGUMENTS = ("lm_eval._cli", "lm_eval.config", "lm_eval.evaluator")
+_READS_ARGUMENTS = ("lm_eval._cli", "lm_eval.config", "lm_eval.evaluator", "lm_eval.api.model")
 """Modules of the harness that raise what is wrong with arguments themselves."""
 
 

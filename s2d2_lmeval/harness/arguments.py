@@ -170,7 +170,9 @@ def _without_synonyms(options: Mapping[str, Any], own: Container[str]) -> dict[s
         name = given if given in own else LOADING_SYNONYMS.get(given, given)
         if getattr(value, "shape", ()):
             raise ConfigError(f"{name}={shown(value)} is an array; give plain values.")
-        if name not in own and (changes_nothing(name, value) or (value is None and name != given)):
+        if value is None and (name != given or name in OF_LOADING or name in OF_HARNESS):
+            continue  # as if it were not there
+        if name not in own and changes_nothing(name, value):
             continue
         if name == "attention" and isinstance(value, str):
             value = _BACKENDS.get(value, value)

@@ -38,7 +38,7 @@ class HarnessModel(HFLM):
         **options: Any,
     ) -> None:
         upstream.refuse_to_lose_results()
-        check("dtype", dtype, OF_LOADING["dtype"])
+        dtype = check("dtype", "auto" if dtype is None else dtype, OF_LOADING["dtype"])
         check("revision", revision, OF_LOADING["revision"])
         self.arguments = arguments = sort_arguments(pretrained, options)
         accelerator = loading.join_processes(arguments)

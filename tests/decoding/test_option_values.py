@@ -11,7 +11,7 @@ import pytest
 
 from s2d2_lmeval import DecodingConfig, load
 from s2d2_lmeval.decoding.spiffy.graph import parse_graph
-from s2d2_lmeval.errors import RequestError
+from s2d2_lmeval.errors import ConfigError, RequestError
 from s2d2_lmeval.runtime.memory import RowLimit
 
 from ..fuzzing import Tries
@@ -137,3 +137,12 @@ def test_draft_graphs_of_any_kind() -> None:
     for text in ("", "x", "[" * 100_000, "9" * 5000, '{"a":' * 10_000, "null", *(head + part + "}" for part in parts)):
         tries.attempt(text[-60:], lambda text=text: parse_graph(text))
     tries.check(refused_at_least=len(parts) + 6)
+
+
+def test_token_ids_as_text_are_read_as_they_are_written_here() -> None:
+    given = {"suppress_tokens": "[5, 7]", "logit_bias": "{5: -2.5}", "stop_token_ids": "9"}
+    config = DecodingConfig.from_options(given)
+    assert (config.suppress_tokens, config.logit_bias, config.stop_token_ids) == ((5, 7), ((5, -2.5),), (9,))
+    for name, wrong in product(("suppress_tokens", "logit_bias"), ("(1", "[", "x", "{")):
+        with pytest.raises(ConfigError, match=name):
+            DecodingConfig.from_options({name: wrong})

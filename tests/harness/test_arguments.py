@@ -8,7 +8,7 @@ import pytest
 from transformers import BitsAndBytesConfig
 
 from s2d2_lmeval.errors import ConfigError
-from s2d2_lmeval.harness.arguments import GenerationArguments, rows_in_flight, sort_arguments
+from s2d2_lmeval.harness.arguments import OF_HARNESS, OF_LOADING, GenerationArguments, rows_in_flight, sort_arguments
 from s2d2_lmeval.runtime.memory import RowLimit
 
 
@@ -71,7 +71,7 @@ def test_unknown_names_are_refused_with_the_nearest(name: str, hint: str) -> Non
         sort_arguments("x", {name: 1})
 
 
-@pytest.mark.parametrize("backend", [None, "seq2seq", 1])
+@pytest.mark.parametrize("backend", ["seq2seq", 1])
 def test_models_are_causal(backend: Any) -> None:
     with pytest.raises(ConfigError, match="models are causal"):
         sort_arguments("x", {"backend": backend})
@@ -91,7 +91,7 @@ def test_missing_checkpoint() -> None:
             ("subfolder", "a"),
             ("softmax_dtype", "bfloat16"),
         ],
-        *[("quantization_config", 1), ("stop", "x"), ("compile", True), ("gpu_memory_utilization", 0.5)],
+        *[("quantization_config", 1), ("stop", "x"), ("gpu_memory_utilization", 0.5)],
     ],
 )
 def test_options_of_hf_models_that_mean_nothing_here(name: str, value: Any) -> None:
@@ -99,8 +99,15 @@ def test_options_of_hf_models_that_mean_nothing_here(name: str, value: Any) -> N
         sort_arguments("x", {name: value})
 
 
+def test_every_argument_of_loading_has_its_reader_and_null_is_as_if_it_were_not_there() -> None:
+    assert sort_arguments("m", {"compile": True}).loading == {"compile": True}
+    for name in (*OF_LOADING, *OF_HARNESS):
+        found = sort_arguments("m", {name: None})
+        assert (found.loading, found.harness) == ({}, {}), name
+
+
 def test_their_defaults_pass() -> None:
-    neutral = {"tp_plan": None, "gptqmodel": False, "logits_cache": True, "subfolder": "", "compile": False}
+    neutral = {"tp_plan": None, "gptqmodel": False, "logits_cache": True, "subfolder": ""}
     neutral |= {"softmax_dtype": "float32", "quantization_config": None, "use_cache": True, "torch_dtype": None}
     assert not sort_arguments("x", neutral).harness
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-import json
 import math
 import numbers
 from collections.abc import Iterable, Mapping
@@ -128,7 +128,7 @@ def converted(name: str, kind: str, value: Any) -> Any:
             return value
     except ConfigError:
         raise
-    except (TypeError, ValueError, OverflowError, RecursionError):
+    except (TypeError, ValueError, SyntaxError, OverflowError, RecursionError, MemoryError):
         pass
     raise ConfigError(f"{name}={shown(value)} is not of the right type; it takes {_KINDS[kind]}.")
 
@@ -162,6 +162,7 @@ def _whole(value: Any) -> int:
 
 def _token_ids(value: Any) -> tuple[int, ...]:
     """One id, several, or lists that hold one each (as ``bad_words_ids`` of transformers)."""
+    value = ast.literal_eval(value) if isinstance(value, str) else value
     several = value if isinstance(value, (list, tuple, set, frozenset)) else (value,)
     return tuple(_token_id(one) for one in several)
 
@@ -183,11 +184,11 @@ def _token_id(value: Any) -> int:
 def _biases(value: Any) -> tuple[tuple[int, float], ...]:
     """Ids and the biases of their logits: a mapping or pairs, each id alone or in a list (as ``sequence_bias``)."""
     if isinstance(value, str):
-        value = json.loads(value)
+        value = ast.literal_eval(value)
     pairs = value.items() if isinstance(value, Mapping) else value
     biases: dict[int, float] = {}
     for token, bias in pairs:
-        token = json.loads(token) if isinstance(token, str) else token
+        token = ast.literal_eval(token) if isinstance(token, str) else token
         biases[_token_id(token)] = _number(bias)
     return tuple(sorted(biases.items()))
 
