@@ -146,6 +146,7 @@ wheel: $(VENV)/.installed  ## build both distributions, install the wheel alone,
 
 test-newest: wheel  ## the tests that touch transformers most, with its newest release
 	$(INTO) install --quiet hypothesis jsonschema pytest pytest-xdist
+	$(INTO) install --quiet --no-deps -e .  # tests import from the checkout, which alone lacks what the wheel maps in
 	$(CLEAN)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	$(TEST_ENV) $(CLEAN)/bin/python -m pytest -n $(JOBS) --dist loadfile -q -m "not slow and not gpu and not browser" \
 	    tests/families tests/custom_generate tests/runtime tests/harness/test_like_hf.py tests/harness/test_model.py
