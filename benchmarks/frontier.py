@@ -173,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--data", help="a folder with GSM8K's test.jsonl; otherwise it comes from the hub")
     parser.add_argument("--folder", type=Path, default=Path("out/frontier"), help="where SmolLM2 is kept")
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="lines of the table beside its first; all by default")
     parser.add_argument("--output", type=Path, help="the numbers as JSON")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -184,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prompts = toy_prompts(given.prompts) if name == "toy" else questions(path, given.prompts, given.data)
         adapter = bool(draft) and (Path(draft) / "adapter_config.json").is_file()
         ways = WAYS["adapter" if adapter else "drafter" if draft else "toy" if name == "toy" else "plain"]
+        if given.ways is not None:
+            ways = {way: options for way, options in ways.items() if way in ("ar", *given.ways)}
         drafter, adapter_of = (None, draft) if adapter else (draft or None, None)
         loaded = load(path, draft=drafter, draft_adapter=adapter_of, max_batch=given.batch)
         found[title] = measured(loaded, prompts, ways, given.new_tokens)

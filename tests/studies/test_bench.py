@@ -108,6 +108,11 @@ def test_wrong_arguments(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_more_tokens_than_the_context_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--new_tokens", "500", "--prompts", "1"]) == 2
+    assert "asks for 500 more, but the context holds 512" in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_floor_reads_every_weight_but_the_embedding_table() -> None:
     plain = shapes.random_model("tiny", torch.device("cpu"), torch.float32)
     weights = sum(weight.numel() for weight in plain.parameters())

@@ -244,7 +244,8 @@ def _models(
 
 
 def _workload(args: argparse.Namespace, model: BlockDiffusionModel, prompts: int) -> Workload:
-    """Held-out problems for the toy, random tokens for anything else."""
+    """Held-out problems for the toy, random tokens for anything else; RequestError where the context is too short."""
+    from s2d2_lmeval.prompts import refuse_undecodable
     from s2d2_lmeval.studies.bench.measuring import Workload
 
     if args.model == "toy":
@@ -253,11 +254,13 @@ def _workload(args: argparse.Namespace, model: BlockDiffusionModel, prompts: int
         from s2d2_lmeval.toy import checkpoint_path, held_out
 
         tokenizer = Tokenizer.from_file(str(checkpoint_path() / "tokenizer.json"))
-        problems = held_out("arithmetic")[:prompts]
-        return Workload([tokenizer.encode(problem.prompt).ids for problem in problems], args.new_tokens)
-    rng = random.Random(0)
-    words = range(model.facts.vocab_size // 2)
-    return Workload([rng.choices(words, k=args.prompt_length) for _ in range(prompts)], args.new_tokens)
+        found = [tokenizer.encode(problem.prompt).ids for problem in held_out("arithmetic")[:prompts]]
+    else:
+        rng, words = random.Random(0), range(model.facts.vocab_size // 2)
+        found = [rng.choices(words, k=args.prompt_length) for _ in range(prompts)]
+    for index, ids in enumerate(found):  # transformers' loops would go on past the context
+        refuse_undecodable(index, ids, args.new_tokens, model.max_context, model.facts)
+    return Workload(found, args.new_tokens)
 
 
 def _numbers(text: str) -> list[int]:
