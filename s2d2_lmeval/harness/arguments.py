@@ -172,7 +172,7 @@ def _without_synonyms(options: Mapping[str, Any], own: Container[str]) -> dict[s
             raise ConfigError(f"{name}={shown(value)} is an array; give plain values.")
         if value is None and (name != given or name in OF_LOADING or name in OF_HARNESS):
             continue  # as if it were not there
-        if name not in own and changes_nothing(name, value):
+        if name not in own and name not in OF_LOADING and changes_nothing(name, value):
             continue
         if name == "attention" and isinstance(value, str):
             value = _BACKENDS.get(value, value)

@@ -64,6 +64,7 @@ FOREIGN: Mapping[str, Foreign] = {
     "quantization": Foreign(_PREQUANTIZED, ("", False)),
     "autogptq": Foreign(_PREQUANTIZED, ("", False)),
     "gptqmodel": Foreign(_PREQUANTIZED, ("", False)),
+    "compile": Foreign("forwards are captured as graphs on CUDA with static_shapes=True", (False,)),
     "use_compile": Foreign("forwards are captured as graphs on CUDA with static_shapes=True", (False,)),
     "enforce_eager": Foreign("graphs are disabled with static_shapes=False", ()),
     "lora": Foreign("a LoRA adapter is peft in --model_args and adapter in s2d2_lmeval.load", ("", False)),
