@@ -15,6 +15,7 @@ names.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class HeadShape:
         return (CandidateSelector if self.kind == "selector" else MarkovHead)(self, vocabulary, hidden)
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """The common part of all heads."""
 
     carries = False
@@ -61,20 +62,20 @@ class Head(nn.Module):
         super().__init__()
         self.shape = shape
 
+    @abstractmethod
     def published(self) -> Mapping[str, nn.Module]:
         """Its parts, by the names that they have within a drafter."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def vectors(self) -> torch.Tensor:
         """v, (vocabulary, rank)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def after(self, above: torch.Tensor, hidden: torch.Tensor, state: torch.Tensor | None, place: int) -> Said:
         """What is said after tokens ``above`` (...), with the ``state`` before them (None: they are the first of their
         paths), at places with states ``hidden`` (..., H), of which ``place`` is the number from 0.
         """
-        raise NotImplementedError
 
     def forward(
         self,
