@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
-from pydantic import ConfigDict, Field, Strict, create_model
+from pydantic import AfterValidator, ConfigDict, Field, Strict, create_model
 
 from s2d2_lmeval.decoding.generation import Step, verifications
 from s2d2_lmeval.errors import StudyError, shown
@@ -87,6 +87,17 @@ def is_number(value: Any) -> bool:
 _Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 _Number = Annotated[float, Field(gt=-1e18, lt=1e18, allow_inf_nan=False)]
 _Statistic = _Number | bool | str | list[Any] | dict[str, Any] | None
+SUMMED = ("new_tokens", "nfe")
+"""Statistics that are added up over samples."""
+
+
+def _summable(stats: dict[str, Any]) -> dict[str, Any]:
+    if not all(is_number(stats.get(name, 0)) for name in SUMMED):
+        raise ValueError("a count is not a number")
+    return stats
+
+
+_Statistics = Annotated[dict[str, _Statistic], AfterValidator(_summable)]
 _Place = Annotated[tuple[_Count, _Count, _Count], Strict(False)]
 _Score = Annotated[tuple[_Count, _Number], Strict(False)]
 _HOLDS: dict[str, dict[str, Any]] = {
@@ -100,7 +111,7 @@ _HOLDS: dict[str, dict[str, Any]] = {
     "sample": {
         "name": str,
         "text": str,
-        "stats": dict[str, _Statistic],
+        "stats": _Statistics,
         "accepted": list[_Count],
         "order": list[_Place] | None,
         "segment": _Count,
@@ -142,9 +153,8 @@ class PointRecord:
     unreadable: list[int] = field(default_factory=list)
 
     def total(self, name: str) -> float:
-        """A count of all samples together; what is not a number in a damaged file counts for nothing."""
-        found = (sample["stats"].get(name) for sample in self.samples.values())
-        return sum(value for value in found if isinstance(value, (int, float)))
+        """A count of all samples together, one of :data:`SUMMED`."""
+        return sum(sample["stats"].get(name, 0) for sample in self.samples.values())
 
     @property
     def decoding_seconds(self) -> float:

@@ -16,6 +16,7 @@ from s2d2_lmeval.harness.identity import of_plain
 from s2d2_lmeval.harness.prompts import Prompt
 from s2d2_lmeval.harness.responses import TracedResponse
 from s2d2_lmeval.studies.store import (
+    SUMMED,
     PointStore,
     decided_tokens,
     decode_line,
@@ -89,8 +90,10 @@ def test_seconds_of_segments_add_up(tmp_path: Path) -> None:
             store.append("sample", name=str(elapsed), segment=segment, elapsed=elapsed, **content)
     record = read_point(tmp_path / NAME)
     assert (record.decoding_seconds, record.total("new_tokens")) == (5.0, 30)
-    record.samples["1.0"]["stats"]["new_tokens"] = "damaged"
-    assert record.total("new_tokens") == 20
+    sample = record.samples["1.0"]
+    assert decode_line(encode_line(sample)) == sample
+    for count in SUMMED:
+        assert decode_line(encode_line({**sample, "stats": {count: "many"}})) is None
 
 
 def test_a_write_that_was_cut_short_is_skipped_and_stays(tmp_path: Path) -> None:
