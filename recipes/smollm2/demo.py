@@ -88,18 +88,24 @@ def tried(task: str, given: argparse.Namespace) -> list[dict[str, Any]] | str:
         return str(error)
 
 
-def main() -> None:
-    """Read the command line, evaluate, write the table."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.smollm2.demo", description=__doc__.splitlines()[0])
+def parser_of(name: str, about: str) -> argparse.ArgumentParser:
+    """A command line with what every measurement of the recipe takes."""
+    parser = argparse.ArgumentParser(prog=f"python -m recipes.smollm2.{name}", description=about.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("build/smollm2"), help="what recipes.smollm2.unpack wrote")
     parser.add_argument("--adapter", type=Path, default=ADAPTER)
     parser.add_argument("--data_dir", metavar="DIR", help="folder with the benchmarks' files; else the hub")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser
+
+
+def main() -> None:
+    """Read the command line, evaluate, write the table."""
+    parser = parser_of("demo", __doc__)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--limit", type=int, default=50, help="documents per task")
     parser.add_argument("--rows", type=int, default=8, help="requests in flight")
     parser.add_argument("--row_budget", type=int, default=32, help="queries per request and forward")
     parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("out/demo-real"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from recipes.smollm2.demo import ADAPTER
+from recipes.smollm2.demo import parser_of
 from recipes.smollm2.prompts import MEASURED_ON, documents
 from s2d2_lmeval.model import BlockDiffusionModel, load
 from s2d2_lmeval.studies.report.tables import in_markdown
@@ -65,14 +65,10 @@ def compared(given: argparse.Namespace, loading: str, drawing: str, asked: list[
 
 def main() -> None:
     """Read the command line, decode, write the table."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.smollm2.equality", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("build/smollm2"), help="what recipes.smollm2.unpack wrote")
-    parser.add_argument("--adapter", type=Path, default=ADAPTER)
-    parser.add_argument("--data_dir", metavar="DIR", help="folder with the benchmarks' files; else the hub")
+    parser = parser_of("equality", __doc__)
     parser.add_argument("--weights", nargs="+", default=list(LOADED), choices=list(LOADED))
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--max_new_tokens", type=int, default=24)
-    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     disable_progress_bar()
