@@ -63,10 +63,10 @@ def test_help_is_the_default_and_names_the_targets() -> None:
     assert all(f"make {target} " in shown for target in ("demo", "test", "lint", "test-slow", "toy", "docs", "clean"))
 
 
-def test_continuous_integration_runs_make_test() -> None:
+def test_continuous_integration_runs_the_tests_and_the_wheel() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().splitlines()[-1] == "exec make test"
+    assert script.read_text().splitlines()[-1] == "exec make test test-wheel"
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
