@@ -84,6 +84,11 @@ class Plan:
     fixed: tuple[int, ...] = ()
     """Numbers that the decoder's device part depends on, besides shapes."""
 
+    def tell(self, **rows: np.ndarray) -> Plan:
+        """Tell of every row this too; returns the plan."""
+        self.rows = {**self.rows, **rows}
+        return self
+
     @property
     def wanted_counts(self) -> np.ndarray:
         """(R,) logits that each row reads."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -123,7 +124,12 @@ def step_result(table: np.ndarray, length: int, verified: bool, size: int) -> St
 
 def steps_of(table: np.ndarray, width: int) -> StepTables[np.ndarray]:
     """The tables of one step, of ``width`` places, which are side by side in ``table``."""
-    return StepTables(*np.split(table, range(width, 6 * width, width), axis=1))
+    return StepTables(*cut(table, range(width, 6 * width, width)))
+
+
+def cut(table: np.ndarray, ends: Iterable[int]) -> list[np.ndarray]:
+    """The columns of ``table`` (R, C) up to each of the rising ``ends``, and those after the last."""
+    return [table[:, begin:end] for begin, end in pairwise((0, *ends, table.shape[1]))]
 
 
 def narrow(step: StepTables[np.ndarray], width: int) -> StepTables[np.ndarray]:

@@ -321,7 +321,7 @@ class BlockDenoiser(Decoder[Rows]):
             # Accepted tokens that were fed token-causally become prefix, up to the first that is open or was replaced.
             stands = (rows.block[slots] == read.verified.draft[slots]) & ~rows.masks[slots]
             standing = rows.start[slots] - rows.cached[slots] + stands.cumprod(1).sum(1)
-            accepted[among] = np.minimum(standing, self._plan.known["text"][among]).clip(0)
+            accepted[among] = np.maximum(np.minimum(standing, self._plan.known["text"][among]), 0)
             rows.cached[slots] += accepted[among]
         self._after_step(slots)
         moved = (read.moved[slots] > 0) & ~rows.complete[slots]

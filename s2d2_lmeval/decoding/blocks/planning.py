@@ -244,7 +244,7 @@ def block_plan(
         "step": rows.draw,
         "count": scheduled_count(rows.step, config, rows.fresh),
         "key": rows.key[:, None],
-        "given": (rows.prompt - rows.start).clip(0, rows.width) if given is None else given,
+        "given": np.minimum(np.maximum(rows.prompt - rows.start, 0), rows.width) if given is None else given,
         "room": rows.total - rows.start,
         "in_flight": np.array([len(builder.slots)]),
     }

@@ -31,7 +31,7 @@ from s2d2_lmeval.decoding.pipelined.rows import PipelineRows
 from s2d2_lmeval.decoding.sampling import laws, random
 from s2d2_lmeval.decoding.sampling.filters import filtered
 from s2d2_lmeval.decoding.state import KIND_OF_PHASE, VERIFY
-from s2d2_lmeval.decoding.steps import Decisions, as_step, narrow, pack, steps_of
+from s2d2_lmeval.decoding.steps import Decisions, as_step, cut, narrow, pack, steps_of
 from s2d2_lmeval.errors import ConfigError, NumericalError
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.visibility import by_reach, with_group
@@ -237,7 +237,7 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         assert table is not None
         rows, slots, width = self.rows, self._plan.layout.slots, self._plan.places
         # The steps that are recorded outlive the table, which the next step overwrites.
-        spans, sound, tables = np.split(table.copy(), [width, width + 1], axis=1)
+        spans, sound, tables = cut(table.copy(), (width, width + 1))
         if not sound.all():
             raise NumericalError
         rows.cached[slots] += self._plan.keep

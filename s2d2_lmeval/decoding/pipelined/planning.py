@@ -41,7 +41,7 @@ def plan_pipeline(
     builder = PassBuilder(slots)
     text = builder.span(np.where(verifying, prompt + base, cached), texts)
     size, before = np.where(verifying, target, rows.block_length)[text.row], prompt[text.row]
-    block_end = ((text.position - before) // size + 1).clip(0) * size
+    block_end = np.maximum((text.position - before) // size + 1, 0) * size
     source = text.position + np.where(verifying, rows.length - prompt, 0)[text.row]
     text.set(source=source, rank=text.position, reach=before + block_end - 1)
     masks = builder.span(prompt + copied, copies)

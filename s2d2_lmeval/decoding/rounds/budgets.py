@@ -314,15 +314,15 @@ class QueryBudget:
         return bids.prices[price], spent + (budget - spent.sum()) // drafting.clamp_min(1)
 
     def step_took(self, seconds: float, queries: int, prompts: int) -> None:
-        """Record a step of ``seconds``, including time outside the model; ``prompts`` of its ``queries`` were prompts'.
+        """Without a budget of :attr:`queries`, record a step of ``seconds``, including time outside the model;
+        ``prompts`` of its ``queries`` were prompts'.
 
         The cost of prompts cannot be chosen, so the rate of tokens per second leaves it out.
         """
-        if self.queries is None:
-            last = len(self._known) - 1
-            of_rounds = self._known[min(queries - prompts, last)] / self._known[min(queries, last)]
-            self._seconds = PATIENCE * self._seconds + seconds * float(of_rounds)
-            self._tokens *= PATIENCE
+        last = len(self._known) - 1
+        of_rounds = self._known[min(queries - prompts, last)] / self._known[min(queries, last)]
+        self._seconds = PATIENCE * self._seconds + seconds * float(of_rounds)
+        self._tokens *= PATIENCE
 
     def round_ran(self, nodes: int, accepted: int, price: float) -> None:
         """Record how many tokens of a draft were ``accepted``, given its nodes and the ``price`` of a query."""

@@ -20,7 +20,6 @@ With ``acceptance=rejection`` the distribution is that of ``ar``, but the draws 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -176,10 +175,7 @@ class Sliding(Target):
         self._began = clock.agreed()
         if self.config.looks_up:
             self._look_up()
-        plan = super().plan()
-        told = {"learned": self.budget.learned(), "waited": self.waited}
-        self._plan = replace(plan, rows={**plan.rows, **told})
-        return self._plan
+        return super().plan().tell(learned=self.budget.learned(), waited=self.waited)
 
     def admitted(self, slot: int) -> None:
         if self.config.looks_up:
@@ -256,8 +252,8 @@ class Sliding(Target):
     def settle(self, table: np.ndarray | None) -> np.ndarray:
         rows, plan = self.rows, self._plan
         layout, keep = plan.layout, plan.keep
-        if plan.count("verify"):
-            self.budget.step_took(clock.agreed() - self._began, layout.queries, int((keep - 1).clip(0).sum()))
+        if self.budget.queries is None and plan.count("verify"):
+            self.budget.step_took(clock.agreed() - self._began, layout.queries, int(np.maximum(keep - 1, 0).sum()))
         for slot, width in zip(layout.slots.tolist(), layout.widths.tolist(), strict=True):
             rows.progress[slot].count("queries", width)
         return super().settle(table)

@@ -20,7 +20,7 @@ host drafts (:mod:`~s2d2_lmeval.decoding.rounds.lookup`) go up with the plan.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,7 +38,7 @@ from s2d2_lmeval.decoding.rounds.lookup import Draft
 from s2d2_lmeval.decoding.sampling import laws, random
 from s2d2_lmeval.decoding.sampling.filters import filtered
 from s2d2_lmeval.decoding.state import DRAFT, KIND_OF_PHASE, PREFILL, VERIFY, SequenceState
-from s2d2_lmeval.decoding.steps import pack
+from s2d2_lmeval.decoding.steps import cut, pack
 from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.registry import DECODERS
@@ -136,7 +136,8 @@ def plan_round(
     nodes, windows = rows.nodes[slots] * begun, rows.windows[slots] * begun * (window > 0)
 
     builder = PassBuilder(slots)
-    pieces = [rows.tokens[slot][start : start + n] for slot, start, n in zip(slots, cached, texts, strict=True)]
+    spans = zip(slots.tolist(), cached.tolist(), (cached + texts).tolist(), strict=True)
+    pieces = [rows.tokens[slot][begin:end] for slot, begin, end in spans]
     builder.span(cached, texts).set(text=np.concatenate(pieces), kind=trees.TEXT)
     drafted = builder.add(nodes)
     drafted.set(position=length[drafted.row] - 1, kind=trees.NODE, owner=drafted.local + 1)
@@ -302,7 +303,7 @@ class Target(Decoder[RoundRows]):
 
     def _hinted(self, plan: Plan) -> Plan:
         """The ``plan``, which also tells the device what its hints learn from."""
-        return plan if self.hints is None else replace(plan, rows={**plan.rows, **self.hints.told(self.rows)})
+        return plan if self.hints is None else plan.tell(**self.hints.told(self.rows))
 
     # ---- device ----
 
@@ -367,12 +368,12 @@ class Target(Decoder[RoundRows]):
         """
         rows, nodes = self.rows, self._plan.fixed[0]
         long = min(self.depths, nodes - 1) + 1
-        parts = np.cumsum([1, long, long + 1, nodes, long * self.law_size])
-        sound, path, tokens, depth, kept, proposed = np.split(table, parts, axis=1)
+        ends = accumulate((1, long, long + 1, nodes, long * self.law_size))
+        sound, path, tokens, depth, kept, proposed = cut(table, ends)
         if not sound.all():
             raise NumericalError
         accepted, drafted = (path > 0).sum(1), depth > 0
-        depths = np.split(depth[drafted], drafted.sum(1).cumsum()[:-1])
+        depths = (one[ran] for one, ran in zip(depth, drafted, strict=True))
         rows.cached[slots] += accepted
         decided = zip(slots.tolist(), accepted.tolist(), tokens.tolist(), depths, kept, strict=True)
         for slot, count, line, offered, bits in decided:

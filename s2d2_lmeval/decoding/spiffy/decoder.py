@@ -123,12 +123,11 @@ class Spiffy(BlockDenoiser):
         rows, offers, steady = self.rows, self._offers(), self._tables.keep
         drafts = offers[0] + offers[1] > 0
         chain = 1 + min(self.drafter.widest, int(rows.masks[drafts].sum(1).max())) if drafts.any() else 1
-        plan = plan_states(
+        self._plan = plan_states(
             *(rows, self.config, self.whole, self.shifted, self.prefill_chunk, offers),
             *(power(chain) if steady else chain, steady),
         )
-        self._plan = replace(plan, rows={**plan.rows, **self._more_of_rows()})
-        return self._plan
+        return self._plan.tell(**self._more_of_rows())
 
     def _more_of_rows(self) -> dict[str, np.ndarray]:
         """What else the device is told of every row (rows,)."""
