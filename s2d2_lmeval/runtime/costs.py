@@ -15,6 +15,9 @@ import numpy as np
 PROPORTIONAL = 0.9
 """Share of the growth in width that a forward's growth in time must have to be called proportional."""
 
+WARM_UPS, REPEATS, LONG = 2, 3, 0.5
+"""How often a forward is run to warm up and to time it; and seconds after which it has been timed enough."""
+
 
 @dataclass(frozen=True)
 class CostCurve:
@@ -47,6 +50,16 @@ def widths_to_measure(most: int) -> np.ndarray:
     """About two widths per doubling, from 1 to ``most``."""
     steps = int(np.ceil(2 * np.log2(max(most, 1)))) + 1
     return np.unique(np.geomspace(1, most, steps).round().astype(np.int64))
+
+
+def usual(once: Callable[[], float]) -> float:
+    """The seconds that ``once`` usually says it took: the median of some runs after others that warm up, of fewer the
+    longer they take. The first always warms up.
+    """
+    taken = [once()]
+    while len(taken) < WARM_UPS + REPEATS and sum(taken[1:]) < LONG:
+        taken.append(once())
+    return float(np.median(taken[min(WARM_UPS, len(taken) - 1) :]))
 
 
 def in_proportion(widths: np.ndarray, seconds: np.ndarray) -> bool:

@@ -15,7 +15,7 @@ from s2d2_lmeval.ranks import ranks_of
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend, grain_of, heads_of
 from s2d2_lmeval.runtime.cache import SlotCache, cache_argument
-from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, widths_to_measure
+from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, usual, widths_to_measure
 from s2d2_lmeval.runtime.drafting.heads import AfterToken
 from s2d2_lmeval.runtime.gated import Gate
 from s2d2_lmeval.runtime.graphs import Graphs, upload
@@ -179,11 +179,11 @@ class Runner:
         if asked not in self._costs:
             widths, seconds = widths_to_measure(most), np.empty(0)
             while len(seconds) < len(widths) and not in_proportion(widths, seconds):
-                seconds = np.append(seconds, self._median_seconds(rows, int(widths[len(seconds)])))
+                seconds = np.append(seconds, self._usual_seconds(rows, int(widths[len(seconds)])))
             self._costs[asked] = CostCurve.measured(widths[: len(seconds)] * rows, seconds)
         return self._costs[asked]
 
-    def _median_seconds(self, rows: int, width: int, repeats: int = 3) -> float:
+    def _usual_seconds(self, rows: int, width: int) -> float:
         """Of a forward as steps run it: captured, where they are."""
         layout, prefix = Layout(np.arange(rows), np.full(rows, width)), (self.cache.capacity - width) // 2
         self.cache.lengths[:rows] = prefix
@@ -199,20 +199,23 @@ class Runner:
             logits = self.run(tokens, told["positions"], told["read"], visible, told, frame)
             return logits.flatten()[:1].isnan().long()
 
-        taken, key = [], ("costs", self, rows, width)
-        for _ in range(2 + repeats):
-            started = clock.now()
+        key = ("costs", self, rows, width)
+
+        def once() -> float:
+            started = clock.agreed()
             with self.timed():
                 if self.graphs is not None and bucket:
                     self.graphs.run(key, arrays, program)
                 else:
                     program(upload(self.device, arrays)).cpu()  # the read waits for the device
-            taken.append(clock.now() - started)
+            return clock.agreed() - started
+
+        seconds = usual(once)
         if self.graphs is not None:
             self.graphs.forget(key)
         self.cache.lengths[:] = 0
         self.synchronize()
-        return self.ranks.of_first(float(np.median(taken[2:])))
+        return seconds
 
     @torch.inference_mode()
     def forward(self, request: Pass) -> torch.Tensor:

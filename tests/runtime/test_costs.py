@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, widths_to_measure
+from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, usual, widths_to_measure
 
 
 def test_between_and_beyond_measured_points() -> None:
@@ -29,3 +29,18 @@ def test_widths_rise_to_the_most() -> None:
 )
 def test_measuring_stops_where_time_grows_as_width_does(seconds: list[float], stops: bool) -> None:
     assert in_proportion(np.array([1, 2, 4, 8, 16]), np.array(seconds, dtype=float)) is stops
+
+
+@pytest.mark.parametrize(
+    ("seconds", "runs", "found"),
+    [
+        ([9, 0.04, 0.01, 0.03, 0.02], 5, 0.02),
+        ([0.9, 0.2, 0.2, 0.2, 0.2], 4, 0.2),
+        ([5, 4, 1, 1, 1], 2, 4),
+    ],
+    ids=["short: two warm up", "longer: one repeat less", "long: timed once"],
+)
+def test_long_forwards_are_timed_less_often(seconds: list[float], runs: int, found: float) -> None:
+    run = iter(seconds)
+    assert usual(lambda: next(run)) == found
+    assert len(list(run)) == 5 - runs
