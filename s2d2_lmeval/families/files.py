@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from s2d2_lmeval.errors import CheckpointError, first_line
+from s2d2_lmeval.errors import CheckpointError, first_line, shown
 from s2d2_lmeval.toy import embedded
 
 ModelT = TypeVar("ModelT")
@@ -56,6 +56,8 @@ def read_config(source: str | Path, revision: str | None = None, **hub: Any) -> 
         CheckpointError: no such folder or hub id, no config.json in it, or not a JSON object.
     """
     source = resolve(source)
+    if revision not in (None, "main") and Path(source).is_dir():
+        raise CheckpointError(f"{source} is a folder, which has no revision {shown(revision)}; leave revision out.")
     found = read_json(source, "config.json", revision=revision, **hub)
     if found is not None:
         return found

@@ -211,14 +211,22 @@ def pass_attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
-    pass_context: AttentionContext,
+    pass_context: AttentionContext | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer over one pass.
 
     ``query`` (1, heads, N, dim) is packed; ``key`` and ``value`` (slots, capacity, key-value heads, dim) are the
     cache's storage. Returns (1, N, heads, dim), as transformers expects it.
+
+    Raises:
+        ConfigError: the model was called outside of a pass.
     """
+    if pass_context is None:
+        raise ConfigError(
+            "this model was loaded by s2d2_lmeval, which runs its forwards: call generate() of what load() returned, "
+            "not of its hf_model. To call the model itself, load the checkpoint by transformers."
+        )
     context = pass_context.to(query.device)
     return attention_of_rows(context, query[0].transpose(0, 1), key, value, scaling).unsqueeze(0), None
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from s2d2_lmeval.errors import CheckpointError
+from s2d2_lmeval.errors import CheckpointError, ConfigError
 from s2d2_lmeval.families import adopt, load_checkpoint
+from s2d2_lmeval.model import load
 
 
 class SDARConfig(Qwen3Config):
@@ -250,3 +251,10 @@ def test_adapter_must_be_merged(publish):
     wrapped = peft.get_peft_model(native, peft.LoraConfig(target_modules=["q_proj"], r=2))
     with pytest.raises(CheckpointError, match="merge_and_unload"):
         adopt(wrapped)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_the_model_itself_is_not_called(call: str) -> None:
+    """Its attention is that of passes: whoever calls it is told what to call."""
+    with pytest.raises(ConfigError, match=r"call generate\(\) of what load\(\) returned"):
+        getattr(load("toy").hf_model, call)(torch.tensor([[1, 2, 3]]))

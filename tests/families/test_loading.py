@@ -171,6 +171,9 @@ def test_read_config_and_identify(publish, family):
     published = publish(family)
     assert read_config(published.folder) == published.config
     assert identify(read_config(str(published.folder))).name == family
+    assert read_config(published.folder, "main") == published.config
+    with pytest.raises(CheckpointError, match=r"is a folder, which has no revision 'v2'; leave revision out\."):
+        load_checkpoint(published.folder, revision="v2")
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "qwen2", "llama", "mistral"])

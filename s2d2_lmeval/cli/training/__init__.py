@@ -109,7 +109,8 @@ def _watcher(progress: Progress, prompts: int) -> Watcher:
     def looked(record: dict[str, Any]) -> None:
         accepted = f"{record['accepted_per_draft']:.2f} accepted per draft"
         progress.update(training, said=accepted)
-        progress.console.print(f"step {record['step']}: {accepted}, loss {record['loss']}", markup=False)
+        loss = "" if record["loss"] is None else f", loss {record['loss']}"  # none before the first step
+        progress.console.print(f"step {record['step']}: {accepted}{loss}", markup=False)
 
     return Watcher(
         answered=lambda count: progress.update(answering, completed=count),
