@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PROPORTIONAL = 0.9
-"""Share of the growth in width that a forward's growth in time must have to be called proportional."""
+STEADY, STEEP = 1.15, 0.5
+"""A forward's time grows in a straight line where what a further query takes differs by at most so many times; and
+steeply where it is at least this share of what a query takes on average. Before that, wider forwards may cost more.
+"""
 
 WARM_UPS, REPEATS, LONG = 2, 3, 0.5
 """How often a forward is run to warm up and to time it; and seconds after which it has been timed enough."""
@@ -62,11 +64,12 @@ def usual(once: Callable[[], float]) -> float:
     return float(np.median(taken[min(WARM_UPS, len(taken) - 1) :]))
 
 
-def in_proportion(widths: np.ndarray, seconds: np.ndarray) -> bool:
-    """Whether the last two steps of ``seconds`` (of the first ``widths``) grew as the widths did: then the curve goes
-    on as it is, and wider forwards need no measuring.
+def in_a_line(widths: np.ndarray, seconds: np.ndarray) -> bool:
+    """Whether the last two steps of ``seconds`` (of the first ``widths``) lie on a straight line, and a steep one: then
+    the curve goes on as it is, and wider forwards need no measuring.
     """
     if len(seconds) < 3:
         return False
     measured = widths[: len(seconds)]
-    return bool((seconds[-2:] / seconds[-3:-1] >= PROPORTIONAL * measured[-2:] / measured[-3:-1]).all())
+    slopes = np.diff(seconds[-3:]) / np.diff(measured[-3:])
+    return bool(slopes.max() <= STEADY * slopes.min() and slopes.min() >= STEEP * seconds[-1] / measured[-1])

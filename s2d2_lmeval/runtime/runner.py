@@ -15,7 +15,7 @@ from s2d2_lmeval.ranks import ranks_of
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.attention import NAME, AttentionContext, choose_backend, grain_of, heads_of
 from s2d2_lmeval.runtime.cache import SlotCache, cache_argument
-from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, usual, widths_to_measure
+from s2d2_lmeval.runtime.costs import CostCurve, in_a_line, usual, widths_to_measure
 from s2d2_lmeval.runtime.drafting.heads import AfterToken
 from s2d2_lmeval.runtime.gated import Gate
 from s2d2_lmeval.runtime.graphs import Graphs, upload
@@ -170,7 +170,7 @@ class Runner:
     def measure_costs(self, rows: int, most: int, *, model: str = TARGET) -> CostCurve:
         """Time forwards of ``rows`` rows that bring 1 to ``most`` queries each, every logit read, half of the cache
         filled. To be called between :meth:`reserve` and the first forward: it leaves nothing in the cache. What was
-        measured before for such rows is not measured again, nor how wide forwards grow in plain proportion.
+        measured before for such rows is not measured again, nor wider forwards once time grows in a steep line.
 
         ``model`` is for runners of more than one.
         """
@@ -178,7 +178,7 @@ class Runner:
         asked = (rows, most)
         if asked not in self._costs:
             widths, seconds = widths_to_measure(most), np.empty(0)
-            while len(seconds) < len(widths) and not in_proportion(widths, seconds):
+            while len(seconds) < len(widths) and not in_a_line(widths, seconds):
                 seconds = np.append(seconds, self._usual_seconds(rows, int(widths[len(seconds)])))
             self._costs[asked] = CostCurve.measured(widths[: len(seconds)] * rows, seconds)
         return self._costs[asked]

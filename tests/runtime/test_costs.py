@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from s2d2_lmeval.runtime.costs import CostCurve, in_proportion, usual, widths_to_measure
+from s2d2_lmeval.runtime.costs import CostCurve, in_a_line, usual, widths_to_measure
 
 
 def test_between_and_beyond_measured_points() -> None:
@@ -25,10 +25,20 @@ def test_widths_rise_to_the_most() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "stops"),
-    [([1, 1, 1, 1], False), ([1, 1, 2, 4], True), ([1, 2], False), ([1, 1, 2, 3], False), ([1, 2, 4], True)],
+    [
+        ([1, 1, 1, 1], False),
+        ([1, 1, 2, 4], True),
+        ([1, 2], False),
+        ([1, 1, 2, 3], False),
+        ([1, 2, 4], True),
+        ([2, 3, 5], True),
+        ([10, 10.1, 10.3], False),
+        ([4, 3, 2], False),
+    ],
+    ids=["flat", "flat, then in proportion", "two", "bent", "in proportion", "in a line", "barely rising", "falling"],
 )
-def test_measuring_stops_where_time_grows_as_width_does(seconds: list[float], stops: bool) -> None:
-    assert in_proportion(np.array([1, 2, 4, 8, 16]), np.array(seconds, dtype=float)) is stops
+def test_measuring_stops_where_time_grows_in_a_steep_line(seconds: list[float], stops: bool) -> None:
+    assert in_a_line(np.array([1, 2, 4, 8, 16]), np.array(seconds, dtype=float)) is stops
 
 
 @pytest.mark.parametrize(
