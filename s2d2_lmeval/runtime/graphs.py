@@ -56,6 +56,26 @@ def _views(flat: torch.Tensor, arrays: Arrays) -> dict[str, torch.Tensor]:
     }
 
 
+_constants: dict[Hashable, torch.Tensor] = {}
+
+
+def constant(name: Hashable, device: torch.device, make: Callable[[torch.device], torch.Tensor]) -> torch.Tensor:
+    """What ``make`` makes on ``device``, not to be written to: it is made once, and is no work of any step."""
+    found = _constants.get((name, device))
+    if found is not None:
+        return found
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return make(device)  # what is made there belongs to the graph
+    with torch.inference_mode(False):
+        return _constants.setdefault((name, device), make(device))
+
+
+def numbers(count: int, device: torch.device) -> torch.Tensor:
+    """0, 1, ... (count,) on ``device``, as :func:`constant`."""
+    most = 1 << max(count - 1, 0).bit_length()
+    return constant(most, device, lambda where: torch.arange(most, device=where))[:count]
+
+
 class Mailbox:
     """Buffers at fixed addresses on host (pinned) and ``device`` for arrays of the shapes of ``arrays``."""
 

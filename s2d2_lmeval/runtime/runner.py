@@ -18,7 +18,7 @@ from s2d2_lmeval.runtime.cache import SlotCache, cache_argument
 from s2d2_lmeval.runtime.costs import CostCurve, in_a_line, usual, widths_to_measure
 from s2d2_lmeval.runtime.drafting.heads import AfterToken
 from s2d2_lmeval.runtime.gated import Gate
-from s2d2_lmeval.runtime.graphs import Graphs, upload
+from s2d2_lmeval.runtime.graphs import Graphs, numbers, upload
 from s2d2_lmeval.runtime.kernels.fused import fuse
 from s2d2_lmeval.runtime.kernels.lean import lean_decoder
 from s2d2_lmeval.runtime.memory import RowNeeds, rows_that_fit
@@ -156,7 +156,7 @@ class Runner:
         if path is None or not path.shape[1]:
             return
         end, scratch = told["end"].unsqueeze(1), self.cache.scratch
-        depth = torch.arange(path.shape[1], device=path.device)
+        depth = numbers(path.shape[1], path.device)
         self.cache.move(
             torch.where(path >= 0, end + depth, scratch).flatten(),
             torch.where(path >= 0, end + path, scratch).flatten(),

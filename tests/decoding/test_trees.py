@@ -16,6 +16,7 @@ from s2d2_lmeval.decoding.rounds import budgets as tree_budget
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.trees import NOBODY, NODE, SEED, TEXT, VERIFIER, WINDOW, ancestors, tree_visibility
 from s2d2_lmeval.runtime.graphs import Tables
+from s2d2_lmeval.runtime.visibility import NOBODY as UNSEEN
 
 TABLES = Tables(torch.device("cpu"))
 
@@ -293,7 +294,8 @@ def test_who_sees_whom() -> None:
     parent = torch.tensor([[0, 0, 0, 1]])
     kind = torch.tensor([[TEXT, TEXT, NODE, NODE, NODE, *[VERIFIER] * 4, *[WINDOW] * 4, NOBODY]])
     owner = torch.tensor([[0, 0, 1, 2, 3, 0, 1, 2, 3, 0, 0, 3, 3, 0]])
-    visible = tree_visibility(kind, owner, ancestors(parent, 2), torch.tensor([0]))[0]
+    rank = torch.tensor([[0, 1, *[UNSEEN] * 12]])
+    visible = tree_visibility(rank, kind, owner, ancestors(parent, 2), torch.tensor([0]))[0]
     seen = [set(row.nonzero().flatten().tolist()) for row in visible]
     assert seen == [
         {0},
@@ -318,7 +320,8 @@ def test_a_window_sees_its_seed_in_place_of_what_that_repeats() -> None:
     kind = torch.tensor([[TEXT, TEXT, NODE, NODE, SEED, WINDOW, WINDOW, SEED, WINDOW, WINDOW, NOBODY]])
     owner = torch.tensor([[0, 0, 1, 2, 0, 0, 0, 2, 2, 2, 0]])
     above = ancestors(torch.tensor([[0, 0, 1]]), 2)
-    visible = tree_visibility(kind, owner, above, torch.tensor([0]), seeds=True)[0]
+    rank = torch.tensor([[0, 1, *[UNSEEN] * 9]])
+    visible = tree_visibility(rank, kind, owner, above, torch.tensor([0]), seeds=True)[0]
     seen = [set(row.nonzero().flatten().tolist()) for row in visible[:-1]]
     at_root, at_node = {0, 4, 5, 6}, {0, 1, 2, 7, 8, 9}
     assert seen == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, *[at_root] * 3, *[at_node] * 3]

@@ -26,6 +26,7 @@ from s2d2_lmeval.decoding.options.blocks import ConfidenceOption, EditingOptions
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.steps import Decisions, StepTables
 from s2d2_lmeval.registry import DECODERS
+from s2d2_lmeval.runtime.graphs import numbers
 
 
 @DECODERS.register(
@@ -50,7 +51,7 @@ class EditingDenoiser(BlockDenoiser):
         """Whether the current step edited anything."""
 
     def _revise(self, decisions: Decisions, state: BlockState, drafting: torch.Tensor) -> None:
-        place = torch.arange(state.block.shape[1], device=state.block.device)
+        place = numbers(state.block.shape[1], state.block.device)
         own = (place >= state.given.unsqueeze(1)) & (place < self._sent["room"].unsqueeze(1))
         editable = drafting.unsqueeze(1) & ~decisions.masks & own
         # A decided token never becomes the mask token again; the published code leaves that to the model.

@@ -13,6 +13,7 @@ import torch
 from s2d2_lmeval.decoding.options.config import DecodingConfig
 from s2d2_lmeval.decoding.reference import most_confident, within_collapsed_entropy
 from s2d2_lmeval.registry import STRATEGIES
+from s2d2_lmeval.runtime.graphs import numbers
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Undecided:
 
     def from_left(self) -> torch.Tensor:
         """Rank (R, L) of every mask from left to right."""
-        place = torch.arange(self.masks.shape[-1], device=self.masks.device).expand_as(self.masks)
+        place = numbers(self.masks.shape[-1], self.masks.device).expand_as(self.masks)
         return ranks(-place.to(self.confidence.dtype), self.masks)
 
 

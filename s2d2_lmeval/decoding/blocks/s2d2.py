@@ -40,6 +40,7 @@ from s2d2_lmeval.decoding.sampling.row_statistics import arg_max, probability_of
 from s2d2_lmeval.decoding.steps import Decisions, StepTables
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
+from s2d2_lmeval.runtime.graphs import numbers
 
 
 @DECODERS.register(
@@ -147,7 +148,7 @@ class S2D2(BlockDenoiser):
             self._uncertainty.put(cells, normalised(self.statistics.entropy, vocabulary))
         self.draft_logits.put(logits)
         self.logit_of.flat.zero_()
-        self.logit_of.put(cells, torch.arange(len(logits), device=logits.device))
+        self.logit_of.put(cells, numbers(len(logits), logits.device))
         span = first_run(masks)
         denoised = None
         if "denoised" in self.policy.reads:
@@ -194,7 +195,7 @@ class S2D2(BlockDenoiser):
             verdict = judge(drawn < ratio, span)
             replacement = self._resample(verifier, verdict.rejected, state) if self.resamples else drafted
         self.policy.judged(span, verdict.accepted, verdict.rejected)
-        place = torch.arange(masks.shape[1], device=masks.device)
+        place = numbers(masks.shape[1], masks.device)
         rejected = masks & (place == verdict.rejected.unsqueeze(1))
         decisions.decide(verdict.accepted, drafted, ACCEPTED)
         if self.resamples or self.keeps_rejected:
@@ -222,7 +223,7 @@ class S2D2(BlockDenoiser):
         rows, length = self._sent["verify_slots"], self.rows.block_length
         rows = self.source.drawing(rows, rejected[rows] < length)
         at = rows, rejected[rows].clamp_max(length - 1)
-        number = torch.arange(len(verifier), device=verifier.device)
+        number = numbers(len(verifier), verifier.device)
         logit_of = Cells.like(self.drafted).put(self._sent.cells("verify"), number)
         p = verifier[logit_of[at]].softmax(-1)
         q = self._draft_law(self.draft_logits.values[self.logit_of.table[at]]).softmax(-1)

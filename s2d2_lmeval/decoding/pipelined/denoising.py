@@ -34,6 +34,7 @@ from s2d2_lmeval.decoding.state import KIND_OF_PHASE, VERIFY
 from s2d2_lmeval.decoding.steps import Decisions, as_step, cut, narrow, pack, steps_of
 from s2d2_lmeval.errors import ConfigError, NumericalError
 from s2d2_lmeval.registry import DECODERS
+from s2d2_lmeval.runtime.graphs import numbers
 from s2d2_lmeval.runtime.visibility import by_reach, with_group
 
 
@@ -204,7 +205,7 @@ class PipelinedDenoiser(Decoder[PipelineRows]):
         if self.verifies or self.config.keyed:
             return self.source.categorical(law, key)
         # Without a verifier, published code draws block by block.
-        parts = torch.arange(len(law), device=law.device).split(self._plan.known["groups"].tolist())
+        parts = numbers(len(law), law.device).split(self._plan.known["groups"].tolist())
         return torch.cat([self.source.categorical(law[part], key.take((part,))) for part in parts])
 
     def _decide(self, decisions: Decisions, verify: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from s2d2_lmeval.decoding.sampling.filters import filtered, probabilities
 from s2d2_lmeval.decoding.sampling.row_statistics import row_statistics
 from s2d2_lmeval.decoding.steps import Decisions
 from s2d2_lmeval.registry import DECODERS
+from s2d2_lmeval.runtime.graphs import numbers
 
 
 @DECODERS.register("s2d2", "pipelined")
@@ -61,7 +62,7 @@ class PipelinedS2D2(PipelinedDenoiser):
         route = torch.zeros_like(span)
         if len(draft):
             self.draft_logits.put(draft)
-            number = torch.arange(len(draft), device=draft.device)
+            number = numbers(len(draft), draft.device)
             self.draft_slot.zero_().view(-1).index_copy_(0, self._draft_at.generated, number)
             route = self._route(decisions.masks, span, draft)
         self._top_up(decisions, ~route.any(-1, keepdim=True))
@@ -102,7 +103,7 @@ class PipelinedS2D2(PipelinedDenoiser):
             passes = passes & (confidence > (config.confidence_threshold if bar is None else bar))
         verdict = judge(passes, span)
         decisions.decide(verdict.accepted, tokens, ACCEPTED)
-        place = torch.arange(span.shape[1], device=span.device)
+        place = numbers(span.shape[1], span.device)
         if config.allow_resample:
             rejected = span & (place == verdict.rejected.unsqueeze(1))
             if config.verify_confidence_threshold is not None:
@@ -129,7 +130,7 @@ class PipelinedS2D2(PipelinedDenoiser):
         rows, tokens = self._sent["verify_slots"], self._of(self.tokens)
         rows = self.source.drawing(rows, rejected[rows].any(-1))
         places = verdict.rejected[rows].clamp_max(rejected.shape[1] - 1)
-        index = torch.arange(len(verifier), device=verifier.device)
+        index = numbers(len(verifier), verifier.device)
         slot_of = self._window(self._verify_at, index)
         draft = probabilities(self.draft_logits.values[self._of(self.draft_slot)[rows, places]], self.config)
         leftover = residual(verifier[slot_of[rows, places]], draft)

@@ -19,6 +19,7 @@ from s2d2_lmeval.decoding.passes import Cells, Sent
 from s2d2_lmeval.decoding.sampling import random
 from s2d2_lmeval.decoding.sampling.acceptance import acceptance_ratio, residual
 from s2d2_lmeval.decoding.sampling.filters import drawn_tokens, filtered, probabilities
+from s2d2_lmeval.runtime.graphs import numbers
 
 if TYPE_CHECKING:
     from s2d2_lmeval.decoding.options.config import DecodingConfig
@@ -88,7 +89,7 @@ def walk(chosen: torch.Tensor, sent: Sent, depths: int) -> torch.Tensor:
     chosen_after_parent = (token == chosen.gather(1, parent)) & (depth > 0) | (depth == 0)
     accepted = (above <= chosen_after_parent.unsqueeze(1)).all(2)
     path = torch.zeros_like(depth[:, : min(depths, nodes - 1) + 1])
-    return path.scatter(1, depth * accepted, torch.arange(nodes, device=depth.device) * accepted)
+    return path.scatter(1, depth * accepted, numbers(nodes, depth.device) * accepted)
 
 
 class Rejection(Keyed):
@@ -101,10 +102,10 @@ class Rejection(Keyed):
 
     def judge(self, logits: torch.Tensor, sent: Sent) -> tuple[torch.Tensor, torch.Tensor]:
         p = probabilities(logits, self.config)
-        order = torch.arange(len(p), device=p.device)
+        order = numbers(len(p), p.device)
         row_of = Cells.like(sent["token"]).put(sent.cells("verify"), order)
         drafted, token = sent["depth"][:, 1:] > 0, sent["token"][:, 1:, None]
-        place = torch.arange(drafted.shape[1], device=p.device)
+        place = numbers(drafted.shape[1], p.device)
         # 1. Accept a drafted token x with probability min(1, p(x) / q(x)), up to the first that is not.
         of_target = p[row_of[:, :-1]].gather(2, token).squeeze(2)
         of_draft = self.law[:, : len(place)].gather(2, token).squeeze(2)

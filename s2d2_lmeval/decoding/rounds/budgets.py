@@ -11,12 +11,14 @@ current rate of tokens per second (which maximises the long-run reward rate when
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from s2d2_lmeval.decoding.rounds.trees import Tree
-from s2d2_lmeval.runtime.graphs import Tables
+from s2d2_lmeval.runtime.graphs import Tables, constant, numbers
 
 PRICES = 32
 """Prices tried, in equal ratios."""
@@ -46,7 +48,12 @@ class Terms:
     def prices(self) -> torch.Tensor:
         """(P,) ascending; no row buys anything at the last."""
         highest = (self.draft_value / self.window).clamp_min(1 / self.node)
-        return torch.logspace(0, 1, PRICES, 1 / CHEAPEST, device=highest.device) * (CHEAPEST * highest * 1.01)
+        return highest * constant("prices", highest.device, relative_prices)
+
+
+def relative_prices(device: torch.device) -> torch.Tensor:
+    """The prices (P,) over the one at which no row buys anything; the last is a bit above it."""
+    return torch.logspace(0, 1, PRICES, 1 / CHEAPEST, device=device) * (CHEAPEST * 1.01)
 
 
 @dataclass(frozen=True)
@@ -72,30 +79,24 @@ def bid(tree: Tree, terms: Terms) -> Bids:
     """
     value = tree.value.float()
     prices = terms.prices()
-    node = torch.arange(value.shape[1] + 1, device=value.device)
-    before = _with_root(value).gather(1, tree.parent) - _elders(tree).float()
-
-    def windows(chance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        surplus = terms.draft_value * chance.unsqueeze(-1) - terms.window * prices
-        return surplus.clamp_min(0), (surplus > 0).to(value.dtype)
-
-    one = torch.ones_like(value[:, :1])
-    root, own, was, becomes = map(windows, (one, value, before, before - value))
-    surplus = (value.unsqueeze(-1) - terms.node * prices) + own[0] + becomes[0] - was[0]
-    count = own[1] + becomes[1] - was[1]
-    surplus = torch.cat([root[0], surplus], dim=1).cumsum(1)
-    queries = terms.window * torch.cat([root[1], count], dim=1).cumsum(1) + (terms.node * node).view(-1, 1)
+    node = numbers(value.shape[1] + 1, value.device)
+    rooted = tree.rooted.float()
+    before = rooted.gather(1, tree.parent) - _elders(tree).float()
+    # A window at the root and at each node, and at its parent, before that node is added and after.
+    chance = torch.cat([rooted, before, before - value], dim=1)
+    window = terms.draft_value * chance.unsqueeze(-1) - terms.window * prices
+    won, had = (
+        every.split([len(node), *value.shape[1:] * 2], 1) for every in (window.clamp_min(0), (window > 0).int())
+    )
+    surplus = won[0] + pad((value.unsqueeze(-1) - terms.node * prices) + won[2] - won[1], (0, 0, 1, 0))
+    surplus = surplus.cumsum(1)
+    queries = terms.window * (had[0] + pad(had[2] - had[1], (0, 0, 1, 0))).cumsum(1) + (terms.node * node).view(-1, 1)
     # The last price is always within reach of a row that runs no node.
-    out_of_reach = (queries > terms.most + 0.5) | (_with_root(tree.value) <= 0).unsqueeze(-1)
+    out_of_reach = (queries > terms.most) | (rooted <= 0).unsqueeze(-1)
     gain, best = surplus.masked_fill(out_of_reach, -torch.inf).max(1)
     bought, within = queries.gather(1, best.unsqueeze(1)).squeeze(1), gain.isfinite()
     bought, gain = bought.where(within, 0), gain.where(within, 0)
-    return Bids(prices, best, bought.round().long(), gain + prices * bought)
-
-
-def _with_root(value: torch.Tensor) -> torch.Tensor:
-    """(R, N + 1) from those of the nodes (R, N); the walk always comes to the root."""
-    return torch.nn.functional.pad(value, (1, 0), value=1.0)
+    return Bids(prices, best, bought, gain + prices * bought)
 
 
 def _elders(tree: Tree) -> torch.Tensor:
@@ -103,10 +104,9 @@ def _elders(tree: Tree) -> torch.Tensor:
     parent, order = tree.parent.sort(dim=1, stable=True)
     value = tree.value.double().gather(1, order)
     before = value.cumsum(1) - value
-    eldest = torch.ones_like(parent, dtype=torch.bool)
-    eldest[:, 1:] = parent[:, 1:] != parent[:, :-1]
+    eldest = pad(parent[:, 1:] != parent[:, :-1], (1, 0), value=True)
     families = before.where(eldest, 0).cummax(1).values
-    return torch.zeros_like(value).scatter(1, order, before - families)
+    return value.scatter(1, order, before - families)
 
 
 def price_within(bids: Bids, budget: torch.Tensor) -> torch.Tensor:
@@ -151,20 +151,20 @@ def fit(tree: Tree, budget: torch.Tensor, terms: Terms) -> tuple[torch.Tensor, t
     pay.
     """
     rows, most = tree.value.shape
-    value = _with_root(tree.value)
-    counts = some_up_to(most, value.device)
+    value = tree.rooted
+    counts = constant(("some", most), value.device, partial(some_up_to, most))
     ends = walks_end(tree, counts.expand(rows, -1))
     likeliest, order = ends.topk(min(terms.most // terms.window, most + 1), dim=2)
     left = budget.unsqueeze(1) - terms.node * counts
     windows = torch.minimum(left.clamp_min(0) // terms.window, counts + 1).clamp_max(likeliest.shape[2])
-    won = torch.nn.functional.pad(likeliest.clamp_min(0).cumsum(2), (1, 0))
+    won = pad(likeliest.clamp_min(0).cumsum(2), (1, 0))
     worth = value.cumsum(1)[:, counts] + terms.draft_value * won.gather(2, windows.unsqueeze(2)).squeeze(2)
     which = worth.masked_fill((left < 0) | (value[:, counts] <= 0), -torch.inf).argmax(1, keepdim=True)
     best = order.gather(1, which.unsqueeze(2).expand(rows, 1, order.shape[2])).squeeze(1)
-    among = torch.arange(best.shape[1], device=value.device) < windows.gather(1, which)
+    among = numbers(best.shape[1], value.device) < windows.gather(1, which)
     windowed, nodes = torch.zeros_like(value, dtype=torch.bool).scatter(1, best, among), counts[which]
     # A further node is walked to instead of the end at its parent, which may have a window.
-    index = torch.arange(1, most + 1, device=value.device)
+    index = numbers(most + 1, value.device)[1:]
     gain = tree.value * (1 - terms.draft_value * windowed.gather(1, tree.parent)) * (index > nodes)
     runs = (terms.node * index <= budget.unsqueeze(1) - terms.window * windowed.sum(1, keepdim=True)) & (gain != 0)
     more, last = gain.cumsum(1).masked_fill(~runs, -torch.inf).max(1, keepdim=True)
@@ -182,8 +182,8 @@ def walks_end(tree: Tree, nodes: torch.Tensor) -> torch.Tensor:
     """How likely the walk ends at root and each node (R, C, N + 1), where the first ``nodes`` (R, C) run; -1 where none
     does.
     """
-    value = _with_root(tree.value).unsqueeze(1)
-    run = torch.arange(value.shape[2], device=value.device) <= nodes.unsqueeze(2)
+    value = tree.rooted.unsqueeze(1)
+    run = numbers(value.shape[2], value.device) <= nodes.unsqueeze(2)
     children = (-value * run)[:, :, 1:]
     parent = tree.parent.unsqueeze(1).expand_as(children)
     return value.expand_as(run).scatter_add(2, parent, children).clamp_min(0).masked_fill(~run, -1.0)
@@ -281,7 +281,7 @@ class QueryBudget:
             price, spent = tree.value.new_zeros(1), torch.full_like(tree.parent[:, 0], share)
         spent = spent.clamp(0, terms.most)
         nodes, windows = in_turn(tree, *fit(tree, spent, terms), spent, terms, waited)
-        first = torch.arange(windows.shape[1], device=drafted.device) == 0
+        first = numbers(windows.shape[1], drafted.device) == 0
         return nodes * drafted, torch.where(drafted, windows, first), price
 
     def nodes_left(self, rows: int) -> int:
@@ -307,8 +307,9 @@ class QueryBudget:
         self, bids: Bids, share: int, drafted: torch.Tensor, running: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The price of a query (1,) and what each row may spend (count,), together ``share`` queries per row."""
-        bids, drafting = bids.of(running & drafted), (running & drafted).sum()
-        budget = running.sum() * share - (running & ~drafted).sum() * self.window
+        among = running & drafted
+        bids, drafting = bids.of(among), among.sum()
+        budget = running.sum() * share - (running.sum() - drafting) * self.window
         price = price_within(bids, budget)
         spent = bids.queries.index_select(1, price).squeeze(1)
         return bids.prices[price], spent + (budget - spent.sum()) // drafting.clamp_min(1)

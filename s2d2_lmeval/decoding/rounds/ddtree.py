@@ -28,6 +28,7 @@ from s2d2_lmeval.decoding.rounds.hints import Hints
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
 from s2d2_lmeval.runtime.drafting.heads import CHOICES
+from s2d2_lmeval.runtime.graphs import numbers
 from s2d2_lmeval.runtime.passes import DRAFTER
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class DDTree(DFlash):
     def _nodes_to_run(self, tree: trees.Tree, sent: Sent) -> torch.Tensor | None:
         if self.seconds_of is None:
             return None
-        waiting = torch.arange(len(tree.value), device=tree.value.device) < sent["waiting_rows"]
+        waiting = numbers(len(tree.value), tree.value.device) < sent["waiting_rows"]
         return nodes_worth_running(tree, waiting, self.seconds_of, self.node_queries).unsqueeze(1)
 
 
@@ -109,7 +110,7 @@ def nodes_worth_running(
     rows = len(tree.value)
     value = tree.value.cummin(1).values * among.unsqueeze(1)
     value, order = value.flatten().sort(descending=True, stable=True)
-    taken = torch.arange(rows * tree.value.shape[1] + 1, device=value.device)
+    taken = numbers(rows * tree.value.shape[1] + 1, value.device)
     running = among.sum()
     tokens = torch.cat([value.new_zeros(1), value]).cumsum(0) + running
     seconds = seconds_of[((taken + running) * node_queries).clamp_max(len(seconds_of) - 1)]

@@ -26,6 +26,7 @@ from s2d2_lmeval.decoding.rounds.hints import Hints
 from s2d2_lmeval.decoding.rounds.target import RoundRows, Target
 from s2d2_lmeval.decoding.state import KIND_OF_PHASE, PREFILL, PROPOSE, VERIFY
 from s2d2_lmeval.registry import DECODERS
+from s2d2_lmeval.runtime.graphs import numbers
 from s2d2_lmeval.runtime.passes import DRAFTER
 from s2d2_lmeval.runtime.visibility import NOBODY, NOTHING, by_reach
 
@@ -130,7 +131,7 @@ class DFlash(Target):
         if self.hints is not None:
             self.hints.read(sent["fresh"])
         self.sound.logical_and_(~logits.isnan().any())
-        ahead = torch.arange(self.depths, device=logits.device)
+        ahead = numbers(self.depths, logits.device)
         position, read = (sent[name].unsqueeze(1) + ahead for name in ("length", "base"))
         log_p, token = self.acceptance.candidates(logits[read.flatten()], position, sent)
         if self.choices > 1:  # in double precision, so that the order of nodes is that of exact sums

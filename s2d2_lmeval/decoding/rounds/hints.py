@@ -19,6 +19,7 @@ from s2d2_lmeval.decoding.rounds.recall import GRAM, LONGEST, NOTHING, Recall
 from s2d2_lmeval.decoding.rounds.trees import Branches, PairBranches
 from s2d2_lmeval.decoding.state import SequenceState
 from s2d2_lmeval.runtime.drafting.heads import AfterToken
+from s2d2_lmeval.runtime.graphs import numbers
 
 READ = 32
 """Tokens of each row that a step is told, at least as many as a round decides."""
@@ -83,7 +84,7 @@ class Hints:
     def tail(self) -> torch.Tensor:
         """The last tokens (count, LONGEST) of every row, those that a round has just :meth:`decided` included."""
         before, fresh, accepted = self._grown
-        last = accepted + 1 + torch.arange(LONGEST, device=fresh.device)
+        last = accepted + 1 + numbers(LONGEST, fresh.device)
         return torch.cat([before, fresh], dim=1).gather(1, last)
 
     def branches(

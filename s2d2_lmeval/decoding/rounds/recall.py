@@ -10,6 +10,7 @@ repeat. Text, n-grams and w are kept on the device, have fixed shapes, and only 
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from s2d2_lmeval.decoding.decoder import DecoderSetup
 
@@ -57,11 +58,12 @@ class Recall:
         self.place = table("place", (SIZE,), 0)
         """Where an n-gram was last followed by a token, as a place in the flat text, and when."""
         self.steps = table("steps", (1,), 0)
-        factors = torch.tensor([pow(FACTOR, power, 2**62) for power in range(GRAM)])
-        self.factors = setup.tables.put("recall.factors", factors)
+        of_token = torch.tensor([pow(FACTOR, power, 2**62) for power in reversed(range(GRAM))]) * FACTOR
+        self.factors = setup.tables.put("recall.factors", of_token.repeat(GRAM, 1).triu())
+        """(GRAM, GRAM) of the tokens in each end of an n-gram, the longest first."""
         self.numbers = setup.tables.put("recall.numbers", torch.arange(max(MOST_READ, setup.slots)))
         of_rows = torch.stack([(torch.arange(setup.slots) + 1) * FACTOR_OF_ROW, torch.zeros(setup.slots).long()], dim=1)
-        self.of_row = setup.tables.put("recall.rows", of_rows)
+        self.of_row = setup.tables.put("recall.rows", of_rows * FACTOR)
         """What tells the n-grams of each row's own text from all."""
         self.quarters = setup.tables.put("recall.quarters", torch.tensor([1e-37, 0.25, 0.5, 0.75]))
         self.right, self.tried = (table(name, (NO_CELL + 1,), 0, torch.float32) for name in ("hits", "tries"))
@@ -117,7 +119,7 @@ class Recall:
         ``said`` (R, S), which is the choice ``which`` (R, S), after a match of so much ``length`` (R, S).
         """
         depths, choices = which.shape[1], given.shape[3]
-        above = torch.cat([torch.zeros_like(which[:, :1]), which[:, :-1]], dim=1)
+        above = pad(which[:, :-1], (1, 0))
         above = above.view(*above.shape, 1, 1).expand(-1, -1, 1, choices)
         after = given.gather(2, above).squeeze(2)
         top, first = after.max(2)
@@ -137,7 +139,7 @@ class Recall:
         width = min(self.said.shape[1], decided.shape[1])
         said, cell = self.said[:, :width], self.cell[:, :width]
         right = said == decided[:, :width]
-        as_said = torch.cat([torch.ones_like(right[:, :1]), right[:, :-1]], dim=1).long().cumprod(1).bool()
+        as_said = pad(right[:, :-1].long(), (1, 0), value=1).cumprod(1).bool()
         tried = as_said & (said >= 0) & (self.numbers[:width] < count) & running
         self.tried.index_add_(0, cell.flatten(), tried.flatten().float())
         self.right.index_add_(0, cell.flatten(), (tried & right).flatten().float())
@@ -147,6 +149,6 @@ class Recall:
         """Places (..., GRAM, 2) of the ends of ``grams`` (..., GRAM), the longest first, in the text of rows that are
         told apart by ``of_row`` (..., 2), and in all; and which of them there are (..., GRAM, 2).
         """
-        ends = ((grams + 2).flip(-1) * self.factors).cumsum(-1).flip(-1)
-        key = (ends.unsqueeze(-1) + of_row.unsqueeze(-2)) * FACTOR
+        ends = ((grams + 2).unsqueeze(-2) * self.factors).sum(-1)
+        key = ends.unsqueeze(-1) + of_row.unsqueeze(-2)
         return (key >> 24) & (SIZE - 1), (grams >= 0).unsqueeze(-1).expand_as(key)

@@ -43,6 +43,7 @@ from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime import clock
 from s2d2_lmeval.runtime.costs import MeasureCosts
+from s2d2_lmeval.runtime.graphs import numbers
 
 if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
@@ -214,7 +215,7 @@ class Sliding(Target):
         if not self.window:
             return []
         sent, rows = self._sent, self.rows
-        index = torch.arange(rows.token.shape[1], device=rows.device)
+        index = numbers(rows.token.shape[1], rows.device)
         at_end = (sent["holder"] == end) & (index < sent["windows"])
         met = at_end.any(1, keepdim=True)
         base = sent["base"] - sent.part("window").start
@@ -234,7 +235,7 @@ class Sliding(Target):
         sent, nodes = self._sent, self.rows.most_nodes
         if not len(logits):
             return trees.empty(len(base), nodes, base.device, logits.dtype)
-        ahead = torch.arange(self.window, device=base.device)
+        ahead = numbers(self.window, base.device)
         position = sent["length"].unsqueeze(1) + sent["depth"].gather(1, end).clamp_min(0) + 1 + ahead
         of_window = (base.where(met, 0) + ahead).flatten()
         best, token = self.acceptance.candidates(logits[of_window], position, sent)
@@ -243,7 +244,7 @@ class Sliding(Target):
         best = best.masked_fill(~(room & met).unsqueeze(2), -torch.inf)
         branches = None
         if self.hints is not None:
-            every = torch.arange(len(best), device=best.device)
+            every = numbers(len(best), best.device)
             token, branches = self.hints.branches(best, token, self.hints.tail(), room, every)
         return trees.grow(best, token, nodes, beams=self.beams, branches=branches)
 

@@ -43,8 +43,10 @@ from s2d2_lmeval.errors import NumericalError
 from s2d2_lmeval.families.facts import NO_MASK
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
+from s2d2_lmeval.runtime.graphs import numbers
 from s2d2_lmeval.runtime.passes import ragged
 from s2d2_lmeval.runtime.shapes import power
+from s2d2_lmeval.runtime.visibility import NOBODY as UNSEEN
 
 if TYPE_CHECKING:
     from s2d2_lmeval.families import Facts
@@ -138,7 +140,8 @@ def plan_round(
     builder = PassBuilder(slots)
     spans = zip(slots.tolist(), cached.tolist(), (cached + texts).tolist(), strict=True)
     pieces = [rows.tokens[slot][begin:end] for slot, begin, end in spans]
-    builder.span(cached, texts).set(text=np.concatenate(pieces), kind=trees.TEXT)
+    text = builder.span(cached, texts)
+    text.set(text=np.concatenate(pieces), kind=trees.TEXT, rank=text.local)
     drafted = builder.add(nodes)
     drafted.set(position=length[drafted.row] - 1, kind=trees.NODE, owner=drafted.local + 1)
     read_row, read_node, _ = ragged((nodes + 1) * begun)
@@ -162,7 +165,7 @@ def plan_round(
         texts,
         rows.most_nodes + 1,
         queries=queries,
-        tables={"kind": (0, trees.NOBODY), "owner": (0, 0)},
+        tables={"kind": (0, trees.NOBODY), "owner": (0, 0), "rank": (UNSEEN, UNSEEN)},
         rows={"length": lengths, "per_row": per_row, **told},
         moves=feeds_drafter or bool(depths),
         feeds_drafter=feeds_drafter,
@@ -219,19 +222,21 @@ def assemble_round(
         for table, told in zip((rows.token, rows.parent, rows.depth), trees_written, strict=True):
             of_nodes = table[:, : sent.fixed[1]]
             of_nodes.copy_(told.where(written > 0, of_nodes))
-    index = torch.arange(rows.depth.shape[1], device=rows.device)
+    index = numbers(rows.depth.shape[1], rows.device)
     depth = sent["depth"] = rows.depth.where(index <= sent["nodes"], -1)
     if causal_windows is not None:
         sent["holder"] = rows.holder * (sent["nodes"] > 0)  # without a node: the root
         owner = sent["holder"][sent["slots"]].gather(1, owner).where(trees.of_windows(kind, seeds), owner)
-    at = sent["slot"], owner.flatten()[packed]
-    sent["positions"] = sent["positions"] + depth[at].clamp_min(0)
-    of_tree = kind.flatten()[packed] == trees.NODE
-    if seeds:
-        of_tree |= (kind.flatten()[packed] == trees.SEED) & (at[1] > 0)
-    tokens = rows.token[at].where(of_tree, sent["text"])
+    tokens = sent["text"]
+    if sent.fixed[0] > 1:  # otherwise no row runs a node
+        at, of_query = (sent["slot"], owner.flatten()[packed]), kind.flatten()[packed]
+        sent["positions"] = sent["positions"] + depth[at].clamp_min(0)
+        of_tree = of_query == trees.NODE
+        if seeds:
+            of_tree |= (of_query == trees.SEED) & (at[1] > 0)
+        tokens = rows.token[at].where(of_tree, tokens)
     above = sent["above"] = trees.ancestors(rows.parent[:, : sent.fixed[0]], depths)
-    return tokens, trees.tree_visibility(kind, owner, above, sent["slots"], bool(causal_windows), seeds)
+    return tokens, trees.tree_visibility(sent["rank"], kind, owner, above, sent["slots"], causal_windows, seeds)
 
 
 @DECODERS.register("ar", *SCHEMES, **AUTOREGRESSIVE)
@@ -335,8 +340,8 @@ class Target(Decoder[RoundRows]):
         the nodes after the root, among its ``tokens`` (count, 2 + D), and of the bonus token, which is the last.
         """
         law, cells = filtered(logits, self.config), self._sent.cells("verify")
-        row_of = Cells.like(self._sent["token"]).put(cells, torch.arange(len(law), device=law.device)).gather(1, path)
-        last = torch.arange(path.shape[1], device=path.device) >= (path > 0).sum(1, keepdim=True)
+        row_of = Cells.like(self._sent["token"]).put(cells, numbers(len(law), law.device)).gather(1, path)
+        last = numbers(path.shape[1], path.device) >= (path > 0).sum(1, keepdim=True)
         decided = tokens[:, 1:].where(~last, tokens[:, -1:])
         return laws.as_bits(laws.entries(law, decided, self.law_size, row_of))
 

@@ -10,14 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
 
-TEXT, NODE, VERIFIER, SEED, WINDOW, NOBODY = range(6)
-"""What a query of a round is (:func:`~s2d2_lmeval.decoding.rounds.target.plan_round`); NOBODY pads."""
+from s2d2_lmeval.runtime.graphs import numbers
+from s2d2_lmeval.runtime.visibility import NOBODY as UNSEEN
+from s2d2_lmeval.runtime.visibility import by_reach
+
+TEXT, NODE, VERIFIER, SEED, WINDOW = range(5)
+"""What a query of a round is (:func:`~s2d2_lmeval.decoding.rounds.target.plan_round`)."""
+
+NOBODY = -1
+"""What pads."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,11 @@ class Tree:
     parent: torch.Tensor
     depth: torch.Tensor
     value: torch.Tensor
+
+    @cached_property
+    def rooted(self) -> torch.Tensor:
+        """(R, N + 1) the values of the root, to which every walk comes, and of the nodes."""
+        return pad(self.value, (1, 0), value=1.0)
 
 
 class Branches(Protocol):
@@ -111,10 +124,8 @@ def grow(
     # Stable: among equals the shallower comes first, so a parent precedes its child.
     order = torch.cat(keys, dim=1).sort(dim=1, descending=True, stable=True).indices
     kept = order[:, :nodes]
-    index_of = torch.zeros_like(order).scatter(
-        1, order, torch.arange(1, order.shape[1] + 1, device=order.device).expand_as(order)
-    )
-    index_of = torch.cat([index_of.new_zeros(rows, 1), index_of], dim=1)
+    index_of = order.scatter(1, order, numbers(order.shape[1] + 1, order.device)[1:].expand_as(order))
+    index_of = pad(index_of, (1, 0))
     pick = picks.gather(1, kept)
     tables = (
         token.flatten(1).gather(1, pick),
@@ -135,7 +146,7 @@ def chain(log_p: torch.Tensor, token: torch.Tensor, branches: Branches | None = 
             value, last = branches.after(depth, last).max(2)
             parts.append((value, last))
         worth, own = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-    above = torch.arange(depths, device=token.device).expand(rows, -1)
+    above = numbers(depths, token.device).expand(rows, -1)
     return Tree(token.gather(2, own.unsqueeze(2)).squeeze(2), above, above + 1, worth.cumsum(1).exp())
 
 
@@ -179,14 +190,16 @@ def of_windows(kind: torch.Tensor, seeds: bool) -> torch.Tensor:
 
 
 def tree_visibility(
+    rank: torch.Tensor,
     kind: torch.Tensor,
     owner: torch.Tensor,
     above: torch.Tensor,
     slots: torch.Tensor,
-    causal_windows: bool = False,
+    causal_windows: bool | None = False,
     seeds: bool = False,
 ) -> torch.Tensor:
-    """Visibility of a round, (R, W, W), from the kind of each query and the node it belongs to, (R, W).
+    """Visibility of a round, (R, W, W), from the place of each query in the text (``rank``, UNSEEN of others), its kind
+    and the node it belongs to, all (R, W). With ``causal_windows`` None there are no windows.
 
     Text is token-causal and seen by all. A node is seen by what belongs to itself or to a node below it. A verifier is
     seen by itself and by its node's window, a window by itself, or by its later masks only (``causal_windows``). A
@@ -195,18 +208,19 @@ def tree_visibility(
     """
     query, key = owner.unsqueeze(2), owner.unsqueeze(1)
     of_query, of_key = kind.unsqueeze(2), kind.unsqueeze(1)
-    place = torch.arange(kind.shape[1], device=kind.device)
-    earlier = place.unsqueeze(1) >= place
-    text = (of_key == TEXT) & ((of_query != TEXT) | earlier)
-    own = of_windows(of_query, seeds) & (query == key)
-    window = (of_key >= VERIFIER) & (of_key < NOBODY) & own
-    if causal_windows:
-        window &= earlier
-    visible = text | window
+    visible = by_reach(rank, rank.clamp_max(UNSEEN - 1))
     if above.shape[1] > 1:
         visible |= (of_key == NODE) & (of_query != TEXT) & above[slots.view(-1, 1, 1), query, key]
+    if causal_windows is None:
+        return visible
+    own = of_windows(of_query, seeds) & (query == key)
+    window = (of_key >= VERIFIER) & own
+    if causal_windows:
+        place = numbers(kind.shape[1], kind.device)
+        window &= place.unsqueeze(1) >= place
+    visible |= window
     if seeds:
         last = (kind == TEXT) & (kind.roll(-1, 1) != TEXT)
         visible &= ~(own & (last | (kind == NODE)).unsqueeze(1))
-    visible.diagonal(dim1=1, dim2=2).fill_(True)
+        visible.diagonal(dim1=1, dim2=2).fill_(True)
     return visible

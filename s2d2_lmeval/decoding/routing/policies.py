@@ -17,7 +17,7 @@ from s2d2_lmeval.decoding.reference import verifies_short_span
 from s2d2_lmeval.errors import ConfigError
 from s2d2_lmeval.registry import POLICIES
 from s2d2_lmeval.runtime.costs import MeasureCosts
-from s2d2_lmeval.runtime.graphs import Tables
+from s2d2_lmeval.runtime.graphs import Tables, numbers
 
 ONE_BLOCK = ("block", "editing", "subblock")
 """Schemes in which one block is open at a time."""
@@ -211,7 +211,7 @@ class BanditPolicy(RoutingPolicy):
         return verify >= skip
 
     def reward(self, finished: torch.Tensor, verified: bool, decided: torch.Tensor) -> None:
-        row = torch.arange(len(finished), device=finished.device)
+        row = numbers(len(finished), finished.device)
         place = (row, torch.full_like(row, int(verified)), self.bucket)
         self.pulls[place] += finished
         self.gained[place] += decided.double() / (2 if verified else 1) * finished
@@ -337,7 +337,7 @@ class ThroughputPolicy(RoutingPolicy):
         return asked & (gain - view.denoised >= self.pace * price)
 
     def judged(self, span: torch.Tensor, accepted: torch.Tensor, rejected: torch.Tensor) -> None:
-        place = torch.arange(span.shape[1], device=span.device)
+        place = numbers(span.shape[1], span.device)
         self.curve.learn(self.index, span & (place <= rejected.unsqueeze(1)), accepted)
 
     def reward(self, finished: torch.Tensor, verified: bool, decided: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import pad
 
 from s2d2_lmeval.decoding.generation import Law
+from s2d2_lmeval.runtime.graphs import numbers
 
 if TYPE_CHECKING:
     from s2d2_lmeval.decoding.options.config import DecodingConfig
@@ -26,7 +27,7 @@ def entries(logits: torch.Tensor, tokens: torch.Tensor, size: int, rows: torch.T
     """The entries (..., ``size``), in float64, of ``tokens`` (...) under the ``rows`` (...) of ``logits`` (M, V): by
     default each under the row of its place.
     """
-    rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
+    rows = numbers(len(logits), logits.device) if rows is None else rows
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     normaliser = logits.logsumexp(-1)
     own = (logits[rows, tokens] - normaliser[rows]).unsqueeze(-1)

@@ -19,6 +19,7 @@ import torch
 
 from s2d2_lmeval.decoding.reference import FixedSource, SequentialSource, TorchDraws
 from s2d2_lmeval.decoding.sampling.hashing import GOLDEN, hashed, mixed
+from s2d2_lmeval.runtime.graphs import numbers
 from s2d2_lmeval.runtime.kernels.dispatch import kernel
 
 DRAFT, ACCEPT, RESAMPLE, NOISE = 1, 2, 3, 4
@@ -104,7 +105,7 @@ def _bits(words: Words, seed: int, purpose: int) -> torch.Tensor:
 
 def _race(like: torch.Tensor, words: Words, seed: int, purpose: int) -> torch.Tensor:
     """Exponential noise (M, V) keyed by position and token: when each runner arrives."""
-    tokens = torch.arange(1, like.shape[-1] + 1, device=like.device)
+    tokens = numbers(like.shape[-1] + 1, like.device)[1:]
     bits = mixed(_bits(words, seed, purpose).unsqueeze(-1) + tokens * GOLDEN)
     return -torch.log1p(-_unit(bits, like.dtype))
 

@@ -42,6 +42,7 @@ from s2d2_lmeval.decoding.state import DRAFT
 from s2d2_lmeval.decoding.steps import Decisions, StepResult, StepTables
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.costs import MeasureCosts
+from s2d2_lmeval.runtime.graphs import numbers
 from s2d2_lmeval.runtime.shapes import power
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ class Spiffy(BlockDenoiser):
         """
         sent, length = self._sent, self.rows.block_length
         first = sent["text_after"] + (2 * (crossed - 1) - sent["inside"]) * length
-        queries = first.unsqueeze(1) + torch.arange(length, device=crossed.device)
+        queries = first.unsqueeze(1) + numbers(length, crossed.device)
         return torch.where(crossed.unsqueeze(1) > 0, queries, -1)
 
     def _logits_of(self, at: torch.Tensor, state: BlockState, logits: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from s2d2_lmeval.decoding.decoder import DecoderSetup
 from s2d2_lmeval.decoding.spiffy.graph import DraftGraph
-from s2d2_lmeval.runtime.graphs import Tables
+from s2d2_lmeval.runtime.graphs import Tables, numbers
 
 
 @dataclass
@@ -112,7 +112,7 @@ class StateDrafter:
         """
         rows, length = block.shape
         places = tables.places[:, self.place]  # (rows, D, P)
-        row = torch.arange(rows, device=block.device).view(-1, 1, 1)
+        row = numbers(rows, block.device).view(-1, 1, 1)
         tokens = tables.tokens[row, places, self.token]
         log_p = tables.log_p[row, places, self.token].masked_fill(~self.used, 0)
         left = masks.sum(-1, keepdim=True)
@@ -123,7 +123,7 @@ class StateDrafter:
             score.masked_fill(~(eligible & which), -torch.inf).argsort(dim=-1, descending=True, stable=True)
             for which in (unfinished, ~unfinished)
         ]
-        number = torch.arange(score.shape[1], device=block.device).expand_as(score)
+        number = numbers(score.shape[1], block.device).expand_as(score)
         after = (number - inside.unsqueeze(1)).clamp_min(0)
         node = torch.where(number < inside.unsqueeze(1), order[0], order[1].gather(1, after))
         chosen = node.unsqueeze(-1).expand(-1, -1, places.shape[-1])

@@ -26,6 +26,7 @@ from s2d2_lmeval.decoding.passes import Cells, PassBuilder, Sent
 from s2d2_lmeval.decoding.sampling import laws, random
 from s2d2_lmeval.decoding.windows.window import WindowDecoder
 from s2d2_lmeval.registry import DECODERS
+from s2d2_lmeval.runtime.graphs import numbers
 
 
 @DECODERS.register(
@@ -91,7 +92,7 @@ class Reordered(WindowDecoder):
             key = random.Key(random.DRAFT, sent["key"][slots], sent["length"][slots] + places, sent["step"][slots])
             tokens = self.source.categorical(law, key)
         rated = Cells.like(torch.zeros(window.shape, dtype=law.dtype, device=window.device), torch.inf)
-        place = torch.arange(window.shape[1], device=window.device)
+        place = numbers(window.shape[1], window.device)
         if config.whole_windows:
             doubt = rated.put(cells, 1 - law.gather(1, tokens.unsqueeze(1)).squeeze(1))
             masks, sure = doubt.isfinite(), doubt <= 1 - (config.confidence_threshold or 2)

@@ -27,6 +27,7 @@ from s2d2_lmeval.decoding.sampling.acceptance import residual
 from s2d2_lmeval.decoding.state import PREFILL
 from s2d2_lmeval.decoding.windows.window import WindowDecoder
 from s2d2_lmeval.registry import DECODERS
+from s2d2_lmeval.runtime.graphs import numbers
 
 
 @DECODERS.register(
@@ -76,8 +77,8 @@ class Strided(WindowDecoder):
         if not sent.has("window"):
             return [window.new_zeros(len(window), 2 + self.masks + self.law_size * (1 + self.masks))]
         logits = logits[sent.part("window")]
-        place = torch.arange(1 + self.masks, device=window.device)
-        row_of = Cells.like(window).put(sent.cells("window"), torch.arange(len(logits), device=window.device))
+        place = numbers(1 + self.masks, window.device)
+        row_of = Cells.like(window).put(sent.cells("window"), numbers(len(logits), window.device))
         tested = place[: self.masks] < (drafted * running).unsqueeze(1)
         token, after_last = window[:, 1 : 1 + self.masks], drafted.unsqueeze(1) + place
         if not self.config.sampled:
@@ -109,7 +110,7 @@ class Strided(WindowDecoder):
         """
         masks = self.masks
         length, key, step = sent["length"].unsqueeze(1), sent["key"].unsqueeze(1), sent["step"].unsqueeze(1)
-        place = torch.arange(masks, device=p.device)
+        place = numbers(masks, p.device)
         of_target = p[row_of[:, :masks]].gather(2, token.unsqueeze(2)).squeeze(2)
         of_draft = self.law.gather(2, token.unsqueeze(2)).squeeze(2) * self.config.draft_tolerance
         ratio = of_target / of_draft.clamp_min(torch.finfo(p.dtype).tiny)
@@ -122,7 +123,7 @@ class Strided(WindowDecoder):
             at = accepted.clamp_max(masks - 1).unsqueeze(2).expand(-1, -1, p.shape[1])
             corrected = residual(after, self.law.gather(1, at).squeeze(1) * self.config.draft_tolerance)
             after = torch.where(rejected, corrected, after)
-        rows = self.source.drawing(torch.arange(len(after), device=p.device), running)
+        rows = self.source.drawing(numbers(len(after), p.device), running)
         where = random.Key(random.RESAMPLE, key[rows, 0], (length + accepted)[rows, 0], step[rows, 0])
         pending = torch.zeros_like(accepted)
         pending[rows] = self.source.categorical(after[rows], where).unsqueeze(1)

@@ -34,6 +34,7 @@ from s2d2_lmeval.runtime.cache import SlotCache, cache_argument
 from s2d2_lmeval.runtime.costs import CostCurve
 from s2d2_lmeval.runtime.drafting.convolution import ConvolvedLayer, inside_blocks
 from s2d2_lmeval.runtime.drafting.heads import AfterToken, Head, HeadShape
+from s2d2_lmeval.runtime.graphs import numbers
 from s2d2_lmeval.runtime.kernels.attention import attends, within
 from s2d2_lmeval.runtime.memory import RowNeeds, bytes_per_position
 from s2d2_lmeval.runtime.passes import DRAFTER, TARGET
@@ -320,7 +321,7 @@ class DraftingRunner(Runner):
         cache, places = self.drafter.cache, told["feed"]
         if path is not None and path.shape[1]:
             # One query more takes what stands for nothing.
-            nobody, depth = len(places), torch.arange(path.shape[1], device=path.device)
+            nobody, depth = len(places), numbers(path.shape[1], path.device)
             query = torch.where(path >= 0, told["query_end"].unsqueeze(1) + path, nobody)
             places = torch.nn.functional.pad(places, (0, 1))
             places = places.index_copy(0, query.flatten(), (told["feed_end"].unsqueeze(1) + depth).flatten())[:nobody]

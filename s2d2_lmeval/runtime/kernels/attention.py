@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from s2d2_lmeval.errors import first_line
+from s2d2_lmeval.runtime.graphs import numbers
 from s2d2_lmeval.runtime.kernels.dispatch import kernel, runs_triton
 
 logger = logging.getLogger("s2d2_lmeval")
@@ -59,9 +60,9 @@ def attend(
     """
     row, local, inside = _owners(offsets, widths, len(queries))
     widest = visible.shape[1]
-    spread = (offsets.unsqueeze(1) + torch.arange(widest, device=offsets.device)).clamp_max(len(queries) - 1)
+    spread = (offsets.unsqueeze(1) + numbers(widest, offsets.device)).clamp_max(len(queries) - 1)
     padded = queries[spread].unflatten(2, (keys.shape[2], -1))
-    fellow = torch.arange(widest, device=widths.device) < widths.unsqueeze(1)
+    fellow = numbers(widest, widths.device) < widths.unsqueeze(1)
     mask = prefix_mask(visible & fellow.unsqueeze(1), lengths, keys.shape[1])
     if positions is not None:
         mask = mask & within(positions[spread], keys.shape[1], window, causal)
@@ -74,7 +75,7 @@ def attend(
 
 def _owners(offsets: torch.Tensor, widths: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of each of ``count`` packed queries its row, its index inside that, and whether it belongs to it."""
-    query = torch.arange(count, device=offsets.device).unsqueeze(1)
+    query = numbers(count, offsets.device).unsqueeze(1)
     has = (offsets <= query) & (query < offsets + widths)
     row = has.long().argmax(1)
     return row, query.squeeze(1) - offsets[row], has.any(1)
@@ -89,7 +90,7 @@ def prefix_mask(visible: torch.Tensor, lengths: torch.Tensor, span: int, prefix:
         mask = pad(visible, (prefix, 0), value=True)
         beyond = span - mask.shape[2]
         return (mask if not beyond else pad(mask, (0, beyond)) if beyond > 0 else mask[:, :, :span]).unsqueeze(1)
-    column = torch.arange(span, device=visible.device) - lengths.unsqueeze(1)
+    column = numbers(span, visible.device) - lengths.unsqueeze(1)
     fellow = column.clamp(0, widest - 1).unsqueeze(1).expand(rows, widest, span)
     mask = visible.gather(2, fellow)
     mask &= (column < widest).unsqueeze(1)
@@ -102,7 +103,7 @@ def within(positions: torch.Tensor, span: int, window: int | None, causal: bool)
     away from its own in ``positions`` (R, W), and if ``causal`` none ahead.
     """
     query = positions.view(len(positions), 1, -1, 1)
-    key = torch.arange(span, device=positions.device)
+    key = numbers(span, positions.device)
     seen = key <= query if causal else torch.ones_like(key <= query)
     return seen if window is None else seen & ((query - key).abs() < window)
 
