@@ -45,7 +45,7 @@ class Decisions:
     def decide(self, places: torch.Tensor, tokens: torch.Tensor, mark: int, order: torch.Tensor | None = None) -> None:
         """Write ``tokens`` at ``places``."""
         self.block = torch.where(places, tokens, self.block)
-        self.masks = self.masks & ~places
+        self.masks = self.masks > places  # and not
         self.marks = self.marks.masked_fill(places, mark)
         if order is not None:
             self.order = torch.where(places, order, self.order)
@@ -53,7 +53,7 @@ class Decisions:
     @property
     def count(self) -> torch.Tensor:
         """(rows,) tokens decided so far."""
-        return (self.masked_before & ~self.masks).sum(-1)
+        return (self.masked_before > self.masks).sum(-1)  # and not
 
     def tables(self, draft: torch.Tensor, laws: torch.Tensor | None = None) -> StepTables[torch.Tensor]:
         """The tables for the host; ``draft`` (rows, B) are the drafted tokens, and ``laws`` (rows, B, size) the entries

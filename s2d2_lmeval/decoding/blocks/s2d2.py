@@ -242,4 +242,4 @@ class S2D2(BlockDenoiser):
 def first_run(masks: torch.Tensor) -> torch.Tensor:
     """The first contiguous run (R, L) of ``masks`` (R, L)."""
     begun = masks.cumsum(-1) > 0
-    return masks & ((begun & ~masks).cumsum(-1) == 0)
+    return masks & ((begun > masks).cumsum(-1) == 0)  # begun and not
