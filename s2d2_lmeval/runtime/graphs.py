@@ -66,8 +66,7 @@ def constant(name: Hashable, device: torch.device, make: Callable[[torch.device]
         return found
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return make(device)  # what is made there belongs to the graph
-    with torch.inference_mode(False):
-        return _constants.setdefault((name, device), make(device))
+    return _constants.setdefault((name, device), make(device))
 
 
 def numbers(count: int, device: torch.device) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from s2d2_lmeval import BlockDiffusionModel
 from s2d2_lmeval.decoding.generation import Generation
 from s2d2_lmeval.decoding.rounds import acceptance
-from s2d2_lmeval.decoding.rounds.target import RoundRows
+from s2d2_lmeval.decoding.rounds.rows import RoundRows
 
 DATA = Path(__file__).parent / "data" / "ddtree"
 STOP = 62

@@ -18,6 +18,7 @@ from s2d2_lmeval.decoding.generation import ACCEPTED
 from s2d2_lmeval.decoding.passes import Sent
 from s2d2_lmeval.decoding.rounds import target as rounds
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed
+from s2d2_lmeval.decoding.rounds.rows import RoundRows
 from s2d2_lmeval.errors import ConfigError, NumericalError
 from s2d2_lmeval.families import adopt
 from s2d2_lmeval.runtime.cache import SlotCache
@@ -105,7 +106,7 @@ def test_long_prompts_come_in_chunks_and_like_prompts_once(monkeypatch: pytest.M
 def test_every_node_says_what_a_plain_forward_of_its_path_says(shifted: bool, budget: int) -> None:
     model, plain, checked = pair(shifted), tiny_model(), 0
 
-    def check(tree: Sent, logits: torch.Tensor, rows: rounds.RoundRows) -> int:
+    def check(tree: Sent, logits: torch.Tensor, rows: RoundRows) -> int:
         for row, node, said in zip(*tree.at("verify"), logits, strict=True):
             if tree["depth"][row, node] < 0:
                 continue  # a place without a node

@@ -23,7 +23,8 @@ from s2d2_lmeval.decoding.passes import PassBuilder, Plan, Sent
 from s2d2_lmeval.decoding.rounds import trees
 from s2d2_lmeval.decoding.rounds.acceptance import Keyed
 from s2d2_lmeval.decoding.rounds.hints import Hints
-from s2d2_lmeval.decoding.rounds.target import RoundRows, Target
+from s2d2_lmeval.decoding.rounds.rows import RoundRows
+from s2d2_lmeval.decoding.rounds.target import Target
 from s2d2_lmeval.decoding.state import KIND_OF_PHASE, PREFILL, PROPOSE, VERIFY
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.runtime.graphs import numbers
