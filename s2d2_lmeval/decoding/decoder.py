@@ -72,7 +72,8 @@ class Kept:
 
     def __init__(self, setup: DecoderSetup, name: str, use: bool) -> None:
         self.setup, self.name, self.use = setup, name, use
-        self.values = torch.empty(0, device=setup.device)
+        # A run may begin with graphs of the one before, which write without asking for room.
+        self.values = setup.tables.found(name, torch.empty(0, device=setup.device))
 
     def put(self, values: torch.Tensor) -> None:
         """Keep ``values`` (K, V)."""

@@ -129,6 +129,10 @@ class Tables:
         """A table of ``value``."""
         return self.put(name, torch.full(shape, value, dtype=dtype, device=self.device))
 
+    def found(self, name: str, otherwise: torch.Tensor) -> torch.Tensor:
+        """The table of this name, as the run before left it."""
+        return self._made.get(name, otherwise)
+
     def room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A table of ``shape``, or longer if it is there already; it holds anything."""
         found = self._made.get(name)

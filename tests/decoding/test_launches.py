@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from s2d2_lmeval import BlockDiffusionModel, load
 from s2d2_lmeval.registry import DECODERS
 from s2d2_lmeval.studies.bench.launches import Row, count_launches
 from s2d2_lmeval.studies.pretend import move, pretend_cuda
+from s2d2_lmeval.toy import checkpoint_path, held_out
 
 from . import drafting_tiny, editing_tiny, pipelined_cases, subblocks_drawn
 from .test_device_reads import EVERY, OPTIONS
@@ -77,14 +79,32 @@ def check_one_launch(row: Row) -> None:
     assert row["replayed_share"] >= 0.98
 
 
+def of_runs(name: str) -> tuple[BlockDiffusionModel, dict[str, Any]]:
+    """The toy, and the options of one of the :data:`RUNS`."""
+    decoder, _, schedule = name.partition(" ")[0].partition(":")
+    options = {"decoder": decoder, **({"schedule": schedule} if schedule else {}), **RUNS[name][1]}
+    return toy(draft=any(part.needs_drafter for part in DECODERS.all(decoder))), options
+
+
 @pytest.mark.parametrize(("name", "batch"), cases())
 def test_a_step_on_the_toy(name: str, batch: int) -> None:
-    entry = name.partition(" ")[0]
-    decoder, _, schedule = entry.partition(":")
-    options = {"decoder": decoder, **({"schedule": schedule} if schedule else {}), "max_new_tokens": 8}
-    model = toy(draft=any(part.needs_drafter for part in DECODERS.all(decoder)))
-    row = count_launches(model, options | RUNS[name][1], batch, PROMPTS[: batch + 1])
-    check_one_launch(row)
+    model, options = of_runs(name)
+    check_one_launch(count_launches(model, options | {"max_new_tokens": 8}, batch, PROMPTS[: batch + 1]))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_later_runs(name: str) -> None:
+    """They begin with graphs of the runs before, and then meet shapes that have none: the first problem's verification,
+    whose graph went when its draft took more room, and those of other problems.
+    """
+    (model, options), tokenizer = of_runs(name), Tokenizer.from_file(str(checkpoint_path() / "tokenizer.json"))
+    model.max_batch, problems = 1, [tokenizer.encode(one.prompt).ids for one in held_out("arithmetic")[:5]]
+    config = model.config({**options, "max_new_tokens": 24, "stop_token_ids": []})
+    expected = [answer.canvas for answer in model.generate(problems, config)]
+    with pretend_cuda(devices=1):
+        moved = move(model, lambda name: "cuda:0")
+        for part in (slice(0, 3), slice(0, 3), slice(3, 5), slice(0, 5)):
+            assert [answer.canvas for answer in moved.generate(problems[part], config)] == expected[part]
 
 
 @pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if "head" in shape])

@@ -90,12 +90,10 @@ def prefix_mask(visible: torch.Tensor, lengths: torch.Tensor, span: int, prefix:
         mask = pad(visible, (prefix, 0), value=True)
         beyond = span - mask.shape[2]
         return (mask if not beyond else pad(mask, (0, beyond)) if beyond > 0 else mask[:, :, :span]).unsqueeze(1)
-    column = numbers(span, visible.device) - lengths.unsqueeze(1)
-    fellow = column.clamp(0, widest - 1).unsqueeze(1).expand(rows, widest, span)
-    mask = visible.gather(2, fellow)
-    mask &= (column < widest).unsqueeze(1)
-    mask |= (column < 0).unsqueeze(1)
-    return mask.unsqueeze(1)
+    # One column before the fellows stands for the prefix, one after them for what nobody sees.
+    table = pad(pad(visible, (1, 0), value=True), (0, 1))
+    column = (numbers(span + 1, visible.device)[1:] - lengths.unsqueeze(1)).clamp(0, widest + 1)
+    return table.gather(2, column.unsqueeze(1).expand(rows, widest, span)).unsqueeze(1)
 
 
 def within(positions: torch.Tensor, span: int, window: int | None, causal: bool) -> torch.Tensor:
