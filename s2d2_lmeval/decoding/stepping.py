@@ -54,7 +54,8 @@ class Stepper:
             table = program(upload(runner.device, arrays))
             read = None if table is None else table.cpu().numpy()
         else:
-            key = (self.program, shape, plan.model, plan.present, plan.moves, plan.fixed)
+            told = tuple((name, values.shape) for name, values in arrays.items())
+            key = (self.program, shape, plan.model, plan.present, plan.moves, plan.fixed, plan.places, told)
             with runner.timed():
                 read = self.graphs.run(key, arrays, program)
         runner.commit(layout.slots, plan.keep, plan.model)

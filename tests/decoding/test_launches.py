@@ -92,19 +92,27 @@ def test_a_step_on_the_toy(name: str, batch: int) -> None:
     check_one_launch(count_launches(model, options | {"max_new_tokens": 8}, batch, PROMPTS[: batch + 1]))
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_later_runs(name: str) -> None:
-    """They begin with graphs of the runs before, and then meet shapes that have none: the first problem's verification,
-    whose graph went when its draft took more room, and those of other problems.
-    """
-    (model, options), tokenizer = of_runs(name), Tokenizer.from_file(str(checkpoint_path() / "tokenizer.json"))
-    model.max_batch, problems = 1, [tokenizer.encode(one.prompt).ids for one in held_out("arithmetic")[:5]]
-    config = model.config({**options, "max_new_tokens": 24, "stop_token_ids": []})
-    expected = [answer.canvas for answer in model.generate(problems, config)]
+Runs = list[tuple[list[list[int]], dict[str, Any]]]
+"""(prompts, options) of one run after the other."""
+
+
+def check_later_runs(model: BlockDiffusionModel, runs: Runs) -> None:
+    """Runs on one pretend device, which begin with graphs of the runs before and then meet shapes that have none."""
+    model.max_batch = 1
+    runs = [(prompts, options | {"stop_token_ids": []}) for prompts, options in runs]
+    expected = [[answer.canvas for answer in model.generate(*run)] for run in runs]
     with pretend_cuda(devices=1):
         moved = move(model, lambda name: "cuda:0")
-        for part in (slice(0, 3), slice(0, 3), slice(3, 5), slice(0, 5)):
-            assert [answer.canvas for answer in moved.generate(problems[part], config)] == expected[part]
+        assert [[answer.canvas for answer in moved.generate(*run)] for run in runs] == expected
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_later_runs(name: str) -> None:
+    """The graph of the first problem's verification went when its draft took more room."""
+    (model, options), tokenizer = of_runs(name), Tokenizer.from_file(str(checkpoint_path() / "tokenizer.json"))
+    problems = [tokenizer.encode(one.prompt).ids for one in held_out("arithmetic")[:5]]
+    parts = (slice(0, 3), slice(0, 3), slice(3, 5), slice(0, 5))
+    check_later_runs(model, [(problems[part], options | {"max_new_tokens": 24}) for part in parts])
 
 
 @pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if "head" in shape])
@@ -151,6 +159,16 @@ def test_every_family_on_the_second_device(scheme: str, decoder: str) -> None:
     model, several = of_scheme(scheme, decoder)
     for options in several:
         check(count_launches(model, options, 2, TINY_PROMPTS, lambda name: "cuda:1", runs=2))
+
+
+@pytest.mark.parametrize(("scheme", "decoder"), EVERY)
+def test_later_runs_of_every_family(scheme: str, decoder: str) -> None:
+    """Of other lengths: where a pass is as wide as before, what it tells of its rows can still be wider."""
+    model, several = of_scheme(scheme, decoder)
+    for options in several:
+        one, _, other = TINY_PROMPTS
+        work = [([one], 6), ([one], 6), ([other], 19), ([one], 23), (TINY_PROMPTS, 17)]
+        check_later_runs(model, [(prompts, options | {"max_new_tokens": new}) for prompts, new in work])
 
 
 @pytest.mark.parametrize("decoder", ["ar", "dynamic", "s2d2", "sliding"])
