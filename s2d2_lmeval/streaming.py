@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any
 
+from tokenizers import pre_tokenizers
 from tokenizers.decoders import ByteLevel
 
 from s2d2_lmeval.decoding.generation import Generation, Law, Progress
@@ -140,9 +142,21 @@ class Text:
     def whole(self) -> str:
         """All of it, up to the first of the ``until`` strings."""
         text = self._final + decoded(self._tokenizer, self._open)
-        if self._separable and not text.endswith("\ufffd"):  # the last character may still lack bytes
-            self._final, self._open = text, []
+        if self._separable:
+            begun = self._begun() if text.endswith("\ufffd") else 0
+            if begun is not None:
+                self._final, self._open = text[: len(text) - bool(begun)], self._open[len(self._open) - begun :]
         return text[: min((place for string in self._until if (place := text.find(string)) >= 0), default=len(text))]
+
+    def _begun(self) -> int | None:
+        """How many of the open tokens at the end are a character that lacks bytes; None if they are not that alone."""
+        firsts, others = bytes_of_characters()
+        for count in range(1, min(4, len(self._open))):
+            token = str(self._tokenizer.convert_ids_to_tokens(self._open[-count]))
+            if not others.issuperset(token):
+                alone = token[0] in firsts and others.issuperset(token[1:])
+                return count if alone and decoded(self._tokenizer, self._open[-count:]) == "\ufffd" else None
+        return None
 
     def take(self, token_ids: list[int], laws: Sequence[Law | None] = ()) -> None:
         """These tokens come next."""
@@ -168,6 +182,22 @@ class Text:
         self._shown += new
         told, self._untold = self._untold, ([], [])
         return Piece(new, *told)
+
+
+@cache
+def bytes_of_characters() -> tuple[frozenset[str], frozenset[str]]:
+    """What stands in byte-level tokens for the first of several bytes of a character, and for the others."""
+    as_token = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+    # Of two bytes, of three, of four: one character for every first byte.
+    codes = (
+        *range(0x80, 0x800, 0x40),
+        0x800,
+        *range(0x1000, 0x10000, 0x1000),
+        0x10000,
+        *range(0x40000, 0x110000, 0x40000),
+    )
+    firsts = frozenset(as_token(chr(code))[0][0][0] for code in codes)
+    return firsts, frozenset(as_token(chr(code))[0][0][1] for code in range(0x80, 0xC0))
 
 
 def by_bytes(tokenizer: Any) -> bool:

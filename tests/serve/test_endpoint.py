@@ -232,6 +232,7 @@ def test_what_cannot_be_served_is_said(client: Client, path: str, body: Any, sai
 def test_models_health_metrics(client: Client) -> None:
     assert client.ask("/v1/models")[1]["data"][0]["id"] == "toy"
     assert client.ask("/health") == (200, {"status": "ok"})
+    assert client.ask("/v1/completions", completion(PROMPTS[0]))[0] == 200
     status, page = client.ask("/metrics")
     assert status == 200
     values = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))

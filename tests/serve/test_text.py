@@ -6,7 +6,8 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from hypothesis import given, settings
+import pytest
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -56,6 +57,7 @@ class Counting:
 
 
 @settings(deadline=None)  # the tokenizer is read once
+@example(parts=["<<<", "<😀😀<<€", "<<€😀<😀"], cut=5)
 @given(
     parts=st.lists(
         st.one_of(st.text(alphabet="ab \nQé€😀<>|", max_size=8), st.sampled_from(["<|im_end|>", "<|MASK|>"])),
@@ -71,6 +73,16 @@ def test_of_byte_tokens_each_is_decoded_once(parts: list[str], cut: int) -> None
     assert "".join(pieces) + shown.rest() == toy().decode(ids, skip_special_tokens=True)
     assert tokenizer.decoded <= 4 * len(ids)  # a character has at most four bytes
     assert Text(Bytes()).more([0xC3]) == ""
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 5])
+@pytest.mark.parametrize("text", ["a" + "😀" * 40, "aé€" + "€" * 40, "<<<<😀😀<<€<<€😀<😀" * 4])
+def test_characters_that_are_cut_again_and_again(text: str, cut: int) -> None:
+    tokenizer = Counting(toy())
+    ids, shown = toy()(text)["input_ids"], Text(tokenizer)
+    pieces = [shown.more(ids[begin : begin + cut]) for begin in range(0, len(ids), cut)]
+    assert "".join(pieces) + shown.rest() == text
+    assert tokenizer.decoded <= 4 * len(ids)
 
 
 def test_other_tokens_are_decoded_together() -> None:

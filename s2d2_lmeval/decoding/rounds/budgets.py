@@ -106,7 +106,7 @@ def _elders(tree: Tree) -> torch.Tensor:
     before = value.cumsum(1) - value
     eldest = pad(parent[:, 1:] != parent[:, :-1], (1, 0), value=True)
     families = before.where(eldest, 0).cummax(1).values
-    return value.scatter(1, order, before - families)
+    return value.scatter(1, order, before - families)  # every entry
 
 
 def price_within(bids: Bids, budget: torch.Tensor) -> torch.Tensor:
