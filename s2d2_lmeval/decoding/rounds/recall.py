@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from s2d2_lmeval.decoding.decoder import DecoderSetup
+from s2d2_lmeval.runtime.graphs import numbers
 
 SIZE = 2**20
 """Places of n-grams, which share them by a hash: a match is compared with the text."""
@@ -61,7 +62,6 @@ class Recall:
         of_token = torch.tensor([pow(FACTOR, power, 2**62) for power in reversed(range(GRAM))]) * FACTOR
         self.factors = setup.tables.put("recall.factors", of_token.repeat(GRAM, 1).triu())
         """(GRAM, GRAM) of the tokens in each end of an n-gram, the longest first."""
-        self.numbers = setup.tables.put("recall.numbers", torch.arange(max(MOST_READ, setup.slots)))
         of_rows = torch.stack([(torch.arange(setup.slots) + 1) * FACTOR_OF_ROW, torch.zeros(setup.slots).long()], dim=1)
         self.of_row = setup.tables.put("recall.rows", of_rows * FACTOR)
         """What tells the n-grams of each row's own text from all."""
@@ -75,7 +75,7 @@ class Recall:
     def read(self, told: torch.Tensor) -> None:
         """Remember the tokens ``told`` (count, GRAM + W) of every row; the first GRAM stand before. -1: none."""
         fresh = told[:, GRAM:]
-        real, ahead, rows = fresh >= 0, self.numbers[: fresh.shape[1]], self.numbers[: len(fresh)]
+        real, rows, ahead = fresh >= 0, *(numbers(size, fresh.device) for size in fresh.shape)
         place = (self.end + ahead) % KEPT
         self.text.scatter_(1, place.where(real, KEPT), fresh)
         when = torch.add(ahead, self.steps, alpha=MOST_READ)
@@ -92,11 +92,11 @@ class Recall:
         key, known = self._keys(tail[:, -GRAM:], self.of_row[slots])
         found = (self.place[key] * known % PLACES).flatten(1)
         row, place = found // (KEPT + 1), found % (KEPT + 1)
-        back = (place.unsqueeze(2) - self.numbers[1 : LONGEST + 1]) % KEPT
+        back = (place.unsqueeze(2) - numbers(LONGEST + 1, place.device)[1:]) % KEPT
         ends = tail.flip(1).unsqueeze(1)
         length, best = (self.text[row.unsqueeze(2), back] == ends).long().cumprod(2).sum(2).max(1, keepdim=True)
         row, place = row.gather(1, best), place.gather(1, best)
-        ahead = self.numbers[:depths]
+        ahead = numbers(depths, place.device)
         said = self.text[row, (place + ahead) % KEPT]
         there = (length > 0) & (ahead < (self.end[row.squeeze(1)] - place) % KEPT)
         return said.where(there, -1), (length + ahead).clamp_max(LONGEST)
@@ -140,7 +140,7 @@ class Recall:
         said, cell = self.said[:, :width], self.cell[:, :width]
         right = said == decided[:, :width]
         as_said = pad(right[:, :-1].long(), (1, 0), value=1).cumprod(1).bool()
-        tried = as_said & (said >= 0) & (self.numbers[:width] < count) & running
+        tried = as_said & (said >= 0) & (numbers(width, count.device) < count) & running
         self.tried.index_add_(0, cell.flatten(), tried.flatten().float())
         self.right.index_add_(0, cell.flatten(), (tried & right).flatten().float())
         self.said.masked_fill_(running, -1)
